@@ -1,0 +1,173 @@
+"""The convolutional-stage ViT of ConvMAE (Alpha-VL/ConvMAE models_convmae.py, vision_transformer.py).
+
+Two stages of convolutional blocks at 1/4 and 1/8 of the image side, then a ViT at 1/16. With a mask, the convolutional
+stages run in one of two forms that give the same numbers from the same parameters:
+
+  dense   maps of the whole image [B, H, W, C]; masked positions are zeroed where the reference zeroes them.
+  sparse  only the visible 16-pixel blocks, [B, V, s, s, C]: a quarter of the work at a mask ratio of 75 %.
+
+The sparse form is exact because the mask acts on the input of the 5x5 depthwise convolution, the only operator that looks
+beyond one block: everything else is pointwise or has stride = kernel. So a visible output reads visible blocks alone.
+Every function below works on the last three axes [..., h, w, C]; the forms differ in the leading axes and in `spatial_mix`.
+"""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mrmae_jax.models.layers import (Block, Mask, depthwise_conv, from_blocks, gelu, layer_norm, patchify, put_visible,
+                                     sincos_2d, take_visible, to_blocks, xavier_uniform)
+
+CONV_EPS = 1e-5  # the reference hard-codes torch's default in the convolutional blocks and patch embeddings ...
+VIT_EPS = 1e-6   # ... and passes 1e-6 to the transformer blocks and the last norm
+
+
+def torch_uniform(fan_in: int):
+  """torch's default for convolutions, weights and biases alike: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
+  bound = fan_in ** -0.5
+  return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def conv_dense(x: jax.Array, features: int, dtype: Any, name: str) -> jax.Array:
+  """A 1x1 convolution, or one with stride = kernel after `patchify`: Dense with a convolution's initialisation."""
+  init = torch_uniform(x.shape[-1])
+  return nn.Dense(features, kernel_init=init, bias_init=init, dtype=dtype, name=name)(x)
+
+
+class PatchEmbed(nn.Module):
+  """Convolution with stride = kernel = patch_size, LayerNorm over channels, GELU."""
+
+  patch_size: int
+  dim: int
+  xavier: bool = False  # the reference re-initialises the third embedding only
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[..., h, w, C] -> [..., h/p, w/p, dim]."""
+    x = patchify(x, self.patch_size)
+    if self.xavier:
+      bias_init = torch_uniform(x.shape[-1])
+      x = nn.Dense(self.dim, kernel_init=xavier_uniform, bias_init=bias_init, dtype=self.dtype, name="proj")(x)
+    else:
+      x = conv_dense(x, self.dim, self.dtype, "proj")
+    return gelu(layer_norm(CONV_EPS, self.dtype, "norm")(x))
+
+
+def spatial_mix(x: jax.Array, kernel: jax.Array, mask: Mask | None, grid: tuple[int, int]) -> jax.Array:
+  """Depthwise convolution that sees visible positions only.
+
+  Args:
+    x: [B, H, W, C] (dense), or [B, V, s, s, C] (sparse).
+    kernel: [k, k, C].
+    mask: zeroes the masked positions of x before the convolution; None: the whole image is visible.
+    grid: (rows, columns) of tokens.
+
+  Returns:
+    The shape of x. Dense: masked positions hold what spills over from visible neighbours; nothing visible reads them.
+  """
+  if x.ndim == 5:
+    x = from_blocks(put_visible(x, mask), grid)
+    s = x.shape[1] // grid[0]
+    return take_visible(to_blocks(depthwise_conv(x, kernel), s), mask)
+  if mask is not None:
+    s = x.shape[1] // grid[0]
+    visible = ~mask.removed.reshape(-1, *grid, 1)
+    x = jnp.where(jnp.repeat(jnp.repeat(visible, s, 1), s, 2), x, jnp.zeros((), x.dtype))
+  return depthwise_conv(x, kernel)
+
+
+class ConvBlock(nn.Module):
+  """x += conv2(depthwise5x5(mask * conv1(norm1(x)))); x += fc2(gelu(fc1(norm2(x)))). No activation between the convs."""
+
+  mlp_dim: int
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, mask: Mask | None, grid: tuple[int, int]) -> jax.Array:
+    """Same shape out; see `spatial_mix` for the arguments."""
+    dim = x.shape[-1]
+    init = torch_uniform(25)
+    kernel = self.param("depthwise_kernel", init, (5, 5, dim))
+    bias = self.param("depthwise_bias", init, (dim,))
+
+    h = conv_dense(layer_norm(CONV_EPS, self.dtype, "norm1")(x), dim, self.dtype, "conv1")
+    h = spatial_mix(h, kernel, mask, grid) + bias.astype(self.dtype)
+    x = x + conv_dense(h, dim, self.dtype, "conv2")
+    h = conv_dense(layer_norm(CONV_EPS, self.dtype, "norm2")(x), self.mlp_dim, self.dtype, "fc1")
+    return x + conv_dense(gelu(h), dim, self.dtype, "fc2")
+
+
+class ConvViT(nn.Module):
+  """ConvMAE's encoder with its multi-scale fusion.
+
+  Attributes:
+    patch_sizes: strides of the three embeddings; their product is the side of a token in pixels.
+    embed_dims, depths, mlp_ratios: per stage.
+    num_heads: of the transformer stage.
+    sparse: run the convolutional stages on the visible blocks only when there is a mask.
+    dtype: of the computation; parameters are float32.
+  """
+
+  patch_sizes: tuple[int, int, int] = (4, 2, 2)
+  embed_dims: tuple[int, int, int] = (256, 384, 768)
+  depths: tuple[int, int, int] = (2, 2, 11)
+  num_heads: int = 12
+  mlp_ratios: tuple[float, float, float] = (4, 4, 4)
+  sparse: bool = True
+  dtype: Any = jnp.float32
+
+  @property
+  def patch_size(self) -> int:
+    return math.prod(self.patch_sizes)
+
+  @nn.compact
+  def __call__(self, images: jax.Array, mask: Mask | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Encodes normalised images.
+
+    Args:
+      images: [B, H, W, C], both sides multiples of `patch_size`.
+      mask: the visible tokens; None encodes the whole image.
+
+    Returns:
+      x: [B, V, D], norm(stage 3 + stage 1 + stage 2), in the order of `mask.ids_keep`. Without a mask V = N, row by row.
+      out: "stage1", "stage2": the convolutional feature maps [B, H/4, W/4, D1], [B, H/8, W/8, D2] for the default
+        patch sizes, or packed [B, V, 4, 4, D1], [B, V, 2, 2, D2] in the sparse form; "stage3": [B, V, D] before fusion.
+    """
+    b, h, w, _ = images.shape
+    grid = (h // self.patch_size, w // self.patch_size)
+    dim = self.embed_dims[2]
+    sparse = self.sparse and mask is not None
+    out, skips = {}, []
+
+    x = images.astype(self.dtype)
+    if sparse:
+      x = take_visible(to_blocks(x, self.patch_size), mask)
+    token_size = self.patch_size  # side of one token's block, in positions of the current map
+    for stage in (1, 2):
+      p, width, ratio = self.patch_sizes[stage - 1], self.embed_dims[stage - 1], self.mlp_ratios[stage - 1]
+      token_size //= p
+      x = PatchEmbed(p, width, dtype=self.dtype, name=f"patch_embed{stage}")(x)
+      for i in range(self.depths[stage - 1]):
+        x = ConvBlock(int(width * ratio), self.dtype, name=f"blocks{stage}_{i}")(x, mask, grid)
+      out[f"stage{stage}"] = x
+      skips.append(conv_dense(patchify(x, token_size), dim, self.dtype, f"stage{stage}_output_decode"))
+
+    x = PatchEmbed(self.patch_sizes[2], dim, xavier=True, dtype=self.dtype, name="patch_embed3")(x)
+    x, *skips = (y.reshape(b, -1, dim) for y in (x, *skips))
+    x = nn.Dense(dim, kernel_init=xavier_uniform, dtype=self.dtype, name="patch_embed4")(x)
+    pos = jnp.asarray(sincos_2d(dim, grid), self.dtype)
+    if sparse:
+      x = x + pos[mask.ids_keep]
+    else:
+      x = x + pos
+      if mask is not None:
+        x, *skips = (take_visible(y, mask) for y in (x, *skips))
+
+    for i in range(self.depths[2]):
+      x = Block(self.num_heads, int(dim * self.mlp_ratios[2]), VIT_EPS, dtype=self.dtype, name=f"blocks3_{i}")(x)
+    out["stage3"] = x
+    return layer_norm(VIT_EPS, self.dtype, "norm")(x + skips[0] + skips[1]), out

@@ -1,0 +1,63 @@
+"""What pre-training puts on top of the encoder and throws away afterwards: MAE's decoder and the mimic head."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mrmae_jax.models.layers import Block, Mask, layer_norm, put_visible, sincos_2d, xavier_uniform
+
+
+class Decoder(nn.Module):
+  """MAE's decoder: visible tokens and mask tokens, with positions, through a small ViT to one vector per token.
+
+  Attributes:
+    out_dim: length of a prediction, patch_size^2 * channels.
+    dim, depth, num_heads, mlp_ratio: the transformer. ConvMAE takes mlp_ratio from its first encoder stage.
+    dtype: of the computation; parameters are float32.
+  """
+
+  out_dim: int
+  dim: int = 512
+  depth: int = 8
+  num_heads: int = 16
+  mlp_ratio: float = 4
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, tokens: jax.Array, mask: Mask, grid: tuple[int, int]) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Predicts every token of the image from the visible ones.
+
+    Args:
+      tokens: [B, V, D], or [B, 1 + V, D] with a leading CLS token; visible tokens in the order of `mask.ids_keep`.
+      mask: which tokens these are.
+      grid: (rows, columns) of tokens; rows * columns = N.
+
+    Returns:
+      prediction: float32 [B, N, out_dim], row by row, without CLS.
+      out: "tokens": [B, N, dim], what the prediction is read from.
+    """
+    x = nn.Dense(self.dim, kernel_init=xavier_uniform, dtype=self.dtype, name="embed")(tokens)
+    mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.dim)).astype(self.dtype)
+    cls, visible = jnp.split(x, [x.shape[1] - mask.ids_keep.shape[1]], axis=1)
+    x = jnp.where(mask.removed[..., None], mask_token, put_visible(visible, mask))
+    x = jnp.concatenate([cls, x], axis=1) if cls.shape[1] else x
+    x = x + jnp.asarray(sincos_2d(self.dim, grid, cls_token=bool(cls.shape[1])), self.dtype)
+    for i in range(self.depth):
+      x = Block(self.num_heads, int(self.dim * self.mlp_ratio), dtype=self.dtype, name=f"blocks_{i}")(x)
+    out = {"tokens": layer_norm(1e-6, self.dtype, "norm")(x)[:, cls.shape[1]:]}
+    prediction = nn.Dense(self.out_dim, kernel_init=xavier_uniform, dtype=self.dtype, name="pred")(out["tokens"])
+    return prediction.astype(jnp.float32), out
+
+
+class MimicHead(nn.Module):
+  """Linear map from student tokens to the teacher's width: [B, V, D] -> float32 [B, V, out_dim]."""
+
+  out_dim: int
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    x = nn.Dense(self.out_dim, kernel_init=xavier_uniform, dtype=self.dtype, name="linear")(tokens)
+    return x.astype(jnp.float32)

@@ -1,0 +1,191 @@
+"""Building blocks shared by every network: masks and gathers, depthwise convolution, attention, transformer block.
+
+Everything here is written for bfloat16 compute with float32 parameters: Linen casts parameters to `dtype` at use,
+LayerNorm statistics, softmax and convolution sums are accumulated in float32.
+"""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+xavier_uniform = nn.initializers.xavier_uniform()
+
+
+class Mask(NamedTuple):
+  """Which tokens the encoder sees. B images, N tokens, V of them visible; tokens are numbered row by row.
+
+  Attributes:
+    ids_keep: int32 [B, V], the visible tokens, in the order in which the encoder processes them.
+    ids_restore: int32 [B, N], position of each token in the shuffled order (its first V entries are the visible ones).
+  """
+
+  ids_keep: jax.Array
+  ids_restore: jax.Array
+
+  @property
+  def removed(self) -> jax.Array:
+    """bool [B, N], True where the token is masked."""
+    return self.ids_restore >= self.ids_keep.shape[1]
+
+
+def _gather(x: jax.Array, ids: jax.Array) -> jax.Array:
+  return jax.vmap(lambda row, i: jnp.take(row, i, axis=0, mode="clip"))(x, ids)
+
+
+def _take(x, mask):
+  return _gather(x, mask.ids_keep)
+
+
+def _put(x, mask):
+  removed = mask.removed.reshape(mask.removed.shape + (1,) * (x.ndim - 2))
+  return jnp.where(removed, jnp.zeros((), x.dtype), _gather(x, jnp.minimum(mask.ids_restore, x.shape[1] - 1)))
+
+
+# The two moves are each other's transpose. Saying so keeps scatter-adds, slow on every backend, out of the backward pass.
+@jax.custom_vjp
+def take_visible(x: jax.Array, mask: Mask) -> jax.Array:
+  """Visible entries of a token list: [B, N, ...] -> [B, V, ...], in the order of `mask.ids_keep`."""
+  return _take(x, mask)
+
+
+@jax.custom_vjp
+def put_visible(x: jax.Array, mask: Mask) -> jax.Array:
+  """Visible entries back in their places, zeros elsewhere: [B, V, ...] -> [B, N, ...]."""
+  return _put(x, mask)
+
+
+take_visible.defvjp(lambda x, mask: (_take(x, mask), mask), lambda mask, dy: (_put(dy, mask), None))
+put_visible.defvjp(lambda x, mask: (_put(x, mask), mask), lambda mask, dy: (_take(dy, mask), None))
+
+
+def patchify(x: jax.Array, p: int) -> jax.Array:
+  """Cuts maps into p x p patches: [..., H, W, C] -> [..., H/p, W/p, p*p*C], each in (row, column, channel) order.
+
+  A convolution with stride = kernel = p is this followed by a Dense layer.
+  """
+  *lead, h, w, c = x.shape
+  x = x.reshape(*lead, h // p, p, w // p, p, c)
+  return jnp.moveaxis(x, -4, -3).reshape(*lead, h // p, w // p, p * p * c)
+
+
+def to_blocks(x: jax.Array, s: int) -> jax.Array:
+  """Cuts maps into a list of s x s blocks: [B, H, W, C] -> [B, (H/s)*(W/s), s, s, C]."""
+  b, h, w, c = x.shape
+  return patchify(x, s).reshape(b, (h // s) * (w // s), s, s, c)
+
+
+def from_blocks(x: jax.Array, grid: tuple[int, int]) -> jax.Array:
+  """Inverse of `to_blocks`: [B, gh*gw, s, s, C] -> [B, gh*s, gw*s, C]."""
+  b, _, s, _, c = x.shape
+  gh, gw = grid
+  return x.reshape(b, gh, gw, s, s, c).swapaxes(2, 3).reshape(b, gh * s, gw * s, c)
+
+
+def _shifted(x, size):
+  """The size*size shifted copies of zero-padded [B, H, W, C] maps that a centred stencil reads, row by row."""
+  r, (h, w) = size // 2, x.shape[1:3]
+  x = jnp.pad(x, ((0, 0), (r, r), (r, r), (0, 0)))
+  return [x[:, i:i + h, j:j + w] for i in range(size) for j in range(size)]
+
+
+def _depthwise(x, kernel):
+  taps = kernel.reshape(-1, kernel.shape[-1]).astype(jnp.float32)
+  return sum(s.astype(jnp.float32) * tap for s, tap in zip(_shifted(x, kernel.shape[0]), taps)).astype(x.dtype)
+
+
+@jax.custom_vjp
+def depthwise_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """Depthwise convolution, stride 1, zero padding ("same"), as torch computes it (cross-correlation).
+
+  Shift-and-add instead of `lax.conv`: the grouped convolution of XLA is many times slower on CPU and depends on the
+  algorithms that cuDNN finds on GPU. The gradient of the input is the same operator with the kernel turned by
+  180 degrees; the gradient of the kernel is one reduction per tap.
+
+  Args:
+    x: [B, H, W, C].
+    kernel: [k, k, C], k odd.
+  """
+  return _depthwise(x, kernel)
+
+
+def _depthwise_bwd(residuals, dy):
+  x, kernel = residuals
+  dy32 = dy.astype(jnp.float32)
+  dkernel = jnp.stack([jnp.sum(s.astype(jnp.float32) * dy32, (0, 1, 2)) for s in _shifted(x, kernel.shape[0])])
+  return _depthwise(dy, kernel[::-1, ::-1]), dkernel.reshape(kernel.shape).astype(kernel.dtype)
+
+
+depthwise_conv.defvjp(lambda x, kernel: (_depthwise(x, kernel), (x, kernel)), _depthwise_bwd)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+  """Exact GELU in the erf form that torch uses; `jax.nn.gelu(approximate=False)` goes through the slower erfc."""
+  return 0.5 * x * (1.0 + jax.lax.erf(x * np.asarray(np.sqrt(0.5), x.dtype)))
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+  """The sigmoid approximation that OpenAI's CLIP was trained with (openai/CLIP clip/model.py)."""
+  return x * jax.nn.sigmoid(np.asarray(1.702, x.dtype) * x)
+
+
+def sincos_2d(dim: int, grid: tuple[int, int], cls_token: bool = False) -> np.ndarray:
+  """Fixed 2-D sine-cosine position table (MAE, util/pos_embed.py): float32 [N, dim], or [1 + N, dim] with CLS.
+
+  The first half of the channels encodes the column, the second half the row; each half is sines, then cosines, with
+  frequencies 10000^(-k / (dim/4)). The CLS row is zero.
+  """
+  if dim % 4:
+    raise ValueError(f"a 2-D sine-cosine position table needs a width divisible by 4, got {dim}")
+  omega = 10000.0 ** (-np.arange(dim // 4, dtype=np.float64) / (dim // 4))
+  rows, columns = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
+  angles = [axis.reshape(-1, 1) * omega for axis in (columns, rows)]
+  table = np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=1)
+  if cls_token:
+    table = np.concatenate([np.zeros((1, dim)), table])
+  return table.astype(np.float32)
+
+
+def layer_norm(eps: float, dtype: Any, name: str | None = None) -> nn.LayerNorm:
+  """LayerNorm with two-pass float32 statistics; the one-pass default loses digits on CLIP's large residual channels."""
+  return nn.LayerNorm(epsilon=eps, dtype=dtype, use_fast_variance=False, name=name)
+
+
+class Attention(nn.Module):
+  """Multi-head self-attention with packed query, key, value weights in torch's order (3, heads, head_dim)."""
+
+  num_heads: int
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[B, T, D] -> [B, T, D]."""
+    b, t, d = x.shape
+    head_dim = d // self.num_heads
+    qkv = nn.Dense(3 * d, kernel_init=xavier_uniform, dtype=self.dtype, name="qkv")(x)
+    q, k, v = qkv.reshape(b, t, 3, self.num_heads, head_dim).transpose(2, 0, 3, 1, 4)
+    logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(logits * head_dim ** -0.5, axis=-1).astype(self.dtype)
+    x = (weights @ v).transpose(0, 2, 1, 3).reshape(b, t, d)
+    return nn.Dense(d, kernel_init=xavier_uniform, dtype=self.dtype, name="proj")(x)
+
+
+class Block(nn.Module):
+  """Pre-norm transformer block: x += attention(norm(x)); x += mlp(norm(x))."""
+
+  num_heads: int
+  mlp_dim: int
+  eps: float = 1e-6
+  activation: str = "gelu"  # or "quick_gelu"
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[B, T, D] -> [B, T, D]."""
+    dense = lambda features, name: nn.Dense(features, kernel_init=xavier_uniform, dtype=self.dtype, name=name)
+    act = {"gelu": gelu, "quick_gelu": quick_gelu}[self.activation]
+    x = x + Attention(self.num_heads, self.dtype, name="attn")(layer_norm(self.eps, self.dtype, "norm1")(x))
+    h = dense(self.mlp_dim, "fc1")(layer_norm(self.eps, self.dtype, "norm2")(x))
+    return x + dense(x.shape[-1], "fc2")(act(h))

@@ -1,0 +1,272 @@
+"""The method's claims, on tiny random models: what may influence what, and that the two forms of the encoder agree."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mrmae_jax import mrmae
+from mrmae_jax.models.convvit import ConvViT
+from mrmae_jax.models.decoder import Decoder, MimicHead
+from mrmae_jax.models.layers import (depthwise_conv, from_blocks, gelu, patchify, put_visible, sincos_2d, take_visible,
+                                     to_blocks)
+from mrmae_jax.models.vit import ViT
+
+HEIGHT, WIDTH, TEACHER_DIM = 48, 64, 20
+OPTIONS = dict(mask_ratio=0.75, norm_pix=True, pixel_weight=0.7, mimic_weight=1.3)
+
+
+def tiny(encoder, dtype=jnp.float32, **fields):
+  if encoder == "vit":
+    encoder = ViT(patch_size=8, dim=24, depth=2, num_heads=3, mlp_dim=40, dtype=dtype)
+  else:
+    fields = dict(patch_sizes=(2, 2, 2), embed_dims=(8, 12, 24), depths=(2, 1, 2), num_heads=3, mlp_ratios=(2, 3, 2)) | fields
+    encoder = ConvViT(**fields, sparse=encoder == "sparse", dtype=dtype)
+  return mrmae.Model(encoder, Decoder(encoder.patch_size ** 2 * 3, 16, 2, 2, dtype=dtype), MimicHead(TEACHER_DIM, dtype),
+                     (0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
+
+
+def setup(encoder, seed=0, batch=3, size=(HEIGHT, WIDTH), mask_ratio=0.75, **kwargs):
+  """Model, parameters with every bias and gain randomised, images, noise, teacher features."""
+  model = tiny(encoder, **kwargs)
+  rng = np.random.default_rng(seed)
+  images = jnp.asarray(rng.integers(0, 256, (batch, *size, 3), np.uint8))
+  grid = tuple(s // model.encoder.patch_size for s in size)
+  noise = jnp.asarray(rng.random((batch, grid[0] * grid[1]), np.float32))
+  mask = mrmae.sample_mask(noise, mask_ratio)
+
+  def init(key):
+    tokens, encoder_vars = model.encoder.init_with_output(key, jnp.zeros((batch, *size, 3)), mask)
+    return {"encoder": encoder_vars["params"], "decoder": model.decoder.init(key, tokens[0], mask, grid)["params"],
+            "mimic_head": model.mimic_head.init(key, tokens[0])["params"]}
+
+  def fill(path, leaf):  # by hand: compiling an initialisation takes longer than the test
+    values = rng.standard_normal(leaf.shape).astype(np.float32)
+    if path[-1].key == "scale":
+      return jnp.asarray(1 + 0.1 * values)
+    return jnp.asarray(0.1 * values if len(leaf.shape) == 1 else values * np.prod(leaf.shape[:-1]) ** -0.5)
+
+  params = jax.tree_util.tree_map_with_path(fill, jax.eval_shape(init, jax.random.key(0)))
+  features = jnp.asarray(rng.standard_normal((batch, noise.shape[1], TEACHER_DIM), np.float32) * 3 + 1)
+  return model, params, images, noise, features
+
+
+def repeat(removed, patch):  # bool [B, gh, gw] -> [B, H, W]
+  return np.repeat(np.repeat(removed, patch, 1), patch, 2)
+
+
+def removed_pixels(noise, size=(HEIGHT, WIDTH), patch=8):
+  removed = np.asarray(mrmae.sample_mask(noise, 0.75).removed)
+  return repeat(removed.reshape(-1, size[0] // patch, size[1] // patch), patch)[..., None]
+
+
+@pytest.mark.parametrize("encoder", ["dense", "sparse", "vit"])
+def test_masked_pixels_never_reach_a_visible_feature(encoder):
+  model, params, images, noise, _ = setup(encoder)
+  mask = mrmae.sample_mask(noise, 0.75)
+  encode = jax.jit(lambda x: model.encoder.apply({"params": params["encoder"]}, x, mask)[0])
+  pixels = mrmae.normalise(images, model.mean, model.std)
+  other = np.where(removed_pixels(noise), np.random.default_rng(9).normal(0, 7, pixels.shape), pixels).astype(np.float32)
+  np.testing.assert_array_equal(encode(pixels), encode(other))
+  visible = np.where(removed_pixels(noise), pixels, pixels + 0.1).astype(np.float32)
+  assert np.abs(np.asarray(encode(pixels)) - encode(visible)).min(-1).max() > 0  # every visible pixel was changed: so were features
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="mask_ratio")
+def loss_of(model, params, images, noise, features, **options):
+  return mrmae.pretrain_loss(params, images, noise, model, lambda _: features, **(OPTIONS | options))
+
+
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_pixel_targets_of_visible_patches_do_not_count(norm_pix):
+  model, params, images, noise, _ = setup("sparse")
+  mask = mrmae.sample_mask(noise, 0.75)
+  pixels = mrmae.normalise(images, model.mean, model.std)
+  prediction = jnp.asarray(np.random.default_rng(1).standard_normal((3, 48, 192), np.float32))
+  loss = functools.partial(mrmae.pixel_loss, prediction, mask=mask, patch_size=8, norm_pix=norm_pix)
+  other = jnp.where(removed_pixels(noise), pixels, -pixels + 3 * pixels ** 2)
+  assert loss(pixels) == loss(other)
+  assert loss(pixels) != loss(jnp.where(removed_pixels(noise), other + pixels ** 2, pixels))
+
+
+def test_teacher_features_of_masked_tokens_do_not_count():
+  model, params, images, noise, features = setup("sparse")
+  removed = mrmae.sample_mask(noise, 0.75).removed[..., None]
+  loss, terms = loss_of(model, params, images, noise, features)
+  other, _ = loss_of(model, params, images, noise, jnp.where(removed, features * 5 - 2, features))
+  changed, _ = loss_of(model, params, images, noise, jnp.where(removed, features, features[..., ::-1]))
+  assert loss == other and loss != changed
+  np.testing.assert_allclose(loss, 0.7 * terms["pixel"] + 1.3 * terms["mimic"], rtol=1e-6)
+
+
+def test_no_gradient_reaches_the_teacher():
+  model, params, images, noise, features = setup("sparse")
+
+  @jax.jit
+  def loss(gain):
+    return mrmae.pretrain_loss(params, images, noise, model, lambda _: jnp.sin(gain * features), **OPTIONS)[0]
+
+  assert abs(loss(1.0) - loss(2.0)) > 1e-3  # the teacher matters,
+  assert jax.grad(loss)(1.0) == 0           # and is not trained
+
+
+def test_losses_by_hand():
+  rng = np.random.default_rng(0)
+  noise = jnp.asarray(rng.random((2, 12), np.float32))
+  mask = mrmae.sample_mask(noise, 0.5)
+  pixels = rng.standard_normal((2, 6, 8, 3)).astype(np.float32)
+  prediction = rng.standard_normal((2, 12, 12)).astype(np.float32)
+  features, mimicked = rng.standard_normal((2, 12, 7)).astype(np.float32), rng.standard_normal((2, 6, 7)).astype(np.float32)
+  pixel, mimic = [], []
+  for b in range(2):
+    order = np.argsort(noise[b], kind="stable")
+    for token in order[6:]:
+      row, column = divmod(int(token), 4)
+      patch = pixels[b, 2 * row:2 * row + 2, 2 * column:2 * column + 2].reshape(-1)
+      patch = (patch - patch.mean()) / np.sqrt(patch.var(ddof=1) + 1e-6)
+      pixel.append(np.mean((prediction[b, token] - patch) ** 2))
+    for place, token in enumerate(order[:6]):
+      target = features[b, token]
+      target = (target - target.mean()) / np.sqrt(target.var() + 1e-5)
+      mimic.append(np.mean((mimicked[b, place] - target) ** 2))
+  np.testing.assert_allclose(mrmae.pixel_loss(prediction, pixels, mask, 2, True), np.mean(pixel), rtol=1e-5)
+  np.testing.assert_allclose(mrmae.mimic_loss(mimicked, features, mask), np.mean(mimic), rtol=1e-5)
+
+
+@pytest.mark.parametrize("tokens, ratio, visible", [(196, 0.75, 49), (196, 0.7, 58), (196, 0.6, 78), (48, 0.5, 24)])
+def test_mask(tokens, ratio, visible):
+  noise = jax.random.uniform(jax.random.key(0), (200, tokens))
+  mask = mrmae.sample_mask(noise, ratio)
+  assert mask.ids_keep.shape == (200, visible) and (mask.removed.sum(1) == tokens - visible).all()
+  np.testing.assert_array_equal(np.sort(mask.ids_restore, 1), np.tile(np.arange(tokens), (200, 1)))
+  for b in range(3):
+    np.testing.assert_array_equal(mask.ids_restore[b][mask.ids_keep[b]], np.arange(visible))
+  share = np.asarray(mask.removed).mean(0)  # every token is hidden equally often: 6 standard errors
+  assert np.abs(share - (1 - visible / tokens)).max() < 6 * (0.25 / 200) ** 0.5
+
+
+def test_gathers_are_each_others_transpose():
+  mask = mrmae.sample_mask(jax.random.uniform(jax.random.key(1), (2, 12)), 0.6)
+  x, y = jax.random.normal(jax.random.key(2), (2, 12, 3, 5)), jax.random.normal(jax.random.key(3), (2, 4, 3, 5))
+  np.testing.assert_array_equal(take_visible(x, mask), np.take_along_axis(np.asarray(x), np.asarray(mask.ids_keep)[..., None, None], 1))
+  np.testing.assert_array_equal(take_visible(put_visible(y, mask), mask), y)
+  np.testing.assert_array_equal(np.asarray(put_visible(y, mask))[np.asarray(mask.removed)], 0)
+  np.testing.assert_array_equal(jax.vjp(lambda v: take_visible(v, mask), x)[1](y)[0], put_visible(y, mask))
+  np.testing.assert_array_equal(jax.vjp(lambda v: put_visible(v, mask), y)[1](x)[0], take_visible(x, mask))
+
+
+def test_backward_pass_has_no_scatter_and_no_convolution():
+  model, params, images, noise, features = setup("sparse")
+  text = jax.jit(jax.grad(lambda p: loss_of(model, p, images, noise, features)[0])).lower(params).as_text()
+  assert "stablehlo.gather" in text
+  assert "stablehlo.scatter" not in text and "stablehlo.convolution" not in text
+
+
+def test_depthwise_conv_equals_lax_conv():
+  x, dy = jax.random.normal(jax.random.key(0), (2, 7, 9, 6)), jax.random.normal(jax.random.key(1), (2, 7, 9, 6))
+  kernel = jax.random.normal(jax.random.key(2), (5, 5, 6))
+  oracle = lambda x, k: jax.lax.conv_general_dilated(x, k[:, :, None], (1, 1), "SAME", feature_group_count=6,
+                                                     dimension_numbers=("NHWC", "HWIO", "NHWC"), precision="highest")
+  ours, theirs = (jax.vjp(f, x, kernel) for f in (depthwise_conv, oracle))
+  for a, b in zip((ours[0], *ours[1](dy)), (theirs[0], *theirs[1](dy))):
+    np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_patches_are_row_column_channel():
+  x = np.arange(2 * 6 * 8 * 3).reshape(2, 6, 8, 3)
+  patches = patchify(x, 2)
+  np.testing.assert_array_equal(patches[1, 2, 3], x[1, 4:6, 6:8].reshape(-1))
+  np.testing.assert_array_equal(to_blocks(x, 2)[1, 2 * 4 + 3], x[1, 4:6, 6:8])
+  np.testing.assert_array_equal(from_blocks(to_blocks(x, 2), (3, 4)), x)
+
+
+def test_position_table():
+  table = sincos_2d(8, (2, 3))
+  np.testing.assert_allclose(table[1 * 3 + 2], [np.sin(2), np.sin(.02), np.cos(2), np.cos(.02),
+                                                np.sin(1), np.sin(.01), np.cos(1), np.cos(.01)], atol=1e-6)
+  np.testing.assert_array_equal(sincos_2d(8, (2, 3), cls_token=True)[0], 0)
+  with pytest.raises(ValueError, match="divisible by 4, got 6"):
+    sincos_2d(6, (2, 2))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 2e-6), (jnp.bfloat16, 2e-2)])
+@pytest.mark.parametrize("fields, size, ratio", [
+    ({}, (48, 64), 0.75), (dict(patch_sizes=(4, 2, 2)), (64, 96), 0.6), (dict(patch_sizes=(1, 2, 2)), (20, 12), 0.5)])
+def test_sparse_equals_dense(fields, size, ratio, dtype, tolerance):
+  results = []
+  for form in ("dense", "sparse"):
+    model, params, images, noise, features = setup(form, size=size, mask_ratio=ratio, dtype=dtype, **fields)
+    step = jax.jit(jax.value_and_grad(lambda p, m=model: loss_of(m, p, images, noise, features, mask_ratio=ratio)[0]))
+    results.append(step(params))
+  (loss, grads), (sparse_loss, sparse_grads) = results
+  np.testing.assert_allclose(loss, sparse_loss, rtol=tolerance)
+  norm = lambda tree: np.sqrt(sum(np.sum(np.square(x, dtype=np.float64)) for x in jax.tree.leaves(tree)))
+  error = norm(jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), grads, sparse_grads)) / norm(grads)
+  assert error < tolerance, f"relative L2 error of the gradients {error:.1e}"
+
+
+def test_stage_maps_agree_on_visible_blocks():
+  (dense, params, images, noise, _), (sparse, *_) = setup("dense"), setup("sparse")
+  mask = mrmae.sample_mask(noise, 0.75)
+  outs = [jax.jit(m.encoder.apply)({"params": params["encoder"]}, mrmae.normalise(images, m.mean, m.std), mask)[1]
+          for m in (dense, sparse)]
+  for stage, side in (("stage1", 4), ("stage2", 2)):
+    assert outs[0][stage].ndim == 4 and outs[1][stage].shape[1:4] == (12, side, side)
+    np.testing.assert_allclose(take_visible(to_blocks(outs[0][stage], side), mask), outs[1][stage], atol=1e-5)
+  np.testing.assert_allclose(outs[0]["stage3"], outs[1]["stage3"], atol=1e-5)
+
+
+def test_without_a_mask_the_whole_image_is_encoded():
+  model, params, images, _, _ = setup("sparse")
+  encode = jax.jit(model.encoder.apply)
+  x, out = encode({"params": params["encoder"]}, mrmae.normalise(images, model.mean, model.std))
+  assert x.shape == (3, 48, 24) and out["stage1"].shape == (3, 24, 32, 8) and out["stage2"].shape == (3, 12, 16, 12)
+  everything = mrmae.sample_mask(jnp.tile(jnp.arange(48.0) / 48, (3, 1)), 0.0)  # 48 of 48 visible, in order
+  same, _ = encode({"params": params["encoder"]}, mrmae.normalise(images, model.mean, model.std), everything)
+  np.testing.assert_allclose(x, same, atol=1e-5)
+
+
+def test_uint8_and_float_images_are_the_same_input():
+  images = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, -1)
+  a, b = (mrmae.normalise(x, (.1, .2, .3), (.4, .5, .6)) for x in (jnp.asarray(images), jnp.asarray(images / np.float32(255))))
+  np.testing.assert_allclose(a, b, atol=1e-6)
+  np.testing.assert_allclose(b[0, 0, 5], (5 / 255 - np.array([.1, .2, .3])) / [.4, .5, .6], atol=1e-6)
+
+
+def test_gelu_is_the_exact_one():
+  x = jnp.linspace(-6, 6, 1001)
+  np.testing.assert_allclose(gelu(x), jax.nn.gelu(x, approximate=False), atol=1e-6)
+  assert np.abs(gelu(x) - jax.nn.gelu(x, approximate=True)).max() > 1e-4
+
+
+def test_initialisation_is_the_reference_one():
+  """method.md 2.6: xavier for Linear layers and the third embedding, torch's default for every other convolution."""
+  encoder = ConvViT(embed_dims=(64, 96, 128), depths=(1, 1, 1), num_heads=4)
+  p = jax.jit(encoder.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+
+  def uniform(x, bound):  # of all its range, and mean zero
+    x = np.asarray(x)
+    assert np.abs(x).max() <= bound and np.abs(x).max() > bound * (1 - 8 / x.size)
+    assert np.abs(x.mean()) < 4 * bound / (3 * x.size) ** 0.5
+
+  xavier = lambda k: uniform(k, (6 / sum(k.shape)) ** 0.5)
+  for k in (p["patch_embed4"], p["blocks3_0"]["attn"]["qkv"], p["blocks3_0"]["attn"]["proj"], p["blocks3_0"]["fc1"],
+            p["blocks3_0"]["fc2"], p["patch_embed3"]["proj"]):
+    xavier(k["kernel"])
+  for layer in (p["patch_embed1"]["proj"], p["patch_embed2"]["proj"], p["stage1_output_decode"], p["stage2_output_decode"],
+                *(p["blocks1_0"][n] for n in ("conv1", "conv2", "fc1", "fc2"))):
+    bound = layer["kernel"].shape[0] ** -0.5
+    uniform(layer["kernel"], bound)
+    uniform(layer["bias"], bound)
+  uniform(p["patch_embed3"]["proj"]["bias"], (4 * 96) ** -0.5)
+  uniform(p["blocks2_0"]["depthwise_kernel"], 0.2)
+  uniform(p["blocks2_0"]["depthwise_bias"], 0.2)
+  assert not p["blocks3_0"]["fc1"]["bias"].any() and (p["norm"]["scale"] == 1).all()
+
+  mask = mrmae.sample_mask(jnp.arange(16.0)[None] / 16, 0.75)
+  d = Decoder(12, 256, 1, 4).init(jax.random.key(0), jnp.zeros((1, 4, 24)), mask, (4, 4))["params"]
+  assert 0.015 < d["mask_token"].std() < 0.025
+  xavier(d["embed"]["kernel"])
+  xavier(d["pred"]["kernel"])
