@@ -1,0 +1,161 @@
+"""From encoded bytes to uint8 crops, pixel for pixel as torchvision + Pillow.
+
+Images are numpy arrays, uint8 [H, W, 3], RGB. Sizes are (height, width).
+"""
+
+import io
+import math
+
+import numpy as np
+from PIL import Image
+import simplejpeg
+
+from mrmae_jax.data.sources import DataError
+
+# Where Pillow starts to refuse, 537 MB as RGB. Checked here too, because
+# Pillow's limit is a global which other libraries switch off.
+MAX_PIXELS = 178_956_970
+CROP_TRIES = 10
+
+
+def decode_image(data: bytes, name: str) -> np.ndarray:
+  """Decodes one image file to uint8 [H, W, 3].
+
+  The result is that of Pillow's `convert("RGB")`, the field's convention: grey
+  is repeated, a palette is looked up, alpha is dropped without compositing, of
+  an animation the first frame is taken. Two exceptions to "whatever Pillow
+  does": 16-bit grey keeps its high byte (as Pillow does for 16-bit colour),
+  since `convert` would clip it to white; and 32-bit grey is refused, since
+  nothing says which value is white. The EXIF orientation is ignored, as
+  torchvision ignores it.
+
+  Colour and grey JPEGs go through simplejpeg, which gives the same pixels in
+  two thirds of the time. What its strict mode refuses is Pillow's to decide,
+  so that a file is good exactly when the reference implementations read it.
+
+  Raises:
+    DataError: not an image, damaged, or larger than MAX_PIXELS. The size is
+      read from the header, before any pixel memory is allocated.
+  """
+  if not data:
+    raise DataError(f"{name}: the file is empty; replace or remove it")
+  try:
+    with Image.open(io.BytesIO(data)) as picture:
+      width, height = picture.size
+      if width * height <= MAX_PIXELS:
+        return _decode_opened(picture, data)
+    cause = (
+        f"its header claims {width} x {height} pixels, at most {MAX_PIXELS:,} are"
+        " decoded"
+    )
+    error = None
+  except Image.UnidentifiedImageError as caught:
+    cause, error = f"not an image Pillow knows, it begins {data[:16]!r}", caught
+  # Decoders meet hostile bytes here, and Pillow's raise nearly everything:
+  # OSError, SyntaxError, EOFError, struct.error, zlib.error, KeyError, ...
+  except Exception as caught:  # pylint: disable=broad-exception-caught
+    cause, error = f"{caught or type(caught).__name__}", caught
+  raise DataError(
+      f"{name}: cannot be decoded: {cause}; replace or remove it"
+  ) from error
+
+
+def _decode_opened(picture: Image.Image, data: bytes) -> np.ndarray:
+  """Pixels of an opened picture of acceptable size, uint8 [H, W, 3]."""
+  # By mode, not by refusal: simplejpeg does read CMYK, to other colours.
+  if data[:2] == b"\xff\xd8" and picture.mode in ("RGB", "L"):
+    try:
+      return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
+    except ValueError:
+      pass
+  if picture.mode.startswith("I;16"):
+    high_byte = (np.asarray(picture) >> 8).astype(np.uint8)
+    return np.repeat(high_byte[:, :, None], 3, axis=2)
+  if picture.mode in ("I", "F"):
+    raise ValueError(f"pixels of mode {picture.mode!r} have no defined range")
+  return np.asarray(picture.convert("RGB"))
+
+
+def crop_box(
+    height: int,
+    width: int,
+    rng: np.random.Generator,
+    scale: tuple[float, float],
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> tuple[int, int, int, int]:
+  """Draws (top, left, height, width) by the RandomResizedCrop law.
+
+  The law is torchvision's: the area is uniform in `scale` times that of the
+  image, the aspect width / height log-uniform in `ratio`, the place uniform.
+  Crops that do not fit are drawn again, ten times in all; after that comes the
+  largest central crop whose aspect is in `ratio`. The aspect is that of the
+  crop in the image, also when the output is not square.
+  """
+  for _ in range(CROP_TRIES):
+    area = height * width * rng.uniform(*scale)
+    aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+    crop_height = round(math.sqrt(area / aspect))
+    crop_width = round(math.sqrt(area * aspect))
+    if 0 < crop_height <= height and 0 < crop_width <= width:
+      top = int(rng.integers(height - crop_height + 1))
+      left = int(rng.integers(width - crop_width + 1))
+      return top, left, crop_height, crop_width
+  aspect = min(max(width / height, ratio[0]), ratio[1])
+  crop_height = min(height, round(width / aspect))
+  crop_width = min(width, round(height * aspect))
+  return (
+      (height - crop_height) // 2,
+      (width - crop_width) // 2,
+      crop_height,
+      crop_width,
+  )
+
+
+def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+  """Pillow's bicubic with antialiasing, uint8 [H, W, 3] of the given size."""
+  picture = Image.fromarray(image).resize(
+      (size[1], size[0]), Image.Resampling.BICUBIC
+  )
+  return np.asarray(picture)
+
+
+def random_resized_crop(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    size: tuple[int, int],
+    scale: tuple[float, float] = (0.2, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> np.ndarray:
+  """A random part of the image (see `crop_box`), resized to `size`.
+
+  The part is cut out before resizing: `resize(box=)` looks at pixels outside
+  the box and gives other values.
+  """
+  top, left, height, width = crop_box(*image.shape[:2], rng, scale, ratio)
+  return _resize(image[top : top + height, left : left + width], size)
+
+
+def random_flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+  """Mirrors left and right with probability one half."""
+  return image[:, ::-1] if rng.random() < 0.5 else image
+
+
+def center_crop(
+    image: np.ndarray, size: tuple[int, int], crop_pct: float = 0.875
+) -> np.ndarray:
+  """The evaluation view: resize keeping the aspect, cut out the middle.
+
+  The image is scaled until it just covers floor(size / crop_pct) on both sides;
+  for a square size this is the usual "short side to 256, centre 224". The longer
+  side is rounded down and the offset to nearest, both as torchvision does.
+  """
+  height, width = image.shape[:2]
+  cover = [math.floor(side / crop_pct) for side in size]
+  if cover[0] * width >= cover[1] * height:  # The height is what binds.
+    resized = cover[0], cover[0] * width // height
+  else:
+    resized = cover[1] * height // width, cover[1]
+  top = round((resized[0] - size[0]) / 2)
+  left = round((resized[1] - size[1]) / 2)
+  image = _resize(image, resized)
+  return image[top : top + size[0], left : left + size[1]]
