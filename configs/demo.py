@@ -1,0 +1,38 @@
+"""The demo: MR-MAE on scikit-learn's 1,797 handwritten digits, with the bundled teacher. Needs no download, no GPU.
+
+Command:   python -m mrmae_jax.main --config=configs/demo.py --workdir=/tmp/mrmae_demo
+Hardware:  2 CPU cores
+Cost:      under 4 minutes
+Expected:  both losses fall; k-NN accuracy of the frozen encoder on 359 held-out digits rises from start to end
+
+The teacher in configs/demo_teacher was trained without labels on the training split by self-distillation:
+python -m mrmae_jax.tools.train_teacher --source=digits --out=configs/demo_teacher
+"""
+
+from pathlib import Path
+
+from mrmae_jax.config import pretrain
+
+
+def get_config():
+  c = pretrain()
+  c.image_size = (32, 32)
+  c.batch_size = 64
+  c.epochs = 30.0
+  c.dtype = "float32"  # CPUs gain nothing from bfloat16
+  c.encoder.update(patch_sizes=(1, 2, 2), embed_dims=(32, 64, 128), depths=(1, 1, 4), num_heads=4)  # 8 x 8 tokens of 4 pixels
+  c.decoder.update(dim=96, depth=2, num_heads=4)
+  c.teacher.path = str(Path(__file__).parent / "demo_teacher")
+  c.teacher.dtype = "float32"
+  c.data.source = "digits"
+  c.data.holdout_every = 5
+  c.data.crop_scale = (0.5, 1.0)
+  c.data.flip = False  # a mirrored 2 is no digit
+  c.data.eval_crop = 1.0
+  c.data.mean = c.data.std = (0.5, 0.5, 0.5)
+  c.optim.blr = 4e-3
+  c.optim.warmup_epochs = 3.0
+  c.log_every = 50
+  c.eval_every = 10.0
+  c.checkpoint_every = 5.0
+  return c

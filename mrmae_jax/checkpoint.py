@@ -1,0 +1,80 @@
+"""Checkpoints of a run. The only module that knows orbax.
+
+A checkpoint is the whole train state and a JSON record of what run it belongs to. Saving is asynchronous; a checkpoint
+appears under its final name only when it is complete, so a run that is killed while saving finds the previous one.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+
+class WorkdirError(ValueError):
+  """The working directory belongs to a different run, or cannot be used."""
+
+
+class Checkpoints:
+  """The checkpoints of one run, in `workdir`/checkpoints/STEP."""
+
+  def __init__(self, workdir: str | Path, identity: dict[str, Any], keep: int = 2):
+    """Opens the folder and makes sure that what it holds can be continued.
+
+    Args:
+      workdir: of the run; created if it is not there.
+      identity: what must not change when a run continues; flat, JSON values.
+      keep: number of newest checkpoints that stay.
+
+    Raises:
+      WorkdirError: the newest checkpoint was written by a run with another identity.
+    """
+    self.directory = Path(workdir).expanduser().absolute() / "checkpoints"
+    self.identity = identity
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True,
+                                           async_options=ocp.AsyncOptions(timeout_secs=300))
+    try:
+      handlers = {"state": ocp.StandardCheckpointHandler(), "run": ocp.JsonCheckpointHandler()}
+      self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=tuple(handlers), item_handlers=handlers)
+    except OSError as error:
+      raise WorkdirError(f"cannot write to {workdir}: {error}") from None
+    if self.latest_step is not None:
+      saved = self._manager.restore(self.latest_step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
+      changed = [f"{key}: {saved.get(key)!r} there, {identity.get(key)!r} here"
+                 for key in sorted(saved.keys() | identity.keys()) if saved.get(key) != identity.get(key)]
+      if changed:
+        raise WorkdirError(f"{workdir} holds a different run ({'; '.join(changed)}). Choose another --workdir, or repeat the "
+                           "settings of the run that is there")
+
+  @property
+  def latest_step(self) -> int | None:
+    """Updates done at the newest complete checkpoint; None if there is none."""
+    return self._manager.latest_step()
+
+  def restore(self, state):
+    """The newest state, placed as `state` (ShapeDtypeStructs with shardings) says, whatever devices saved it.
+
+    Raises:
+      WorkdirError: the stored arrays have other names, shapes or types.
+    """
+    stored, wanted = _dtypes(self._manager.item_metadata(self.latest_step)["state"]), _dtypes(state)
+    for name in sorted(stored.keys() & wanted.keys()):
+      if stored[name] != wanted[name]:  # orbax itself would cast in silence
+        raise WorkdirError(f"{self.directory}/{self.latest_step}: {name} is stored as {stored[name]}, the run needs {wanted[name]}")
+    try:
+      return self._manager.restore(self.latest_step, args=ocp.args.Composite(state=ocp.args.StandardRestore(state)))["state"]
+    except (ValueError, KeyError) as error:
+      raise WorkdirError(f"{self.directory}/{self.latest_step} does not fit this model: {error}") from None
+
+  def save(self, step: int, state) -> None:
+    """Starts saving; returns when the arrays are copied off the devices."""
+    self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(self.identity)))
+
+  def close(self) -> None:
+    """Waits until everything is on disk."""
+    self._manager.close()
+
+
+def _dtypes(tree) -> dict[str, Any]:
+  return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.dtype
+          for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

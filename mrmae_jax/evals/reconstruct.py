@@ -1,0 +1,78 @@
+"""Pictures of what the decoder makes of held-out images: a PNG per evaluation in WORKDIR/reconstructions."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+from PIL import Image, ImageDraw
+
+from mrmae_jax import data, sharding
+
+COLUMNS = {"original": "original", "masked": "encoder sees", "reconstruction": "decoder output*",
+           "pasted": "visible + output*"}
+NOTE = "* drawn with the mean and contrast of each true patch, which normalised predictions lack"
+MIN_WIDTH = 128  # of one picture, so that digits can be looked at
+
+
+class Evaluator:
+  """Reconstructions of the first held-out images, always with the same masks."""
+
+  def __init__(self, task, frozen, config, mesh, workdir, *, images: int):
+    """Reads the images.
+
+    Args:
+      task, frozen, config, mesh, workdir: of the run.
+      images: number of rows.
+    """
+    self.note = ""  # always has something to show
+    self._frozen, self._folder = frozen, Path(workdir) / "reconstructions"
+    self._images, self._norm_pix = images, config.method.norm_pix
+    source = data.open_split(config.data, "eval" if config.data.holdout_every else "train")
+    count = -(-images // mesh.size) * mesh.size
+    batches = data.eval_batches(source, batch_size=count, image_size=tuple(config.image_size),
+                                crop_pct=config.data.eval_crop, shard=jax.process_index(), num_shards=jax.process_count(),
+                                limit=images)
+    self._batch = sharding.global_batch(next(batches), mesh)
+    batches.close()
+    keys = jax.random.split(jax.random.key(0), count)
+    self._predict = jax.jit(
+        lambda params, frozen, batch: {name: task.predict(params, frozen, batch, keys)[name] for name in COLUMNS},
+        out_shardings=sharding.replicated(mesh))
+
+  def run(self, params, step: int) -> dict:
+    """{"pictures": {"grid": uint8 [H, W, 3]}}; host 0 writes it as PNG."""
+    columns = jax.device_get(self._predict(params, self._frozen, self._batch))
+    picture = draw_grid([columns[name][:self._images] for name in COLUMNS], list(COLUMNS.values()),
+                        NOTE if self._norm_pix else "")
+    if jax.process_index() == 0:
+      self._folder.mkdir(parents=True, exist_ok=True)
+      Image.fromarray(picture).save(self._folder / f"step_{step:07d}.png")
+    return {"pictures": {"grid": picture}}
+
+
+def draw_grid(columns: list[np.ndarray], titles: list[str], note: str = "") -> np.ndarray:
+  """A table of pictures with a title per column.
+
+  Args:
+    columns: float [R, H, W, 3] in [0, 1] each.
+    titles: one per column.
+    note: a line below; "" for none.
+
+  Returns:
+    uint8 [height, width, 3].
+  """
+  rows, height, width, _ = columns[0].shape
+  zoom, gap, line = -(-MIN_WIDTH // width), 4, 16
+  cell_h, cell_w = height * zoom + gap, width * zoom + gap
+  size = (len(columns) * cell_w + gap, rows * cell_h + gap + line + (line if note else 0))
+  canvas = Image.new("RGB", size, "white")
+  draw = ImageDraw.Draw(canvas)
+  for c, (column, title) in enumerate(zip(columns, titles)):
+    draw.text((gap + c * cell_w, 2), title, fill="black")
+    for r, image in enumerate(column):
+      tile = Image.fromarray(np.round(np.clip(image, 0, 1) * 255).astype(np.uint8))
+      canvas.paste(tile.resize((width * zoom, height * zoom), Image.Resampling.NEAREST),
+                   (gap + c * cell_w, line + gap + r * cell_h))
+  if note:
+    draw.text((gap, size[1] - line), note, fill="black")
+  return np.asarray(canvas)

@@ -1,0 +1,114 @@
+"""Command line: `python -m mrmae_jax.main --config=configs/demo.py --workdir=/tmp/demo`.
+
+The same command continues an interrupted run. `--check` opens the data, compiles, runs one step and writes nothing.
+Any key of the configuration can be overridden: `--config.epochs=10 --config.data.source=folder:/my/images`.
+"""
+
+import difflib
+import importlib
+import os
+import runpy
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, e.g. configs/mrmae.py:base.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and pictures; holds at most one run.")
+_CHECK = flags.DEFINE_bool("check", False, "Open the data, compile, run one step, write nothing.")
+
+USAGE_ERROR, DATA_ERROR, NON_FINITE = 2, 3, 4  # exit codes
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs a command line (default: sys.argv); returns the exit code: 0 done, 2 usage, 3 data, 4 non-finite loss."""
+  try:
+    config, workdir = parse(sys.argv if argv is None else argv)
+  except UsageError as error:
+    return _fail(error, USAGE_ERROR)
+
+  import jax  # pylint: disable=g-import-not-at-top; a mistyped command line is answered before jax is loaded
+  from mrmae_jax import train
+  from mrmae_jax.checkpoint import WorkdirError
+  from mrmae_jax.config import ConfigError, validate
+  from mrmae_jax.data import DataError
+  from mrmae_jax.metrics import NonFiniteError
+  from mrmae_jax.weights.table import WeightsError
+
+  try:
+    validate(config, jax.device_count())
+    task = importlib.import_module(f"mrmae_jax.tasks.{config.task}").make(config)
+    train.fit(config, task, workdir, check=_CHECK.value)
+  except (ConfigError, WorkdirError, WeightsError) as error:
+    return _fail(error, USAGE_ERROR)
+  except DataError as error:
+    return _fail(error, DATA_ERROR)
+  except NonFiniteError as error:
+    return _fail(error, NON_FINITE)
+  return 0
+
+
+class UsageError(ValueError):
+  """A command line that cannot be understood."""
+
+
+def parse(argv: list[str]):
+  """Command line -> (configuration, workdir).
+
+  Raises:
+    UsageError: unknown or misspelt flags and keys, values of the wrong type, leftover words, a missing flag, a
+      configuration file that cannot be loaded.
+  """
+  _check_config(argv)
+  try:
+    rest = flags.FLAGS(argv)[1:]
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    raise UsageError(" ".join(str(error.args[0] if error.args else error).split())) from error
+  if rest:
+    hint = f"; did you mean --{rest[0]}?" if "=" in rest[0] and not rest[0].startswith("-") else ""
+    raise UsageError(f"{rest[0]!r} is not an option{hint}")
+  for flag in (_CONFIG, *(() if _CHECK.value else (_WORKDIR,))):
+    if flag.value is None:
+      raise UsageError(f"--{flag.name} is missing: {flags.FLAGS[flag.name].help} Example: python -m mrmae_jax.main "
+                       "--config=configs/demo.py --workdir=/tmp/demo")
+  return _CONFIG.value, _WORKDIR.value
+
+
+def _check_config(argv: list[str]) -> None:
+  """Loads the configuration and looks up every override in it: absl would answer these mistakes with a traceback.
+
+  Raises:
+    UsageError: no such file, one that fails, or a key it does not have, with the nearest one that it has.
+  """
+  values = [argv[i + 1] if arg == "--config" else arg.split("=", 1)[1] for i, arg in enumerate(argv)
+            if arg.startswith("--config=") or (arg == "--config" and i + 1 < len(argv))]
+  if not values:
+    return
+  path, *argument = values[-1].split(":", 1)
+  if not os.path.isfile(path):
+    raise UsageError(f"--config={values[-1]}: no such file; the project's own are in configs/")
+  try:
+    config = runpy.run_path(path)["get_config"](*argument)
+  except Exception as error:  # whatever a user's file may raise
+    raise UsageError(f"--config={values[-1]}: {type(error).__name__}: {error}") from error
+  for arg in argv:
+    if not arg.startswith("--config."):
+      continue
+    node, where = config, "config"
+    for key in arg[2:].split("=")[0].split(".")[1:]:
+      known = list(node.keys()) if hasattr(node, "keys") else []
+      if key not in known:
+        near = difflib.get_close_matches(key, known, 1)
+        hint = f"did you mean {where}.{near[0]}?" if near else f"{where} has {', '.join(known) or 'no keys'}"
+        raise UsageError(f"{arg}: {where} has no key {key!r}; {hint}")
+      node, where = node[key], f"{where}.{key}"
+
+
+def _fail(error: Exception, code: int) -> int:
+  for line in str(error).splitlines():
+    print(f"error: {line}", file=sys.stderr, flush=True)
+  return code
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,164 @@
+"""What a run says: console lines with a progress bar, metrics.jsonl, TensorBoard. Host 0 alone speaks."""
+
+import contextlib
+import json
+import math
+import os
+from pathlib import Path
+import sys
+import time
+
+import jax
+import numpy as np
+import tensorboardX
+from tqdm import tqdm
+
+# bfloat16 peak of one device in FLOP/s: data sheets of NVIDIA and Google Cloud, dense. A v2/v3/v4/v5p/v6e/7x "device" is a
+# chip as JAX counts it, except v2/v3/7x, where it is one of two cores.
+PEAK_FLOPS = {
+    "A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L4": 121e12, "L40S": 362e12, "A10": 125e12,
+    "TPU v2": 23e12, "TPU v3": 61e12, "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12,
+    "TPU v5p": 459e12, "TPU v6 lite": 918e12, "TPU v6e": 918e12,
+}
+
+
+class NonFiniteError(ArithmeticError):
+  """A loss term or norm is nan or infinite."""
+
+
+def peak_flops(device: jax.Device) -> float | None:
+  """bfloat16 peak of a device in FLOP/s, None when unknown; the longest matching name wins."""
+  names = [name for name in PEAK_FLOPS if name.lower() in device.device_kind.lower()]
+  return PEAK_FLOPS[max(names, key=len)] if names else None
+
+
+def check_finite(step: int, metrics: dict[str, float]) -> None:
+  """Raises NonFiniteError naming the step and the terms that are nan or infinite."""
+  bad = [f"{name}={value}" for name, value in metrics.items() if not math.isfinite(value)]
+  if bad:
+    raise NonFiniteError(f"step {step}: {', '.join(bad)} (the checkpoint before this step is intact; try a lower optim.blr, "
+                         "a longer warm-up, or dtype=float32)")
+
+
+class Log:
+  """Writes metrics and shows progress."""
+
+  def __init__(self, workdir: str | Path, total_steps: int, first_step: int = 0):
+    """Opens the logs of `workdir`; records past `first_step`, which a resumed run computes again, are dropped.
+
+    Args:
+      workdir: an existing folder.
+      total_steps: of the run.
+      first_step: updates already done.
+    """
+    self.path = Path(workdir) / "metrics.jsonl"
+    self.tensorboard = Path(workdir) / "tensorboard"
+    self._active = jax.process_index() == 0
+    self._total = total_steps
+    self._bar = None
+    if self._active:
+      kept = [r for r in read(workdir) if r["step"] <= first_step and first_step > 0]
+      temporary = self.path.with_suffix(".tmp")
+      temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
+      os.replace(temporary, self.path)
+      self._file = open(self.path, "a", encoding="utf-8")
+      self._writer = tensorboardX.SummaryWriter(str(self.tensorboard), purge_step=first_step + 1 if first_step else 0)
+      if sys.stderr.isatty():
+        self._bar = tqdm(total=total_steps, initial=first_step, unit="step", smoothing=0.05, dynamic_ncols=True)
+
+  def say(self, text: str) -> None:
+    """One line on the console."""
+    if self._active:
+      (self._bar.write if self._bar else lambda line: print(line, flush=True))(text)
+
+  def advance(self, step: int) -> None:
+    """Moves the progress bar."""
+    if self._bar:
+      self._bar.update(step - self._bar.n)
+
+  def scalars(self, step: int, values: dict[str, float], eta: float = 0.0) -> None:
+    """Writes numbers everywhere; JSONL has one record per call. `eta`: seconds to the end, for the console."""
+    if not self._active:
+      return
+    self._file.write(json.dumps({"step": step, **values}) + "\n")
+    self._file.flush()
+    for name, value in values.items():
+      self._writer.add_scalar(name, value, step)
+    shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+    self.say(f"step {step}/{self._total}  {shown}" + (f"  eta {hms(eta)}" if eta else ""))
+
+  def image(self, step: int, name: str, picture: np.ndarray) -> None:
+    """Writes a picture, uint8 [H, W, 3], to TensorBoard."""
+    if self._active:
+      self._writer.add_image(name, picture, step, dataformats="HWC")
+      self._writer.flush()
+
+  def close(self) -> None:
+    if self._active:
+      self._file.close()
+      self._writer.close()
+    if self._bar:
+      self._bar.close()
+
+
+class Clock:
+  """Throughput of the steps alone: evaluations, checkpoints and compilation are left out."""
+
+  def __init__(self, compiled, batch_size: int, mesh):
+    self._batch_size, self._devices = batch_size, mesh.devices.flatten()
+    cost = compiled.cost_analysis() or {}
+    self._flops = (cost[0] if isinstance(cost, list) else cost).get("flops", 0.0)  # of one device
+    self._paused = self._waited = 0.0
+
+  def start(self, step: int) -> None:
+    self._step, self._time = step, time.monotonic()
+    self._paused = self._waited = 0.0
+
+  @contextlib.contextmanager
+  def pause(self):
+    """Time that is no training: evaluations, saving."""
+    began = time.monotonic()
+    yield
+    self._paused += time.monotonic() - began
+
+  @contextlib.contextmanager
+  def waiting(self):
+    """Time spent waiting for the next batch."""
+    began = time.monotonic()
+    yield
+    self._waited += time.monotonic() - began
+
+  def read(self, step: int) -> dict[str, float]:
+    """Images per second since the last reading, share of the time spent waiting for data; MFU where the peak is known."""
+    seconds = max(time.monotonic() - self._time - self._paused, 1e-9)
+    steps = step - self._step
+    rate = steps * self._batch_size / seconds
+    values = {"images_per_s": rate, "data_wait": min(1.0, self._waited / seconds)}
+    if len(self._devices) > 1:
+      values["images_per_s_per_device"] = rate / len(self._devices)
+    peak = peak_flops(self._devices[0])
+    if peak and self._flops:
+      values["mfu"] = self._flops * steps / seconds / peak
+    memory = self._devices[0].memory_stats() if self._devices[0].process_index == jax.process_index() else None
+    if memory and "peak_bytes_in_use" in memory:
+      values["device_gib"] = memory["peak_bytes_in_use"] / 2 ** 30
+    self.start(step)
+    return values
+
+
+def hms(seconds: float) -> str:
+  """Hours, minutes and seconds: "1:02:03"."""
+  seconds = round(seconds)
+  return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+
+
+def read(workdir: str | Path) -> list[dict]:
+  """Records of a run's metrics.jsonl in order; a torn last line, left by a killed run, is skipped."""
+  path = Path(workdir) / "metrics.jsonl"
+  records = []
+  for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    try:
+      records.append(json.loads(line))
+    except ValueError:
+      continue
+  return records

@@ -1,0 +1,238 @@
+"""One loop for every task. It knows no model and no loss: a task brings them as pure functions."""
+
+import importlib
+import json
+from pathlib import Path
+import time
+from typing import Any, Callable, NamedTuple
+
+from clu import parameter_overview
+import jax
+import jax.numpy as jnp
+import optax
+
+from mrmae_jax import data, optim, sharding
+from mrmae_jax.checkpoint import Checkpoints
+from mrmae_jax.metrics import Clock, Log, check_finite
+
+
+class Task(NamedTuple):
+  """What to train, as pure functions. B images of a batch {"image": uint8 [B, H, W, C], "label": int32 [B]}.
+
+  Attributes:
+    init: key -> params.
+    loss: (params, frozen, batch, keys [B]) -> (scalar loss, {name: scalar} of its terms); means over the batch.
+    predict: (params, frozen, batch, keys [B]) -> {name: array}; evaluators take what they need, jit drops the rest.
+    frozen: arrays that the functions need and that are not trained, e.g. a teacher.
+    identity: JSON values that tell this task from others when a run continues.
+  """
+
+  init: Callable
+  loss: Callable
+  predict: Callable
+  frozen: Any
+  identity: dict[str, Any]
+
+
+class TrainState(NamedTuple):
+  """Everything that a run needs to continue, besides its configuration."""
+
+  step: jax.Array  # updates done, int32
+  params: Any
+  opt_state: Any
+
+
+def sample_keys(seed: int, step, batch_size: int) -> jax.Array:
+  """One key per image of the global batch, [B]: randomness depends on seed, step and place in the batch alone, so it is
+  the same on any number of devices and for any number of micro-batches."""
+  key = jax.random.fold_in(jax.random.key(seed), step)
+  return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(batch_size))
+
+
+def make_train_step(task: Task, tx: optax.GradientTransformation, schedule, seed: int, accum_steps: int = 1):
+  """(state, frozen, batch) -> (state, metrics), to be jitted with the state donated."""
+
+  def gradients(params, frozen, batch, keys):
+    (loss, terms), grads = jax.value_and_grad(task.loss, has_aux=True)(params, frozen, batch, keys)
+    return grads, {"loss": loss, **terms}
+
+  def train_step(state: TrainState, frozen, batch):
+    inputs = (batch, sample_keys(seed, state.step, len(batch["image"])))
+    if accum_steps == 1:
+      grads, metrics = gradients(state.params, frozen, *inputs)
+    else:  # micro-batch i takes every accum_steps-th image, so that each device keeps its own rows
+      inputs = jax.tree.map(lambda x: x.reshape(-1, accum_steps, *x.shape[1:]).swapaxes(0, 1), inputs)
+      accumulate = lambda total, micro: (jax.tree.map(jnp.add, total, gradients(state.params, frozen, *micro)), None)
+      zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype),
+                           jax.eval_shape(gradients, state.params, frozen, *jax.tree.map(lambda x: x[0], inputs)))
+      total, _ = jax.lax.scan(accumulate, zeros, inputs)
+      grads, metrics = jax.tree.map(lambda x: x / accum_steps, total)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics |= {"lr": schedule(state.step), "grad_norm": optax.global_norm(grads),
+                "param_norm": optax.global_norm(params), "update_norm": optax.global_norm(updates)}
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+  return train_step
+
+
+def due(step: int, every: float, total: int) -> bool:
+  """Whether something that happens every `every` steps (a fraction is fine) happens after update `step` of `total`."""
+  return step == total or int(step / every) > int((step - 1) / every)
+
+
+def fit(config, task: Task, workdir: str | Path, check: bool = False) -> TrainState:
+  """Trains `task` to the end of the configured schedule, continuing what `workdir` holds.
+
+  Args:
+    config: validated configuration, see config.py.
+    task: what to train.
+    workdir: folder for checkpoints, metrics, pictures.
+    check: stop after one step; nothing is written.
+
+  Returns:
+    The final state.
+
+  Raises:
+    DataError, WorkdirError, NonFiniteError: with a message for the user.
+  """
+  # 1. Devices and data. The schedule follows from the number of training images.
+  mesh = sharding.make_mesh(**config.mesh)
+  source = data.open_split(config.data, "train")
+  steps_per_epoch = len(source) / config.batch_size
+  total_steps = max(1, round(config.epochs * steps_per_epoch))
+  tx, schedule = optim.adamw(config.optim, config.batch_size, steps_per_epoch, total_steps)
+
+  # 2. Shapes first, then where every array lies, then the arrays, created in place or restored.
+  def init(key):
+    params = task.init(key)
+    return TrainState(jnp.int32(0), params, tx.init(params))
+  shapes = jax.eval_shape(init, jax.random.key(config.seed))
+  shardings = sharding.fsdp_shardings(shapes, mesh)
+  frozen = jax.device_put(task.frozen, sharding.fsdp_shardings(task.frozen, mesh))
+  checkpoints = None if check else Checkpoints(workdir, identity(config, task, source), config.keep_checkpoints)
+  first_step = (checkpoints and checkpoints.latest_step) or 0
+  if first_step:
+    state = checkpoints.restore(jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings))
+  else:
+    state = jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
+  start = describe(config, mesh, source, total_steps, first_step, shapes.params)
+  if check:
+    print(start, flush=True)
+  else:
+    (Path(workdir) / "config.json").write_text(config.to_json(indent=2) + "\n")
+    table = parameter_overview.get_parameter_overview(shapes.params, include_stats=False)
+    (Path(workdir) / "parameters.txt").write_text(table + "\n")
+    log = Log(workdir, total_steps, first_step)
+    log.say(start)
+  if first_step >= total_steps:
+    log.say(f"finished: {workdir} already holds all {total_steps} steps of this run")
+    log.close()
+    checkpoints.close()
+    return state
+
+  # 3. One program, compiled before the first batch is used.
+  batches = data.train_batches(source, seed=config.seed, batch_size=config.batch_size, image_size=tuple(config.image_size),
+                               crop_scale=tuple(config.data.crop_scale), flip=config.data.flip, first_step=first_step,
+                               shard=jax.process_index(), num_shards=jax.process_count(), workers=config.data.workers)
+  batch = sharding.global_batch(next(batches), mesh)
+  began = time.monotonic()
+  step_fn = make_train_step(task, tx, schedule, config.seed, config.optim.accum_steps)
+  step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
+  step_fn = step_fn.lower(state, frozen, batch).compile()
+  compiled = f"compiled the training step in {time.monotonic() - began:.1f} s"
+  if check:
+    state, metrics = step_fn(state, frozen, batch)
+    check_finite(1, jax.device_get(metrics))
+    print(f"{compiled}; one step gave {', '.join(f'{k} {v:.4g}' for k, v in metrics.items())}. Nothing was written.", flush=True)
+    return state
+  log.say(compiled)
+
+  # 4. Evaluators, then the loop. Metrics are fetched one step behind, so that the device never waits for the host.
+  evaluators = {name: importlib.import_module(f"mrmae_jax.evals.{name}").Evaluator(task, frozen, config, mesh, workdir, **options)
+                for name, options in config.evals.items()}
+  for evaluator in evaluators.values():
+    if evaluator.note:
+      log.say(evaluator.note)
+  clock = Clock(step_fn, config.batch_size, mesh)
+
+  def evaluate(step):
+    with clock.pause():
+      for name, evaluator in evaluators.items():
+        result = evaluator.run(state.params, step)
+        for key, picture in result.pop("pictures", {}).items():
+          log.image(step, f"{name}/{key}", picture)
+        if result:
+          log.scalars(step, {f"{name}/{key}": value for key, value in result.items()})
+
+  def report(step, metrics):
+    metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    check_finite(step, metrics)
+    log.advance(step)
+    if due(step, config.log_every, total_steps) or step == first_step + 1:
+      speed = clock.read(step)
+      log.scalars(step, metrics | speed, eta=(total_steps - step) * config.batch_size / speed["images_per_s"])
+
+  if first_step == 0:
+    evaluate(0)
+  clock.start(first_step)
+  pending = None
+  for step in range(first_step + 1, total_steps + 1):
+    state, metrics = step_fn(state, frozen, batch)
+    if step < total_steps:
+      with clock.waiting():
+        batch = sharding.global_batch(next(batches), mesh)
+    if pending:
+      report(*pending)
+    pending = (step, metrics)
+    eval_now = due(step, config.eval_every * steps_per_epoch, total_steps)
+    save_now = due(step, config.checkpoint_every * steps_per_epoch, total_steps)
+    if eval_now or save_now:  # nothing is saved or shown that was not checked
+      report(*pending)
+      pending = None
+    if save_now:
+      with clock.pause():
+        checkpoints.save(step, state)
+    if eval_now:
+      evaluate(step)
+  checkpoints.close()
+  batches.close()
+  log.say(f"done: {total_steps} steps; checkpoint {checkpoints.directory / str(total_steps)}, metrics {log.path}, "
+          f"TensorBoard log {log.tensorboard}")
+  log.close()
+  return state
+
+
+def identity(config, task: Task, source) -> dict[str, Any]:
+  """What must stay the same when a run continues: all that changes its numbers, and not where it runs or what it reports.
+
+  A teacher counts by its weights, not by where they lie.
+  """
+  free = {"teacher.path", "data.workers", "data.data_dir", "optim.accum_steps", "log_every", "eval_every", "checkpoint_every",
+          "keep_checkpoints"}
+  flat = {}
+
+  def walk(node, prefix):
+    for key, value in node.items():
+      name = f"{prefix}{key}"
+      if isinstance(value, dict):
+        walk(value, f"{name}.")
+      elif name not in free and not name.startswith(("mesh.", "evals.")):
+        flat[name] = value
+
+  walk(json.loads(config.to_json()), "")
+  return flat | {"train images": len(source)} | task.identity
+
+
+def describe(config, mesh, source, total_steps: int, first_step: int, params) -> str:
+  """The first lines of a run: what runs where, from which data, how long, how large."""
+  devices = mesh.devices.flatten()
+  sizes = {name: sum(x.size for x in jax.tree.leaves(part)) / 1e6 for name, part in params.items()}
+  return "\n".join([
+      f"process {jax.process_index()} of {jax.process_count()}: {len(devices)} x {devices[0].device_kind}, "
+      f"mesh data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}",
+      f"data: {source.description}",
+      f"parameters: {sum(sizes.values()):.2f} M ({', '.join(f'{name} {size:.2f} M' for name, size in sizes.items())})",
+      f"batch {config.batch_size}, learning rate {config.optim.blr * config.batch_size / 256:.3g} at its peak, "
+      f"{config.epochs:g} epochs = {total_steps} steps"
+      + (f"; continuing after step {first_step}" if first_step else "")])

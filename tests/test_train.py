@@ -1,0 +1,316 @@
+"""The loop: the same numbers on any devices, one compilation, exact resumption, nothing saved that is not finite."""
+
+import json
+import logging
+import os
+from pathlib import Path
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from PIL import Image
+import pytest
+from safetensors.numpy import load_file
+
+from mrmae_jax import data, metrics, optim, sharding, train
+from mrmae_jax.checkpoint import Checkpoints, WorkdirError
+from mrmae_jax.config import validate
+from mrmae_jax.tasks import pretrain
+from tests import tiny
+
+ROOT = Path(__file__).parent.parent
+SHARED = Path(__file__).parent / "goldens"
+
+
+@pytest.fixture(scope="module")
+def setup():
+  """Tiny configuration, its task, and five batches."""
+  config = tiny.get_config()
+  source = data.open_split(config.data, "train")
+  stream = data.train_batches(source, seed=0, batch_size=16, image_size=config.image_size, crop_scale=(0.5, 1.0), flip=False)
+  batches = [next(stream) for _ in range(5)]
+  stream.close()
+  return config, pretrain.make(config), batches
+
+
+def five_steps(setup, num_devices, fsdp=1, accum_steps=1):
+  """Losses of five steps, final parameters, and the shardings they had."""
+  config, task, batches = setup
+  mesh = sharding.make_mesh(fsdp=fsdp, devices=jax.devices()[:num_devices])
+  tx, schedule = optim.adamw(config.optim, 16, steps_per_epoch=50, total_steps=8)
+
+  def init(key):
+    params = task.init(key)
+    return train.TrainState(jnp.int32(0), params, tx.init(params))
+  shardings = sharding.fsdp_shardings(jax.eval_shape(init, jax.random.key(0)), mesh, min_size=64)
+  state = jax.jit(init, out_shardings=shardings)(jax.random.key(0))
+  frozen = jax.device_put(task.frozen, sharding.fsdp_shardings(task.frozen, mesh, min_size=64))
+  step = jax.jit(train.make_train_step(task, tx, schedule, seed=0, accum_steps=accum_steps), donate_argnums=0,
+                 out_shardings=(shardings, sharding.replicated(mesh)))
+  losses = []
+  for batch in batches:
+    state, terms = step(state, frozen, sharding.global_batch(batch, mesh))
+    losses.append([float(terms[name]) for name in ("loss", "pixel", "mimic", "grad_norm")])
+  assert int(state.step) == 5
+  assert step._cache_size() == 1
+  return np.array(losses), jax.device_get(state.params), shardings
+
+
+@pytest.fixture(scope="module")
+def reference(setup):
+  return five_steps(setup, 1)
+
+
+@pytest.mark.parametrize("num_devices, fsdp, accum_steps", [(8, 1, 1), (8, 4, 1), (1, 1, 4), (4, 2, 2)])
+def test_five_steps_agree_on_any_devices(setup, reference, num_devices, fsdp, accum_steps):
+  losses, params, shardings = five_steps(setup, num_devices, fsdp, accum_steps)
+  np.testing.assert_allclose(losses, reference[0], rtol=1e-5)
+
+  def compare(path, a, b):
+    if path[-2:] == (jax.tree_util.DictKey("qkv"), jax.tree_util.DictKey("bias")):
+      # Softmax does not see a key bias: its gradient is zero but for rounding, which Adam blows up to full steps.
+      a, b = np.delete(a.reshape(3, -1), 1, axis=0), np.delete(b.reshape(3, -1), 1, axis=0)
+    np.testing.assert_allclose(a, b, atol=1e-5, err_msg=jax.tree_util.keystr(path))
+  jax.tree_util.tree_map_with_path(compare, params, reference[1])
+  specs = {s.spec for s in jax.tree.leaves(shardings)}
+  assert any("fsdp" in spec for spec in specs) == (fsdp > 1)
+  assert np.abs(np.diff(losses[:, 0])).min() > 1e-3  # the model did move
+
+
+def test_fsdp_rule():
+  mesh = sharding.make_mesh(fsdp=4)
+  tree = {"matrix": np.zeros((12, 64)), "odd": np.zeros((7, 9)), "small": np.zeros(8), "scalar": np.zeros(())}
+  specs = {k: s.spec for k, s in sharding.fsdp_shardings(tree, mesh, min_size=16).items()}
+  assert specs["matrix"] == jax.sharding.PartitionSpec(None, "fsdp")
+  assert all(specs[name] == jax.sharding.PartitionSpec() for name in ("odd", "small", "scalar"))
+  with pytest.raises(ValueError, match="data=3 x fsdp=2 does not fit 8 devices"):
+    sharding.make_mesh(data=3, fsdp=2)
+
+
+def test_masks_and_images_differ_within_a_batch_and_between_steps():
+  keys = jax.random.key_data(train.sample_keys(0, jnp.int32(3), 4))
+  assert len(np.unique(np.concatenate([keys, jax.random.key_data(train.sample_keys(0, jnp.int32(4), 4)),
+                                       jax.random.key_data(train.sample_keys(1, jnp.int32(3), 4))]), axis=0)) == 12
+  np.testing.assert_array_equal(keys[:2], jax.random.key_data(train.sample_keys(0, jnp.int32(3), 2)))
+
+
+def test_schedule_equals_the_reference():
+  golden = json.loads((SHARED / "cosine_schedule.json").read_text())
+  schedule = optim.warmup_cosine(golden["lr"], golden["min_lr"], golden["warmup_epochs"] * 4, golden["epochs"] * 4)
+  np.testing.assert_allclose([schedule(4 * epoch) for epoch in golden["epoch"]], golden["value"], rtol=1e-5, atol=1e-12)
+
+
+def test_adamw_equals_torch():
+  golden = load_file(SHARED / "adamw_lr1.5e-3_b0.9_0.95_wd0.05.safetensors")
+  config = tiny.get_config().optim
+  config.update(blr=1.5e-3, min_lr=1.5e-3, warmup_epochs=0.0)  # a constant rate
+  tx, _ = optim.adamw(config, batch_size=256, steps_per_epoch=1, total_steps=10)
+  params = {"w": jnp.asarray(golden["w0"])}
+  state = tx.init(params)
+  for step in range(5):
+    updates, state = tx.update({"w": jnp.asarray(golden[f"gw{step}"])}, state, params)
+    params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(params["w"], golden[f"w{step + 1}"], atol=1e-6)
+
+
+def test_weight_decay_spares_vectors_only():
+  config = tiny.get_config("vit")
+  params = jax.eval_shape(pretrain.make(config).init, jax.random.key(0))
+  decayed = {"/".join(k.key for k in path): d for path, d in jax.tree_util.tree_leaves_with_path(optim.decayed(params))}
+  assert not any(d for name, d in decayed.items() if name.endswith(("bias", "scale")))
+  assert all(d for name, d in decayed.items() if name.endswith(("kernel", "cls_token", "mask_token")))
+  conv = jax.eval_shape(pretrain.make(tiny.get_config()).init, jax.random.key(0))["encoder"]["blocks1_0"]
+  decayed = optim.decayed(conv)
+  assert decayed["depthwise_kernel"] and not decayed["depthwise_bias"]
+
+
+def test_due():
+  assert [s for s in range(1, 11) if train.due(s, 4, 10)] == [4, 8, 10]
+  assert [s for s in range(1, 11) if train.due(s, 2.5, 10)] == [3, 5, 8, 10]
+
+
+# --- whole runs, in processes of their own ---
+
+
+def run(workdir, *overrides, devices=1, wait=True):
+  env = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT),
+             XLA_FLAGS=f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0")
+  command = [sys.executable, "-m", "mrmae_jax.main", "--config=tests/tiny.py", f"--workdir={workdir}",
+             *(f"--config.{o}" if not o.startswith("--") else o for o in overrides)]
+  process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  if not wait:
+    return process
+  out, err = process.communicate(timeout=300)
+  return process.returncode, out, err
+
+
+def losses(workdir):
+  """{step: (loss, pixel, mimic)} as hexadecimal floats; a step logged twice is an error."""
+  records = [r for r in metrics.read(workdir) if "loss" in r]
+  assert len({r["step"] for r in records}) == len(records)
+  return {r["step"]: tuple(r[k].hex() for k in ("loss", "pixel", "mimic")) for r in records}
+
+
+LONG = ("epochs=0.225",)  # 20 steps, a checkpoint after every fourth
+SLOW = ("eval_every=0.011", "evals.knn.bank=1400")  # an evaluation after every step leaves time to kill the run
+
+
+def saved_steps(workdir):
+  return sorted(int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit())
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+  """An uninterrupted run on 8 devices, and one that was killed between its first checkpoint and its end."""
+  folder = tmp_path_factory.mktemp("runs")
+  code, out, err = run(folder / "whole", *LONG, devices=8)
+  assert code == 0, err
+  process = run(folder / "killed", *LONG, *SLOW, devices=8, wait=False)
+  deadline = time.monotonic() + 240
+  while not saved_steps(folder / "killed") or max(losses(folder / "killed"), default=0) < saved_steps(folder / "killed")[-1] + 2:
+    assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+    time.sleep(0.02)
+  process.send_signal(signal.SIGKILL)
+  process.communicate()
+  assert max(losses(folder / "killed")) < 20
+  return folder, out
+
+
+def test_a_run_says_what_it_did(runs):
+  folder, out = runs
+  assert "parameters: " in out and "encoder" in out and "mimic_head" in out
+  assert "learning rate 0.0025 at its peak" in out and "= 20 steps" in out
+  assert f"checkpoint {folder}/whole/checkpoints/20" in out
+  with Image.open(folder / "whole" / "reconstructions" / "step_0000020.png") as picture:
+    assert picture.size[0] > 4 * 128
+  accuracy = [r["knn/accuracy"] for r in metrics.read(folder / "whole") if "knn/accuracy" in r]
+  assert len(accuracy) == 2 and all(0 <= a <= 1 for a in accuracy)
+  assert any((folder / "whole" / "tensorboard").iterdir())
+  assert json.loads((folder / "whole" / "config.json").read_text())["image_size"] == [32, 48]
+  assert "blocks1_0" in (folder / "whole" / "parameters.txt").read_text()
+
+
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(runs):
+  folder, _ = runs
+  resumed = shutil.copytree(folder / "killed", folder / "resumed")
+  code, out, err = run(resumed, *LONG, devices=8)
+  assert code == 0 and f"continuing after step {saved_steps(folder / 'killed')[-1]}" in out, err
+  assert losses(resumed) == losses(folder / "whole")
+  states = [restore(folder / name) for name in ("whole", "resumed")]
+  jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def test_saved_on_8_devices_continues_on_1(runs):
+  folder, _ = runs
+  moved = shutil.copytree(folder / "killed", folder / "moved")
+  code, out, err = run(moved, *LONG, devices=1)
+  assert code == 0 and f"continuing after step {saved_steps(folder / 'killed')[-1]}" in out, err
+  numbers = [np.array([[float.fromhex(v) for v in row] for _, row in sorted(losses(folder / name).items())])
+             for name in ("moved", "whole")]
+  np.testing.assert_allclose(*numbers, rtol=1e-5)
+
+
+def test_a_finished_run_says_so(runs):
+  folder, _ = runs
+  before = losses(folder / "whole")
+  code, out, _ = run(folder / "whole", *LONG, devices=8)
+  assert code == 0 and "finished: " in out and "all 20 steps" in out
+  assert losses(folder / "whole") == before
+
+
+def test_a_different_run_in_the_workdir_is_refused(runs):
+  folder, _ = runs
+  code, _, err = run(folder / "whole", *LONG, "optim.blr=0.01", "log_every=3", devices=8)
+  assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
+  assert "optim.blr: 0.04 there, 0.01 here" in err and "log_every" not in err
+
+
+def restore(workdir):
+  config = tiny.get_config()
+  config.epochs = 0.225
+  task = pretrain.make(config)
+  source = data.open_split(config.data, "train")
+  tx, _ = optim.adamw(config.optim, 16, 50, 8)
+
+  def init(key):
+    params = task.init(key)
+    return train.TrainState(jnp.int32(0), params, tx.init(params))
+  one = sharding.replicated(sharding.make_mesh(devices=jax.devices()[:1]))
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), jax.eval_shape(init, jax.random.key(0)))
+  checkpoints = Checkpoints(workdir, train.identity(config, task, source))
+  state = checkpoints.restore(shapes)
+  checkpoints.close()
+  return jax.device_get(state)
+
+
+def test_checkpoints_of_another_shape_or_type_are_refused(tmp_path):
+  one = sharding.replicated(sharding.make_mesh(devices=jax.devices()[:1]))
+  struct = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=one)
+  checkpoints = Checkpoints(tmp_path, {"seed": 0})
+  checkpoints.save(3, {"w": jnp.arange(6.0).reshape(2, 3)})
+  checkpoints.close()
+  checkpoints = Checkpoints(tmp_path, {"seed": 0})
+  assert checkpoints.latest_step == 3
+  np.testing.assert_array_equal(checkpoints.restore({"w": struct((2, 3), jnp.float32)})["w"], np.arange(6.0).reshape(2, 3))
+  with pytest.raises(WorkdirError, match=r"w is stored as float32, the run needs int32"):
+    checkpoints.restore({"w": struct((2, 3), jnp.int32)})
+  with pytest.raises(WorkdirError, match="does not fit this model"):
+    checkpoints.restore({"w": struct((3, 3), jnp.float32)})
+  with pytest.raises(WorkdirError, match="does not fit this model"):
+    checkpoints.restore({"w": struct((2, 3), jnp.float32), "v": struct((1,), jnp.float32)})
+  checkpoints.close()
+  with pytest.raises(WorkdirError, match="seed: 0 there, 1 here"):
+    Checkpoints(tmp_path, {"seed": 1})
+
+
+def test_non_finite_loss_stops_the_run_and_is_not_saved(tmp_path):
+  code, _, err = run(tmp_path, "optim.blr=1.6e17", "optim.warmup_epochs=0.0")
+  assert code == 4 and err.count("\n") == 1, err
+  assert "step 2: " in err and "pixel=" in err and "mimic=" in err
+  assert not (tmp_path / "checkpoints" / "4").exists()
+
+
+def test_check_writes_nothing(tmp_path):
+  code, out, err = run(tmp_path / "absent", "--check")
+  assert code == 0 and "Nothing was written" in out, err
+  assert not (tmp_path / "absent").exists()
+
+
+def test_one_compilation(tmp_path, caplog):
+  config = tiny.get_config()
+  validate(config, jax.device_count())
+  jax.config.update("jax_log_compiles", True)
+  try:
+    with caplog.at_level(logging.WARNING):
+      train.fit(config, pretrain.make(config), tmp_path)
+  finally:
+    jax.config.update("jax_log_compiles", False)
+  compiled = [r.getMessage() for r in caplog.records if "Finished XLA compilation of jit(train_step)" in r.getMessage()]
+  assert len(compiled) == 1
+
+
+def test_finite_check_names_step_and_term():
+  with pytest.raises(metrics.NonFiniteError, match=r"step 7: mimic=nan, grad_norm=inf"):
+    metrics.check_finite(7, {"pixel": 1.0, "mimic": float("nan"), "grad_norm": float("inf")})
+
+
+def test_log_survives_a_torn_line_and_drops_what_is_computed_again(tmp_path):
+  (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 0.5}\n{"step": 3, "lo')
+  assert [r["step"] for r in metrics.read(tmp_path)] == [1, 2]
+  log = metrics.Log(tmp_path, 5, first_step=1)
+  log.scalars(2, {"loss": 0.25})
+  log.close()
+  assert metrics.read(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.25}]
+
+
+def test_peak_flops_takes_the_longest_name():
+  device = lambda kind: type("Device", (), {"device_kind": kind})
+  assert metrics.peak_flops(device("NVIDIA H200")) == 989e12
+  assert metrics.peak_flops(device("TPU v5 lite")) == 197e12 and metrics.peak_flops(device("TPU v5p")) == 459e12
+  assert metrics.peak_flops(device("cpu")) is None
