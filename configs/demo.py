@@ -18,10 +18,10 @@ def get_config():
   c = pretrain()
   c.image_size = (32, 32)
   c.batch_size = 64
-  c.epochs = 30.0
+  c.epochs = 16.0
   c.dtype = "float32"  # CPUs gain nothing from bfloat16
-  c.encoder.update(patch_sizes=(1, 2, 2), embed_dims=(32, 64, 128), depths=(1, 1, 4), num_heads=4)  # 8 x 8 tokens of 4 pixels
-  c.decoder.update(dim=96, depth=2, num_heads=4)
+  c.encoder.update(patch_sizes=(1, 2, 2), embed_dims=(32, 64, 96), depths=(1, 1, 3), num_heads=4)  # 8 x 8 tokens of 4 pixels
+  c.decoder.update(dim=64, depth=2, num_heads=4)
   c.teacher.path = str(Path(__file__).parent / "demo_teacher")
   c.teacher.dtype = "float32"
   c.data.source = "digits"

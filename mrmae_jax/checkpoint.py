@@ -70,8 +70,12 @@ class Checkpoints:
     """Starts saving; returns when the arrays are copied off the devices."""
     self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(self.identity)))
 
+  def wait(self) -> None:
+    """Returns when everything is on disk."""
+    self._manager.wait_until_finished()
+
   def close(self) -> None:
-    """Waits until everything is on disk."""
+    """Waits and gives up the folder."""
     self._manager.close()
 
 

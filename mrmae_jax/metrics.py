@@ -22,6 +22,11 @@ PEAK_FLOPS = {
 }
 
 
+# What is logged beside losses and evaluations.
+NOT_RESULTS = {"step", "lr", "grad_norm", "param_norm", "update_norm", "images_per_s", "images_per_s_per_device", "data_wait", "mfu",
+               "device_gib"}
+
+
 class NonFiniteError(ArithmeticError):
   """A loss term or norm is nan or infinite."""
 
@@ -87,6 +92,11 @@ class Log:
     shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
     self.say(f"step {step}/{self._total}  {shown}" + (f"  eta {hms(eta)}" if eta else ""))
 
+  def text(self, name: str, content: str) -> None:
+    """Writes a text file beside the metrics."""
+    if self._active:
+      (self.path.parent / name).write_text(content + "\n", encoding="utf-8")
+
   def image(self, step: int, name: str, picture: np.ndarray) -> None:
     """Writes a picture, uint8 [H, W, 3], to TensorBoard."""
     if self._active:
@@ -144,6 +154,16 @@ class Clock:
       values["device_gib"] = memory["peak_bytes_in_use"] / 2 ** 30
     self.start(step)
     return values
+
+
+def summary(workdir: str | Path) -> list[str]:
+  """First and last value of each loss and evaluation of a run: "mimic: 1.9 at step 1, 0.4 at step 600"."""
+  series = {}
+  for record in read(workdir):
+    for name, value in record.items():
+      series.setdefault(name, []).append((record["step"], value))
+  return [f"{name}: {points[0][1]:.4g} at step {points[0][0]}, {points[-1][1]:.4g} at step {points[-1][0]}"
+          for name, points in series.items() if name not in NOT_RESULTS]
 
 
 def hms(seconds: float) -> str:

@@ -1,5 +1,6 @@
 """One loop for every task. It knows no model and no loss: a task brings them as pure functions."""
 
+import contextlib
 import importlib
 import json
 from pathlib import Path
@@ -13,7 +14,7 @@ import optax
 
 from mrmae_jax import data, optim, sharding
 from mrmae_jax.checkpoint import Checkpoints
-from mrmae_jax.metrics import Clock, Log, check_finite
+from mrmae_jax.metrics import Clock, Log, check_finite, summary
 
 
 class Task(NamedTuple):
@@ -96,6 +97,11 @@ def fit(config, task: Task, workdir: str | Path, check: bool = False) -> TrainSt
   Raises:
     DataError, WorkdirError, NonFiniteError: with a message for the user.
   """
+  with contextlib.ExitStack() as closing:  # whatever ends the run: a save under way is finished, workers and logs are closed
+    return _fit(config, task, workdir, check, closing)
+
+
+def _fit(config, task: Task, workdir, check: bool, closing: contextlib.ExitStack) -> TrainState:
   # 1. Devices and data. The schedule follows from the number of training images.
   mesh = sharding.make_mesh(**config.mesh)
   source = data.open_split(config.data, "train")
@@ -110,8 +116,11 @@ def fit(config, task: Task, workdir: str | Path, check: bool = False) -> TrainSt
   shapes = jax.eval_shape(init, jax.random.key(config.seed))
   shardings = sharding.fsdp_shardings(shapes, mesh)
   frozen = jax.device_put(task.frozen, sharding.fsdp_shardings(task.frozen, mesh))
-  checkpoints = None if check else Checkpoints(workdir, identity(config, task, source), config.keep_checkpoints)
-  first_step = (checkpoints and checkpoints.latest_step) or 0
+  first_step = 0
+  if not check:
+    checkpoints = Checkpoints(workdir, identity(config, task, source), config.keep_checkpoints)
+    closing.callback(checkpoints.close)
+    first_step = checkpoints.latest_step or 0
   if first_step:
     state = checkpoints.restore(jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings))
   else:
@@ -120,21 +129,20 @@ def fit(config, task: Task, workdir: str | Path, check: bool = False) -> TrainSt
   if check:
     print(start, flush=True)
   else:
-    (Path(workdir) / "config.json").write_text(config.to_json(indent=2) + "\n")
-    table = parameter_overview.get_parameter_overview(shapes.params, include_stats=False)
-    (Path(workdir) / "parameters.txt").write_text(table + "\n")
     log = Log(workdir, total_steps, first_step)
+    closing.callback(log.close)
+    log.text("config.json", config.to_json(indent=2))
+    log.text("parameters.txt", parameter_overview.get_parameter_overview(shapes.params, include_stats=False))
     log.say(start)
   if first_step >= total_steps:
-    log.say(f"finished: {workdir} already holds all {total_steps} steps of this run")
-    log.close()
-    checkpoints.close()
+    log.say("\n  ".join([f"finished: {workdir} already holds all {total_steps} steps of this run", *summary(workdir)]))
     return state
 
   # 3. One program, compiled before the first batch is used.
   batches = data.train_batches(source, seed=config.seed, batch_size=config.batch_size, image_size=tuple(config.image_size),
                                crop_scale=tuple(config.data.crop_scale), flip=config.data.flip, first_step=first_step,
                                shard=jax.process_index(), num_shards=jax.process_count(), workers=config.data.workers)
+  closing.callback(batches.close)
   batch = sharding.global_batch(next(batches), mesh)
   began = time.monotonic()
   step_fn = make_train_step(task, tx, schedule, config.seed, config.optim.accum_steps)
@@ -154,14 +162,16 @@ def fit(config, task: Task, workdir: str | Path, check: bool = False) -> TrainSt
   for evaluator in evaluators.values():
     if evaluator.note:
       log.say(evaluator.note)
+  pictures = {}  # the newest of each evaluator
   clock = Clock(step_fn, config.batch_size, mesh)
 
   def evaluate(step):
     with clock.pause():
       for name, evaluator in evaluators.items():
         result = evaluator.run(state.params, step)
-        for key, picture in result.pop("pictures", {}).items():
-          log.image(step, f"{name}/{key}", picture)
+        for path, picture in result.pop("pictures", {}).items():
+          log.image(step, f"{name}/{Path(path).parent.name}", picture)
+          pictures[name] = path
         if result:
           log.scalars(step, {f"{name}/{key}": value for key, value in result.items()})
 
@@ -195,11 +205,10 @@ def fit(config, task: Task, workdir: str | Path, check: bool = False) -> TrainSt
         checkpoints.save(step, state)
     if eval_now:
       evaluate(step)
-  checkpoints.close()
-  batches.close()
-  log.say(f"done: {total_steps} steps; checkpoint {checkpoints.directory / str(total_steps)}, metrics {log.path}, "
-          f"TensorBoard log {log.tensorboard}")
-  log.close()
+  checkpoints.wait()
+  log.say("\n  ".join([
+      f"done: {total_steps} steps", *summary(workdir), *(f"{name}: {path}" for name, path in pictures.items()),
+      f"TensorBoard log: {log.tensorboard}", f"checkpoint: {checkpoints.directory / str(total_steps)}"]))
   return state
 
 

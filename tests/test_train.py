@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 from pathlib import Path
 import shutil
 import signal
@@ -186,7 +187,10 @@ def test_a_run_says_what_it_did(runs):
   folder, out = runs
   assert "parameters: " in out and "encoder" in out and "mimic_head" in out
   assert "learning rate 0.0025 at its peak" in out and "= 20 steps" in out
-  assert f"checkpoint {folder}/whole/checkpoints/20" in out
+  last = out[out.index("done: 20 steps"):]
+  assert f"checkpoint: {folder}/whole/checkpoints/20" in last and f"TensorBoard log: {folder}/whole/tensorboard" in last
+  assert f"reconstruct: {folder}/whole/reconstructions/step_0000020.png" in last
+  assert re.search(r"knn/accuracy: 0\.\d+ at step 0, 0\.\d+ at step 20", last) and "mimic: " in last and "pixel: " in last
   with Image.open(folder / "whole" / "reconstructions" / "step_0000020.png") as picture:
     assert picture.size[0] > 4 * 128
   accuracy = [r["knn/accuracy"] for r in metrics.read(folder / "whole") if "knn/accuracy" in r]

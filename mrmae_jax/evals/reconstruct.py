@@ -40,14 +40,15 @@ class Evaluator:
         out_shardings=sharding.replicated(mesh))
 
   def run(self, params, step: int) -> dict:
-    """{"pictures": {"grid": uint8 [H, W, 3]}}; host 0 writes it as PNG."""
+    """{"pictures": {path of the PNG: uint8 [H, W, 3]}}; host 0 writes it."""
     columns = jax.device_get(self._predict(params, self._frozen, self._batch))
     picture = draw_grid([columns[name][:self._images] for name in COLUMNS], list(COLUMNS.values()),
                         NOTE if self._norm_pix else "")
+    path = self._folder / f"step_{step:07d}.png"
     if jax.process_index() == 0:
       self._folder.mkdir(parents=True, exist_ok=True)
-      Image.fromarray(picture).save(self._folder / f"step_{step:07d}.png")
-    return {"pictures": {"grid": picture}}
+      Image.fromarray(picture).save(path)
+    return {"pictures": {path: picture}}
 
 
 def draw_grid(columns: list[np.ndarray], titles: list[str], note: str = "") -> np.ndarray:

@@ -10,7 +10,8 @@ on 2 CPU cores. For photographs, on an accelerator, start from
 A student and its moving average, the teacher, see two random views of an image. The student learns to predict the
 teacher's output for the other view. Departures from the paper, for minutes of training instead of days: the student sees
 half of the patches of its view instead of extra small crops, the head sees the mean patch beside CLS and is normalised over
-the batch, positions start from the sine-cosine table. What the teacher has learnt is written as a Hugging Face ViT folder,
+the batch, positions start from the sine-cosine table. At the end the tokens are centred: what all of them share, most of
+their length and no information, is taken out of the last bias. What the teacher has learnt is written as a Hugging Face ViT folder,
 which `mrmae_jax.teachers` and transformers' `ViTModel` read. Labels, where there are any, only serve to print the held-out
 k-NN accuracy. The same seed gives the same weights on the same machine.
 """
@@ -289,9 +290,25 @@ def train(options):
         if not np.isfinite(loss):
           raise UsageError(f"the loss is {loss} at step {step}; try a lower --lr than {options.lr}")
         progress.set_postfix(loss=f"{loss:.3f}")
-      if (step + 1) % (options.eval_every * steps_per_epoch) == 0 or step + 1 == total_steps:
+      if (step + 1) % (options.eval_every * steps_per_epoch) == 0 and step + 1 < total_steps:
         evaluate((step + 1) / steps_per_epoch)
+  state = state._replace(teacher=state.teacher | {"vit": centred(vit, state.teacher["vit"], source, options.image_size)})
+  evaluate(options.epochs)
   return vit, state.teacher["vit"], history
+
+
+def centred(vit: ViT, params, source, size: int):
+  """`params` with the mean patch token of the last block's residual stream, over up to 4,096 images, moved to zero.
+
+  A student that mimics tokens normalised one by one would otherwise learn this one vector and little else.
+  """
+  tokens = jax.jit(lambda images: vit.apply({"params": params}, normalise(images, MEAN, STD))[1]["raw"][:, 1:].mean(1))
+  batches = data.eval_batches(source, batch_size=64, image_size=(size, size), crop_pct=1.0, limit=4096)
+  mean = np.concatenate([tokens(batch["image"])[batch["valid"]] for batch in batches]).mean(0)
+  batches.close()
+  last = f"blocks_{vit.depth - 1}"
+  fc2 = params[last]["fc2"]
+  return params | {last: params[last] | {"fc2": fc2 | {"bias": fc2["bias"] - mean}}}
 
 
 def to_hf(params, depth: int, patch_size: int) -> dict[str, np.ndarray]:

@@ -1,0 +1,56 @@
+"""Heavy packages stay where they belong; training imports neither torch nor TensorFlow."""
+
+from pathlib import Path
+import subprocess
+import sys
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MODULES = sorted(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+                 for path in (ROOT / "mrmae_jax").rglob("*.py"))
+HEAVY = ("torch", "tensorflow", "transformers", "keras")
+
+
+def loaded(code):
+  """Top-level packages in a clean process after `code`."""
+  done = subprocess.run([sys.executable, "-c", f"{code}\nimport sys; print(*{{m.split('.')[0] for m in sys.modules}})"],
+                        cwd=ROOT, capture_output=True, text=True, check=True)
+  return set(done.stdout.split())
+
+
+def test_no_module_imports_torch_tensorflow_or_transformers():
+  assert not loaded("\n".join(f"import {m}" for m in MODULES)).intersection(HEAVY)
+
+
+def test_a_training_run_imports_neither_torch_nor_tensorflow(tmp_path):
+  code = ("import sys; from mrmae_jax import main\n"
+          f"sys.argv = ['main', '--config=tests/tiny.py', '--workdir={tmp_path}/run', '--config.epochs=0.03', "
+          "'--config.optim.warmup_epochs=0.0']\nassert main.main() == 0")
+  packages = loaded(code)
+  assert "jax" in packages and (tmp_path / "run" / "checkpoints").is_dir()
+  assert not packages.intersection(HEAVY)
+
+
+@pytest.mark.parametrize("package, allowed", [
+    ("flax", ("models/",)), ("orbax", ("checkpoint.py",)), ("grain", ("data/",)), ("tensorflow_datasets", ("data/",)),
+    ("tensorboardX", ("metrics.py",)), ("torch", ()), ("tensorflow", ()), ("transformers", ())])
+def test_each_heavy_package_has_one_home(package, allowed):
+  package_dir = ROOT / "mrmae_jax"
+  users = {str(path.relative_to(package_dir)) for path in package_dir.rglob("*.py") for line in path.read_text().splitlines()
+           if line.strip().startswith((f"import {package}", f"from {package}"))
+           and line.split()[1].split(".")[0] == package}
+  assert all(user.startswith(allowed) for user in users) if allowed else not users
+  assert not allowed or users  # the rule is about something
+
+
+def test_models_know_nothing_of_the_rest():
+  for path in (ROOT / "mrmae_jax" / "models").glob("*.py"):
+    for line in path.read_text().splitlines():
+      if line.startswith(("from mrmae_jax", "import mrmae_jax")):
+        assert line.startswith("from mrmae_jax.models"), f"{path.name}: {line}"
+
+
+def test_the_loop_knows_no_model_and_no_loss():
+  text = (ROOT / "mrmae_jax" / "train.py").read_text()
+  assert "mrmae_jax.models" not in text and "import mrmae" not in text and "teachers" not in text
