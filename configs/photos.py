@@ -5,8 +5,9 @@ Command:   python -m mrmae_jax.main --config=configs/photos.py --workdir=DIR --c
            TEACHER is a CLIP or DINO folder with 16-pixel patches (`hf download openai/clip-vit-base-patch16 --local-dir
            clip-b16`), one of your own making (python -m mrmae_jax.tools.train_teacher --help), or "" for none
 Hardware:  1 GPU, or 2 CPU cores with --config.dtype=float32 --config.teacher.dtype=float32
-Cost:      0.5 GFLOP per image and step beside the teacher; 300 steps of 64 images take some 4 minutes on 2 CPU cores
-Expected:  both losses fall from the first hundred steps on; reconstructions show colours and coarse shapes
+Cost:      0.5 GFLOP per image and step beside the teacher; 20 epochs of 900 photographs take 5 minutes on 2 CPU cores
+Expected:  with a teacher of one's own, 20 epochs of 900 photographs brought the mimic loss from 1.93 to 0.08 and the pixel
+           loss from 1.27 to 0.87; reconstructions are still blurred then, hundreds of epochs sharpen them
 """
 
 from mrmae_jax.config import pretrain
