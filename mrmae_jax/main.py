@@ -22,8 +22,13 @@ USAGE_ERROR, DATA_ERROR, NON_FINITE = 2, 3, 4  # exit codes
 
 def main(argv: list[str] | None = None) -> int:
   """Runs a command line (default: sys.argv); returns the exit code: 0 done, 2 usage, 3 data, 4 non-finite loss."""
+  argv = sys.argv if argv is None else argv
+  if {"-h", "--help", "--helpfull"}.intersection(argv[1:]):
+    print(__doc__, *(f"  --{flag.name}: {flags.FLAGS[flag.name].help}" for flag in (_CONFIG, _WORKDIR, _CHECK)), sep="\n")
+    print("\nThe keys of a configuration, with defaults and meaning: mrmae_jax/config.py")
+    return 0
   try:
-    config, workdir = parse(sys.argv if argv is None else argv)
+    config, workdir = parse(argv)
   except UsageError as error:
     return _fail(error, USAGE_ERROR)
 

@@ -179,6 +179,13 @@ def test_a_missing_flag_is_named():
   assert code == 2 and "--workdir is missing" in err and err.count("\n") == 1
 
 
+def test_help():
+  env = dict(os.environ, PYTHONPATH=str(ROOT))
+  out = subprocess.run([sys.executable, "-m", "mrmae_jax.main", "--help"], cwd=ROOT, env=env, capture_output=True, text=True,
+                       check=True).stdout
+  assert "python -m mrmae_jax.main --config=configs/demo.py" in out and "--check: " in out and "--workdir: " in out
+
+
 def test_an_unreadable_image_is_named(tmp_path):
   for i in range(20):
     (tmp_path / f"{i:02}.jpg").write_bytes(b"<html>not found</html>")
