@@ -114,10 +114,10 @@ class Log:
 class Clock:
   """Throughput of the steps alone: evaluations, checkpoints and compilation are left out."""
 
-  def __init__(self, compiled, batch_size: int, mesh):
+  def __init__(self, compiled, batch_size: int, accum_steps: int, mesh):
     self._batch_size, self._devices = batch_size, mesh.devices.flatten()
-    cost = compiled.cost_analysis() or {}
-    self._flops = (cost[0] if isinstance(cost, list) else cost).get("flops", 0.0)  # of one device
+    # XLA's count is that of one device, and of one round of a loop: the optimiser, small beside it, is counted too often.
+    self._flops = (compiled.cost_analysis() or {}).get("flops", 0.0) * accum_steps
     self._paused = self._waited = 0.0
 
   def start(self, step: int) -> None:

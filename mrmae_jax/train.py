@@ -163,7 +163,7 @@ def _fit(config, task: Task, workdir, check: bool, closing: contextlib.ExitStack
     if evaluator.note:
       log.say(evaluator.note)
   pictures = {}  # the newest of each evaluator
-  clock = Clock(step_fn, config.batch_size, mesh)
+  clock = Clock(step_fn, config.batch_size, config.optim.accum_steps, mesh)
 
   def evaluate(step):
     with clock.pause():

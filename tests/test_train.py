@@ -313,6 +313,19 @@ def test_log_survives_a_torn_line_and_drops_what_is_computed_again(tmp_path):
   assert metrics.read(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.25}]
 
 
+def test_mfu_counts_every_micro_batch(monkeypatch):
+  now = iter([100.0, 103.0, 107.0, 110.0, 110.0])  # started, paused from 103 to 107, read at 110
+  monkeypatch.setattr(metrics.time, "monotonic", lambda: next(now))
+  monkeypatch.setattr(metrics, "peak_flops", lambda device: 1e9)
+  program = type("Program", (), {"cost_analysis": lambda self: {"flops": 5e6}})()
+  clock = metrics.Clock(program, 16, 4, sharding.make_mesh(devices=jax.devices()[:1]))
+  clock.start(10)
+  with clock.pause():
+    pass
+  values = clock.read(12)  # 2 steps of 16 images in 6 seconds
+  assert values["images_per_s"] == pytest.approx(32 / 6) and values["mfu"] == pytest.approx(2 * 4 * 5e6 / 6 / 1e9)
+
+
 def test_peak_flops_takes_the_longest_name():
   device = lambda kind: type("Device", (), {"device_kind": kind})
   assert metrics.peak_flops(device("NVIDIA H200")) == 989e12
