@@ -2,8 +2,9 @@
 
 Command:   python -m mrmae_jax.main --config=configs/demo.py --workdir=/tmp/mrmae_demo
 Hardware:  2 CPU cores
-Cost:      under 4 minutes
-Expected:  both losses fall; k-NN accuracy of the frozen encoder on 359 held-out digits rises from start to end
+Cost:      under 4 minutes (measured: 2 min 33 s)
+Expected:  mimic loss 2.20 to 0.15, pixel loss 1.78 to 0.57, k-NN accuracy of the frozen encoder on 359 held-out digits 0.74
+           to 0.89
 
 The teacher in configs/demo_teacher was trained without labels on the training split by self-distillation:
 python -m mrmae_jax.tools.train_teacher --source=digits --out=configs/demo_teacher
