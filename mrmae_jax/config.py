@@ -10,7 +10,7 @@ from ml_collections.config_dict import placeholder
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-CONVVIT = {  # fields of models.convvit.ConvViT; sizes: method.md 2.8 (L and H from third-party code of the family)
+CONVVIT = {  # fields of models.convvit.ConvViT. B: Alpha-VL/ConvMAE; L: mx-mark/DMJD; S, H: public forks only
     "small": dict(embed_dims=(128, 256, 384), depths=(2, 2, 11), num_heads=6, mlp_ratios=(4.0, 4.0, 4.0)),
     "base": dict(embed_dims=(256, 384, 768), depths=(2, 2, 11), num_heads=12, mlp_ratios=(4.0, 4.0, 4.0)),
     "large": dict(embed_dims=(384, 768, 1024), depths=(2, 2, 23), num_heads=16, mlp_ratios=(8.0, 8.0, 4.0)),

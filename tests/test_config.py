@@ -71,7 +71,7 @@ def test_demo_validates():
   assert sum(f.stat().st_size for f in (ROOT / "configs" / "demo_teacher").iterdir()) < 2_000_000
 
 
-# method.md 2.8: encoder without the fusion convolutions, those, decoder, in millions
+# Counted on the reference code of these sizes: encoder without the fusion convolutions, those, decoder, in millions
 @pytest.mark.parametrize("size, encoder, fusion, decoder", [
     ("small", 21.87, 1.18, 25.81), ("base", 84.46, 4.33, 26.01), ("large", 321.75, 9.44, 42.93), ("huge", 679.21, 20.97, 43.06)])
 def test_parameter_counts_are_the_published_ones(size, encoder, fusion, decoder):

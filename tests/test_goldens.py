@@ -78,7 +78,7 @@ def load(name, sparse):
 
 
 def close(actual, expected, tolerance, what):
-  error = np.abs(np.asarray(actual) - expected).max() / np.abs(expected).max()
+  error = np.abs(np.asarray(actual) - expected).max() / max(np.abs(expected).max(), 1e-12)
   assert error < tolerance, f"{what}: largest error {error:.1e} of the largest entry, allowed {tolerance:.0e}"
 
 

@@ -242,7 +242,7 @@ def test_gelu_is_the_exact_one():
 
 
 def test_initialisation_is_the_reference_one():
-  """method.md 2.6: xavier for Linear layers and the third embedding, torch's default for every other convolution."""
+  """As Alpha-VL/ConvMAE does it: xavier for Linear layers and the third embedding, torch's default for every other convolution."""
   encoder = ConvViT(embed_dims=(64, 96, 128), depths=(1, 1, 1), num_heads=4)
   p = jax.jit(encoder.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
 
