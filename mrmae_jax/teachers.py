@@ -15,12 +15,12 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from mrmae_jax.config import IMAGENET_MEAN, IMAGENET_STD
 from mrmae_jax.models.vit import ViT
 from mrmae_jax.mrmae import normalise
 from mrmae_jax.weights import hf
 from mrmae_jax.weights.table import WeightsError, convert
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
