@@ -99,7 +99,7 @@ def read_spec(path: str, image_size: tuple[int, int], dtype: str = "bfloat16") -
     raise WeightsError(f"teacher {folder}: model_type {kind!r} is not supported; supported: {', '.join(_FAMILIES)}")
   family = _FAMILIES[kind]
   if kind == "clip":
-    config = {"projection_dim": config.get("projection_dim", 512)} | config.get("vision_config", {})
+    config = config.get("vision_config", {})
   try:
     patch, side = config["patch_size"], config["image_size"]
     module = ViT(patch, config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"],

@@ -4,6 +4,8 @@ The protocol of DINO (facebookresearch/dino eval_knn.py): features of unit lengt
 for their class with weight exp(similarity / temperature).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,8 +42,11 @@ class Evaluator:
       self.note = f"no k-NN evaluation, the images have no labels ({self._sources[0].description})"
       return
     keys = jax.random.split(jax.random.key(0), self._batch_size)  # features do not depend on them
-    self._features = jax.jit(lambda params, frozen, batch: task.predict(params, frozen, batch, keys)["features"],
-                             out_shardings=sharding.replicated(mesh))
+
+    def encode(params, frozen, batch):
+      return task.predict(params, frozen, batch, keys)["features"], batch["label"], batch["valid"]
+
+    self._encode_batch = jax.jit(encode, out_shardings=sharding.replicated(mesh))
 
   def run(self, params, step: int) -> dict[str, float]:
     """{"accuracy": in [0, 1]}, or {} if `note` says why not."""
@@ -59,13 +64,10 @@ class Evaluator:
     batches = data.eval_batches(source, batch_size=self._batch_size, image_size=tuple(self._config.image_size),
                                 crop_pct=self._config.data.eval_crop, shard=jax.process_index(),
                                 num_shards=jax.process_count(), workers=self._config.data.workers, limit=limit)
-    everywhere = jax.jit(lambda x: x, out_shardings=sharding.replicated(self._mesh))
     for batch in batches:
-      batch = sharding.global_batch(batch, self._mesh)
-      found = self._features(params, self._frozen, batch)
-      label, valid = everywhere((batch["label"], batch["valid"]))
-      features.append(np.asarray(found)[np.asarray(valid)])
-      labels.append(np.asarray(label)[np.asarray(valid)])
+      found, label, valid = jax.device_get(self._encode_batch(params, self._frozen, sharding.global_batch(batch, self._mesh)))
+      features.append(found[valid])
+      labels.append(label[valid])
     batches.close()
     return np.concatenate(features), np.concatenate(labels)
 
@@ -85,14 +87,18 @@ def knn_classify(queries, bank, labels, num_classes: int, k: int, temperature: f
   Returns:
     int [Q].
   """
-  unit = lambda x: x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-12)
   k = min(k, len(bank))
-  bank, labels = unit(jnp.asarray(bank)), jnp.asarray(labels)
+  bank, labels = _unit(jnp.asarray(bank)), jnp.asarray(labels)
+  return np.concatenate([_classify(queries[i:i + block], bank, labels, num_classes, k, temperature)
+                         for i in range(0, len(queries), block)])
 
-  @jax.jit
-  def classify(queries, bank, labels):
-    similarity, nearest = jax.lax.top_k(jnp.matmul(unit(queries), bank.T, precision="highest"), k)
-    votes = jax.nn.one_hot(labels[nearest], num_classes) * jnp.exp(similarity / temperature)[..., None]
-    return votes.sum(1).argmax(-1)
 
-  return np.concatenate([classify(queries[i:i + block], bank, labels) for i in range(0, len(queries), block)])
+def _unit(x):
+  return x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _classify(queries, bank, labels, num_classes, k, temperature):
+  similarity, nearest = jax.lax.top_k(jnp.matmul(_unit(queries), bank.T, precision="highest"), k)
+  votes = jax.nn.one_hot(labels[nearest], num_classes) * jnp.exp(similarity / temperature)[..., None]
+  return votes.sum(1).argmax(-1)

@@ -35,9 +35,12 @@ class Evaluator:
     self._batch = sharding.global_batch(next(batches), mesh)
     batches.close()
     keys = jax.random.split(jax.random.key(0), count)
-    self._predict = jax.jit(
-        lambda params, frozen, batch: {name: task.predict(params, frozen, batch, keys)[name] for name in COLUMNS},
-        out_shardings=sharding.replicated(mesh))
+
+    def predict(params, frozen, batch):
+      out = task.predict(params, frozen, batch, keys)
+      return {name: out[name] for name in COLUMNS}
+
+    self._predict = jax.jit(predict, out_shardings=sharding.replicated(mesh))
 
   def run(self, params, step: int) -> dict:
     """{"pictures": {path of the PNG: uint8 [H, W, 3]}}; host 0 writes it."""
