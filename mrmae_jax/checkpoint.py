@@ -4,10 +4,12 @@ A checkpoint is the whole train state and a JSON record of what run it belongs t
 appears under its final name only when it is complete, so a run that is killed while saving finds the previous one.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 
@@ -77,6 +79,43 @@ class Checkpoints:
   def close(self) -> None:
     """Waits and gives up the folder."""
     self._manager.close()
+
+
+def read_config(workdir: str | Path) -> dict[str, Any]:
+  """The configuration of the run in `workdir`, as plain values.
+
+  Raises:
+    WorkdirError: there is no run, or none with a complete checkpoint.
+  """
+  folder = Path(workdir).expanduser()
+  steps = [p.name for p in (folder / "checkpoints").glob("*") if p.name.isdigit()]
+  if not (folder / "config.json").is_file() or not steps:
+    raise WorkdirError(f"{workdir} holds no run with a checkpoint: expected config.json and checkpoints/STEP there")
+  return json.loads((folder / "config.json").read_text())
+
+
+def read_params(workdir: str | Path, part: str) -> tuple[dict[str, Any], int]:
+  """One entry of the newest parameters of the run in `workdir`, e.g. "encoder", and nothing else of its state.
+
+  Returns:
+    A tree of numpy arrays, and the number of updates done.
+
+  Raises:
+    WorkdirError: there is no such checkpoint or no such entry.
+  """
+  read_config(workdir)
+  handlers = {"state": ocp.PyTreeCheckpointHandler(), "run": ocp.JsonCheckpointHandler()}
+  directory = Path(workdir).expanduser().absolute() / "checkpoints"
+  with ocp.CheckpointManager(directory, item_names=tuple(handlers), item_handlers=handlers,
+                             options=ocp.CheckpointManagerOptions(create=False)) as manager:
+    step = manager.latest_step()
+    stored = manager.item_metadata(step)["state"]["params"]
+    if part not in stored:
+      raise WorkdirError(f"{directory}/{step} has no parameters of {part!r}; it has: {', '.join(stored)}")
+    item = {"params": {part: stored[part]}}
+    arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+    args = ocp.args.PyTreeRestore(item=item, restore_args=arrays, partial_restore=True)
+    return manager.restore(step, args=ocp.args.Composite(state=args))["state"]["params"][part], step
 
 
 def _dtypes(tree) -> dict[str, Any]:

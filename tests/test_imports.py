@@ -23,6 +23,15 @@ def test_no_module_imports_torch_tensorflow_or_transformers():
   assert not loaded("\n".join(f"import {m}" for m in MODULES)).intersection(HEAVY)
 
 
+@pytest.mark.parametrize("path, options", [
+    ("hf_clip_vision_sharded", ""), ("timm_clip.safetensors", "num_heads=4, activation='gelu', ")])
+def test_loading_safetensors_imports_neither_torch_nor_transformers(path, options):
+  packages = loaded("from mrmae_jax import teachers\n"
+                    f"spec = teachers.read_spec(path='tests/goldens/teachers/{path}', {options}image_size=(32, 32), "
+                    "token_size=8)\nassert teachers.load(spec).dim == 48")
+  assert "jax" in packages and not packages.intersection((*HEAVY, "huggingface_hub"))
+
+
 def test_a_training_run_imports_neither_torch_nor_tensorflow(tmp_path):
   code = ("import sys; from mrmae_jax import main\n"
           f"sys.argv = ['main', '--config=tests/tiny.py', '--workdir={tmp_path}/run', '--config.epochs=0.03', "
@@ -33,8 +42,9 @@ def test_a_training_run_imports_neither_torch_nor_tensorflow(tmp_path):
 
 
 @pytest.mark.parametrize("package, allowed", [
-    ("flax", ("models/",)), ("orbax", ("checkpoint.py",)), ("grain", ("data/",)), ("tensorflow_datasets", ("data/",)),
-    ("tensorboardX", ("metrics.py",)), ("torch", ()), ("tensorflow", ()), ("transformers", ())])
+    ("flax", ("models/", "weights/files.py")), ("orbax", ("checkpoint.py",)), ("grain", ("data/",)),
+    ("tensorflow_datasets", ("data/",)), ("tensorboardX", ("metrics.py",)), ("torch", ("weights/files.py",)),
+    ("huggingface_hub", ("teachers.py",)), ("tensorflow", ()), ("transformers", ())])
 def test_each_heavy_package_has_one_home(package, allowed):
   package_dir = ROOT / "mrmae_jax"
   users = {str(path.relative_to(package_dir)) for path in package_dir.rglob("*.py") for line in path.read_text().splitlines()

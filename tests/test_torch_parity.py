@@ -7,8 +7,10 @@ import pytest
 
 from mrmae_jax import mrmae, teachers
 from mrmae_jax.models.decoder import Decoder
-from mrmae_jax.models.layers import depthwise_conv, gelu, sincos_2d
+from mrmae_jax.models.layers import depthwise_conv, gelu, patchify, sincos_2d
 from mrmae_jax.models.vit import ViT
+from mrmae_jax.weights import files, positions
+from mrmae_jax.weights.table import WeightsError
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -24,43 +26,122 @@ def randomise(model, seed):
   return model.eval()
 
 
-SIZES = dict(hidden_size=36, num_hidden_layers=3, num_attention_heads=3, intermediate_size=52, image_size=32, patch_size=8)
+SIZES = dict(hidden_size=36, num_hidden_layers=3, num_attention_heads=3, image_size=32, patch_size=8)
+WIDE = SIZES | dict(intermediate_size=52)
 
 
-@pytest.mark.parametrize("image_size", [(32, 32), (24, 40)])
-@pytest.mark.parametrize("act, eps", [("quick_gelu", 1e-5), ("gelu", 1e-6)])
-def test_clip(tmp_path, act, eps, image_size):
+def clip(**config):
   from transformers.models.clip import CLIPVisionConfig, CLIPVisionModelWithProjection
-  config = CLIPVisionConfig(**SIZES, hidden_act=act, layer_norm_eps=eps, projection_dim=20)
-  model = randomise(CLIPVisionModelWithProjection(config), 0)
-  model.save_pretrained(tmp_path)
-  compare(model, tmp_path, image_size, teachers.CLIP_MEAN, teachers.CLIP_STD)
+  return CLIPVisionModelWithProjection(CLIPVisionConfig(**WIDE, projection_dim=20, **config))
 
 
-@pytest.mark.parametrize("image_size", [(32, 32), (24, 40)])
-@pytest.mark.parametrize("eps", [1e-12, 1e-6])
-def test_dino(tmp_path, eps, image_size):
+def dino(**config):
   from transformers.models.vit import ViTConfig, ViTModel
-  model = randomise(ViTModel(ViTConfig(**SIZES, layer_norm_eps=eps), add_pooling_layer=False), 1)
+  return ViTModel(ViTConfig(**WIDE, **config), add_pooling_layer=False)
+
+
+def dinov2(**config):
+  from transformers.models.dinov2 import Dinov2Config, Dinov2Model
+  return Dinov2Model(Dinov2Config(**SIZES, mlp_ratio=2, **config))
+
+
+def dinov2_with_registers(**config):
+  from transformers.models.dinov2_with_registers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+  return Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**SIZES, mlp_ratio=2, **config))
+
+
+def dinov3(**config):
+  from transformers.models.dinov3_vit import DINOv3ViTConfig, DINOv3ViTModel
+  return DINOv3ViTModel(DINOv3ViTConfig(**WIDE, num_register_tokens=2, **config))
+
+
+def siglip(**config):
+  from transformers.models.siglip import SiglipVisionConfig, SiglipVisionModel
+  return SiglipVisionModel(SiglipVisionConfig(**WIDE, **config))
+
+
+def siglip_text_and_vision():
+  from transformers.models.siglip import SiglipConfig, SiglipModel
+  text = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=40, vocab_size=50,
+              max_position_embeddings=8, projection_size=36, bos_token_id=0, eos_token_id=1)
+  return SiglipModel(SiglipConfig(vision_config=WIDE, text_config=text))
+
+
+def siglip2(**config):
+  from transformers.models.siglip2 import Siglip2VisionConfig, Siglip2VisionModel
+  sizes = {key: value for key, value in WIDE.items() if key != "image_size"}
+  return Siglip2VisionModel(Siglip2VisionConfig(**sizes, num_patches=16, **config))
+
+
+# Names of their outputs: residual stream before the first block first. Registers, where there are any, follow CLS.
+FAMILIES = [
+    (clip, dict(hidden_act="quick_gelu"), 1), (clip, dict(hidden_act="gelu", layer_norm_eps=1e-6), 1),
+    (dino, dict(layer_norm_eps=1e-12), 1), (dino, dict(layer_norm_eps=1e-6), 1),
+    (dinov2, {}, 1), (dinov2, dict(use_swiglu_ffn=True), 1),
+    (dinov2_with_registers, dict(num_register_tokens=3), 4), (dinov2_with_registers, dict(use_swiglu_ffn=True), 5),
+    (dinov3, {}, 3), (dinov3, dict(use_gated_mlp=True, hidden_act="silu", rope_theta=50.0), 3),
+    (siglip, {}, 0), (siglip_text_and_vision, {}, 0), (siglip2, {}, 0)]
+
+
+@pytest.mark.parametrize("image_size", [(32, 32), (24, 40), (56, 48), (16, 64)], ids="{0[0]}x{0[1]}".format)
+@pytest.mark.parametrize("make, options, prefix", FAMILIES, ids=lambda x: getattr(x, "__name__", None))
+def test_towers(tmp_path, make, options, prefix, image_size):
+  """Every layer, the last norm, projection or pooled token, and what CLS or the probe attends to; also what training sees."""
+  model = randomise(make(**options), 0)
+  model.set_attn_implementation("eager")
   model.save_pretrained(tmp_path)
-  compare(model, tmp_path, image_size, teachers.IMAGENET_MEAN, teachers.IMAGENET_STD)
-
-
-def compare(model, folder, image_size, mean, std):
-  """Patch tokens of the last residual stream, from uint8 images, as training uses them."""
+  spec = teachers.read_spec(path=tmp_path, image_size=image_size, token_size=8, dtype="float32")
+  teacher = teachers.load(spec)
   images = np.random.default_rng(0).integers(0, 256, (2, *image_size, 3), np.uint8)
-  pixels = torch.from_numpy(((images / np.float32(255) - np.float32(mean)) / np.float32(std)).transpose(0, 3, 1, 2))
+  pixels = np.asarray(mrmae.normalise(jnp.asarray(images), spec.mean, spec.std))
+  inputs = dict(pixel_values=torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()))
+  model = getattr(model, "vision_model", model) if make is siglip_text_and_vision else model
+  if make is siglip2:  # takes patches in (row, column, channel) order, and the grid of each image
+    grid = (image_size[0] // 8, image_size[1] // 8)
+    patches = np.asarray(patchify(jnp.asarray(pixels), 8)).reshape(2, -1, 192)
+    inputs = dict(pixel_values=torch.tensor(patches), pixel_attention_mask=torch.ones(patches.shape[:2], dtype=torch.long),
+                  spatial_shapes=torch.tensor([grid] * 2))
+  elif make in (clip, dino, siglip, siglip_text_and_vision):
+    inputs["interpolate_pos_encoding"] = True
+
+  probe = {}
+  if prefix == 0:  # torch's module does not give its weights away unless it is asked
+    attend = model.head.attention.forward
+
+    def watched(q, k, v, **kwargs):
+      y, probe["attention"] = attend(q, k, v, **kwargs, need_weights=True, average_attn_weights=True)
+      return y, probe["attention"]
+    model.head.attention.forward = watched
   with torch.no_grad():
-    states = model(pixels, output_hidden_states=True, interpolate_pos_encoding=True).hidden_states
-  teacher = teachers.load(teachers.read_spec(folder, image_size, "float32"))
-  ours = jax.jit(teacher.features)(teacher.params, images)
-  np.testing.assert_allclose(ours, states[-1][:, 1:].numpy(), atol=1e-5, rtol=1e-5)
+    theirs = model(**inputs, output_hidden_states=True, output_attentions=True)
+
+  x, out = jax.jit(spec.module.apply)({"params": teacher.params}, pixels)
+  near = lambda a, b, atol=1e-5: np.testing.assert_allclose(a, b.numpy(), atol=atol, rtol=0)
+  shown = [i for i in range(theirs.hidden_states[-1].shape[1]) if i == 0 or i >= prefix]
+  for ours, hidden in zip(out["layers"][:-1], theirs.hidden_states[1:-1], strict=True):
+    near(ours, hidden[:, shown])
+  last = theirs.last_hidden_state[:, shown]
+  if make is clip:  # whose last norm and projection only CLS goes through
+    near(out["layers"][-1], last)
+    near(out["proj"][:, 0], theirs.image_embeds)
+  else:
+    near(x, last)
+  if prefix:
+    attention = theirs.attentions[-1][:, :, 0, prefix:].mean(1)
+  else:
+    attention = probe["attention"][:, 0]
+    near(out["pooled"], theirs.pooler_output)
+  near(out["attention"], attention, atol=1e-6)
+  seen = jax.jit(teacher.look)(teacher.params, images)
+  np.testing.assert_allclose(seen.features, out["layers"][-1][:, bool(prefix):], atol=1e-5)
+  np.testing.assert_allclose(seen.attention, out["attention"], atol=1e-6)
+  assert (seen.cls is None) == (prefix == 0) and spec.has_cls == (prefix > 0) and spec.has_attention
 
 
 def test_mae_loss_equals_transformers(tmp_path):
   """ViTMAEForPreTraining, an independent port of MAE, on its own weights and our noise."""
   from transformers.models.vit_mae import ViTMAEConfig, ViTMAEForPreTraining
-  config = ViTMAEConfig(**SIZES, decoder_hidden_size=24, decoder_num_hidden_layers=2, decoder_num_attention_heads=2,
+  config = ViTMAEConfig(**WIDE, decoder_hidden_size=24, decoder_num_hidden_layers=2, decoder_num_attention_heads=2,
                         decoder_intermediate_size=96, mask_ratio=0.6, norm_pix_loss=True, layer_norm_eps=1e-6)
   model = ViTMAEForPreTraining(config)
   randomise(model, 2)
@@ -95,9 +176,8 @@ def test_mae_loss_equals_transformers(tmp_path):
       "decoder": {"mask_token": t["decoder.mask_token"], "embed": linear("decoder.decoder_embed"),
                   "norm": norm("decoder.decoder_norm"), "pred": linear("decoder.decoder_pred"),
                   **{f"blocks_{i}": block(f"{layers}.{i}") for i in range(2)}}}
-  model = mrmae.Model(ViT(8, 36, 3, 3, 52), Decoder(192, 24, 2, 2), None, (0., 0., 0.), (1., 1., 1.))
-  loss, _ = mrmae.pretrain_loss(params, jnp.asarray(images), jnp.asarray(noise), model, None, mask_ratio=0.6, norm_pix=True,
-                                pixel_weight=1.0, mimic_weight=1.0)
+  model = mrmae.Model(ViT(8, 36, 3, 3, 52), Decoder(192, 24, 2, 2), (), (0., 0., 0.), (1., 1., 1.))
+  loss, _ = mrmae.pretrain_loss(params, jnp.asarray(images), jnp.asarray(noise), model, {}, mask_ratio=0.6)
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
@@ -121,12 +201,34 @@ def test_gelu():
   np.testing.assert_allclose(gelu(jnp.asarray(x)), torch.nn.functional.gelu(torch.from_numpy(x)).numpy(), atol=1e-6)
 
 
-@pytest.mark.parametrize("old, new", [((14, 14), (12, 12)), ((4, 4), (6, 9)), ((7, 5), (3, 8))])
-def test_position_tables_are_resized_as_torch_does(old, new):
+@pytest.mark.parametrize("old, new", [((14, 14), (12, 12)), ((4, 4), (6, 9)), ((7, 5), (3, 8)), ((37, 37), (14, 14)),
+                                      ((4, 4), (2, 8)), ((4, 4), (4, 6))])
+@pytest.mark.parametrize("rule, options", [
+    (positions.BICUBIC, dict(mode="bicubic")), (positions.DINO, dict(mode="bicubic", offset=0.1)),
+    (positions.BICUBIC_ANTIALIAS, dict(mode="bicubic", antialias=True)),
+    (positions.BILINEAR_ANTIALIAS, dict(mode="bilinear", antialias=True))])
+def test_position_tables_are_resized_as_torch_does(old, new, rule, options):
   table = np.random.default_rng(0).standard_normal((1, 1 + old[0] * old[1], 8)).astype(np.float32)
   maps = torch.from_numpy(table[:, 1:]).reshape(1, *old, 8).permute(0, 3, 1, 2)
-  expected = torch.nn.functional.interpolate(maps, size=new, mode="bicubic", align_corners=False)
-  ours = teachers.resize_positions(table, old, new)
+  offset = options.get("offset", 0)
+  options = {key: value for key, value in options.items() if key != "offset"}
+  where = dict(scale_factor=tuple((n + offset) / o for n, o in zip(new, old))) if offset else dict(size=new)
+  expected = torch.nn.functional.interpolate(maps, align_corners=False, **where, **options)
+  assert expected.shape[2:] == new
+  ours = positions.resize(table, old, new, rule)
   np.testing.assert_array_equal(ours[:, 0], table[:, 0])
   # Unit-normal entries; torch computes the source positions in float32, we in float64.
   np.testing.assert_allclose(ours[:, 1:], expected.permute(0, 2, 3, 1).reshape(1, -1, 8).numpy(), atol=1e-5)
+
+
+def test_old_dino_checkpoints_name_their_class(tmp_path):
+  """Options beside the weights: argparse.Namespace is let in, anything else is named and refused."""
+  import argparse
+  import datetime
+  for extra, refused in ((argparse.Namespace(arch="vit_small"), False), (datetime.date(2021, 4, 29), True)):
+    torch.save({"teacher": {"backbone.a": torch.ones(2)}, "args": extra}, tmp_path / "x.pth")
+    if refused:
+      with pytest.raises(WeightsError, match="needs pickled class datetime.date; refusing"):
+        files.open_weights(tmp_path / "x.pth")
+    else:
+      assert list(files.open_weights(tmp_path / "x.pth")) == ["a"]

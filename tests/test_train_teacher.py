@@ -55,10 +55,10 @@ def test_folder_gives_the_features_of_the_trained_model(trained):
                    *(f"encoder.layer.{i}.{name}" for i in range(2) for name in block)}
   np.testing.assert_array_equal(key, params["blocks_1"]["attn"]["qkv"]["kernel"][:, 16:32].T)
 
-  teacher = teachers.load(teachers.read_spec(folder, (16, 16), "float32"))
+  teacher = teachers.load(teachers.read_spec(path=folder, image_size=(16, 16), token_size=8, dtype="float32"))
   images = np.random.default_rng(1).integers(0, 256, (3, 16, 16, 3), np.uint8)
   _, out = vit.apply({"params": params}, normalise(images, (0.5,) * 3, (0.5,) * 3))
-  np.testing.assert_allclose(teacher.features(teacher.params, images), out["raw"][:, 1:], atol=1e-5)
+  np.testing.assert_allclose(teacher.look(teacher.params, images).features, out["layers"][-1][:, 1:], atol=1e-5)
   assert set(history) == {0, 0.8} and all(0 < value <= 1 for row in history.values() for value in row.values())
 
 
@@ -131,7 +131,7 @@ def test_errors_are_one_line(arguments, code, message, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def bundled():
-  spec = teachers.read_spec(BUNDLED, (32, 32), "float32")
+  spec = teachers.read_spec(path=BUNDLED, image_size=(32, 32), token_size=4, dtype="float32")
   splits = []
   for split in ("train", "eval"):
     source = data.open_source("digits", split, holdout_every=5)
@@ -141,8 +141,8 @@ def bundled():
 
 
 def features(teacher, params, images):
-  apply = jax.jit(teacher.features)
-  return np.concatenate([apply(params, part) for part in np.array_split(images, 8)])
+  apply = jax.jit(teacher.look)
+  return np.concatenate([apply(params, part).features for part in np.array_split(images, 8)])
 
 
 def test_bundled_teacher_is_small_and_of_the_default_size(bundled):
@@ -188,6 +188,6 @@ def test_transformers_reads_it_too(bundled):
   x = np.asarray(normalise(queries[:8], spec.mean, spec.std))
   with torch.no_grad():
     out = model(torch.from_numpy(x.transpose(0, 3, 1, 2).copy()), output_hidden_states=True)
-  y, raw = spec.module.apply({"params": teacher.params}, x)
-  np.testing.assert_allclose(raw["raw"], out.hidden_states[-1].numpy(), atol=1e-5, rtol=1e-5)
+  y, ours = spec.module.apply({"params": teacher.params}, x)
+  np.testing.assert_allclose(ours["layers"][-1], out.hidden_states[-1].numpy(), atol=1e-5, rtol=1e-5)
   np.testing.assert_allclose(y, out.last_hidden_state.numpy(), atol=1e-5, rtol=1e-5)

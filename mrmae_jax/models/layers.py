@@ -4,7 +4,7 @@ Everything here is written for bfloat16 compute with float32 parameters: Linen c
 LayerNorm statistics, softmax and convolution sums are accumulated in float32.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -15,7 +15,9 @@ xavier_uniform = nn.initializers.xavier_uniform()
 
 
 class Mask(NamedTuple):
-  """Which tokens the encoder sees. B images, N tokens, V of them visible; tokens are numbered row by row.
+  """Which tokens the encoder sees. B masks, N tokens, V of them visible; tokens are numbered row by row.
+
+  There may be several masks for each image, side by side: row b * k + i holds mask i of image b.
 
   Attributes:
     ids_keep: int32 [B, V], the visible tokens, in the order in which the encoder processes them.
@@ -36,7 +38,8 @@ def _gather(x: jax.Array, ids: jax.Array) -> jax.Array:
 
 
 def _take(x, mask):
-  return _gather(x, mask.ids_keep)
+  ids = mask.ids_keep.reshape(len(x), -1)  # all masks of an image at once
+  return _gather(x, ids).reshape(*mask.ids_keep.shape, *x.shape[2:])
 
 
 def _put(x, mask):
@@ -47,7 +50,7 @@ def _put(x, mask):
 # The two moves are each other's transpose. Saying so keeps scatter-adds, slow on every backend, out of the backward pass.
 @jax.custom_vjp
 def take_visible(x: jax.Array, mask: Mask) -> jax.Array:
-  """Visible entries of a token list: [B, N, ...] -> [B, V, ...], in the order of `mask.ids_keep`."""
+  """Visible entries of a token list, in the order of `mask.ids_keep`: [B, N, ...] -> [B * k, V, ...] for k masks an image."""
   return _take(x, mask)
 
 
@@ -57,7 +60,13 @@ def put_visible(x: jax.Array, mask: Mask) -> jax.Array:
   return _put(x, mask)
 
 
-take_visible.defvjp(lambda x, mask: (_take(x, mask), mask), lambda mask, dy: (_put(dy, mask), None))
+def _take_bwd(residuals, dy):
+  empty, mask = residuals
+  dx = _put(dy, mask)
+  return dx.reshape(len(empty), -1, *dx.shape[1:]).sum(1), None  # over the masks of an image
+
+
+take_visible.defvjp(lambda x, mask: (_take(x, mask), (x[:, :0], mask)), _take_bwd)
 put_visible.defvjp(lambda x, mask: (_put(x, mask), mask), lambda mask, dy: (_take(dy, mask), None))
 
 
@@ -154,22 +163,37 @@ def layer_norm(eps: float, dtype: Any, name: str | None = None) -> nn.LayerNorm:
 
 
 class Attention(nn.Module):
-  """Multi-head self-attention with packed query, key, value weights in torch's order (3, heads, head_dim)."""
+  """Multi-head self-attention with packed query, key, value weights in torch's order (3, heads, head_dim).
+
+  Attributes:
+    num_heads: divides the width.
+    rotate: queries or keys [B, heads, T, head_dim] -> the same, rotary positions; None: no rotation.
+    dtype: of the computation.
+  """
 
   num_heads: int
+  rotate: Callable[[jax.Array], jax.Array] | None = None
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """[B, T, D] -> [B, T, D]."""
+  def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[B, T, D] -> [B, T, D], and what the first token attends to: float32 [B, T], mean over the heads.
+
+    The first token is CLS, where there is one. Its row costs nothing unless it is used: jit drops it.
+    """
     b, t, d = x.shape
     head_dim = d // self.num_heads
     qkv = nn.Dense(3 * d, kernel_init=xavier_uniform, dtype=self.dtype, name="qkv")(x)
     q, k, v = qkv.reshape(b, t, 3, self.num_heads, head_dim).transpose(2, 0, 3, 1, 4)
-    logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(logits * head_dim ** -0.5, axis=-1).astype(self.dtype)
-    x = (weights @ v).transpose(0, 2, 1, 3).reshape(b, t, d)
-    return nn.Dense(d, kernel_init=xavier_uniform, dtype=self.dtype, name="proj")(x)
+    if self.rotate is not None:
+      q, k = self.rotate(q), self.rotate(k)
+
+    def attend(q):
+      logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
+      return jax.nn.softmax(logits * head_dim ** -0.5, axis=-1)
+    first = attend(q[:, :, :1])[:, :, 0].mean(1)
+    x = (attend(q).astype(self.dtype) @ v).transpose(0, 2, 1, 3).reshape(b, t, d)
+    return nn.Dense(d, kernel_init=xavier_uniform, dtype=self.dtype, name="proj")(x), first
 
 
 class Block(nn.Module):
@@ -178,14 +202,29 @@ class Block(nn.Module):
   num_heads: int
   mlp_dim: int
   eps: float = 1e-6
-  activation: str = "gelu"  # or "quick_gelu"
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """[B, T, D] -> [B, T, D]."""
+  def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[B, T, D] -> [B, T, D], and the first token's attention [B, T] (see `Attention`)."""
     dense = lambda features, name: nn.Dense(features, kernel_init=xavier_uniform, dtype=self.dtype, name=name)
-    act = {"gelu": gelu, "quick_gelu": quick_gelu}[self.activation]
-    x = x + Attention(self.num_heads, self.dtype, name="attn")(layer_norm(self.eps, self.dtype, "norm1")(x))
+    mixed, attention = Attention(self.num_heads, dtype=self.dtype, name="attn")(layer_norm(self.eps, self.dtype, "norm1")(x))
+    x = x + mixed
     h = dense(self.mlp_dim, "fc1")(layer_norm(self.eps, self.dtype, "norm2")(x))
-    return x + dense(x.shape[-1], "fc2")(act(h))
+    return x + dense(x.shape[-1], "fc2")(gelu(h)), attention
+
+
+class LayerFusion(nn.Module):
+  """One stream out of several depths: a sum with learned softmax weights, all but the last depth through a Linear of their
+  own, as in MFF (open-mmlab/mmpretrain mff.py)."""
+
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, depths: list[jax.Array]) -> jax.Array:
+    """Streams [B, T, D], the deepest last -> [B, T, D]."""
+    *shallow, last = depths
+    streams = [nn.Dense(last.shape[-1], kernel_init=xavier_uniform, dtype=self.dtype, name=f"depth_{i}")(x)
+               for i, x in enumerate(shallow)] + [last]
+    weights = jax.nn.softmax(self.param("weights", nn.initializers.zeros, (len(streams),))).astype(self.dtype)
+    return sum(weight * x for weight, x in zip(weights, streams))

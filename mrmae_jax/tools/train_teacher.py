@@ -11,9 +11,9 @@ A student and its moving average, the teacher, see two random views of an image.
 teacher's output for the other view. Departures from the paper, for minutes of training instead of days: the student sees
 half of the patches of its view instead of extra small crops, the head sees the mean patch beside CLS and is normalised over
 the batch, positions start from the sine-cosine table. At the end the tokens are centred: what all of them share, most of
-their length and no information, is taken out of the last bias. What the teacher has learnt is written as a Hugging Face ViT folder,
-which `mrmae_jax.teachers` and transformers' `ViTModel` read. Labels, where there are any, only serve to print the held-out
-k-NN accuracy. The same seed gives the same weights on the same machine.
+their length and no information, is taken out of the last bias. What the teacher has learnt is written as a Hugging Face ViT
+folder, which `mrmae_jax.teachers` and transformers' `ViTModel` read. Labels, where there are any, only serve to print the
+held-out k-NN accuracy. The same seed gives the same weights on the same machine.
 """
 
 import json
@@ -35,9 +35,9 @@ from mrmae_jax import data, optim, teachers
 from mrmae_jax.data import augment
 from mrmae_jax.evals.knn import knn_classify
 from mrmae_jax.models.layers import gelu, sincos_2d
-from mrmae_jax.models.vit import ViT
+from mrmae_jax.models.tower import Tower
 from mrmae_jax.mrmae import normalise, sample_mask
-from mrmae_jax.weights import hf, table
+from mrmae_jax.weights import table, towers
 
 MEAN = STD = (0.5, 0.5, 0.5)
 
@@ -137,7 +137,7 @@ def photometric(key, images, jitter: float):
   return jnp.where(draw(4, 0, 1) < 0.5, jnp.einsum("bij,bjkc,blk->bilc", blur, x, blur), x)
 
 
-def make_step(options, vit: ViT, total_steps: int):
+def make_step(options, vit: Tower, total_steps: int):
   """The optimiser and step: (state, images uint8 [2, B, S, S, 3], step) -> (state, loss)."""
   schedule = optim.warmup_cosine(options.lr, 0.0, total_steps / 10, total_steps)
   optimiser = optax.chain(optax.clip_by_global_norm(3.0), optax.adamw(
@@ -255,7 +255,7 @@ def train(options):
     raise UsageError(f"--batch_size={options.batch_size} is more than the {len(source)} training images")
   total_steps = max(1, round(options.epochs * steps_per_epoch))
 
-  vit = ViT(options.patch_size, options.width, options.depth, options.heads, 4 * options.width, learned_positions=True)
+  vit = Tower(options.patch_size, options.width, options.depth, options.heads, 4 * options.width)
   vit_key, head_key = jax.random.split(jax.random.key(options.seed))
   params = vit.init(vit_key, jnp.zeros((1, options.image_size, options.image_size, 3)))["params"]
   grid = (options.image_size // options.patch_size,) * 2
@@ -274,7 +274,8 @@ def train(options):
   @jax.jit
   def features(params, images):
     x, out = vit.apply({"params": params}, normalise(images, MEAN, STD))
-    return {"cls": x[:, 0], "patch": out["raw"][:, 1:].mean(1)}  # the residual stream of the patches is what students mimic
+    patches = out["layers"][-1][:, 1:]  # the residual stream of the patches is what students mimic
+    return {"cls": x[:, 0], "patch": patches.mean(1)}
 
   def evaluate(epoch):
     if held_out:
@@ -297,12 +298,12 @@ def train(options):
   return vit, state.teacher["vit"], history
 
 
-def centred(vit: ViT, params, source, size: int):
+def centred(vit: Tower, params, source, size: int):
   """`params` with the mean patch token of the last block's residual stream, over up to 4,096 images, moved to zero.
 
   A student that mimics tokens normalised one by one would otherwise learn this one vector and little else.
   """
-  tokens = jax.jit(lambda images: vit.apply({"params": params}, normalise(images, MEAN, STD))[1]["raw"][:, 1:].mean(1))
+  tokens = jax.jit(lambda images: vit.apply({"params": params}, normalise(images, MEAN, STD))[1]["layers"][-1][:, 1:].mean(1))
   batches = data.eval_batches(source, batch_size=64, image_size=(size, size), crop_pct=1.0, limit=4096)
   mean = np.concatenate([tokens(batch["image"])[batch["valid"]] for batch in batches]).mean(0)
   batches.close()
@@ -311,19 +312,20 @@ def centred(vit: ViT, params, source, size: int):
   return params | {last: params[last] | {"fc2": fc2 | {"bias": fc2["bias"] - mean}}}
 
 
-def to_hf(params, depth: int, patch_size: int) -> dict[str, np.ndarray]:
-  """Our tree -> the tensors of transformers' ViTModel: the name table of `weights.hf` read backwards."""
+def to_hf(params, vit: Tower) -> dict[str, np.ndarray]:
+  """Our tree -> the tensors of transformers' ViTModel: the name table of `weights.towers` read backwards."""
   inverse = {
       table.same: lambda x, parts: [x],
+      towers.tokens: lambda x, parts: [x],
       table.pack: np.split,
       table.linear: lambda x, parts: [w.T for w in np.split(x, parts, axis=1)],
-      table.conv: lambda x, parts: [x.reshape(patch_size, patch_size, 3, -1).transpose(3, 2, 0, 1)]}
+      table.conv: lambda x, parts: [x.reshape(vit.patch_size, vit.patch_size, 3, -1).transpose(3, 2, 0, 1)]}
   leaves = {"/".join(k.key for k in path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-  return {name: np.ascontiguousarray(part) for entry in hf.vit(depth, bias=True, proj=False)
+  return {name: np.ascontiguousarray(part) for entry in towers.name_table(towers.MODEL_TYPES["vit"], "", vit)
           for name, part in zip(entry.theirs, inverse[entry.convert](leaves.pop(entry.ours), len(entry.theirs)), strict=True)}
 
 
-def save(out: str, vit: ViT, params, image_size: int) -> None:
+def save(out: str, vit: Tower, params, image_size: int) -> None:
   """Writes the folder, and reads it back: `teachers.load` is strict, and its features must be those of `params`."""
   folder = Path(out).expanduser()
   folder.mkdir(parents=True, exist_ok=True)
@@ -337,13 +339,14 @@ def save(out: str, vit: ViT, params, image_size: int) -> None:
   for name, content in (("config", config), ("preprocessor_config", preprocessor)):
     (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
   # Not safetensors' save_file: that makes the file unreadable to other users.
-  tensors = to_hf(params, vit.depth, vit.patch_size)
+  tensors = to_hf(params, vit)
   (folder / "model.safetensors").write_bytes(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
 
-  teacher = teachers.load(teachers.read_spec(folder, (image_size, image_size), "float32"))
+  spec = teachers.read_spec(path=folder, image_size=(image_size,) * 2, token_size=vit.patch_size, dtype="float32")
+  teacher = teachers.load(spec)
   images = np.random.default_rng(0).integers(0, 256, (2, image_size, image_size, 3), np.uint8)
-  expected = vit.apply({"params": params}, normalise(images, MEAN, STD))[1]["raw"][:, 1:]
-  np.testing.assert_allclose(teacher.features(teacher.params, images), expected, rtol=1e-5, atol=1e-5)
+  expected = vit.apply({"params": params}, normalise(images, MEAN, STD))[1]["layers"][-1][:, 1:]
+  np.testing.assert_allclose(teacher.look(teacher.params, images).features, expected, rtol=1e-5, atol=1e-5)
 
 
 def main(argv: list[str] | None = None) -> int:

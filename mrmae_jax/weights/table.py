@@ -1,7 +1,7 @@
 """Foreign weights -> our parameter trees, checked both ways: every parameter is filled once, every tensor is used once.
 
 A name table is a list of `Entry`: one of our parameters, the tensors it is made of, and how. One module per family
-(convmae, mae, hf_clip, hf_dino, ...) writes such a table for given depths; nothing else knows foreign names.
+(convmae, mae, towers) writes such a table for given depths; nothing else knows foreign names.
 """
 
 import re

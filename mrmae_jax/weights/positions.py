@@ -1,0 +1,73 @@
+"""Learned position tables at other grids than their own, each family's the way its reference implementation does it."""
+
+from typing import Callable, NamedTuple
+
+import numpy as np
+
+
+class Rule(NamedTuple):
+  """How a table is interpolated, rows and columns alike, at half-pixel centres.
+
+  Attributes:
+    description: for people.
+    kernel: distances in old rows -> weights.
+    antialias: shrinking widens the kernel, and weights beyond the edges are left out; else they go to the edge.
+    offset: added to the new number of rows where the step from one new row to the next is computed.
+  """
+
+  description: str
+  kernel: Callable[[np.ndarray], np.ndarray]
+  antialias: bool = False
+  offset: float = 0.0
+
+
+def _cubic(a: float):
+  """Cubic convolution (Keys 1981)."""
+  def kernel(x):
+    x = np.abs(x)
+    near = ((a + 2) * x - (a + 3)) * x ** 2 + 1
+    far = a * (((x - 5) * x + 8) * x - 4)
+    return np.where(x <= 1, near, np.where(x < 2, far, 0))
+  return kernel
+
+
+# torch.nn.functional.interpolate takes a = -0.75, and -0.5 where it antialiases.
+BICUBIC = Rule("bicubic", _cubic(-0.75))
+# facebookresearch/dino, vision_transformer.py: a scale factor of (new + 0.1) / old, against rounding, also moves the rows.
+DINO = Rule("bicubic with DINO's offset", _cubic(-0.75), offset=0.1)
+BICUBIC_ANTIALIAS = Rule("antialiased bicubic", _cubic(-0.5), antialias=True)
+BILINEAR_ANTIALIAS = Rule("antialiased bilinear", lambda x: np.maximum(1 - np.abs(x), 0), antialias=True)
+
+
+def resize(table: np.ndarray, old: tuple[int, int], new: tuple[int, int], rule: Rule) -> np.ndarray:
+  """Interpolates a position table.
+
+  Args:
+    table: float32 [1, T, D]; the last old rows * old columns tokens are the grid, row by row; a CLS row before it is kept.
+    old, new: (rows, columns).
+    rule: of the family.
+
+  Returns:
+    float32 [1, T', D].
+  """
+  if old == new:
+    return table
+  rows, columns = (_matrix(n_old, n_new, rule) for n_old, n_new in zip(old, new))
+  cls, maps = np.split(table, [-old[0] * old[1]], axis=1)
+  maps = np.einsum("pr,qc,brcd->bpqd", rows, columns, maps.reshape(1, *old, -1), optimize=True).astype(np.float32)
+  return np.concatenate([cls, maps.reshape(1, new[0] * new[1], -1)], axis=1)
+
+
+def _matrix(old: int, new: int, rule: Rule) -> np.ndarray:
+  """float64 [new, old]: each new row as a mean of old rows."""
+  step = old / (new + rule.offset)
+  centre = (np.arange(new) + 0.5) * step - 0.5
+  edge = 2  # as far as a kernel that is not widened reaches beyond the table
+  index = np.arange(-edge, old + edge)
+  weights = rule.kernel((index - centre[:, None]) / (max(step, 1) if rule.antialias else 1))
+  inner = weights[:, edge:-edge].copy()
+  if rule.antialias:
+    return inner / inner.sum(axis=1, keepdims=True)
+  inner[:, 0] += weights[:, :edge].sum(axis=1)
+  inner[:, -1] += weights[:, -edge:].sum(axis=1)
+  return inner
