@@ -8,14 +8,14 @@ Cost:      base: 67 GFLOP per image and step with sparse stages; 1600 epochs of 
 Expected:  base after 1600 epochs fine-tunes to 85.0 % top-1 (Alpha-VL/ConvMAE README); not reproduced here yet
 """
 
-from mrmae_jax.config import CONVVIT, pretrain, standard_size
+from mrmae_jax.config import encoder, pretrain
 
 
 def get_config(size: str = "base"):
   c = pretrain()
   c.teacher.path = ""
   c.data.source = "tfds:imagenet2012"
-  c.encoder.update(standard_size(CONVVIT, size))
+  c.encoder = encoder("convvit", size)
   c.batch_size = 2048  # the author's number (Alpha-VL/ConvMAE#6); PRETRAIN.md prints a command with 3072
   c.epochs = 1600.0
   return c

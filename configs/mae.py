@@ -8,16 +8,14 @@ Cost:      base: 59 GFLOP per image and step; 1600 epochs of ImageNet-1k = 1.2e2
 Expected:  base after 1600 epochs fine-tunes to 83.6 % top-1 (facebookresearch/mae README); not reproduced here yet
 """
 
-from ml_collections import ConfigDict
-
-from mrmae_jax.config import VIT, pretrain, standard_size
+from mrmae_jax.config import encoder, pretrain
 
 
 def get_config(size: str = "base"):
   c = pretrain()
   c.teacher.path = ""
   c.data.source = "tfds:imagenet2012"
-  c.encoder = ConfigDict(dict(name="vit", **standard_size(VIT, size)))
+  c.encoder = encoder("vit", size)
   c.batch_size = 4096
   c.epochs = 1600.0
   return c

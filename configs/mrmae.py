@@ -1,19 +1,54 @@
 """MR-MAE: mimic a frozen teacher on the visible tokens, reconstruct the masked pixels (arXiv 2303.05475).
 
-Command:   hf download openai/clip-vit-base-patch16 --local-dir clip-b16
-           python -m mrmae_jax.main --config=configs/mrmae.py:base --workdir=DIR --config.teacher.path=clip-b16 \\
-               --config.data.data_dir=TFDS      (or --config.data.source=folder:/path/to/imagenet)
-Sizes:     small, base, large, huge; the teacher is CLIP-B/16 for all of them
+The full recipe: convolutional stages, focused mimicking, multi-layer fusion. Each trick can be switched by an argument.
+
+Command:   python -m mrmae_jax.main --config=configs/mrmae.py:base --workdir=DIR --config.data.data_dir=TFDS
+           (or --config.data.source=folder:/path/to/imagenet). CLIP-B/16 is fetched from the Hugging Face hub; where there is
+           no network give --config.teacher.path=FOLDER
+Arguments: configs/mrmae.py:SIZE,NAME=VALUE,...
+           size      small, base, large, huge
+           encoder   convvit, or vit (MR-MAE without convolutional stages)
+           teacher   a name of mrmae_jax.teachers.PRESETS, or several: clip_vit_b16+dino_vit_b16
+           masking   focused, or random
+           fusion    stages+layers, stages, layers or none
+           tokens    visible, or masked: the decoder regresses the teacher on the masked tokens, without pixels (the baseline
+                     that the paper argues against)
+           masks     complementary visible sets for each image; the learning rate is multiplied alike
 Hardware:  one TPU v4-32 slice, or 8 GPUs of 80 GB; fewer devices with --config.optim.accum_steps=K
-Cost:      base: 102 GFLOP per image and step, a third of it the teacher; 400 epochs of ImageNet-1k = 5.2e19 FLOP
+Cost:      base: 105 GFLOP per image and step, a third of it the teacher; 400 epochs of ImageNet-1k = 5.4e19 FLOP
 Expected:  base after 400 epochs fine-tunes to 85.8 % top-1 (abstract of the paper); not reproduced here yet
 """
 
-from mrmae_jax.config import CONVVIT, pretrain, standard_size
+from mrmae_jax import config
 
 
-def get_config(size: str = "base"):
-  c = pretrain()
+def get_config(arguments: str = "base"):
+  a = config.arguments(arguments, size="base", encoder="convvit", teacher="clip_vit_b16", masking="focused",
+                       fusion="stages+layers", tokens="visible", masks=1)
+  c = config.pretrain()
   c.data.source = "tfds:imagenet2012"
-  c.encoder.update(standard_size(CONVVIT, size))
+  c.encoder = config.encoder(a.encoder, a.size)
+
+  fusion = set(a.fusion.split("+"))
+  if not fusion <= {"stages", "layers", "none"}:
+    raise config.ConfigError(f"fusion={a.fusion} must be stages+layers, stages, layers or none")
+  if a.encoder == "convvit":
+    c.encoder.fuse_stages = "stages" in fusion
+  if "layers" in fusion:
+    depth = c.encoder.depths[2] if a.encoder == "convvit" else c.encoder.depth
+    c.encoder.fuse_layers = tuple(depth * i // 4 for i in (1, 2, 3))  # 2, 5, 8 of the base size's 11, and the last
+
+  first, *others = a.teacher.split("+")
+  c.teacher.name = first
+  for name in others:
+    c.extra_teachers[name] = config.teacher()
+    c.extra_teachers[name].name = name
+  for teacher in (c.teacher, *c.extra_teachers.values()):
+    teacher.tokens = a.tokens
+  if a.tokens == "masked":
+    c.method.pixel_weight = 0.0
+
+  c.method.masking = a.masking
+  c.method.complementary_masks = a.masks
+  c.optim.blr *= a.masks
   return c

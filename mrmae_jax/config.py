@@ -24,15 +24,83 @@ VIT = {  # fields of models.vit.ViT (Dosovitskiy et al. 2021; S as in DeiT; H/14
 }
 
 
-def standard_size(sizes: dict[str, dict], name: str) -> dict:
-  """The entry of CONVVIT or VIT; ValueError for a name that is not there."""
-  if name not in sizes:
-    raise ValueError(f"size {name!r} is not one of {', '.join(sizes)}")
-  return sizes[name]
+CHOICES = {  # options that take one of a few words; the first is the default
+    "method.masking": ("random", "focused"),
+    "teacher.layer": ("raw", "normed", "proj"),
+    "teacher.input_norm": ("teacher", "student"),
+    "teacher.tokens": ("visible", "visible+cls", "masked"),
+    "teacher.source": ("fused", "last_block"),
+    "teacher.head": ("linear", "norm_linear", "mlp"),
+    "teacher.target_norm": ("layer_norm", "batch", "l2", "none"),
+    "teacher.loss": ("mse", "smooth_l1", "cosine", "l1"),
+    "teacher.dtype": ("bfloat16", "float32"),
+}
 
 
 class ConfigError(ValueError):
   """Mistakes in a configuration, one per line."""
+
+
+def arguments(text: str, **defaults) -> ml_collections.ConfigDict:
+  """The argument of a configuration file, `configs/x.py:large,masking=random`: values of `defaults`, by name or in order.
+
+  Raises:
+    ConfigError: a name that is not among them, or a value of another type.
+  """
+  values, names = ml_collections.ConfigDict(defaults), list(defaults)
+  for i, part in enumerate(filter(None, text.split(","))):
+    name, value = part.split("=", 1) if "=" in part else (names[i] if i < len(names) else "", part)
+    if name not in defaults:
+      raise ConfigError(f"the argument {part!r} is not one of {', '.join(f'{k}={v}' for k, v in defaults.items())}")
+    try:
+      values[name] = type(defaults[name])(value)
+    except ValueError:
+      raise ConfigError(f"the argument {part!r}: expected a value like {defaults[name]!r}") from None
+  return values
+
+
+def encoder(name: str, size: str) -> ml_collections.ConfigDict:
+  """The `encoder` section of a "convvit" or "vit" of a standard size; ConfigError for others."""
+  sizes = {"convvit": CONVVIT, "vit": VIT}
+  for given, known, what in ((name, sizes, "encoder"), (size, CONVVIT, "size")):
+    if given not in known:
+      raise ConfigError(f"{what} {given!r} is not one of {', '.join(known)}")
+  c = ml_collections.ConfigDict(dict(name=name, **sizes[name][size]))
+  c.fuse_layers = ()                    # blocks (from 0) fused with the last one's output, with learned weights; () for none
+  if name == "convvit":
+    c.patch_sizes = (4, 2, 2)           # strides of the three embeddings; their product is the token size
+    c.cls_token = False                 # prepend a CLS token to the transformer stage, as in ConvMAE v2
+    c.fuse_stages = True                # add the outputs of the convolutional stages to the last block's
+    c.sparse = True                     # convolutional stages on the visible blocks only: same numbers, a quarter of the work
+  return c
+
+
+def teacher() -> ml_collections.ConfigDict:
+  """One teacher, and how it is mimicked."""
+  c = ml_collections.ConfigDict()
+  c.name = placeholder(str)             # a published tower, fetched from the Hugging Face hub (teachers.PRESETS); "" for none
+  c.path = placeholder(str)             # its folder or file, or "checkpoint:WORKDIR", an encoder that was trained here
+  c.weight = 1.0                        # of its loss; the paper's is not published: both terms start near 1
+  c.layer = "raw"                       # residual stream after the last block; "normed": after the last norm; "proj": CLIP's space
+  c.last_k = 1                          # with "raw": mean over so many last blocks
+  c.input_norm = "teacher"              # whose mean and deviation normalise its input; "student": those of config.data
+  c.resolution = 0                      # height of its input in pixels; 0: the one that gives the student's grid
+  c.tokens = "visible"                  # tokens that mimic; "visible+cls"; "masked": the decoder's, what the paper argues against
+  c.source = "fused"                    # the encoder's output that the decoder reads; "last_block": before fusion and norm
+  c.head = "linear"                     # or "norm_linear", "mlp"
+  c.target_norm = "layer_norm"          # each token; "batch": each channel; "l2": unit length; "none"
+  c.loss = "mse"                        # or "smooth_l1", "cosine", "l1"
+  c.salient_share = 1.0                 # share of the visible tokens, by the teacher's CLS attention, whose loss counts
+  c.dtype = "bfloat16"                  # of its computation and kernels
+  c.num_heads = 0                       # of files that do not say (no config.json); 0: one per 64 channels
+  c.activation = ""                     # likewise: "gelu", "quick_gelu", "gelu_tanh"; "": what the family is known to use
+  return c
+
+
+def teacher_options(config: ml_collections.ConfigDict) -> dict[str, ml_collections.ConfigDict]:
+  """The teachers of a configuration by the names of their losses: "mimic", then "mimic_NAME" for each of extra_teachers."""
+  named = {"mimic": config.teacher} | {f"mimic_{name}": extra for name, extra in config.extra_teachers.items()}
+  return {name: options for name, options in named.items() if options.name or options.path}
 
 
 def pretrain() -> ml_collections.ConfigDict:
@@ -45,22 +113,20 @@ def pretrain() -> ml_collections.ConfigDict:
   c.epochs = 400.0                      # passes over the training images; fractions allowed
   c.dtype = "bfloat16"                  # of the student's computation; parameters, norms and losses stay float32
 
-  c.encoder = ml_collections.ConfigDict(dict(
-      name="convvit",                   # "convvit", or "vit" (then with the keys of VIT above)
-      patch_sizes=(4, 2, 2),            # strides of the three embeddings; their product is the token size
-      sparse=True,                      # convolutional stages on the visible blocks only: same numbers, a quarter of the work
-      **CONVVIT["base"]))
+  c.encoder = encoder("convvit", "base")  # or encoder("vit", ...): the keys of that function
   c.decoder = ml_collections.ConfigDict(dict(dim=512, depth=8, num_heads=16))
 
   c.method = ml_collections.ConfigDict()
   c.method.mask_ratio = 0.75            # share of the tokens hidden from the encoder
+  c.method.masking = "random"           # or "focused": visible tokens drawn by the CLS attention of config.teacher
+  c.method.attention_temperature = 1.0  # of focused masking: p ~ attention^(1/temperature); towards 0: the most attended tokens
+  c.method.attention_mix = 0.0          # share of uniform sampling mixed into p
+  c.method.complementary_masks = 1      # disjoint visible sets for each image, for one teacher pass; multiply blr alike
   c.method.norm_pix = True              # reconstruct pixels normalised per patch
-  c.method.pixel_weight = 1.0           # of the reconstruction loss
-  c.method.mimic_weight = 1.0           # of the mimic loss; the paper's value is not published, both terms start near 1
+  c.method.pixel_weight = 1.0           # of the reconstruction loss; 0 leaves it out
 
-  c.teacher = ml_collections.ConfigDict()
-  c.teacher.path = placeholder(str)     # Hugging Face folder of a CLIP or DINO tower; "" for none (ConvMAE, MAE)
-  c.teacher.dtype = "bfloat16"          # of the teacher's computation
+  c.teacher = teacher()                 # the keys of that function
+  c.extra_teachers = ml_collections.ConfigDict()  # name -> another `teacher()`, with a head and a loss "mimic_name" of its own
 
   c.data = ml_collections.ConfigDict()
   c.data.source = placeholder(str)      # "digits", "folder:/path/to/images" or "tfds:name"
@@ -128,25 +194,25 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> None:
     raise ConfigError("\n".join(problems))  # nothing below can be computed
   positive("batch_size", "epochs", "optim.blr", "optim.eps", "optim.accum_steps", "log_every", "eval_every",
            "checkpoint_every", "keep_checkpoints", "data.eval_crop")
+  positive("method.attention_temperature", "method.complementary_masks")
   positive("optim.min_lr", "optim.warmup_epochs", "optim.weight_decay", "data.holdout_every", "data.workers",
-           "method.pixel_weight", "method.mimic_weight", zero=True)
+           "method.pixel_weight", zero=True)
   for name in ("b1", "b2"):
     need(0 <= config.optim[name] < 1, f"config.optim.{name}={config.optim[name]} must lie in [0, 1)")
   need(config.optim.warmup_epochs <= config.epochs,
        f"config.optim.warmup_epochs={config.optim.warmup_epochs} is longer than config.epochs={config.epochs}")
   need(config.data.holdout_every != 1, "config.data.holdout_every=1 would hold out every image; use 0 for none, or 2 and more")
-  for name in ("dtype", "teacher.dtype"):
-    value = config.dtype if name == "dtype" else config.teacher.dtype
-    need(value in ("float32", "bfloat16"), f"config.{name}={value!r} must be 'float32' or 'bfloat16'")
+  need(config.dtype in ("float32", "bfloat16"), f"config.dtype={config.dtype!r} must be 'float32' or 'bfloat16'")
   low, high = config.data.crop_scale
   need(0 < low <= high <= 1, f"config.data.crop_scale={config.data.crop_scale} must satisfy 0 < low <= high <= 1")
   need(config.data.eval_crop <= 1, f"config.data.eval_crop={config.data.eval_crop} must be at most 1")
   need(len(config.data.mean) == 3 == len(config.data.std) and min(config.data.std) > 0,
        f"config.data.mean={config.data.mean} and std={config.data.std} must hold 3 numbers each, std > 0")
 
-  _validate_model(config, need)
+  sizes_fit = _validate_model(config, need)
   _validate_devices(config, num_devices, need)
-  _validate_inputs(config, need)
+  _validate_data(config, need)
+  _validate_teachers(config, sizes_fit, need)
   if problems:
     raise ConfigError("\n".join(problems))
 
@@ -156,25 +222,37 @@ def token_size(config: ml_collections.ConfigDict) -> int:
   return config.encoder.patch_size if config.encoder.name == "vit" else math.prod(config.encoder.patch_sizes)
 
 
-def _validate_model(config, need):
-  encoder = config.encoder
-  if not need(encoder.name in ("convvit", "vit"), f"config.encoder.name={encoder.name!r} must be 'convvit' or 'vit'"):
-    return
-  wanted = {"name", *VIT["base"]} if encoder.name == "vit" else {"name", "patch_sizes", "sparse", *CONVVIT["base"]}
-  if not need(set(encoder) == wanted, f"config.encoder has keys {sorted(encoder)}; a {encoder.name} takes {sorted(wanted)}"):
-    return
+def _validate_model(config, need) -> bool:
+  """The student; returns whether images divide into its tokens."""
+  fields, method, decoder = config.encoder, config.method, config.decoder
+  if not need(fields.name in ("convvit", "vit"), f"config.encoder.name={fields.name!r} must be 'convvit' or 'vit'"):
+    return False
+  wanted = set(encoder(fields.name, "base"))
+  if not need(set(fields) == wanted, f"config.encoder has keys {sorted(fields)}; a {fields.name} takes {sorted(wanted)}"):
+    return False
   patch, (height, width) = token_size(config), config.image_size
-  if need(height > 0 and width > 0 and height % patch == 0 and width % patch == 0,
-          f"config.image_size=({height}, {width}) is not a multiple of the token size {patch}; nearest: "
-          f"({max(1, round(height / patch)) * patch}, {max(1, round(width / patch)) * patch})"):
+  fits = need(height > 0 and width > 0 and height % patch == 0 and width % patch == 0,
+              f"config.image_size=({height}, {width}) is not a multiple of the token size {patch}; nearest: "
+              f"({max(1, round(height / patch)) * patch}, {max(1, round(width / patch)) * patch})")
+  if fits:
     tokens = (height // patch) * (width // patch)
-    visible = int(tokens * (1 - config.method.mask_ratio)) if 0 < config.method.mask_ratio < 1 else 0
-    need(0 < visible < tokens, f"config.method.mask_ratio={config.method.mask_ratio} leaves {visible} of {tokens} tokens "
-         "visible; it must lie between 0 and 1 and leave some tokens on both sides")
-  for name, dim, heads in (("encoder", encoder.dim if encoder.name == "vit" else encoder.embed_dims[2], encoder.num_heads),
-                           ("decoder", config.decoder.dim, config.decoder.num_heads)):
+    visible = int(tokens * (1 - method.mask_ratio)) if 0 < method.mask_ratio < 1 else 0
+    if need(0 < visible < tokens, f"config.method.mask_ratio={method.mask_ratio} leaves {visible} of {tokens} tokens visible; "
+            "it must lie between 0 and 1 and leave some tokens on both sides"):
+      need(method.complementary_masks <= tokens // visible, f"config.method.complementary_masks={method.complementary_masks} "
+           f"x {visible} visible tokens are more than the {tokens} there are; at most {tokens // visible}")
+  need(method.masking in CHOICES["method.masking"],
+       f"config.method.masking={method.masking!r} is not one of {', '.join(CHOICES['method.masking'])}")
+  need(0 <= method.attention_mix <= 1, f"config.method.attention_mix={method.attention_mix} must lie in [0, 1]")
+  vit = fields.name == "vit"
+  for name, dim, heads in (("encoder", fields.dim if vit else fields.embed_dims[2], fields.num_heads),
+                           ("decoder", decoder.dim, decoder.num_heads)):
     need(dim % 4 == 0 and dim % heads == 0,
          f"config.{name}: width {dim} must be a multiple of 4 and of num_heads={heads}")
+  depth, fused = fields.depth if vit else fields.depths[2], tuple(fields.fuse_layers)
+  need(len(set(fused)) == len(fused) and all(0 <= i < depth - 1 for i in fused),
+       f"config.encoder.fuse_layers={fused} must be different blocks from 0 to {depth - 2}; the last, {depth - 1}, always counts")
+  return fits
 
 
 def _validate_devices(config, num_devices, need):
@@ -193,25 +271,52 @@ def _validate_devices(config, num_devices, need):
          f"steps; nearest: {f'{below} or ' if below else ''}{below + unit}")
 
 
-def _validate_inputs(config, need):
-  """Paths: cheap checks of the data source and the teacher's config.json (weights and images are read later)."""
-  from mrmae_jax import data, teachers  # pylint: disable=g-import-not-at-top; keeps the schema free of jax
+def _validate_data(config, need):
+  """A cheap check of the data source; images are read later."""
+  from mrmae_jax import data  # pylint: disable=g-import-not-at-top; keeps the schema free of jax
   if need(config.data.source, "config.data.source is not set; use digits, folder:/path/to/images or tfds:name"):
     try:
       data.open_split(config.data, "train")
     except data.DataError as error:
       need(False, f"config.data: {error}")
-  path = config.teacher.path
-  if not need(path is not None, "config.teacher.path is not set; give a Hugging Face folder of a CLIP or DINO tower (`hf download "
-              "openai/clip-vit-base-patch16 --local-dir DIR`), or \"\" to train without a teacher"):
-    return
-  if path and config.encoder.name in ("convvit", "vit"):
+
+
+def _validate_teachers(config, sizes_fit, need):
+  """The options of each teacher and, if the student's sizes fit, what the teacher's files say; weights are read later."""
+  from mrmae_jax import teachers  # pylint: disable=g-import-not-at-top; likewise
+  main, method = config.teacher, config.method
+  need(main.name is not None or main.path is not None, "config.teacher is not set; give config.teacher.name=clip_vit_b16 (or "
+       "another of teachers.PRESETS), config.teacher.path=FOLDER, or config.teacher.path= (empty) to train without a teacher")
+  named = {"teacher": main} | {f"extra_teachers.{name}": extra for name, extra in config.extra_teachers.items()}
+  named = {where: options for where, options in named.items() if options.name or options.path}
+  need(named or method.pixel_weight, "config.method.pixel_weight=0 without a teacher leaves nothing to learn")
+  need("teacher" in named or not named, "config.extra_teachers come after config.teacher, which is not set")
+  focused = method.masking == "focused"
+  need("teacher" in named or not focused, "config.method.masking='focused' needs config.teacher, by whose attention the visible "
+       "tokens are drawn; use 'random'")
+  has_cls = config.encoder.name == "vit" or getattr(config.encoder, "cls_token", False)
+  for where, options in named.items():
+    masked, cls, share = options.tokens == "masked", options.tokens == "visible+cls", options.salient_share
+    checks = [need(options[key] in CHOICES[f"teacher.{key}"],
+                   f"config.{where}.{key}={options[key]!r} is not one of {', '.join(CHOICES[f'teacher.{key}'])}")
+              for key in ("layer", "input_norm", "tokens", "source", "head", "target_norm", "loss", "dtype")]
+    checks += [
+        need(math.isfinite(options.weight) and options.weight >= 0, f"config.{where}.weight={options.weight} must be >= 0"),
+        need(options.last_k >= 1, f"config.{where}.last_k={options.last_k} must be at least 1"),
+        need(0 < share <= 1, f"config.{where}.salient_share={share} must satisfy 0 < share <= 1"),
+        need(share == 1 or not masked, f"config.{where}.salient_share={share} concerns visible tokens; leave it at 1 with "
+             "tokens='masked'"),
+        need(has_cls or not cls, f"config.{where}.tokens='visible+cls' needs a student with a CLS token: "
+             "config.encoder.cls_token=True")]
+    if not (sizes_fit and all(checks)):
+      continue
     try:
-      spec = teachers.read_spec(path, tuple(config.image_size), config.teacher.dtype)
+      spec = teachers.configured_spec(options, config)
     except teachers.WeightsError as error:
-      need(False, f"config.teacher.path: {error}")
-      return
-    grid = tuple(side // token_size(config) for side in config.image_size)
-    need(spec.grid == grid, f"config.teacher.path: the teacher's grid of {spec.grid[0]}x{spec.grid[1]} tokens "
-         f"({spec.module.patch_size}-pixel patches) does not fit the student's {grid[0]}x{grid[1]} ({token_size(config)}-pixel "
-         f"tokens) on {config.image_size[0]}x{config.image_size[1]} images; choose a teacher with {token_size(config)}-pixel patches")
+      need(False, f"config.{where}: {error}")
+      continue
+    need(spec.has_cls or not cls, f"config.{where}.tokens='visible+cls': {spec.description} has no CLS token")
+    need(spec.has_attention or not (focused and where == "teacher"),
+         f"config.method.masking='focused' needs the attention of a CLS token, which {spec.description} lacks; use 'random'")
+    need(spec.has_attention or share == 1,
+         f"config.{where}.salient_share={share} needs the attention of a CLS token, which {spec.description} lacks; use 1")

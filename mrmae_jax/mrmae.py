@@ -3,10 +3,11 @@
 An encoder sees a quarter of the image. On these *visible* tokens its output mimics the features that a frozen teacher
 (CLIP or DINO) computes from the whole image; on the *masked* tokens a small decoder reconstructs the pixels, as in MAE.
 The two losses act on different tokens and at different depths, so they do not compete. Without a teacher this is
-ConvMAE (convolutional-stage encoder) or MAE (plain ViT encoder).
+ConvMAE (convolutional-stage encoder) or MAE (plain ViT encoder). *Focused mimicking* shows the encoder the tokens that the
+teacher's CLS token attends to; *complementary masks* show it several disjoint parts of the same image at once.
 
-Shapes: B images of H x W pixels and C channels; N = (H/p) * (W/p) tokens of p x p pixels, V of them visible;
-D, Dt widths of student and teacher. All losses are float32.
+Shapes: B images of H x W pixels and C channels; N = (H/p) * (W/p) tokens of p x p pixels, V of them visible in each of k
+masks; D, Dt widths of student and teacher. All losses are float32.
 """
 
 from typing import Any, Callable, NamedTuple
@@ -17,46 +18,74 @@ import jax.numpy as jnp
 from mrmae_jax.models.layers import Mask, patchify, take_visible
 
 
+class Mimic(NamedTuple):
+  """How one teacher is mimicked. The paper's choices are not published; the defaults are those of its closest relative,
+  OpenDriveLab/maskalign, where that has one."""
+
+  name: str                          # of the loss term
+  head: Any                          # module: student tokens -> [..., Dt]
+  weight: float = 1.0
+  tokens: str = "visible"            # "visible+cls", or "masked": the decoder predicts the features of the masked tokens
+  source: str = "fused"              # or "last_block": before fusion and the last norm
+  target_norm: str = "layer_norm"    # see `normalise_features`
+  loss: str = "mse"                  # a key of DISTANCES
+  salient_share: float = 1.0         # share of the visible tokens, by the teacher's attention, that counts
+
+
 class Model(NamedTuple):
   """The student: modules (`params` holds one entry per module, by field name) and its input normalisation."""
 
   encoder: Any
   decoder: Any
-  mimic_head: Any  # None without a teacher
+  mimics: tuple[Mimic, ...]  # one for each teacher; () without
   mean: tuple[float, ...]
   std: tuple[float, ...]
 
 
-def pretrain_loss(params, images, noise, model: Model, teacher: Callable[[jax.Array], jax.Array] | None, *,
-                  mask_ratio: float, norm_pix: bool, pixel_weight: float, mimic_weight: float):
+class TeacherOutput(NamedTuple):
+  """What a frozen teacher makes of whole images, on the student's grid of N tokens; float32."""
+
+  features: jax.Array          # [B, N, Dt]
+  cls: jax.Array | None        # [B, Dt], of its CLS token; None if it has none
+  attention: jax.Array | None  # [B, N], what CLS attends to in the last block, mean over the heads; None likewise
+
+
+def pretrain_loss(params, images, noise, model: Model, teachers: dict[str, Callable[[jax.Array], TeacherOutput]], *,
+                  mask_ratio: float, masking: str = "random", attention_temperature: float = 1.0, attention_mix: float = 0.0,
+                  complementary_masks: int = 1, norm_pix: bool = True, pixel_weight: float = 1.0):
   """The training objective.
 
   Args:
-    params: {"encoder": ..., "decoder": ..., "mimic_head": ... with a teacher}.
+    params: {"encoder": ..., "decoder": ..., "mimic_heads": {name: ...} with teachers}.
     images: [B, H, W, C], uint8 or float in [0, 1].
     noise: [B, N] float32, uniform in [0, 1): decides which tokens are visible.
     model: the student.
-    teacher: images -> [B, N, Dt], features of the intact image; None: no mimic loss.
+    teachers: for each of `model.mimics`, by name, images -> TeacherOutput of the intact image.
     mask_ratio: share of the tokens that is hidden from the encoder.
+    masking: "random", or "focused": the visible tokens are drawn by the attention of the first teacher's CLS token.
+    attention_temperature, attention_mix: of focused masking, see `sample_mask`.
+    complementary_masks: disjoint visible sets for each image; the losses are means over them.
     norm_pix: reconstruct pixels normalised per patch.
-    pixel_weight, mimic_weight: weights of the two terms.
+    pixel_weight: of the reconstruction loss; 0 leaves it out, and the decoder's work with it.
 
   Returns:
-    loss, and its unweighted terms {"pixel", "mimic"}: float32 scalars.
+    loss, and its unweighted terms {"pixel", and the name of each mimic}: float32 scalars.
   """
   pixels = normalise(images, model.mean, model.std)
-  mask = sample_mask(noise, mask_ratio)
-  tokens, prediction = encode_decode(params, pixels, mask, model)
+  seen = {name: jax.lax.stop_gradient(look(images)) for name, look in teachers.items()}  # the teachers see the whole image
+  attention = seen[model.mimics[0].name].attention if masking == "focused" else None
+  mask = sample_mask(noise, mask_ratio, complementary_masks, attention, attention_temperature, attention_mix)
+  streams, prediction = encode_decode(params, pixels, mask, model)
 
-  pixel = pixel_loss(prediction, pixels, mask, model.encoder.patch_size, norm_pix)
-  if teacher is None:
-    return pixel_weight * pixel, {"pixel": pixel}
-
-  features = jax.lax.stop_gradient(teacher(images))                     # of the whole image
-  visible = tokens[:, tokens.shape[1] - mask.ids_keep.shape[1]:]        # without CLS
-  mimicked = model.mimic_head.apply({"params": params["mimic_head"]}, visible)
-  mimic = mimic_loss(mimicked, features, mask)
-  return pixel_weight * pixel + mimic_weight * mimic, {"pixel": pixel, "mimic": mimic}
+  loss, terms = 0.0, {}
+  for mimic in model.mimics:
+    head = params["mimic_heads"][mimic.name]
+    terms[mimic.name] = mimic_loss(head, streams, seen[mimic.name], mask, mimic)
+    loss += mimic.weight * terms[mimic.name]
+  if pixel_weight:
+    terms["pixel"] = pixel_loss(prediction, pixels, mask, model.encoder.patch_size, norm_pix)
+    loss += pixel_weight * terms["pixel"]
+  return loss, terms
 
 
 def normalise(images: jax.Array, mean, std) -> jax.Array:
@@ -66,19 +95,52 @@ def normalise(images: jax.Array, mean, std) -> jax.Array:
   return (images - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
 
 
-def sample_mask(noise: jax.Array, mask_ratio: float) -> Mask:
-  """Random masking (MAE, models_mae.py): the int(N * (1 - mask_ratio)) tokens of least noise stay visible."""
-  visible = int(noise.shape[1] * (1 - mask_ratio))
-  ids_shuffle = jnp.argsort(noise, axis=1)
-  return Mask(ids_keep=ids_shuffle[:, :visible], ids_restore=jnp.argsort(ids_shuffle, axis=1))
+def sample_mask(noise: jax.Array, mask_ratio: float, complementary_masks: int = 1, attention: jax.Array | None = None,
+                temperature: float = 1.0, mix: float = 0.0) -> Mask:
+  """Chooses the V = int(N * (1 - mask_ratio)) visible tokens, for each of k masks.
+
+  Random masking (MAE, models_mae.py) keeps the tokens of least noise. Focused masking draws without replacement with
+  probabilities proportional to the attention (zejiangh/MILAN): with exponential waiting times -log(1 - noise) / p the
+  tokens arrive in that order, which is Gumbel-top-k; under uniform attention it is random masking with the same noise.
+  Complementary masks take the first V tokens of one shuffle, the next V, and so on (Alpha-VL/FastConvMAE).
+
+  Args:
+    noise: float32 [B, N], uniform in [0, 1).
+    mask_ratio: share of hidden tokens.
+    complementary_masks: k, with k * V <= N.
+    attention: non-negative [B, N]; None for random masking.
+    temperature: > 0, p ~ attention^(1/temperature): below 1 nearer to taking the V most attended tokens, above 1 to random.
+    mix: in [0, 1], share of the uniform distribution mixed into p.
+
+  Returns:
+    Masks [B * k, ...], those of one image side by side.
+  """
+  (batch, tokens), k = noise.shape, complementary_masks
+  visible = int(tokens * (1 - mask_ratio))
+  order = noise
+  if attention is not None:
+    log_p = jax.nn.log_softmax(jnp.log(attention.astype(jnp.float32) + 1e-12) / temperature, axis=1)
+    log_p = jnp.logaddexp(jnp.log1p(-mix) + log_p, jnp.log(mix / tokens))
+    order = jnp.log(-jnp.log1p(-noise)) - log_p
+  ids_shuffle = jnp.argsort(order, axis=1)
+  ids_restore = jnp.argsort(ids_shuffle, axis=1)
+  ids_keep = ids_shuffle[:, :k * visible].reshape(batch * k, visible)
+  ids_restore = (ids_restore[:, None] - visible * jnp.arange(k)[:, None]) % tokens  # mask i starts i * V places further on
+  return Mask(ids_keep, ids_restore.reshape(batch * k, tokens))
 
 
 def encode_decode(params, pixels: jax.Array, mask: Mask, model: Model):
-  """Encoder on the visible tokens, decoder on all: tokens [B, V (+1 with CLS), D], prediction [B, N, p*p*C]."""
+  """Encoder on the visible tokens, decoder on all.
+
+  Returns:
+    streams: what can be mimicked with, [B * k, V (+1 with CLS), D] "fused" (the encoder's output, which the decoder reads)
+      and "last_block" (before fusion), and [B * k, N, decoder width] "decoder".
+    prediction: [B * k, N, p*p*C].
+  """
   grid = tuple(side // model.encoder.patch_size for side in pixels.shape[1:3])
-  tokens, _ = model.encoder.apply({"params": params["encoder"]}, pixels, mask)
-  prediction, _ = model.decoder.apply({"params": params["decoder"]}, tokens, mask, grid)
-  return tokens, prediction
+  tokens, encoded = model.encoder.apply({"params": params["encoder"]}, pixels, mask)
+  prediction, decoded = model.decoder.apply({"params": params["decoder"]}, tokens, mask, grid)
+  return {"fused": tokens, "last_block": encoded["layers"][-1], "decoder": decoded["tokens"]}, prediction
 
 
 def pixel_targets(pixels: jax.Array, patch_size: int, norm_pix: bool):
@@ -98,18 +160,70 @@ def pixel_targets(pixels: jax.Array, patch_size: int, norm_pix: bool):
 
 
 def pixel_loss(prediction: jax.Array, pixels: jax.Array, mask: Mask, patch_size: int, norm_pix: bool) -> jax.Array:
-  """Mean squared error on the masked patches: prediction [B, N, p*p*C] against normalised images [B, H, W, C]."""
+  """Mean squared error on the masked patches: prediction [B * k, N, p*p*C] against normalised images [B, H, W, C]."""
   targets, _, _ = pixel_targets(pixels, patch_size, norm_pix)
-  error = jnp.square(prediction - targets).mean(-1)
+  prediction = prediction.reshape(len(targets), -1, *targets.shape[1:])
+  error = jnp.square(prediction - targets[:, None]).mean(-1).reshape(mask.removed.shape)
   return jnp.sum(error * mask.removed) / mask.removed.sum()
 
 
-def mimic_loss(mimicked: jax.Array, features: jax.Array, mask: Mask) -> jax.Array:
-  """Mean squared error on the visible tokens: mimicked [B, V, Dt] against teacher features [B, N, Dt].
+def mimic_loss(head_params, streams: dict[str, jax.Array], seen: TeacherOutput, mask: Mask, mimic: Mimic) -> jax.Array:
+  """Mean distance of one teacher's features from what the student makes of its tokens, over the tokens that count.
 
-  The paper's exact form is not published. Targets are normalised token by token (LayerNorm without parameters), as in
-  OpenDriveLab/maskalign: CLIP's residual stream has a few huge channels, which would otherwise be all of the error.
+  Args:
+    head_params: of `mimic.head`.
+    streams: of `encode_decode`.
+    seen: what the teacher makes of the B whole images.
+    mask: [B * k, ...].
+    mimic: which tokens count, and how they are compared.
   """
-  targets = take_visible(features.astype(jnp.float32), mask)
-  mean, variance = targets.mean(-1, keepdims=True), targets.var(-1, keepdims=True)
-  return jnp.square(mimicked - (targets - mean) * jax.lax.rsqrt(variance + 1e-5)).mean()
+  features, cls = (None if x is None else normalise_features(x, mimic.target_norm) for x in (seen.features, seen.cls))
+  (rows, visible), head = mask.ids_keep.shape, lambda x: mimic.head.apply({"params": head_params}, x)
+  k = rows // len(features)
+  if mimic.tokens == "masked":
+    error = DISTANCES[mimic.loss](head(streams["decoder"]), features.repeat(k, 0))
+    return jnp.sum(error * mask.removed) / mask.removed.sum()
+
+  tokens, targets, counts = streams[mimic.source], take_visible(features, mask), jnp.ones((rows, visible))
+  if mimic.salient_share < 1:
+    rank = jnp.argsort(jnp.argsort(-take_visible(seen.attention, mask), axis=1), axis=1)
+    counts = rank < max(1, round(visible * mimic.salient_share))
+  if mimic.tokens == "visible+cls":
+    targets = jnp.concatenate([cls.repeat(k, 0)[:, None], targets], axis=1)
+    counts = jnp.pad(counts, ((0, 0), (1, 0)), constant_values=1)
+  error = DISTANCES[mimic.loss](head(tokens[:, tokens.shape[1] - targets.shape[1]:]), targets)
+  return jnp.sum(error * counts) / counts.sum()
+
+
+def normalise_features(x: jax.Array, how: str) -> jax.Array:
+  """Teacher features [B, ..., Dt] as targets, float32.
+
+  "layer_norm": each token to zero mean and unit variance, without parameters (OpenDriveLab/maskalign): CLIP's residual
+  stream has a few huge channels, which would otherwise be all of the error. "batch": each channel to zero mean and unit
+  variance over the batch. "l2": each token to unit length. "none": as they are.
+  """
+  x = x.astype(jnp.float32)
+  if how == "none":
+    return x
+  if how == "l2":
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-12))
+  axes = -1 if how == "layer_norm" else tuple(range(x.ndim - 1))
+  mean, variance = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
+  return (x - mean) * jax.lax.rsqrt(variance + 1e-5)
+
+
+def _smooth_l1(d):  # twice torch's with beta 1, as in OpenDriveLab/maskalign: the squared error of small differences
+  return jnp.where(jnp.abs(d) < 1, jnp.square(d), 2 * jnp.abs(d) - 1)
+
+
+def _cosine(a, b):
+  unit = lambda x: x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-12))
+  return 1 - (unit(a) * unit(b)).sum(-1)
+
+
+DISTANCES = {  # [..., Dt], [..., Dt] -> [...]
+    "mse": lambda a, b: jnp.square(a - b).mean(-1),
+    "smooth_l1": lambda a, b: _smooth_l1(a - b).mean(-1),
+    "l1": lambda a, b: jnp.abs(a - b).mean(-1),
+    "cosine": _cosine,
+}

@@ -26,6 +26,7 @@ class Task(NamedTuple):
     predict: (params, frozen, batch, keys [B]) -> {name: array}; evaluators take what they need, jit drops the rest.
     frozen: arrays that the functions need and that are not trained, e.g. a teacher.
     identity: JSON values that tell this task from others when a run continues.
+    notes: lines for the start of the run's log.
   """
 
   init: Callable
@@ -33,6 +34,7 @@ class Task(NamedTuple):
   predict: Callable
   frozen: Any
   identity: dict[str, Any]
+  notes: tuple[str, ...] = ()
 
 
 class TrainState(NamedTuple):
@@ -125,7 +127,7 @@ def _fit(config, task: Task, workdir, check: bool, closing: contextlib.ExitStack
     state = checkpoints.restore(jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings))
   else:
     state = jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
-  start = describe(config, mesh, source, total_steps, first_step, shapes.params)
+  start = "\n".join([describe(config, mesh, source, total_steps, first_step, shapes.params), *task.notes])
   if check:
     print(start, flush=True)
   else:
@@ -217,7 +219,7 @@ def identity(config, task: Task, source) -> dict[str, Any]:
 
   A teacher counts by its weights, not by where they lie.
   """
-  free = {"teacher.path", "data.workers", "data.data_dir", "optim.accum_steps", "log_every", "eval_every", "checkpoint_every",
+  free = {"data.workers", "data.data_dir", "optim.accum_steps", "log_every", "eval_every", "checkpoint_every",
           "keep_checkpoints"}
   flat = {}
 
@@ -226,7 +228,8 @@ def identity(config, task: Task, source) -> dict[str, Any]:
       name = f"{prefix}{key}"
       if isinstance(value, dict):
         walk(value, f"{name}.")
-      elif name not in free and not name.startswith(("mesh.", "evals.")):
+      elif name not in free and not name.startswith(("mesh.", "evals.")) and not (
+          "teacher" in name and key in ("name", "path")):
         flat[name] = value
 
   walk(json.loads(config.to_json()), "")

@@ -1,5 +1,6 @@
 """Configurations: all that ship load, validate and build at their published size; mistakes get one clear line each."""
 
+import functools
 import json
 import math
 import os
@@ -9,30 +10,21 @@ import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
 import pytest
 
-from configs import convmae, demo, mae, mrmae
-from mrmae_jax import config as config_lib
+from configs import ablation, convmae, demo, mae, mrmae
+from mrmae_jax import config as config_lib, teachers
 from mrmae_jax.config import ConfigError, validate
-from mrmae_jax.mrmae import sample_mask
 from mrmae_jax.tasks import pretrain
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
 
 
-def shapes(config, teacher_dim=None):
-  """The parameter shapes of a configuration's student, and the loss on them, without computing anything."""
-  model = pretrain.make_model(config, teacher_dim)
-  grid = tuple(side // model.encoder.patch_size for side in config.image_size)
-
-  def init(key):
-    pixels, noise = jnp.zeros((1, *config.image_size, 3)), jax.random.uniform(key, (1, math.prod(grid)))
-    mask = sample_mask(noise, config.method.mask_ratio)
-    tokens, encoder = model.encoder.init_with_output(key, pixels, mask)
-    head = {"mimic_head": model.mimic_head.init(key, tokens[0])["params"]} if teacher_dim else {}
-    return {"encoder": encoder["params"], "decoder": model.decoder.init(key, tokens[0], mask, grid)["params"]} | head
+def shapes(config, teacher_dims=None):
+  """The parameter shapes of a configuration's student, without computing anything."""
+  model = pretrain.make_model(config, teacher_dims or {})
+  init = functools.partial(pretrain.init_params, model, tuple(config.image_size), config.method.mask_ratio)
   return jax.eval_shape(init, jax.random.key(0))
 
 
@@ -41,29 +33,68 @@ def millions(tree):
 
 
 @pytest.fixture
-def clip_b16(tmp_path):
-  """The config.json of openai/clip-vit-base-patch16: enough for validation, weights are read later."""
-  (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip", "projection_dim": 512, "vision_config": dict(
-      patch_size=16, image_size=224, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
-      layer_norm_eps=1e-5, hidden_act="quick_gelu")}))
-  return tmp_path
+def hub(tmp_path, monkeypatch):
+  """A cache of the Hugging Face hub, offline, with the config.json of CLIP-B/16 and DINO-B/16: all that validation reads."""
+  from huggingface_hub import constants
+  monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+  monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+  sizes = dict(patch_size=16, image_size=224, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072)
+  for name, config in (
+      ("clip_vit_b16", {"model_type": "clip", "projection_dim": 512,
+                        "vision_config": sizes | dict(layer_norm_eps=1e-5, hidden_act="quick_gelu")}),
+      ("dino_vit_b16", {"model_type": "vit", "layer_norm_eps": 1e-12, "hidden_act": "gelu"} | sizes)):
+    preset = teachers.PRESETS[name]
+    commit = preset.revision if len(preset.revision) == 40 else "0" * 40
+    root = tmp_path / "hub" / f"models--{preset.repo.replace('/', '--')}"
+    ref = root / "refs" / preset.revision
+    ref.parent.mkdir(parents=True)
+    ref.write_text(commit)
+    (root / "snapshots" / commit).mkdir(parents=True)
+    (root / "snapshots" / commit / "config.json").write_text(json.dumps(config))
 
 
 CONFIGS = [(module, size) for module in (convmae, mae, mrmae) for size in ("small", "base", "large", "huge")]
 
 
 @pytest.mark.parametrize("module, size", CONFIGS, ids=[f"{m.__name__}:{s}" for m, s in CONFIGS])
-def test_shipped_configs_validate_and_build(module, size, clip_b16, tmp_path):
+def test_shipped_configs_validate_and_build(module, size, hub, tmp_path):
   config = module.get_config(size)
   (tmp_path / "photo.png").touch()
   config.data.source = f"folder:{tmp_path}"  # what ships is tfds:imagenet2012, which has to be prepared first
-  if module is mrmae:
-    config.teacher.path = str(clip_b16)
   validate(config, num_devices=32)
-  params = shapes(config, 768 if module is mrmae else None)
-  assert millions(params) > 20
+  params = shapes(config, {"mimic": 768})
+  assert millions(params) > 20 and ("mimic_heads" in params) == (module is mrmae)
   for word in ("Command:", "Hardware:", "Cost:", "Expected:"):
     assert word in module.__doc__
+
+
+def test_the_full_recipe_and_its_arguments():
+  c = mrmae.get_config()
+  assert c.method.masking == "focused" and c.encoder.fuse_layers == (2, 5, 8) and c.encoder.fuse_stages
+  assert c.teacher.name == "clip_vit_b16" and not c.extra_teachers
+  c = mrmae.get_config("large,encoder=vit,teacher=clip_vit_l14+dino_vit_b16,masking=random,fusion=none,tokens=masked,masks=4")
+  assert c.encoder.name == "vit" and c.encoder.depth == 24 and c.encoder.fuse_layers == ()
+  assert (c.teacher.name, c.extra_teachers.dino_vit_b16.name) == ("clip_vit_l14", "dino_vit_b16")
+  assert c.extra_teachers.dino_vit_b16.tokens == c.teacher.tokens == "masked" and c.method.pixel_weight == 0
+  assert c.method.masking == "random" and c.method.complementary_masks == 4 and c.optim.blr == 6e-4
+  for argument, message in (("giant", "size 'giant' is not one of small, base"), ("base,maskin=random", "the argument 'maskin=random'"),
+                            ("fusion=all", "fusion=all must be"), ("masks=many", "'masks=many': expected a value like 1")):
+    with pytest.raises(ConfigError, match=message):
+      mrmae.get_config(argument)
+
+
+def test_every_ablation_validates_and_builds(hub, tmp_path):
+  (tmp_path / "photo.png").touch()
+  seen = set()
+  for item in ablation.sweep():
+    config = ablation.get_config(item.pop("argument"))
+    config.update_from_flattened_dict(item)
+    config.data.source = f"folder:{tmp_path}"
+    validate(config, num_devices=8)
+    params = shapes(config, {"mimic": 768, "mimic_dino_vit_b16": 768})
+    assert len(params["mimic_heads"]) == 1 + len(config.extra_teachers)
+    seen.add(config.to_json())
+  assert len(seen) == 11
 
 
 def test_demo_validates():
@@ -130,10 +161,21 @@ def changed(**overrides):
     (dict(data__source="didgits"), r"config\.data: dataset 'didgits' given; expected 'digits', 'folder:"),
     (dict(data__crop_scale=(0.0, 1.0)), r"config\.data\.crop_scale=\(0\.0, 1\.0\)"),
     (dict(data__std=(0.5, 0.0, 0.5)), r"std > 0"),
-    (dict(teacher__path=None), r"config\.teacher\.path is not set; .*hf download"),
-    (dict(teacher__path="/no/such/teacher"), r"config\.teacher\.path: teacher /no/such/teacher: .*no such folder"),
-    (dict(encoder__patch_sizes=(4, 2, 2)),
-     r"the teacher's grid of 4x6 tokens \(8-pixel patches\) does not fit the student's 2x3 \(16-pixel tokens\) on 32x48 images"),
+    (dict(teacher__path=None), r"config\.teacher is not set; give config\.teacher\.name=clip_vit_b16"),
+    (dict(teacher__path="/no/such/teacher"), r"config\.teacher: .*/no/such/teacher"),
+    (dict(teacher__name="clip_vit_b17"), r"config\.teacher: .*clip_vit_b17.*clip_vit_b16"),
+    (dict(teacher__loss="huber"), r"config\.teacher\.loss='huber' is not one of mse, smooth_l1, cosine, l1"),
+    (dict(teacher__weight=-1.0), r"config\.teacher\.weight=-1\.0 must be >= 0"),
+    (dict(teacher__salient_share=0.0), r"config\.teacher\.salient_share=0\.0 must satisfy"),
+    (dict(teacher__tokens="visible+cls"), r"tokens='visible\+cls' needs a student with a CLS token: config\.encoder\.cls_token=True"),
+    (dict(teacher__layer="proj", teacher__last_k=2), r"config\.teacher: .*last_k"),
+    (dict(method__masking="focused", teacher__path=""), r"config\.method\.masking='focused' needs config\.teacher"),
+    (dict(method__masking="focussed"), r"config\.method\.masking='focussed' is not one of random, focused"),
+    (dict(method__pixel_weight=0.0, teacher__path=""), r"leaves nothing to learn"),
+    (dict(method__complementary_masks=5), r"complementary_masks=5 x 6 visible tokens are more than the 24 there are; at most 4"),
+    (dict(method__attention_temperature=0.0), r"attention_temperature=0\.0 must be a finite number > 0"),
+    (dict(method__attention_mix=1.5), r"attention_mix=1\.5 must lie in \[0, 1\]"),
+    (dict(encoder__fuse_layers=(0, 1)), r"fuse_layers=\(0, 1\) must be different blocks from 0 to 0; the last, 1,"),
 ])
 def test_mistakes_are_named(overrides, message):
   with pytest.raises(ConfigError) as error:
@@ -168,6 +210,7 @@ def command(*arguments):
     (["--worrkdir=/tmp/x"], "Unknown command line flag 'worrkdir'. Did you mean: workdir"),
     (["--config=configs/none.py"], "--config=configs/none.py: no such file"),
     (["--config=configs/mae.py:giant"], "size 'giant' is not one of small, base, large, huge"),
+    (["--config=configs/mrmae.py:base,mask=random"], "the argument 'mask=random' is not one of size=base, encoder=convvit"),
 ])
 def test_mistyped_command_lines(arguments, message):
   code, err = command("--config=configs/demo.py", "--workdir=/nonexistent", *arguments)
@@ -202,7 +245,7 @@ def test_wrong_teacher_weights_stop_the_run_before_compilation(tmp_path):
 def test_help_of_every_key():
   """Each key of the schema is explained by a comment on its line or by the comment above it."""
   source = Path(config_lib.__file__).read_text()
-  body = source[source.index("def pretrain("):source.index("def validate(")]
+  body = source[source.index("def encoder("):source.index("def validate(")]
   bare = [line.strip() for line in body.splitlines()
           if re.match(r"\s+c\.[\w.]+ = ", line) and "ConfigDict(" not in line and "#" not in line]
   assert bare == ['c.task = "pretrain"', "c.data.std = IMAGENET_STD"]

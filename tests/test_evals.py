@@ -58,7 +58,8 @@ def test_knn_without_labels_says_why_not(tmp_path):
 def test_a_perfect_prediction_is_drawn_as_the_original(monkeypatch, norm_pix):
   """Un-normalising, un-patchifying and the colours are right: the decoder's targets come back as the image."""
   config = tiny.get_config()
-  model = pretrain.make_model(config, None)
+  config.teacher.path = ""
+  model = pretrain.make_model(config, {})
   images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 32, 48, 3), np.uint8))
   mask = mrmae.sample_mask(jax.random.uniform(jax.random.key(0), (2, 24)), 0.75)
   targets = lambda params, pixels, mask, model: (None, mrmae.pixel_targets(pixels, 8, norm_pix)[0])

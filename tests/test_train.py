@@ -185,7 +185,7 @@ def runs(tmp_path_factory):
 
 def test_a_run_says_what_it_did(runs):
   folder, out = runs
-  assert "parameters: " in out and "encoder" in out and "mimic_head" in out
+  assert "parameters: " in out and "encoder" in out and "mimic_heads" in out
   assert "learning rate 0.0025 at its peak" in out and "= 20 steps" in out
   last = out[out.index("done: 20 steps"):]
   assert f"checkpoint: {folder}/whole/checkpoints/20" in last and f"TensorBoard log: {folder}/whole/tensorboard" in last

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from mrmae_jax.config import pretrain
+from mrmae_jax.config import encoder as base_encoder, pretrain
+
+TEACHERS = Path(__file__).parent / "goldens" / "teachers"
 
 
 def get_config(encoder: str = "convvit"):
@@ -12,11 +14,12 @@ def get_config(encoder: str = "convvit"):
   c.epochs = 0.09          # 8 steps of 1,438 digits
   c.dtype = "float32"
   if encoder == "vit":
-    c.encoder = type(c)(dict(name="vit", patch_size=8, dim=24, depth=2, num_heads=2, mlp_dim=48))
+    c.encoder = base_encoder("vit", "base")
+    c.encoder.update(patch_size=8, dim=24, depth=2, num_heads=2, mlp_dim=48)
   else:
     c.encoder.update(patch_sizes=(2, 2, 2), embed_dims=(8, 12, 24), depths=(1, 1, 2), num_heads=2)
   c.decoder.update(dim=16, depth=1, num_heads=2)
-  c.teacher.path = str(Path(__file__).parent / "goldens" / "teachers" / "hf_clip_full")  # 8-pixel patches, random weights
+  c.teacher.path = str(TEACHERS / "hf_clip_full")  # 8-pixel patches, random weights
   c.teacher.dtype = "float32"
   c.data.source = "digits"
   c.data.holdout_every = 5

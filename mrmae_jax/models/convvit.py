@@ -18,7 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mrmae_jax.models.layers import (Block, Mask, depthwise_conv, from_blocks, gelu, layer_norm, patchify, put_visible,
+from mrmae_jax.models.layers import (Block, LayerFusion, Mask, depthwise_conv, from_blocks, gelu, layer_norm, patchify, put_visible,
                                      sincos_2d, take_visible, to_blocks, xavier_uniform)
 
 CONV_EPS = 1e-5  # the reference hard-codes torch's default in the convolutional blocks and patch embeddings ...
@@ -67,17 +67,21 @@ def spatial_mix(x: jax.Array, kernel: jax.Array, mask: Mask | None, grid: tuple[
     grid: (rows, columns) of tokens.
 
   Returns:
-    The shape of x. Dense: masked positions hold what spills over from visible neighbours; nothing visible reads them.
+    The shape of x. Dense with one mask an image: masked positions hold what spills over from visible neighbours; nothing
+    visible reads them. With several disjoint ones each position is taken from the convolution of its own set, as in
+    Alpha-VL/FastConvMAE vision_transformer.py; positions of no set are zero.
   """
   if x.ndim == 5:
     x = from_blocks(put_visible(x, mask), grid)
     s = x.shape[1] // grid[0]
     return take_visible(to_blocks(depthwise_conv(x, kernel), s), mask)
-  if mask is not None:
-    s = x.shape[1] // grid[0]
-    visible = ~mask.removed.reshape(-1, *grid, 1)
-    x = jnp.where(jnp.repeat(jnp.repeat(visible, s, 1), s, 2), x, jnp.zeros((), x.dtype))
-  return depthwise_conv(x, kernel)
+  if mask is None:
+    return depthwise_conv(x, kernel)
+  b, h, w, c = x.shape
+  s, zero = h // grid[0], jnp.zeros((), x.dtype)
+  visible = (~mask.removed).reshape(b, -1, *grid, 1).repeat(s, 2).repeat(s, 3)
+  y = depthwise_conv(jnp.where(visible, x[:, None], zero).reshape(-1, h, w, c), kernel).reshape(b, -1, h, w, c)
+  return y[:, 0] if y.shape[1] == 1 else jnp.where(visible, y, zero).sum(1)
 
 
 class ConvBlock(nn.Module):
@@ -108,6 +112,9 @@ class ConvViT(nn.Module):
     patch_sizes: strides of the three embeddings; their product is the side of a token in pixels.
     embed_dims, depths, mlp_ratios: per stage.
     num_heads: of the transformer stage.
+    cls_token: prepend a CLS token to the transformer stage, without a position, as in MAE. ConvMAE v2 has one.
+    fuse_stages: add the outputs of the convolutional stages to the last block's, as ConvMAE does.
+    fuse_layers: blocks of the transformer stage, counted from 0, whose outputs are fused with the last one's; () for none.
     sparse: run the convolutional stages on the visible blocks only when there is a mask.
     dtype: of the computation; parameters are float32.
   """
@@ -117,6 +124,9 @@ class ConvViT(nn.Module):
   depths: tuple[int, int, int] = (2, 2, 11)
   num_heads: int = 12
   mlp_ratios: tuple[float, float, float] = (4, 4, 4)
+  cls_token: bool = False
+  fuse_stages: bool = True
+  fuse_layers: tuple[int, ...] = ()
   sparse: bool = True
   dtype: Any = jnp.float32
 
@@ -124,22 +134,32 @@ class ConvViT(nn.Module):
   def patch_size(self) -> int:
     return math.prod(self.patch_sizes)
 
+  @property
+  def dim(self) -> int:
+    return self.embed_dims[2]
+
+  @property
+  def depth(self) -> int:
+    return self.depths[2]
+
   @nn.compact
   def __call__(self, images: jax.Array, mask: Mask | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Encodes normalised images.
 
     Args:
       images: [B, H, W, C], both sides multiples of `patch_size`.
-      mask: the visible tokens; None encodes the whole image.
+      mask: the visible tokens, one or several disjoint sets for each image; None encodes the whole image.
 
     Returns:
-      x: [B, V, D], norm(stage 3 + stage 1 + stage 2), in the order of `mask.ids_keep`. Without a mask V = N, row by row.
-      out: "stage1", "stage2": the convolutional feature maps [B, H/4, W/4, D1], [B, H/8, W/8, D2] for the default
-        patch sizes, or packed [B, V, 4, 4, D1], [B, V, 2, 2, D2] in the sparse form; "stage3": [B, V, D] before fusion.
+      x: [B, V, D], the fused streams after the last norm, in the order of `mask.ids_keep`, or [B, 1 + V, D] with CLS first.
+        Without a mask V = N, row by row. With k sets for each image, B * k rows, those of one image side by side.
+      out: "stage1", "stage2": the convolutional feature maps [B, H/4, W/4, D1], [B, H/8, W/8, D2] for the default patch
+        sizes, or packed [B * k, V, 4, 4, D1], [B * k, V, 2, 2, D2] in the sparse form; "layers": shaped as x, the output of
+        each block; with CLS "attention": float32 [B, V], what CLS attends to in the last block.
     """
     b, h, w, _ = images.shape
     grid = (h // self.patch_size, w // self.patch_size)
-    dim = self.embed_dims[2]
+    dim = self.dim
     sparse = self.sparse and mask is not None
     out, skips = {}, []
 
@@ -154,10 +174,11 @@ class ConvViT(nn.Module):
       for i in range(self.depths[stage - 1]):
         x = ConvBlock(int(width * ratio), self.dtype, name=f"blocks{stage}_{i}")(x, mask, grid)
       out[f"stage{stage}"] = x
-      skips.append(conv_dense(patchify(x, token_size), dim, self.dtype, f"stage{stage}_output_decode"))
+      if self.fuse_stages:
+        skips.append(conv_dense(patchify(x, token_size), dim, self.dtype, f"stage{stage}_output_decode"))
 
     x = PatchEmbed(self.patch_sizes[2], dim, xavier=True, dtype=self.dtype, name="patch_embed3")(x)
-    x, *skips = (y.reshape(b, -1, dim) for y in (x, *skips))
+    x, *skips = (y.reshape(len(y), -1, dim) for y in (x, *skips))
     x = nn.Dense(dim, kernel_init=xavier_uniform, dtype=self.dtype, name="patch_embed4")(x)
     pos = jnp.asarray(sincos_2d(dim, grid), self.dtype)
     if sparse:
@@ -166,8 +187,17 @@ class ConvViT(nn.Module):
       x = x + pos
       if mask is not None:
         x, *skips = (take_visible(y, mask) for y in (x, *skips))
+    if self.cls_token:
+      cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, dim)).astype(self.dtype)
+      x = jnp.concatenate([jnp.broadcast_to(cls, (len(x), 1, dim)), x], axis=1)
+      skips = [jnp.pad(y, ((0, 0), (1, 0), (0, 0))) for y in skips]  # the convolutional stages have nothing to add to CLS
 
-    for i in range(self.depths[2]):
-      x = Block(self.num_heads, int(dim * self.mlp_ratios[2]), VIT_EPS, dtype=self.dtype, name=f"blocks3_{i}")(x)
-    out["stage3"] = x
-    return layer_norm(VIT_EPS, self.dtype, "norm")(x + skips[0] + skips[1]), out
+    out["layers"] = []
+    for i in range(self.depth):
+      x, attention = Block(self.num_heads, int(dim * self.mlp_ratios[2]), VIT_EPS, dtype=self.dtype, name=f"blocks3_{i}")(x)
+      out["layers"].append(x)
+    if self.cls_token:
+      out["attention"] = attention[:, 1:]
+    if self.fuse_layers:
+      x = LayerFusion(self.dtype, name="fusion")([out["layers"][i] for i in self.fuse_layers] + [x])
+    return layer_norm(VIT_EPS, self.dtype, "norm")(sum(skips, start=x)), out

@@ -1,4 +1,4 @@
-"""What pre-training puts on top of the encoder and throws away afterwards: MAE's decoder and the mimic head."""
+"""What pre-training puts on top of the encoder and throws away afterwards: MAE's decoder and the mimic heads."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mrmae_jax.models.layers import Block, Mask, layer_norm, put_visible, sincos_2d, xavier_uniform
+from mrmae_jax.models.layers import Block, Mask, gelu, layer_norm, put_visible, sincos_2d, xavier_uniform
 
 
 class Decoder(nn.Module):
@@ -45,19 +45,31 @@ class Decoder(nn.Module):
     x = jnp.concatenate([cls, x], axis=1) if cls.shape[1] else x
     x = x + jnp.asarray(sincos_2d(self.dim, grid, cls_token=bool(cls.shape[1])), self.dtype)
     for i in range(self.depth):
-      x = Block(self.num_heads, int(self.dim * self.mlp_ratio), dtype=self.dtype, name=f"blocks_{i}")(x)
+      x, _ = Block(self.num_heads, int(self.dim * self.mlp_ratio), dtype=self.dtype, name=f"blocks_{i}")(x)
     out = {"tokens": layer_norm(1e-6, self.dtype, "norm")(x)[:, cls.shape[1]:]}
     prediction = nn.Dense(self.out_dim, kernel_init=xavier_uniform, dtype=self.dtype, name="pred")(out["tokens"])
     return prediction.astype(jnp.float32), out
 
 
 class MimicHead(nn.Module):
-  """Linear map from student tokens to the teacher's width: [B, V, D] -> float32 [B, V, out_dim]."""
+  """From student tokens to the teacher's width: [B, T, D] -> float32 [B, T, out_dim].
+
+  Attributes:
+    out_dim: the teacher's width.
+    kind: "linear"; "norm_linear", a LayerNorm before it; "mlp", Linear-GELU-Linear of the student's width.
+    dtype: of the computation; parameters are float32.
+  """
 
   out_dim: int
+  kind: str = "linear"
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, tokens: jax.Array) -> jax.Array:
-    x = nn.Dense(self.out_dim, kernel_init=xavier_uniform, dtype=self.dtype, name="linear")(tokens)
+    x = tokens
+    if self.kind == "norm_linear":
+      x = layer_norm(1e-6, self.dtype, "norm")(x)
+    elif self.kind == "mlp":
+      x = gelu(nn.Dense(x.shape[-1], kernel_init=xavier_uniform, dtype=self.dtype, name="hidden")(x))
+    x = nn.Dense(self.out_dim, kernel_init=xavier_uniform, dtype=self.dtype, name="linear")(x)
     return x.astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""The plain ViT: encoder of MAE (fixed sine-cosine positions) and tower of every teacher (learned positions)."""
+"""The plain ViT student: encoder of MAE (facebookresearch/mae models_mae.py), with fixed sine-cosine positions."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mrmae_jax.models.layers import Block, Mask, layer_norm, patchify, sincos_2d, take_visible, xavier_uniform
+from mrmae_jax.models.layers import Block, LayerFusion, Mask, layer_norm, patchify, sincos_2d, take_visible, xavier_uniform
 
 
 class ViT(nn.Module):
@@ -14,12 +14,8 @@ class ViT(nn.Module):
 
   Attributes:
     patch_size, dim, depth, num_heads, mlp_dim: as in the ViT paper; mlp_dim is 4 * dim in every standard size.
+    fuse_layers: blocks whose outputs are fused with the last one's before the last norm, counted from 0; () for none.
     eps: of every LayerNorm.
-    activation: "gelu" (exact) or "quick_gelu" (OpenAI CLIP).
-    learned_positions: a trained table of the input's grid, CLS first; else fixed sine-cosine, CLS zero.
-    norm_pre: LayerNorm on all tokens before the blocks (CLIP).
-    patch_bias: bias of the patch embedding (CLIP has none).
-    proj_dim: width of the linear projection after the last norm (CLIP); 0: none.
     dtype: of the computation; parameters are float32.
   """
 
@@ -28,13 +24,10 @@ class ViT(nn.Module):
   depth: int = 12
   num_heads: int = 12
   mlp_dim: int = 3072
+  fuse_layers: tuple[int, ...] = ()
   eps: float = 1e-6
-  activation: str = "gelu"
-  learned_positions: bool = False
-  norm_pre: bool = False
-  patch_bias: bool = True
-  proj_dim: int = 0
   dtype: Any = jnp.float32
+  cls_token = True  # not a choice
 
   @nn.compact
   def __call__(self, images: jax.Array, mask: Mask | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -42,35 +35,30 @@ class ViT(nn.Module):
 
     Args:
       images: [B, H, W, C], both sides multiples of `patch_size`.
-      mask: the visible tokens; None encodes the whole image.
+      mask: the visible tokens, one or several sets for each image; None encodes the whole image.
 
     Returns:
-      x: [B, 1 + V, D] after the last norm, CLS first, then the tokens in the order of `mask.ids_keep`.
-      out: "raw": [B, 1 + V, D], the residual stream before the last norm;
-        "proj": [B, 1 + V, proj_dim], the projection of x, where the model has one.
+      x: [B, 1 + V, D] after fusion and the last norm, CLS first, then the tokens in the order of `mask.ids_keep`. With k
+        sets for each image, B * k rows, those of one image side by side.
+      out: "layers": `depth` times [B, 1 + V, D], the output of each block; "attention": float32 [B, V], what its CLS attends to.
     """
     b, h, w, _ = images.shape
     grid = (h // self.patch_size, w // self.patch_size)
     x = patchify(images.astype(self.dtype), self.patch_size).reshape(b, grid[0] * grid[1], -1)
-    if self.learned_positions:
-      pos = self.param("pos_embed", nn.initializers.normal(0.02), (1, 1 + x.shape[1], self.dim))[0]
-    else:
-      pos = jnp.asarray(sincos_2d(self.dim, grid, cls_token=True))
-
+    pos = jnp.asarray(sincos_2d(self.dim, grid, cls_token=True))
     if mask is None:
       token_pos = pos[1:]
     else:  # the embedding works patch by patch, so only the visible patches need to be embedded
       x, token_pos = take_visible(x, mask), pos[1:][mask.ids_keep]
-    x = nn.Dense(self.dim, use_bias=self.patch_bias, kernel_init=xavier_uniform, dtype=self.dtype, name="patch_embed")(x)
+    x = nn.Dense(self.dim, kernel_init=xavier_uniform, dtype=self.dtype, name="patch_embed")(x)
     cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.dim)) + pos[:1]
-    x = jnp.concatenate([jnp.broadcast_to(cls, (b, 1, self.dim)), x + token_pos], axis=1).astype(self.dtype)
-    if self.norm_pre:
-      x = layer_norm(self.eps, self.dtype, "norm_pre")(x)
+    x = jnp.concatenate([jnp.broadcast_to(cls, (len(x), 1, self.dim)), x + token_pos], axis=1).astype(self.dtype)
 
+    layers = []
     for i in range(self.depth):
-      x = Block(self.num_heads, self.mlp_dim, self.eps, self.activation, self.dtype, name=f"blocks_{i}")(x)
-    out = {"raw": x}
-    x = layer_norm(self.eps, self.dtype, "norm")(x)
-    if self.proj_dim:
-      out["proj"] = nn.Dense(self.proj_dim, use_bias=False, dtype=self.dtype, name="proj")(x)
-    return x, out
+      x, attention = Block(self.num_heads, self.mlp_dim, self.eps, dtype=self.dtype, name=f"blocks_{i}")(x)
+      layers.append(x)
+    out = {"layers": layers, "attention": attention[:, 1:]}
+    if self.fuse_layers:
+      x = LayerFusion(self.dtype, name="fusion")([layers[i] for i in self.fuse_layers] + [x])
+    return layer_norm(self.eps, self.dtype, "norm")(x), out

@@ -1,4 +1,4 @@
-"""Pre-training as a task: the configuration's student and teacher around `mrmae.pretrain_loss`."""
+"""Pre-training as a task: the configuration's student and teachers around `mrmae.pretrain_loss`."""
 
 import functools
 
@@ -6,55 +6,59 @@ import jax
 import jax.numpy as jnp
 
 from mrmae_jax import mrmae, teachers
-from mrmae_jax.config import token_size
-from mrmae_jax.models.convvit import ConvViT
+from mrmae_jax.config import teacher_options, token_size
+from mrmae_jax.models import make_encoder
 from mrmae_jax.models.decoder import Decoder, MimicHead
 from mrmae_jax.models.layers import from_blocks
-from mrmae_jax.models.vit import ViT
 from mrmae_jax.train import Task
 
 
-def make_model(config, teacher_dim: int | None) -> mrmae.Model:
-  """The student of a configuration; `teacher_dim` is the width of the features to mimic, None without a teacher."""
+def make_model(config, teacher_dims: dict[str, int]) -> mrmae.Model:
+  """The student of a configuration; `teacher_dims` are the widths of the features to mimic, by the names of the losses."""
   dtype = jnp.dtype(config.dtype)
-  fields = {key: value for key, value in config.encoder.items() if key != "name"}
-  encoder = {"convvit": ConvViT, "vit": ViT}[config.encoder.name](dtype=dtype, **fields)
   # As in ConvMAE, the decoder's MLP ratio is that of the encoder's first stage; MAE's encoder has the same ratio throughout.
-  ratio = fields["mlp_ratios"][0] if "mlp_ratios" in fields else 4
+  ratio = config.encoder.mlp_ratios[0] if config.encoder.name == "convvit" else 4
   decoder = Decoder(token_size(config) ** 2 * len(config.data.mean), mlp_ratio=ratio, dtype=dtype, **config.decoder)
-  head = None if teacher_dim is None else MimicHead(teacher_dim, dtype)
-  return mrmae.Model(encoder, decoder, head, tuple(config.data.mean), tuple(config.data.std))
+  mimics = tuple(
+      mrmae.Mimic(name, MimicHead(teacher_dims[name], options.head, dtype), options.weight, options.tokens, options.source,
+                  options.target_norm, options.loss, options.salient_share)
+      for name, options in teacher_options(config).items())
+  return mrmae.Model(make_encoder(config.encoder, dtype), decoder, mimics, tuple(config.data.mean), tuple(config.data.std))
+
+
+def init_params(model: mrmae.Model, image_size: tuple[int, int], mask_ratio: float, key: jax.Array):
+  """Fresh parameters of a student for images of (height, width)."""
+  pixels = jnp.zeros((1, *image_size, len(model.mean)))
+  grid = tuple(side // model.encoder.patch_size for side in image_size)
+  mask = mrmae.sample_mask(jnp.zeros((1, grid[0] * grid[1])), mask_ratio)
+  keys = jax.random.split(key, 2 + len(model.mimics))
+  (tokens, _), encoder = model.encoder.init_with_output(keys[0], pixels, mask)
+  (_, decoded), decoder = model.decoder.init_with_output(keys[1], tokens, mask, grid)
+  params = {"encoder": encoder["params"], "decoder": decoder["params"]}
+  if model.mimics:
+    params["mimic_heads"] = {
+        mimic.name: mimic.head.init(k, decoded["tokens"] if mimic.tokens == "masked" else tokens)["params"]
+        for k, mimic in zip(keys[2:], model.mimics)}
+  return params
 
 
 def make(config) -> Task:
-  """The pre-training task of a validated configuration; reads the teacher's weights.
+  """The pre-training task of a validated configuration; reads the teachers' weights.
 
   Raises:
-    WeightsError: the teacher's weights do not load.
+    WeightsError: a teacher's weights do not load.
   """
-  teacher = None
-  if config.teacher.path:
-    teacher = teachers.load(teachers.read_spec(config.teacher.path, tuple(config.image_size), config.teacher.dtype))
-  model = make_model(config, teacher.dim if teacher else None)
-  size = tuple(config.image_size)
-  grid = tuple(side // model.encoder.patch_size for side in size)
-  options = dict(config.method)
+  specs = {name: teachers.configured_spec(options, config) for name, options in teacher_options(config).items()}
+  loaded = {name: teachers.load(spec) for name, spec in specs.items()}
+  model = make_model(config, {name: teacher.dim for name, teacher in loaded.items()})
+  size, options = tuple(config.image_size), dict(config.method)
+  tokens = size[0] // model.encoder.patch_size * (size[1] // model.encoder.patch_size)
 
   def noise(keys):
-    return jax.vmap(lambda key: jax.random.uniform(key, (grid[0] * grid[1],)))(keys)
-
-  def init(key):
-    pixels = jnp.zeros((1, *size, len(model.mean)))
-    mask = mrmae.sample_mask(noise(key[None]), options["mask_ratio"])
-    keys = jax.random.split(key, 3)
-    tokens, encoder = model.encoder.init_with_output(keys[0], pixels, mask)
-    params = {"encoder": encoder["params"], "decoder": model.decoder.init(keys[1], tokens[0], mask, grid)["params"]}
-    if teacher:
-      params["mimic_head"] = model.mimic_head.init(keys[2], tokens[0])["params"]
-    return params
+    return jax.vmap(lambda key: jax.random.uniform(key, (tokens,)))(keys)
 
   def loss(params, frozen, batch, keys):
-    look = functools.partial(teacher.features, frozen) if teacher else None
+    look = {name: functools.partial(teacher.look, frozen[name]) for name, teacher in loaded.items()}
     return mrmae.pretrain_loss(params, batch["image"], noise(keys), model, look, **options)
 
   def predict(params, frozen, batch, keys):
@@ -62,14 +66,19 @@ def make(config) -> Task:
     return {"features": features(model, params, batch["image"])} | reconstruct(
         model, params, batch["image"], mrmae.sample_mask(noise(keys), options["mask_ratio"]), options["norm_pix"])
 
-  return Task(init, loss, predict, teacher.params if teacher else {}, {"teacher": teacher.digest if teacher else None})
+  return Task(functools.partial(init_params, model, size, options["mask_ratio"]), loss, predict,
+              {name: teacher.params for name, teacher in loaded.items()},
+              {f"teacher {name}": teacher.digest for name, teacher in loaded.items()},
+              tuple(f"{name}: teacher {spec.description}, sha256 {loaded[name].digest[:12]}" for name, spec in specs.items()))
 
 
 def features(model: mrmae.Model, params, images: jax.Array) -> jax.Array:
   """Image features of the encoder, nothing masked: the mean over the tokens that fine-tuning starts from, float32 [B, D]."""
   x, out = model.encoder.apply({"params": params["encoder"]}, mrmae.normalise(images, model.mean, model.std))
-  tokens = out["stage3"] if "stage3" in out else x[:, 1:]
-  return tokens.astype(jnp.float32).mean(1)
+  # ConvMAE drops fusion and norm for fine-tuning, MAE keeps the norm.
+  tokens = out["layers"][-1] if "stage1" in out else x
+  count = images.shape[1] // model.encoder.patch_size * (images.shape[2] // model.encoder.patch_size)
+  return tokens[:, -count:].astype(jnp.float32).mean(1)
 
 
 def reconstruct(model: mrmae.Model, params, images: jax.Array, mask, norm_pix: bool) -> dict[str, jax.Array]:

@@ -1,0 +1,128 @@
+"""Looks at a teacher before hundreds of hours depend on it: a picture, and how much its features have to teach.
+
+  python -m mrmae_jax.tools.show_teacher --config=configs/mrmae.py --images=folder:/my/photos --out=teacher.png
+
+takes the teacher, image size and masking of a configuration; any key can be overridden as in training
+(--config.teacher.path=my_teacher --config.image_size="(224, 224)"). Each row of the picture is one image: what its CLS token
+attends to, the tokens that focused and random masking would show the student, and the three main directions of the features as
+colours. The text says what share of the normalised features is one constant vector, which a student learns without looking
+(near 0 is good; with most of it constant choose another config.teacher.layer or target_norm), and over how many tokens the
+attention spreads (few: raise config.method.attention_temperature or attention_mix).
+"""
+
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+import numpy as np
+from PIL import Image
+
+
+def define_flags() -> flags.FlagValues:
+  """The options, apart from absl's global ones."""
+  own = flags.FlagValues()
+  config_flags.DEFINE_config_file("config", "configs/mrmae.py", "Configuration file.", flag_values=own)
+  flags.DEFINE_string("images", None, "Images: folder:/path, digits or tfds:name; default: those of the configuration.", flag_values=own)
+  flags.DEFINE_string("out", "teacher.png", "The picture.", flag_values=own)
+  flags.DEFINE_integer("count", 6, "Rows of the picture.", flag_values=own)
+  flags.DEFINE_integer("statistics", 256, "Images behind the printed numbers.", flag_values=own)
+  return own
+
+
+def look(config, images: np.ndarray):
+  """A configuration's teacher on images uint8 [B, H, W, 3]: its one-line description and TeacherOutput as numpy arrays."""
+  import jax  # pylint: disable=g-import-not-at-top; a mistyped command line is answered before jax is loaded
+  from mrmae_jax import teachers
+  spec = teachers.configured_spec(config.teacher, config)
+  teacher = teachers.load(spec)
+  see = jax.jit(teacher.look)
+  outputs = [jax.device_get(see(teacher.params, images[i:i + 32])) for i in range(0, len(images), 32)]
+  return spec.description, jax.tree.map(lambda *parts: np.concatenate(parts), *outputs)
+
+
+def constant_share(features: np.ndarray, how: str) -> float:
+  """Share, in [0, 1], of the mean square of the targets [B, N, D] that their mean vector makes up."""
+  from mrmae_jax.mrmae import normalise_features  # pylint: disable=g-import-not-at-top; likewise
+  targets = np.asarray(normalise_features(features, how), np.float64)
+  return float(np.square(targets.mean((0, 1))).sum() / np.square(targets).sum(-1).mean())
+
+
+def principal_colours(features: np.ndarray) -> np.ndarray:
+  """The first three principal components of tokens [B, N, D], over all of them, as colours in [0, 1]: [B, N, 3]."""
+  flat = features.reshape(-1, features.shape[-1]).astype(np.float64)
+  flat = flat - flat.mean(0)
+  _, _, axes = np.linalg.svd(flat, full_matrices=False)
+  scores = flat @ axes[:3].T
+  low, high = np.percentile(scores, [2, 98], axis=0)
+  return np.clip((scores - low) / np.maximum(high - low, 1e-12), 0, 1).reshape(*features.shape[:2], -1)
+
+
+def draw(images: np.ndarray, output, config) -> np.ndarray:
+  """The picture: uint8 [height, width, 3] of images uint8 [B, H, W, 3] and what the teacher makes of them."""
+  import jax  # pylint: disable=g-import-not-at-top; likewise
+  from mrmae_jax import mrmae
+  from mrmae_jax.config import token_size
+  from mrmae_jax.evals.reconstruct import draw_grid
+  size, pixels = token_size(config), images / np.float32(255)
+  grid = images.shape[1] // size, images.shape[2] // size
+  enlarge = lambda x: x.reshape(len(x), *grid, -1).repeat(size, 1).repeat(size, 2)  # [B, N, c] -> [B, H, W, c]
+
+  noise = jax.random.uniform(jax.random.key(config.seed), output.features.shape[:2])
+  method, masks = config.method, {}
+  if output.attention is not None:
+    masks["focused"] = mrmae.sample_mask(noise, method.mask_ratio, 1, output.attention, method.attention_temperature, method.attention_mix)
+  masks["random"] = mrmae.sample_mask(noise, method.mask_ratio)
+
+  columns = {"image": pixels}
+  if output.attention is not None:
+    heat = output.attention / output.attention.max(1, keepdims=True)
+    columns["CLS attention"] = 0.25 * pixels + 0.75 * enlarge(heat) * np.float32([1, 0.85, 0.3])
+  for name, mask in masks.items():
+    columns[f"{name}: visible"] = np.where(enlarge(np.asarray(mask.removed)), 0.5, pixels)
+  columns["features (PCA)"] = enlarge(principal_colours(np.asarray(mrmae.normalise_features(output.features, "layer_norm"))))
+  return draw_grid(list(columns.values()), list(columns), "attention relative to each image's largest; PCA over all images shown")
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs a command line (default: sys.argv); returns the exit code: 0 done, 2 usage, 3 data."""
+  own, argv = define_flags(), sys.argv if argv is None else argv
+  if {"--help", "-h", "--helpfull"}.intersection(argv[1:]):
+    print(f"{__doc__}\n{own.get_help()}")
+    return 0
+  from mrmae_jax import data  # pylint: disable=g-import-not-at-top; likewise
+  from mrmae_jax.config import ConfigError
+  from mrmae_jax.weights.table import WeightsError
+  try:
+    if rest := own(argv)[1:]:
+      raise ConfigError(f"{rest[0]!r} is not an option; see --help")
+    config = own.config
+    config.data.source = own.images or config.data.source
+    config.data.holdout_every = 0
+    batches = data.eval_batches(data.open_split(config.data, "train"), batch_size=max(own.count, own.statistics),
+                                image_size=tuple(config.image_size), crop_pct=config.data.eval_crop,
+                                limit=max(own.count, own.statistics))
+    batch = next(batches)
+    batches.close()
+    images = batch["image"][batch["valid"]]
+    description, output = look(config, images)
+  except (flags.Error, ConfigError, WeightsError, OSError) as error:
+    print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+    return 2
+  except data.DataError as error:
+    print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+    return 3
+  print(f"{description}; {len(images)} images")
+  shares = {how: constant_share(output.features, how) for how in ("layer_norm", "batch", "none")}
+  print("constant share of the targets: " + ", ".join(f"{how} {share:.0%}" for how, share in shares.items()))
+  if output.attention is not None:
+    p = output.attention / output.attention.sum(1, keepdims=True)
+    spread = np.exp(-(p * np.log(p + 1e-12)).sum(1)).mean()
+    print(f"CLS attention spreads over {spread:.0f} of {p.shape[1]} tokens (perplexity)")
+  first = type(output)(*(None if x is None else x[:own.count] for x in output))
+  Image.fromarray(draw(images[:own.count], first, config)).save(own.out)
+  print(f"wrote {own.out}")
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())
