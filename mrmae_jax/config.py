@@ -194,7 +194,7 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> None:
     raise ConfigError("\n".join(problems))  # nothing below can be computed
   positive("batch_size", "epochs", "optim.blr", "optim.eps", "optim.accum_steps", "log_every", "eval_every",
            "checkpoint_every", "keep_checkpoints", "data.eval_crop")
-  positive("method.attention_temperature", "method.complementary_masks")
+  positive("method.attention_temperature")
   positive("optim.min_lr", "optim.warmup_epochs", "optim.weight_decay", "data.holdout_every", "data.workers",
            "method.pixel_weight", zero=True)
   for name in ("b1", "b2"):
@@ -239,8 +239,8 @@ def _validate_model(config, need) -> bool:
     visible = int(tokens * (1 - method.mask_ratio)) if 0 < method.mask_ratio < 1 else 0
     if need(0 < visible < tokens, f"config.method.mask_ratio={method.mask_ratio} leaves {visible} of {tokens} tokens visible; "
             "it must lie between 0 and 1 and leave some tokens on both sides"):
-      need(method.complementary_masks <= tokens // visible, f"config.method.complementary_masks={method.complementary_masks} "
-           f"x {visible} visible tokens are more than the {tokens} there are; at most {tokens // visible}")
+      need(1 <= method.complementary_masks <= tokens // visible and method.complementary_masks % 1 == 0, f"config.method.complementary_masks={method.complementary_masks} "
+           f"sets of {visible} visible tokens do not fit {tokens}; it must be a whole number from 1 to {tokens // visible}")
   need(method.masking in CHOICES["method.masking"],
        f"config.method.masking={method.masking!r} is not one of {', '.join(CHOICES['method.masking'])}")
   need(0 <= method.attention_mix <= 1, f"config.method.attention_mix={method.attention_mix} must lie in [0, 1]")
@@ -302,7 +302,8 @@ def _validate_teachers(config, sizes_fit, need):
               for key in ("layer", "input_norm", "tokens", "source", "head", "target_norm", "loss", "dtype")]
     checks += [
         need(math.isfinite(options.weight) and options.weight >= 0, f"config.{where}.weight={options.weight} must be >= 0"),
-        need(options.last_k >= 1, f"config.{where}.last_k={options.last_k} must be at least 1"),
+        need(options.last_k >= 1 and options.last_k % 1 == 0,
+             f"config.{where}.last_k={options.last_k} must be a whole number from 1"),
         need(0 < share <= 1, f"config.{where}.salient_share={share} must satisfy 0 < share <= 1"),
         need(share == 1 or not masked, f"config.{where}.salient_share={share} concerns visible tokens; leave it at 1 with "
              "tokens='masked'"),
