@@ -16,6 +16,9 @@ from mrmae_jax.data.sources import DataError
 # Pillow's limit is a global which other libraries switch off.
 MAX_PIXELS = 178_956_970
 CROP_TRIES = 10
+ERASE_TRIES = 10
+ERASE_AREA = (0.02, 1 / 3)  # Relative to the image.
+ERASE_ASPECT = (0.3, 1 / 0.3)  # Height / width.
 
 
 def decode_image(data: bytes, name: str) -> np.ndarray:
@@ -82,6 +85,7 @@ def crop_box(
     rng: np.random.Generator,
     scale: tuple[float, float],
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    single_try: bool = False,
 ) -> tuple[int, int, int, int]:
   """Draws (top, left, height, width) by the RandomResizedCrop law.
 
@@ -90,12 +94,19 @@ def crop_box(
   Crops that do not fit are drawn again, ten times in all; after that comes the
   largest central crop whose aspect is in `ratio`. The aspect is that of the
   crop in the image, also when the output is not square.
+
+  With `single_try` the first draw counts: a side that does not fit is cut to
+  that of the image (facebookresearch/mae util/crop.py, after BYOL's TensorFlow
+  code; MAE's linear probe). Crops then reach the borders more often.
   """
   for _ in range(CROP_TRIES):
     area = height * width * rng.uniform(*scale)
     aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
     crop_height = round(math.sqrt(area / aspect))
     crop_width = round(math.sqrt(area * aspect))
+    if single_try:
+      crop_height = min(max(crop_height, 1), height)
+      crop_width = min(max(crop_width, 1), width)
     if 0 < crop_height <= height and 0 < crop_width <= width:
       top = int(rng.integers(height - crop_height + 1))
       left = int(rng.integers(width - crop_width + 1))
@@ -125,19 +136,69 @@ def random_resized_crop(
     size: tuple[int, int],
     scale: tuple[float, float] = (0.2, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    single_try: bool = False,
 ) -> np.ndarray:
   """A random part of the image (see `crop_box`), resized to `size`.
 
   The part is cut out before resizing: `resize(box=)` looks at pixels outside
   the box and gives other values.
   """
-  top, left, height, width = crop_box(*image.shape[:2], rng, scale, ratio)
+  top, left, height, width = crop_box(
+      *image.shape[:2], rng, scale, ratio, single_try
+  )
   return _resize(image[top : top + height, left : left + width], size)
 
 
 def random_flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
   """Mirrors left and right with probability one half."""
   return image[:, ::-1] if rng.random() < 0.5 else image
+
+
+def random_erase(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    prob: float,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+) -> np.ndarray:
+  """Fills one random rectangle with noise, with probability `prob`.
+
+  The law is that of timm (data/random_erasing.py, mode "pixel", count 1; Zhong
+  et al. 2020): the area is uniform in ERASE_AREA times that of the image, the
+  aspect height / width log-uniform in ERASE_ASPECT, the place uniform; a
+  rectangle as high or as wide as the image is drawn again, ten times in all,
+  then given up.
+
+  There each value becomes N(0, 1) after normalisation. Here it is the pixel
+  which the normalisation maps to that, 255 * (mean + std * N(0, 1)), rounded and
+  clipped to 0..255: the batch stays uint8, at the price of the tails that no
+  pixel has. With ImageNet's statistics 3 % of the values are clipped, at
+  1.8 deviations or more, and the noise has deviation 0.97.
+
+  Args:
+    image: uint8 [H, W, 3]; not changed.
+    rng: decides everything.
+    prob: of erasing.
+    mean, std: which normalise pixels in [0, 1], per channel.
+
+  Returns:
+    uint8 [H, W, 3].
+  """
+  if rng.random() >= prob:
+    return image
+  height, width = image.shape[:2]
+  for _ in range(ERASE_TRIES):
+    area = height * width * rng.uniform(*ERASE_AREA)
+    aspect = math.exp(rng.uniform(*np.log(ERASE_ASPECT)))
+    h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+    if h < height and w < width:
+      top = int(rng.integers(height - h + 1))
+      left = int(rng.integers(width - w + 1))
+      noise = mean + rng.standard_normal((h, w, 3)) * std
+      image = image.copy()
+      image[top : top + h, left : left + w] = (noise * 255).round().clip(0, 255)
+      return image
+  return image
 
 
 def center_crop(

@@ -16,7 +16,10 @@ from absl import flags
 import grain
 import numpy as np
 
+from mrmae_jax.config import IMAGENET_MEAN
+from mrmae_jax.config import IMAGENET_STD
 from mrmae_jax.data import augment
+from mrmae_jax.data import randaugment
 from mrmae_jax.data.sources import DataError
 from mrmae_jax.data.sources import Source
 
@@ -32,6 +35,11 @@ def train_batches(
     image_size: tuple[int, int],
     crop_scale: tuple[float, float],
     flip: bool,
+    single_try: bool = False,
+    randaug: str = "",
+    erase_prob: float = 0.0,
+    mean: tuple[float, float, float] = IMAGENET_MEAN,
+    std: tuple[float, float, float] = IMAGENET_STD,
     first_step: int = 0,
     shard: int = 0,
     num_shards: int = 1,
@@ -44,11 +52,15 @@ def train_batches(
 
   Args:
     source: the images.
-    seed: 0 <= seed; decides order, crops and flips.
+    seed: 0 <= seed; decides order and views.
     batch_size: images per step over all shards.
     image_size: (H, W) of the output.
     crop_scale: range of the crop area relative to the image.
     flip: whether half of the images are mirrored.
+    single_try: crops by the rule of MAE's linear probe, see `augment.crop_box`.
+    randaug: RandAugment after that, see `randaugment.parse`; "" for none.
+    erase_prob: of erasing a part after that, see `augment.random_erase`.
+    mean, std: which will normalise the images; `randaug` and erasing use them.
     first_step: step of the first batch.
     shard: which part of each batch, of num_shards; joined in this order the
       parts are the same global batch for any num_shards.
@@ -68,10 +80,15 @@ def train_batches(
     raise DataError(
         f"seed={seed}, first_step={first_step} given; neither may be negative"
     )
+  if not 0 <= erase_prob <= 1:
+    raise DataError(f"erase_prob={erase_prob} given; expected 0 to 1")
   # Grain reshuffles epoch e with (shuffle seed + e): hashing the seed first
   # keeps the second epoch of seed 0 from being the first epoch of seed 1.
   shuffle_seed, augment_seed = np.random.SeedSequence(seed).generate_state(2)
-  view = _TrainView(image_size, crop_scale, flip)
+  view = _TrainView(
+      image_size, crop_scale, flip, single_try, randaugment.parse(randaug),
+      erase_prob, mean, std,
+  )
   batches = (
       grain.MapDataset.source(source)
       .shuffle(seed=int(shuffle_seed))
@@ -184,13 +201,27 @@ class _TrainView:
   image_size: tuple[int, int]
   crop_scale: tuple[float, float]
   flip: bool
+  single_try: bool
+  policy: randaugment.Policy | None
+  erase_prob: float
+  mean: tuple[float, float, float]
+  std: tuple[float, float, float]
 
   def __call__(self, example: dict, rng: np.random.Generator) -> dict:
     image = augment.random_resized_crop(
-        _pixels(example), rng, self.image_size, self.crop_scale
+        _pixels(example), rng, self.image_size, self.crop_scale,
+        single_try=self.single_try,
     )
     if self.flip:
       image = augment.random_flip(image, rng)
+    if self.policy:
+      image = randaugment.randaugment(
+          image, rng, self.policy, randaugment.mean_colour(self.mean)
+      )
+    if self.erase_prob:
+      image = augment.random_erase(
+          image, rng, self.erase_prob, self.mean, self.std
+      )
     return {"image": image, "label": np.int32(example["label"])}
 
 
