@@ -4,6 +4,7 @@ A checkpoint is the whole train state and a JSON record of what run it belongs t
 appears under its final name only when it is complete, so a run that is killed while saving finds the previous one.
 """
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -103,19 +104,31 @@ def read_params(workdir: str | Path, part: str) -> tuple[dict[str, Any], int]:
   Raises:
     WorkdirError: there is no such checkpoint or no such entry.
   """
+  with _newest(workdir) as (manager, step, stored):
+    if part not in stored:
+      raise WorkdirError(f"{manager.directory}/{step} has no parameters of {part!r}; it has: {', '.join(stored)}")
+    item = {"params": {part: stored[part]}}
+    arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+    args = ocp.args.PyTreeRestore(item=item, restore_args=arrays, partial_restore=True)
+    return manager.restore(step, args=ocp.args.Composite(state=args))["state"]["params"][part], step
+
+
+def list_params(workdir: str | Path) -> tuple[str, ...]:
+  """The entries that `read_params` finds; WorkdirError without a run."""
+  with _newest(workdir) as (_, _, stored):
+    return tuple(stored)
+
+
+@contextlib.contextmanager
+def _newest(workdir: str | Path):
+  """A manager that reads the run in `workdir`, the step of its newest checkpoint, and what its parameters look like."""
   read_config(workdir)
   handlers = {"state": ocp.PyTreeCheckpointHandler(), "run": ocp.JsonCheckpointHandler()}
   directory = Path(workdir).expanduser().absolute() / "checkpoints"
   with ocp.CheckpointManager(directory, item_names=tuple(handlers), item_handlers=handlers,
                              options=ocp.CheckpointManagerOptions(create=False)) as manager:
     step = manager.latest_step()
-    stored = manager.item_metadata(step)["state"]["params"]
-    if part not in stored:
-      raise WorkdirError(f"{directory}/{step} has no parameters of {part!r}; it has: {', '.join(stored)}")
-    item = {"params": {part: stored[part]}}
-    arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-    args = ocp.args.PyTreeRestore(item=item, restore_args=arrays, partial_restore=True)
-    return manager.restore(step, args=ocp.args.Composite(state=args))["state"]["params"][part], step
+    yield manager, step, manager.item_metadata(step)["state"]["params"]
 
 
 def _dtypes(tree) -> dict[str, Any]:

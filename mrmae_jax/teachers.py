@@ -264,8 +264,7 @@ def _trained_encoder(workdir: Path, dtype: str):
     config = checkpoint.read_config(workdir)
   except checkpoint.WorkdirError as error:
     raise WeightsError(f"teacher.path=checkpoint:{error}") from None
-  fields = {key: tuple(value) if isinstance(value, list) else value for key, value in config["encoder"].items()}
-  return make_encoder(fields, jnp.dtype(dtype)), (tuple(config["data"]["mean"]), tuple(config["data"]["std"]))
+  return make_encoder(config["encoder"], jnp.dtype(dtype)), (tuple(config["data"]["mean"]), tuple(config["data"]["std"]))
 
 
 def _read_encoder(workdir: Path) -> tuple[Any, str]:

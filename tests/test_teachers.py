@@ -247,7 +247,7 @@ REJECTED = [
     ("hf_dino", dict(last_k=2, layer="normed"), "last_k=2 needs layer 'raw'"),
     ("hf_dino", dict(name="dino_vit_b7"), "teacher.name='dino_vit_b7' is unknown; choose one of clip_vit_b32"),
     ("hf_dino", dict(image_size=(36, 32)), "image size 36x32 is not a multiple of the token size 8"),
-    ("absent", {}, "absent: no such file or folder; fetch a teacher with e.g. `hf download"),
+    ("absent", {}, "absent: no such file or folder; fetch weights with e.g. `hf download"),
     ("index.json", {}, "index.json .* is no weight file; expected safetensors"),
 ]
 

@@ -5,11 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from safetensors.numpy import load_file
+
 from mrmae_jax import mrmae, teachers
-from mrmae_jax.models.decoder import Decoder
+from mrmae_jax.models import encode
 from mrmae_jax.models.layers import depthwise_conv, gelu, patchify, sincos_2d
 from mrmae_jax.models.vit import ViT
-from mrmae_jax.weights import files, positions
+from mrmae_jax.pretrained import Pretrained
+from mrmae_jax.weights import files, mae, positions, students
 from mrmae_jax.weights.table import WeightsError
 
 torch = pytest.importorskip("torch")
@@ -138,47 +141,85 @@ def test_towers(tmp_path, make, options, prefix, image_size):
   assert (seen.cls is None) == (prefix == 0) and spec.has_cls == (prefix > 0) and spec.has_attention
 
 
-def test_mae_loss_equals_transformers(tmp_path):
-  """ViTMAEForPreTraining, an independent port of MAE, on its own weights and our noise."""
+def vit_mae(**config):
   from transformers.models.vit_mae import ViTMAEConfig, ViTMAEForPreTraining
-  config = ViTMAEConfig(**WIDE, decoder_hidden_size=24, decoder_num_hidden_layers=2, decoder_num_attention_heads=2,
-                        decoder_intermediate_size=96, mask_ratio=0.6, norm_pix_loss=True, layer_norm_eps=1e-6)
-  model = ViTMAEForPreTraining(config)
+  return ViTMAEForPreTraining(ViTMAEConfig(**WIDE, decoder_hidden_size=24, decoder_num_hidden_layers=2,
+                                           decoder_num_attention_heads=2, decoder_intermediate_size=96, mask_ratio=0.6,
+                                           norm_pix_loss=True, **config))
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-12])
+@pytest.mark.parametrize("tables", ["sincos", "zero", "own"])
+def test_mae_there_and_back(tmp_path, tables, eps):
+  """ViTMAEForPreTraining, an independent port of MAE: its folder loads here, ours loads there, and the losses are the same."""
+  model = vit_mae(layer_norm_eps=eps)
+  positions = {"vit.embeddings.position_embeddings": 36, "decoder.decoder_pos_embed": 24}
+  zero = {name: torch.zeros(1, 17, width) for name, width in positions.items()}  # a fresh model's in transformers 5.23
+  sincos = {name: torch.from_numpy(sincos_2d(width, (4, 4), cls_token=True))[None] for name, width in positions.items()}
   randomise(model, 2)
-  # A fresh model of transformers 5.23 has position tables of zeros; trained ones carry MAE's sine-cosine tables.
-  tables = {"vit.embeddings.position_embeddings": 36, "decoder.decoder_pos_embed": 24}
-  tables = {name: torch.from_numpy(sincos_2d(width, (4, 4), cls_token=True))[None] for name, width in tables.items()}
-  assert not model.load_state_dict(tables, strict=False).unexpected_keys
+  if tables != "own":
+    model.load_state_dict(zero if tables == "zero" else sincos, strict=False)
+  model.save_pretrained(tmp_path / "theirs")
+  student = students.read(tmp_path / "theirs")
+  assert student.encoder.learned_positions == student.decoder.learned_positions == (tables != "sincos")
+  assert student.method == {"mask_ratio": 0.6, "norm_pix": True} and student.encoder.eps == student.decoder.eps == eps
+
   images = np.random.default_rng(3).standard_normal((2, 32, 32, 3)).astype(np.float32)
   noise = np.random.default_rng(4).random((2, 16), np.float32)
-  model.save_pretrained(tmp_path)  # in the names of the files, which are more stable than those in memory
+  inputs = dict(pixel_values=torch.from_numpy(images.transpose(0, 3, 1, 2)), noise=torch.from_numpy(noise))
   with torch.no_grad():
-    expected = float(model(torch.from_numpy(images.transpose(0, 3, 1, 2)), noise=torch.from_numpy(noise)).loss)
-
-  from safetensors.numpy import load_file
-  t = load_file(tmp_path / "model.safetensors")
-  linear = lambda name: {"kernel": jnp.asarray(t[f"{name}.weight"].T), "bias": jnp.asarray(t[f"{name}.bias"])}
-  norm = lambda name: {"scale": jnp.asarray(t[f"{name}.weight"]), "bias": jnp.asarray(t[f"{name}.bias"])}
-
-  def block(name):
-    parts = [linear(f"{name}.attention.attention.{x}") for x in ("query", "key", "value")]
-    qkv = {"kernel": jnp.concatenate([p["kernel"] for p in parts], 1), "bias": jnp.concatenate([p["bias"] for p in parts])}
-    return {"norm1": norm(f"{name}.layernorm_before"), "norm2": norm(f"{name}.layernorm_after"),
-            "attn": {"qkv": qkv, "proj": linear(f"{name}.attention.output.dense")},
-            "fc1": linear(f"{name}.intermediate.dense"), "fc2": linear(f"{name}.output.dense")}
-
-  layers = next(k for k in t if k.startswith("decoder.") and ".0." in k).split(".0.")[0]  # differs between versions
-  embed = t["vit.embeddings.patch_embeddings.projection.weight"].transpose(2, 3, 1, 0).reshape(-1, 36)
-  params = {
-      "encoder": {"cls_token": t["vit.embeddings.cls_token"], "norm": norm("vit.layernorm"),
-                  "patch_embed": {"kernel": embed, "bias": t["vit.embeddings.patch_embeddings.projection.bias"]},
-                  **{f"blocks_{i}": block(f"vit.encoder.layer.{i}") for i in range(3)}},
-      "decoder": {"mask_token": t["decoder.mask_token"], "embed": linear("decoder.decoder_embed"),
-                  "norm": norm("decoder.decoder_norm"), "pred": linear("decoder.decoder_pred"),
-                  **{f"blocks_{i}": block(f"{layers}.{i}") for i in range(2)}}}
-  model = mrmae.Model(ViT(8, 36, 3, 3, 52), Decoder(192, 24, 2, 2), (), (0., 0., 0.), (1., 1., 1.))
-  loss, _ = mrmae.pretrain_loss(params, jnp.asarray(images), jnp.asarray(noise), model, {}, mask_ratio=0.6)
+    expected = float(model(**inputs).loss)
+  network = mrmae.Model(student.encoder, student.decoder, (), (0.0,) * 3, (1.0,) * 3)
+  loss, _ = mrmae.pretrain_loss(student.params, jnp.asarray(images), jnp.asarray(noise), network, {}, mask_ratio=0.6)
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+  students.write(student, tmp_path / "ours", "hf")
+  back, info = type(model).from_pretrained(tmp_path / "ours", output_loading_info=True)
+  assert not any(info.values())
+  assert all(torch.equal(x, back.state_dict()[name]) for name, x in model.state_dict().items())
+  with torch.no_grad():
+    assert float(back.eval()(**inputs).loss) == expected
+  told = lambda config: {key: x for key, x in config.to_dict().items() if key not in ("_name_or_path", "dtype")}
+  assert told(back.config) == told(model.config)
+
+
+def test_the_encoder_of_mae_in_transformers(tmp_path):
+  from transformers.models.vit_mae import ViTMAEModel
+  vit_mae(layer_norm_eps=1e-6).save_pretrained(tmp_path / "theirs")
+  student = students.encoder_only(students.read(tmp_path / "theirs"))
+  students.write(student, tmp_path / "ours", "hf")
+  model, info = ViTMAEModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
+  assert not any(info.values())
+  images = np.random.default_rng(3).standard_normal((2, 32, 32, 3)).astype(np.float32)
+  model.config.mask_ratio = 0.0
+  with torch.no_grad():
+    inputs = dict(pixel_values=torch.from_numpy(images.transpose(0, 3, 1, 2)), noise=torch.arange(16.0).repeat(2, 1))
+    hidden = model.eval()(**inputs).last_hidden_state
+  features = jax.jit(lambda x: encode(student.encoder, student.params["encoder"], x))(images)
+  np.testing.assert_allclose(features["tokens"], hidden[:, 1:].numpy(), atol=1e-5)
+  np.testing.assert_allclose(features["cls"], hidden[:, 0].numpy(), atol=1e-5)
+
+
+def test_fine_tuned_mae_on_cls(tmp_path):
+  """A ViT with a linear head on its normed CLS token, in MAE's names, against transformers' ViTForImageClassification."""
+  from transformers.models.vit import ViTConfig, ViTForImageClassification
+  theirs = randomise(ViTForImageClassification(ViTConfig(**WIDE, num_labels=5, layer_norm_eps=1e-6)), 0)
+  theirs.save_pretrained(tmp_path / "theirs")
+  t = load_file(tmp_path / "theirs" / "model.safetensors")
+  module = ViT(8, 36, 3, 3, 52, learned_positions=True)
+  named = {}
+  for entry in mae.encoder(module):
+    parts = [t[name] for name in mae.to_hf(entry).theirs]
+    named[entry.theirs[0]] = np.concatenate(parts)  # query, key, value in one
+  named |= {"head.weight": t["classifier.weight"], "head.bias": t["classifier.bias"]}
+  files.write_safetensors(tmp_path / "finetuned.safetensors", named)
+  student = students.read(tmp_path / "finetuned.safetensors", num_heads=3)
+  assert student.encoder == module
+  images = np.random.default_rng(3).random((2, 32, 32, 3), np.float32)
+  with torch.no_grad():
+    pixels = (images - np.float32(student.mean)) / np.float32(student.std)
+    expected = theirs(torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())).logits.numpy()
+  np.testing.assert_allclose(Pretrained(student).classify(images), expected, atol=1e-5)
 
 
 def test_depthwise_convolution_and_gradients():

@@ -1,10 +1,45 @@
 """Networks: flax.linen and nothing of ours but each other."""
 
+import jax
+import jax.numpy as jnp
+
 from mrmae_jax.models.convvit import ConvViT
+from mrmae_jax.models.decoder import Decoder
 from mrmae_jax.models.vit import ViT
 
 
 def make_encoder(fields, dtype):
-  """The encoder of a configuration's `encoder` section: its name and the fields of that module."""
-  fields = dict(fields)
+  """The encoder of a configuration's `encoder` section, or its JSON: its name and the fields of that module."""
+  fields = {key: tuple(value) if isinstance(value, list) else value for key, value in dict(fields).items()}
   return {"convvit": ConvViT, "vit": ViT}[fields.pop("name")](dtype=dtype, **fields)
+
+
+def make_decoder(fields, encoder, channels: int, dtype) -> Decoder:
+  """The decoder of a configuration's `decoder` section for the patches of an encoder.
+
+  As in ConvMAE, its MLP ratio is that of the encoder's first stage; MAE's encoder has the same ratio throughout.
+  """
+  ratio = encoder.mlp_ratios[0] if isinstance(encoder, ConvViT) else 4
+  return Decoder(encoder.patch_size ** 2 * channels, mlp_ratio=ratio, dtype=dtype, **fields)
+
+
+def encode(encoder, params, pixels: jax.Array, normed: bool | None = None) -> dict[str, jax.Array]:
+  """What an encoder makes of whole images, nothing masked.
+
+  Args:
+    encoder: ConvViT or ViT.
+    params: its parameters.
+    pixels: normalised images [B, H, W, C], both sides multiples of its `patch_size`.
+    normed: take the tokens after fusion and the last norm; else those of the last block. None: what fine-tuning starts from,
+      where ConvMAE drops fusion and norm and MAE keeps the norm.
+
+  Returns:
+    "tokens" float32 [B, N, D] row by row, "pooled" [B, D] their mean, and where the encoder has them "cls" [B, D] and the
+    feature maps "stage1", "stage2" [B, H/p, W/p, D'].
+  """
+  x, out = encoder.apply({"params": params}, pixels)
+  normed = isinstance(encoder, ViT) if normed is None else normed
+  x = (x if normed else out["layers"][-1]).astype(jnp.float32)
+  tokens = x[:, int(encoder.cls_token):]
+  found = {"tokens": tokens, "pooled": tokens.mean(1)} | ({"cls": x[:, 0]} if encoder.cls_token else {})
+  return found | {name: out[name].astype(jnp.float32) for name in ("stage1", "stage2") if name in out}

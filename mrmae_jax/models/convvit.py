@@ -18,8 +18,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mrmae_jax.models.layers import (Block, LayerFusion, Mask, depthwise_conv, from_blocks, gelu, layer_norm, patchify, put_visible,
-                                     sincos_2d, take_visible, to_blocks, xavier_uniform)
+from mrmae_jax.models.layers import (Block, DropPath, LayerFusion, Mask, depthwise_conv, drop_paths, from_blocks, gelu,
+                                     layer_norm, patchify, position_table, put_visible, take_visible, to_blocks, xavier_uniform)
 
 CONV_EPS = 1e-5  # the reference hard-codes torch's default in the convolutional blocks and patch embeddings ...
 VIT_EPS = 1e-6   # ... and passes 1e-6 to the transformer blocks and the last norm
@@ -91,7 +91,7 @@ class ConvBlock(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array, mask: Mask | None, grid: tuple[int, int]) -> jax.Array:
+  def __call__(self, x: jax.Array, mask: Mask | None, grid: tuple[int, int], drop: DropPath = DropPath()) -> jax.Array:
     """Same shape out; see `spatial_mix` for the arguments."""
     dim = x.shape[-1]
     init = torch_uniform(25)
@@ -100,9 +100,9 @@ class ConvBlock(nn.Module):
 
     h = conv_dense(layer_norm(CONV_EPS, self.dtype, "norm1")(x), dim, self.dtype, "conv1")
     h = spatial_mix(h, kernel, mask, grid) + bias.astype(self.dtype)
-    x = x + conv_dense(h, dim, self.dtype, "conv2")
+    x = x + drop(conv_dense(h, dim, self.dtype, "conv2"), 0)
     h = conv_dense(layer_norm(CONV_EPS, self.dtype, "norm2")(x), self.mlp_dim, self.dtype, "fc1")
-    return x + conv_dense(gelu(h), dim, self.dtype, "fc2")
+    return x + drop(conv_dense(gelu(h), dim, self.dtype, "fc2"), 1)
 
 
 class ConvViT(nn.Module):
@@ -115,7 +115,9 @@ class ConvViT(nn.Module):
     cls_token: prepend a CLS token to the transformer stage, without a position, as in MAE. ConvMAE v2 has one.
     fuse_stages: add the outputs of the convolutional stages to the last block's, as ConvMAE does.
     fuse_layers: blocks of the transformer stage, counted from 0, whose outputs are fused with the last one's; () for none.
+    learned_positions: the position table is a parameter [1, N, D], as in ConvMAE's fine-tuning, instead of a constant.
     sparse: run the convolutional stages on the visible blocks only when there is a mask.
+    drop_path: of the last block; rises linearly from 0 over the blocks of all stages.
     dtype: of the computation; parameters are float32.
   """
 
@@ -127,7 +129,9 @@ class ConvViT(nn.Module):
   cls_token: bool = False
   fuse_stages: bool = True
   fuse_layers: tuple[int, ...] = ()
+  learned_positions: bool = False
   sparse: bool = True
+  drop_path: float = 0.0
   dtype: Any = jnp.float32
 
   @property
@@ -143,12 +147,13 @@ class ConvViT(nn.Module):
     return self.depths[2]
 
   @nn.compact
-  def __call__(self, images: jax.Array, mask: Mask | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
+  def __call__(self, images: jax.Array, mask: Mask | None = None, keys: jax.Array | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Encodes normalised images.
 
     Args:
       images: [B, H, W, C], both sides multiples of `patch_size`.
       mask: the visible tokens, one or several disjoint sets for each image; None encodes the whole image.
+      keys: [B], one per image, to drop paths by; None drops nothing.
 
     Returns:
       x: [B, V, D], the fused streams after the last norm, in the order of `mask.ids_keep`, or [B, 1 + V, D] with CLS first.
@@ -162,6 +167,7 @@ class ConvViT(nn.Module):
     dim = self.dim
     sparse = self.sparse and mask is not None
     out, skips = {}, []
+    drops = iter(drop_paths(self.drop_path, sum(self.depths), keys))
 
     x = images.astype(self.dtype)
     if sparse:
@@ -172,7 +178,7 @@ class ConvViT(nn.Module):
       token_size //= p
       x = PatchEmbed(p, width, dtype=self.dtype, name=f"patch_embed{stage}")(x)
       for i in range(self.depths[stage - 1]):
-        x = ConvBlock(int(width * ratio), self.dtype, name=f"blocks{stage}_{i}")(x, mask, grid)
+        x = ConvBlock(int(width * ratio), self.dtype, name=f"blocks{stage}_{i}")(x, mask, grid, next(drops))
       out[f"stage{stage}"] = x
       if self.fuse_stages:
         skips.append(conv_dense(patchify(x, token_size), dim, self.dtype, f"stage{stage}_output_decode"))
@@ -180,7 +186,7 @@ class ConvViT(nn.Module):
     x = PatchEmbed(self.patch_sizes[2], dim, xavier=True, dtype=self.dtype, name="patch_embed3")(x)
     x, *skips = (y.reshape(len(y), -1, dim) for y in (x, *skips))
     x = nn.Dense(dim, kernel_init=xavier_uniform, dtype=self.dtype, name="patch_embed4")(x)
-    pos = jnp.asarray(sincos_2d(dim, grid), self.dtype)
+    pos = position_table(self, grid).astype(self.dtype)
     if sparse:
       x = x + pos[mask.ids_keep]
     else:
@@ -194,7 +200,8 @@ class ConvViT(nn.Module):
 
     out["layers"] = []
     for i in range(self.depth):
-      x, attention = Block(self.num_heads, int(dim * self.mlp_ratios[2]), VIT_EPS, dtype=self.dtype, name=f"blocks3_{i}")(x)
+      block = Block(self.num_heads, int(dim * self.mlp_ratios[2]), VIT_EPS, dtype=self.dtype, name=f"blocks3_{i}")
+      x, attention = block(x, next(drops))
       out["layers"].append(x)
     if self.cls_token:
       out["attention"] = attention[:, 1:]

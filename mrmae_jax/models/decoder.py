@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mrmae_jax.models.layers import Block, Mask, gelu, layer_norm, put_visible, sincos_2d, xavier_uniform
+from mrmae_jax.models.layers import Block, Mask, gelu, layer_norm, position_table, put_visible, xavier_uniform
 
 
 class Decoder(nn.Module):
@@ -15,6 +15,8 @@ class Decoder(nn.Module):
   Attributes:
     out_dim: length of a prediction, patch_size^2 * channels.
     dim, depth, num_heads, mlp_ratio: the transformer. ConvMAE takes mlp_ratio from its first encoder stage.
+    learned_positions: the position table is a parameter, of published weights with tables of their own.
+    eps: of every LayerNorm.
     dtype: of the computation; parameters are float32.
   """
 
@@ -23,6 +25,8 @@ class Decoder(nn.Module):
   depth: int = 8
   num_heads: int = 16
   mlp_ratio: float = 4
+  learned_positions: bool = False
+  eps: float = 1e-6
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -43,10 +47,10 @@ class Decoder(nn.Module):
     cls, visible = jnp.split(x, [x.shape[1] - mask.ids_keep.shape[1]], axis=1)
     x = jnp.where(mask.removed[..., None], mask_token, put_visible(visible, mask))
     x = jnp.concatenate([cls, x], axis=1) if cls.shape[1] else x
-    x = x + jnp.asarray(sincos_2d(self.dim, grid, cls_token=bool(cls.shape[1])), self.dtype)
+    x = x + position_table(self, grid, cls_token=bool(cls.shape[1])).astype(self.dtype)
     for i in range(self.depth):
-      x, _ = Block(self.num_heads, int(self.dim * self.mlp_ratio), dtype=self.dtype, name=f"blocks_{i}")(x)
-    out = {"tokens": layer_norm(1e-6, self.dtype, "norm")(x)[:, cls.shape[1]:]}
+      x, _ = Block(self.num_heads, int(self.dim * self.mlp_ratio), self.eps, dtype=self.dtype, name=f"blocks_{i}")(x)
+    out = {"tokens": layer_norm(self.eps, self.dtype, "norm")(x)[:, cls.shape[1]:]}
     prediction = nn.Dense(self.out_dim, kernel_init=xavier_uniform, dtype=self.dtype, name="pred")(out["tokens"])
     return prediction.astype(jnp.float32), out
 

@@ -157,9 +157,43 @@ def sincos_2d(dim: int, grid: tuple[int, int], cls_token: bool = False) -> np.nd
   return table.astype(np.float32)
 
 
+def position_table(module: nn.Module, grid: tuple[int, int], cls_token: bool = False) -> jax.Array:
+  """The positions of a module with fields `dim` and `learned_positions`: float32 [N, dim], or [1 + N, dim] with CLS.
+
+  Learned ones are its parameter "pos_embed" [1, T, dim], which belongs to one grid and starts as the sine-cosine table.
+  """
+  table = jnp.asarray(sincos_2d(module.dim, grid, cls_token))
+  return module.param("pos_embed", lambda key: table[None])[0] if module.learned_positions else table
+
+
 def layer_norm(eps: float, dtype: Any, name: str | None = None) -> nn.LayerNorm:
   """LayerNorm with two-pass float32 statistics; the one-pass default loses digits on CLIP's large residual channels."""
   return nn.LayerNorm(epsilon=eps, dtype=dtype, use_fast_variance=False, name=name)
+
+
+class DropPath(NamedTuple):
+  """Stochastic depth (Huang et al. 2016, arXiv 1603.09382) of one block: whole branches are dropped, image by image.
+
+  Attributes:
+    rate: probability that a branch is dropped; what stays is scaled by 1 / (1 - rate).
+    keys: one per image, [B], of this block alone; None: nothing is dropped.
+  """
+
+  rate: float = 0.0
+  keys: jax.Array | None = None
+
+  def __call__(self, x: jax.Array, branch: int) -> jax.Array:
+    """[B, ...] -> [B, ...]; the two branches of a block are dropped independently."""
+    if self.keys is None or not self.rate:
+      return x
+    keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, branch), 1 - self.rate))(self.keys)
+    return jnp.where(keep.reshape(-1, *(1,) * (x.ndim - 1)), x / (1 - self.rate), jnp.zeros((), x.dtype))
+
+
+def drop_paths(rate: float, depth: int, keys: jax.Array | None) -> list[DropPath]:
+  """One for each of `depth` blocks, the rate rising linearly from 0 to `rate`; keys [B] of the images, None to drop nothing."""
+  fold = jax.vmap(jax.random.fold_in, (0, None))
+  return [DropPath(rate * i / max(depth - 1, 1), None if keys is None else fold(keys, i)) for i in range(depth)]
 
 
 class Attention(nn.Module):
@@ -205,13 +239,13 @@ class Block(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def __call__(self, x: jax.Array, drop: DropPath = DropPath()) -> tuple[jax.Array, jax.Array]:
     """[B, T, D] -> [B, T, D], and the first token's attention [B, T] (see `Attention`)."""
     dense = lambda features, name: nn.Dense(features, kernel_init=xavier_uniform, dtype=self.dtype, name=name)
     mixed, attention = Attention(self.num_heads, dtype=self.dtype, name="attn")(layer_norm(self.eps, self.dtype, "norm1")(x))
-    x = x + mixed
+    x = x + drop(mixed, 0)
     h = dense(self.mlp_dim, "fc1")(layer_norm(self.eps, self.dtype, "norm2")(x))
-    return x + dense(x.shape[-1], "fc2")(gelu(h)), attention
+    return x + drop(dense(x.shape[-1], "fc2")(gelu(h)), 1), attention
 
 
 class LayerFusion(nn.Module):

@@ -1,4 +1,4 @@
-"""The plain ViT student: encoder of MAE (facebookresearch/mae models_mae.py), with fixed sine-cosine positions."""
+"""The plain ViT student: encoder of MAE (facebookresearch/mae models_mae.py)."""
 
 from typing import Any
 
@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mrmae_jax.models.layers import Block, LayerFusion, Mask, layer_norm, patchify, sincos_2d, take_visible, xavier_uniform
+from mrmae_jax.models.layers import (Block, LayerFusion, Mask, drop_paths, layer_norm, patchify, position_table, take_visible,
+                                     xavier_uniform)
 
 
 class ViT(nn.Module):
@@ -15,7 +16,9 @@ class ViT(nn.Module):
   Attributes:
     patch_size, dim, depth, num_heads, mlp_dim: as in the ViT paper; mlp_dim is 4 * dim in every standard size.
     fuse_layers: blocks whose outputs are fused with the last one's before the last norm, counted from 0; () for none.
+    learned_positions: the position table is a parameter [1, 1 + N, D] instead of a constant, in which CLS has zeros.
     eps: of every LayerNorm.
+    drop_path: of the last block; rises linearly from 0.
     dtype: of the computation; parameters are float32.
   """
 
@@ -25,17 +28,20 @@ class ViT(nn.Module):
   num_heads: int = 12
   mlp_dim: int = 3072
   fuse_layers: tuple[int, ...] = ()
+  learned_positions: bool = False
   eps: float = 1e-6
+  drop_path: float = 0.0
   dtype: Any = jnp.float32
   cls_token = True  # not a choice
 
   @nn.compact
-  def __call__(self, images: jax.Array, mask: Mask | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
+  def __call__(self, images: jax.Array, mask: Mask | None = None, keys: jax.Array | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Encodes normalised images.
 
     Args:
       images: [B, H, W, C], both sides multiples of `patch_size`.
       mask: the visible tokens, one or several sets for each image; None encodes the whole image.
+      keys: [B], one per image, to drop paths by; None drops nothing.
 
     Returns:
       x: [B, 1 + V, D] after fusion and the last norm, CLS first, then the tokens in the order of `mask.ids_keep`. With k
@@ -45,7 +51,7 @@ class ViT(nn.Module):
     b, h, w, _ = images.shape
     grid = (h // self.patch_size, w // self.patch_size)
     x = patchify(images.astype(self.dtype), self.patch_size).reshape(b, grid[0] * grid[1], -1)
-    pos = jnp.asarray(sincos_2d(self.dim, grid, cls_token=True))
+    pos = position_table(self, grid, cls_token=True)
     if mask is None:
       token_pos = pos[1:]
     else:  # the embedding works patch by patch, so only the visible patches need to be embedded
@@ -55,8 +61,8 @@ class ViT(nn.Module):
     x = jnp.concatenate([jnp.broadcast_to(cls, (len(x), 1, self.dim)), x + token_pos], axis=1).astype(self.dtype)
 
     layers = []
-    for i in range(self.depth):
-      x, attention = Block(self.num_heads, self.mlp_dim, self.eps, dtype=self.dtype, name=f"blocks_{i}")(x)
+    for i, drop in enumerate(drop_paths(self.drop_path, self.depth, keys)):
+      x, attention = Block(self.num_heads, self.mlp_dim, self.eps, dtype=self.dtype, name=f"blocks_{i}")(x, drop)
       layers.append(x)
     out = {"layers": layers, "attention": attention[:, 1:]}
     if self.fuse_layers:

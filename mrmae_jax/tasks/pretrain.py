@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from mrmae_jax import mrmae, teachers
-from mrmae_jax.config import teacher_options, token_size
-from mrmae_jax.models import make_encoder
-from mrmae_jax.models.decoder import Decoder, MimicHead
+from mrmae_jax.config import teacher_options
+from mrmae_jax.models import encode, make_decoder, make_encoder
+from mrmae_jax.models.decoder import MimicHead
 from mrmae_jax.models.layers import from_blocks
 from mrmae_jax.train import Task
 
@@ -16,14 +16,13 @@ from mrmae_jax.train import Task
 def make_model(config, teacher_dims: dict[str, int]) -> mrmae.Model:
   """The student of a configuration; `teacher_dims` are the widths of the features to mimic, by the names of the losses."""
   dtype = jnp.dtype(config.dtype)
-  # As in ConvMAE, the decoder's MLP ratio is that of the encoder's first stage; MAE's encoder has the same ratio throughout.
-  ratio = config.encoder.mlp_ratios[0] if config.encoder.name == "convvit" else 4
-  decoder = Decoder(token_size(config) ** 2 * len(config.data.mean), mlp_ratio=ratio, dtype=dtype, **config.decoder)
+  encoder = make_encoder(config.encoder, dtype)
+  decoder = make_decoder(config.decoder, encoder, len(config.data.mean), dtype)
   mimics = tuple(
       mrmae.Mimic(name, MimicHead(teacher_dims[name], options.head, dtype), options.weight, options.tokens, options.source,
                   options.target_norm, options.loss, options.salient_share)
       for name, options in teacher_options(config).items())
-  return mrmae.Model(make_encoder(config.encoder, dtype), decoder, mimics, tuple(config.data.mean), tuple(config.data.std))
+  return mrmae.Model(encoder, decoder, mimics, tuple(config.data.mean), tuple(config.data.std))
 
 
 def init_params(model: mrmae.Model, image_size: tuple[int, int], mask_ratio: float, key: jax.Array):
@@ -74,11 +73,7 @@ def make(config) -> Task:
 
 def features(model: mrmae.Model, params, images: jax.Array) -> jax.Array:
   """Image features of the encoder, nothing masked: the mean over the tokens that fine-tuning starts from, float32 [B, D]."""
-  x, out = model.encoder.apply({"params": params["encoder"]}, mrmae.normalise(images, model.mean, model.std))
-  # ConvMAE drops fusion and norm for fine-tuning, MAE keeps the norm.
-  tokens = out["layers"][-1] if "stage1" in out else x
-  count = images.shape[1] // model.encoder.patch_size * (images.shape[2] // model.encoder.patch_size)
-  return tokens[:, -count:].astype(jnp.float32).mean(1)
+  return encode(model.encoder, params["encoder"], mrmae.normalise(images, model.mean, model.std))["pooled"]
 
 
 def reconstruct(model: mrmae.Model, params, images: jax.Array, mask, norm_pix: bool) -> dict[str, jax.Array]:

@@ -27,7 +27,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import safetensors.numpy
 from absl import flags
 from tqdm import tqdm
 
@@ -37,7 +36,7 @@ from mrmae_jax.evals.knn import knn_classify
 from mrmae_jax.models.layers import gelu, sincos_2d
 from mrmae_jax.models.tower import Tower
 from mrmae_jax.mrmae import normalise, sample_mask
-from mrmae_jax.weights import table, towers
+from mrmae_jax.weights import files, table, towers
 
 MEAN = STD = (0.5, 0.5, 0.5)
 
@@ -312,19 +311,6 @@ def centred(vit: Tower, params, source, size: int):
   return params | {last: params[last] | {"fc2": fc2 | {"bias": fc2["bias"] - mean}}}
 
 
-def to_hf(params, vit: Tower) -> dict[str, np.ndarray]:
-  """Our tree -> the tensors of transformers' ViTModel: the name table of `weights.towers` read backwards."""
-  inverse = {
-      table.same: lambda x, parts: [x],
-      towers.tokens: lambda x, parts: [x],
-      table.pack: np.split,
-      table.linear: lambda x, parts: [w.T for w in np.split(x, parts, axis=1)],
-      table.conv: lambda x, parts: [x.reshape(vit.patch_size, vit.patch_size, 3, -1).transpose(3, 2, 0, 1)]}
-  leaves = {"/".join(k.key for k in path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-  return {name: np.ascontiguousarray(part) for entry in towers.name_table(towers.MODEL_TYPES["vit"], "", vit)
-          for name, part in zip(entry.theirs, inverse[entry.convert](leaves.pop(entry.ours), len(entry.theirs)), strict=True)}
-
-
 def save(out: str, vit: Tower, params, image_size: int) -> None:
   """Writes the folder, and reads it back: `teachers.load` is strict, and its features must be those of `params`."""
   folder = Path(out).expanduser()
@@ -338,9 +324,8 @@ def save(out: str, vit: Tower, params, image_size: int) -> None:
                   "do_normalize": True, "image_mean": MEAN, "image_std": STD}
   for name, content in (("config", config), ("preprocessor_config", preprocessor)):
     (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
-  # Not safetensors' save_file: that makes the file unreadable to other users.
-  tensors = to_hf(params, vit)
-  (folder / "model.safetensors").write_bytes(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
+  tensors = table.export(params, towers.name_table(towers.MODEL_TYPES["vit"], "", vit))
+  files.write_safetensors(folder / "model.safetensors", tensors)
 
   spec = teachers.read_spec(path=folder, image_size=(image_size,) * 2, token_size=vit.patch_size, dtype="float32")
   teacher = teachers.load(spec)

@@ -1,13 +1,15 @@
-"""Weight files of others -> named tensors, lazily: names, types and shapes at once, values when they are asked for.
+"""Weight files -> named tensors, lazily: names, types and shapes at once, values when they are asked for. And back.
 
 What a file is, its content decides, not its name: safetensors, PyTorch (zip, TorchScript, old pickle), Flax's msgpack. torch
 is imported for PyTorch files alone; nothing pickled is ever executed.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
+import os
 import pickle
 import re
 import zipfile
@@ -16,6 +18,7 @@ from typing import Callable, NamedTuple
 
 import ml_dtypes  # registers bfloat16 with numpy
 import numpy as np
+import safetensors.numpy
 
 from mrmae_jax.weights.table import WeightsError
 
@@ -47,7 +50,7 @@ def weight_files(path: Path) -> list[Path]:
   if path.is_file():
     return [path]
   if not path.is_dir():
-    raise WeightsError(f"{path}: no such file or folder; fetch a teacher with e.g. `hf download openai/clip-vit-base-patch16 "
+    raise WeightsError(f"{path}: no such file or folder; fetch weights with e.g. `hf download openai/clip-vit-base-patch16 "
                        "--local-dir DIR`")
   name = next((name for name in FOLDER_FILES if (path / name).is_file()), None)
   if name is None:
@@ -83,6 +86,31 @@ def open_weights(path: Path) -> dict[str, Tensor]:
   return tensors
 
 
+def metadata(path: Path) -> dict[str, str]:
+  """What the writer of a safetensors file noted beside the tensors; {} for folders and other files."""
+  if not path.is_file() or _container(path) is not _safetensors:
+    return {}
+  return _header(path)[1].get("__metadata__") or {}
+
+
+@contextlib.contextmanager
+def whole(path: Path):
+  """A name to write a file under, which becomes `path` when the block ends well, and is gone when it does not."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  try:
+    yield unfinished
+    unfinished.replace(path)
+  finally:
+    unfinished.unlink(missing_ok=True)
+
+
+def write_safetensors(path: Path, tensors: dict[str, np.ndarray], notes: dict[str, str] | None = None) -> None:
+  """Writes tensors, whole or not at all; `notes` are what `metadata` gives back."""
+  with whole(path) as unfinished:  # not safetensors' save_file: that makes the file unreadable to other users
+    unfinished.write_bytes(safetensors.numpy.save(tensors, metadata={"format": "pt"} | (notes or {})))
+
+
 def digest(path: Path) -> str:
   """sha256 of the weight files' content, to tell weights apart wherever they lie."""
   whole = hashlib.sha256()
@@ -111,18 +139,13 @@ def _container(file: Path) -> Callable[[Path], dict[str, Tensor]]:
 
 def _safetensors(file: Path) -> dict[str, Tensor]:
   """The format: u64 length of a JSON header {name: {dtype, shape, data_offsets}}, the header, the raw values."""
-  size = file.stat().st_size
-  with open(file, "rb") as stream:
-    length = int.from_bytes(stream.read(8), "little")
-    if 8 + length > size:
-      raise WeightsError(f"{file} is damaged: header asks for {8 + length} bytes, file has {size}; fetch it again")
-    try:
-      header = json.loads(stream.read(length))
-      header.pop("__metadata__", None)
-      entries = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()}
-      wanted = 8 + length + max((end for *_, end in entries.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-      raise WeightsError(f"{file} is damaged: its header is not that of a safetensors file ({error}); fetch it again") from None
+  size, (length, header) = file.stat().st_size, _header(file)
+  try:
+    entries = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()
+               if name != "__metadata__"}
+    wanted = 8 + length + max((end for *_, end in entries.values()), default=0)
+  except (ValueError, KeyError, TypeError) as error:
+    raise WeightsError(f"{file} is damaged: its header is not that of a safetensors file ({error}); fetch it again") from None
   if wanted != size:
     raise WeightsError(f"{file} is damaged: header asks for {wanted} bytes, file has {size}; fetch it again")
 
@@ -133,6 +156,21 @@ def _safetensors(file: Path) -> dict[str, Tensor]:
     return Tensor(shape, dtype, lambda: np.fromfile(
         file, kind, math.prod(shape), offset=8 + length + begin).reshape(shape))
   return {name: tensor(name, *entry) for name, entry in entries.items()}
+
+
+def _header(file: Path) -> tuple[int, dict]:
+  """Length and content of the header of a safetensors file."""
+  size = file.stat().st_size
+  with open(file, "rb") as stream:
+    length = int.from_bytes(stream.read(8), "little")
+    if 8 + length > size:
+      raise WeightsError(f"{file} is damaged: header asks for {8 + length} bytes, file has {size}; fetch it again")
+    try:
+      header = json.loads(stream.read(length))
+      header.keys()
+    except (ValueError, AttributeError) as error:
+      raise WeightsError(f"{file} is damaged: its header is not that of a safetensors file ({error}); fetch it again") from None
+  return length, header
 
 
 def _torch(file: Path) -> dict[str, Tensor]:

@@ -1,11 +1,12 @@
-"""Foreign weights -> our parameter trees, checked both ways: every parameter is filled once, every tensor is used once.
+"""Foreign weights -> our parameter trees and back, checked both ways: every parameter and every tensor is used once.
 
 A name table is a list of `Entry`: one of our parameters, the tensors it is made of, and how. One module per family
-(convmae, mae, towers) writes such a table for given depths; nothing else knows foreign names.
+(convmae, mae, towers) writes such a table for a given network; nothing else knows foreign names. `convert` reads a table
+forwards, `export` backwards, and the second undoes the first bit for bit.
 """
 
 import re
-from typing import Callable, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import jax
 import numpy as np
@@ -15,44 +16,50 @@ class WeightsError(ValueError):
   """Weights that do not fit the model; the message lists every problem."""
 
 
+class Layout(NamedTuple):
+  """How tensors become a parameter, and how they come out of it again.
+
+  Attributes:
+    read: (*tensors) -> array in our layout.
+    write: (array, number of tensors) -> the tensors.
+  """
+
+  read: Callable[..., np.ndarray]
+  write: Callable[[np.ndarray, int], list[np.ndarray]]
+
+
 class Entry(NamedTuple):
   """One parameter of ours.
 
   Attributes:
     ours: path in our tree, joined by "/".
     theirs: names of the tensors it is made of.
-    convert: (*tensors) -> array in our layout.
+    layout: how.
   """
 
   ours: str
   theirs: tuple[str, ...]
-  convert: Callable[..., np.ndarray]
+  layout: Layout
 
 
-def same(x):
-  return x
+same = Layout(lambda x: x, lambda x, parts: [x])
+# (out, in) -> (in, out); several (query, key, value) are packed side by side in the order given.
+linear = Layout(lambda *weights: np.concatenate([w.T for w in weights], axis=1),
+                lambda x, parts: [w.T for w in np.split(x, parts, axis=1)])
+pack = Layout(lambda *biases: np.concatenate(biases), np.split)
+# Depthwise kernels: (C, 1, k, k) -> (k, k, C).
+depthwise = Layout(lambda w: w[:, 0].transpose(1, 2, 0), lambda x, parts: [x.transpose(2, 0, 1)[:, None]])
+# Learned tokens or positions: (D,), (T, D) or (1, T, D) -> (1, T, D); written in the last form.
+tokens = Layout(lambda x: x.reshape(1, -1, x.shape[-1]), lambda x, parts: [x])
 
 
-def linear(*weights):
-  """(out, in) -> (in, out); several (query, key, value) are packed side by side in the order given."""
-  return np.concatenate([w.T for w in weights], axis=1)
+def conv(p: int) -> Layout:
+  """Kernel of a convolution with stride = kernel = p: (O, I, p, p) -> (p*p*I, O), rows in (row, column, channel) order."""
+  return Layout(lambda w: w.transpose(2, 3, 1, 0).reshape(-1, w.shape[0]),
+                lambda x, parts: [x.reshape(p, p, -1, x.shape[1]).transpose(3, 2, 0, 1)])
 
 
-def pack(*biases):
-  return np.concatenate(biases)
-
-
-def conv(w):
-  """Kernel of a convolution with stride = kernel: (O, I, H, W) -> (H*W*I, O), rows in (row, column, channel) order."""
-  return w.transpose(2, 3, 1, 0).reshape(-1, w.shape[0])
-
-
-def depthwise(w):
-  """(C, 1, k, k) -> (k, k, C)."""
-  return w[:, 0].transpose(1, 2, 0)
-
-
-def dense(ours: str, theirs: str, kernel=linear) -> list[Entry]:
+def dense(ours: str, theirs: str, kernel: Layout = linear) -> list[Entry]:
   """Weight and bias of a linear layer or convolution."""
   return [Entry(f"{ours}/kernel", (f"{theirs}.weight",), kernel), Entry(f"{ours}/bias", (f"{theirs}.bias",), same)]
 
@@ -73,6 +80,11 @@ def timm_block(ours: str, theirs: str) -> list[Entry]:
   return [*norm(f"{ours}/norm1", f"{theirs}.norm1"), *dense(f"{ours}/attn/qkv", f"{theirs}.attn.qkv"),
           *dense(f"{ours}/attn/proj", f"{theirs}.attn.proj"), *norm(f"{ours}/norm2", f"{theirs}.norm2"),
           *dense(f"{ours}/fc1", f"{theirs}.mlp.fc1"), *dense(f"{ours}/fc2", f"{theirs}.mlp.fc2")]
+
+
+def leaves(params) -> dict[str, Any]:
+  """The leaves of a parameter tree by their paths, joined by "/"."""
+  return {"/".join(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 
 def _list(names, limit=5):
@@ -96,7 +108,7 @@ def convert(tensors: dict[str, np.ndarray], table: list[Entry], expected, *, ign
   Raises:
     WeightsError: tensors missing, left over, misshapen or not finite, or a table that does not fit `expected`.
   """
-  shapes = {"/".join(k.key for k in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(expected)}
+  shapes = {name: leaf.shape for name, leaf in leaves(expected).items()}
   if {e.ours for e in table} != shapes.keys() or len(table) != len(shapes):
     raise WeightsError(f"{source}: name table and model disagree on {_list({e.ours for e in table} ^ shapes.keys())}")
 
@@ -113,7 +125,7 @@ def convert(tensors: dict[str, np.ndarray], table: list[Entry], expected, *, ign
       continue
     parts = [np.asarray(tensors[name], np.float32) for name in entry.theirs]
     try:
-      value = entry.convert(*parts)
+      value = entry.layout.read(*parts)
     except (ValueError, IndexError):  # transposing or packing tensors of another rank
       value = None
     if value is None or value.shape != shapes[entry.ours]:
@@ -131,3 +143,16 @@ def convert(tensors: dict[str, np.ndarray], table: list[Entry], expected, *, ign
     shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
     raise WeightsError(f"{source} does not fit the model: " + "; ".join(shown))
   return params
+
+
+def export(params, table: list[Entry]) -> dict[str, np.ndarray]:
+  """`convert` backwards: foreign tensors, by name, out of a parameter tree.
+
+  Raises:
+    WeightsError: the table does not name every parameter once.
+  """
+  ours = leaves(params)
+  if {e.ours for e in table} != ours.keys() or len(table) != len(ours):
+    raise WeightsError(f"name table and parameters disagree on {_list({e.ours for e in table} ^ ours.keys())}")
+  return {name: np.ascontiguousarray(part) for entry in table
+          for name, part in zip(entry.theirs, entry.layout.write(np.asarray(ours[entry.ours]), len(entry.theirs)), strict=True)}

@@ -11,7 +11,7 @@ import numpy as np
 
 from mrmae_jax.models.tower import Tower
 from mrmae_jax.weights import positions
-from mrmae_jax.weights.table import Entry, WeightsError, conv, dense, linear, norm, pack, qkv, same
+from mrmae_jax.weights.table import Entry, Layout, WeightsError, conv, dense, linear, norm, pack, qkv, same, tokens
 
 
 class Names(NamedTuple):
@@ -255,7 +255,7 @@ def name_table(family: Family, prefix: str, tower: Tower) -> list[Entry]:
   """The entries of every parameter of `tower`."""
   names = family.names
   at = lambda name: prefix + name
-  kernel, bias = dense("patch_embed", at(names.patch_embed), linear if family.patch_rank == 2 else conv)
+  kernel, bias = dense("patch_embed", at(names.patch_embed), linear if family.patch_rank == 2 else conv(tower.patch_size))
   table = [kernel, *([bias] if tower.patch_bias else []), *norm("norm", at(names.norm))]
   for ours, theirs in (("cls_token", names.cls_token), ("pos_embed", names.pos_embed),
                        ("registers", names.registers if tower.num_registers else "")):
@@ -293,11 +293,6 @@ def _packed_qkv(family: Family, ours: str, block: str) -> list[Entry]:
             Entry(f"{ours}/bias", (f"{parts[0]}{dot}bias",), same)]
   entries = qkv(ours, tuple(parts))
   if not family.key_bias:  # the softmax would not see it anyway
-    entries[1] = Entry(f"{ours}/bias", (f"{parts[0]}.bias", f"{parts[2]}.bias"),
-                       lambda q, v: np.concatenate([q, np.zeros_like(q), v]))
+    entries[1] = Entry(f"{ours}/bias", (f"{parts[0]}.bias", f"{parts[2]}.bias"), Layout(
+        lambda q, v: np.concatenate([q, np.zeros_like(q), v]), lambda x, parts: np.split(x, 3)[::2]))
   return entries
-
-
-def tokens(x):
-  """Learned tokens or positions: (D,), (T, D) or (1, T, D) -> (1, T, D)."""
-  return x.reshape(1, -1, x.shape[-1])

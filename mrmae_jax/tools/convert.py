@@ -1,0 +1,53 @@
+"""Writes a trained student for others to read, or theirs in another form; `mrmae_jax.load` reads all of them.
+
+  python -m mrmae_jax.tools.convert --model=/tmp/run --out=encoder.safetensors --format=convmae --parts=encoder
+
+--model is a run's workdir, a file of weights (ConvMAE, MAE; .safetensors, .pth) or a ViTMAE folder. Formats: convmae, a ConvViT
+in the names of Alpha-VL/ConvMAE; timm, a ViT in those of timm and facebookresearch/mae; hf, a ViT as a folder of transformers'
+ViTMAE. Nothing is lost on the way and back: the parameters are the same bit for bit. What is left out by design (mimic heads)
+is printed. Files that do not tell the number of heads need --num_heads and --decoder_heads unless they have a published size.
+"""
+
+import sys
+
+from absl import flags
+
+
+def define_flags() -> flags.FlagValues:
+  """The options, apart from absl's global ones."""
+  own = flags.FlagValues()
+  flags.DEFINE_string("model", None, "Workdir, weight file or ViTMAE folder.", flag_values=own)
+  flags.DEFINE_string("out", None, "The .safetensors file; with --format=hf the folder.", flag_values=own)
+  flags.DEFINE_enum("format", "convmae", ["convmae", "timm", "hf"], "Names of the tensors.", flag_values=own)
+  flags.DEFINE_enum("parts", "all", ["all", "encoder"], "The whole model, or without decoder and classifier.", flag_values=own)
+  flags.DEFINE_integer("num_heads", 0, "Attention heads of the encoder, for files that do not tell.", flag_values=own)
+  flags.DEFINE_integer("decoder_heads", 0, "Likewise of the decoder.", flag_values=own)
+  return own
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs a command line (default: sys.argv); returns the exit code: 0 done, 2 usage."""
+  own, argv = define_flags(), sys.argv if argv is None else argv
+  if {"--help", "-h", "--helpfull"}.intersection(argv[1:]):
+    print(f"{__doc__}\n{own.get_help()}")
+    return 0
+  from mrmae_jax.weights.table import WeightsError  # pylint: disable=g-import-not-at-top; --help is answered without jax
+  try:
+    if rest := own(argv)[1:]:
+      raise flags.Error(f"{rest[0]!r} is not an option; see --help")
+    for name in ("model", "out"):
+      if not own[name].value:
+        raise flags.Error(f"--{name} is missing: {own[name].help} See --help")
+    from mrmae_jax.weights import students  # pylint: disable=g-import-not-at-top; likewise
+    student = students.read(own.model, num_heads=own.num_heads, decoder_heads=own.decoder_heads, decoder=own.parts == "all")
+    print(student.report)
+    students.write(student if own.parts == "all" else students.encoder_only(student), own.out, own.format)
+  except (flags.Error, WeightsError, OSError) as error:
+    print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+    return 2
+  print(f"wrote {own.out}")
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

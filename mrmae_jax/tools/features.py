@@ -1,0 +1,177 @@
+"""Features of images, for search, clustering or a classifier of your own.
+
+  python -m mrmae_jax.tools.features --model=/tmp/run --images=folder:/my/photos --out=features.npz
+
+--model is a run's workdir, a file of weights (ConvMAE, MAE; .safetensors, .pth) or a ViTMAE folder. Every image of the split is
+encoded exactly once, in order, nothing masked. In the .npz: features float32 [N, D], names [N], labels int32 [N] (-1 where
+there are none), class_names. In the .parquet (needs pyarrow) these are the columns name, label, class_name, feature; it is
+written batch by batch, whatever the number of images. The file appears whole or not at all.
+"""
+
+from pathlib import Path
+import sys
+
+from absl import flags
+import numpy as np
+
+
+def define_flags() -> flags.FlagValues:
+  """The options, apart from absl's global ones."""
+  own = flags.FlagValues()
+  flags.DEFINE_string("model", None, "Workdir, weight file or ViTMAE folder.", flag_values=own)
+  flags.DEFINE_string("images", None, "Images: folder:/path, digits or tfds:name.", flag_values=own)
+  flags.DEFINE_string("data_dir", "", "Where tfds looks for prepared data sets.", flag_values=own)
+  flags.DEFINE_string("train_split", "train", "Sub-folder or tfds split behind --split=train.", flag_values=own)
+  flags.DEFINE_string("eval_split", "validation", "The same for --split=eval.", flag_values=own)
+  flags.DEFINE_enum("split", "train", ["train", "eval"], "Which one; images without splits are all train.", flag_values=own)
+  flags.DEFINE_string("out", None, "The file: .npz or .parquet.", flag_values=own)
+  flags.DEFINE_enum("feature", "pooled", ["pooled", "cls"], "The mean over the tokens, or the CLS token.", flag_values=own)
+  flags.DEFINE_integer("image_size", 0, "Side of the (square) images in pixels; 0: as the model was trained.", flag_values=own)
+  flags.DEFINE_float("crop", 0.875, "Central share of the resized image that is seen.", flag_values=own)
+  flags.DEFINE_integer("batch_size", 64, "Images at a time.", flag_values=own)
+  flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the computation; features are float32.", flag_values=own)
+  flags.DEFINE_integer("num_heads", 0, "Attention heads, for files that do not tell.", flag_values=own)
+  return own
+
+
+class UsageError(ValueError):
+  """Options that do not fit together."""
+
+
+class _Named:
+  """A source that remembers the names of the images that were asked for; batches do not carry them."""
+
+  def __init__(self, source):
+    self._source, self.names = source, [""] * len(source)
+    self.class_names, self.description = source.class_names, source.description
+
+  def __len__(self):
+    return len(self._source)
+
+  def __getitem__(self, index):
+    example = self._source[index]
+    self.names[index] = example["name"]
+    return example
+
+
+def extract(model, source, *, image_size: tuple[int, int], crop: float, batch_size: int, feature: str):
+  """Yields (names, labels int32 [B], features float32 [B, D]) of a source's images, batch by batch, in order, each once.
+
+  Args:
+    model: of `mrmae_jax.load`.
+    source: of `mrmae_jax.data`.
+    image_size: (height, width).
+    crop: see `data.augment.center_crop`.
+    batch_size: images at a time; the last batch holds what is left.
+    feature: "pooled" or "cls", a key of what `model.encode` gives.
+
+  Raises:
+    DataError: an image cannot be read.
+  """
+  from mrmae_jax import data  # pylint: disable=g-import-not-at-top; a mistyped command line is answered before jax is loaded
+  named, done = _Named(source), 0
+  # In threads of this process: the names are remembered here.
+  batches = data.eval_batches(named, batch_size=batch_size, image_size=image_size, crop_pct=crop, workers=0)
+  try:
+    for batch in batches:
+      valid = batch["valid"]
+      found = np.asarray(model.encode(batch["image"])[feature])[valid]
+      yield named.names[done:done + len(found)], batch["label"][valid], found
+      done += len(found)
+  finally:
+    batches.close()
+
+
+def _save_npz(path: Path, batches, class_names) -> None:
+  names, labels, features = zip(*batches)
+  with open(path, "wb") as file:  # by name, numpy would append .npz
+    np.savez(file, features=np.concatenate(features), labels=np.concatenate(labels), names=np.array(sum(names, [])),
+             class_names=np.array(class_names, dtype=str))
+
+
+def _save_parquet(path: Path, batches, class_names) -> None:
+  import pyarrow as pa  # pylint: disable=g-import-not-at-top; of all outputs only this one needs it
+  import pyarrow.parquet as pq  # pylint: disable=g-import-not-at-top
+  writer = None
+  try:
+    for names, labels, features in batches:
+      columns = {"name": pa.array(names, pa.string()), "label": pa.array(labels, pa.int32()),
+                 "class_name": pa.array([class_names[i] if 0 <= i < len(class_names) else None for i in labels], pa.string()),
+                 "feature": pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), features.shape[1])}
+      table = pa.table(columns)
+      writer = writer or pq.ParquetWriter(path, table.schema)
+      writer.write_table(table)
+  finally:
+    if writer:
+      writer.close()
+
+
+_WRITERS = {".npz": _save_npz, ".parquet": _save_parquet}
+
+
+def run(options) -> str:
+  """The command with an attribute per flag; returns a line for people.
+
+  Raises:
+    UsageError, WeightsError, DataError: options, a model or images that do not fit.
+  """
+  for name in ("model", "images", "out"):
+    if not getattr(options, name):
+      raise UsageError(f"--{name} is missing; see --help")
+  suffix = Path(options.out).suffix
+  if suffix not in _WRITERS:
+    raise UsageError(f"--out={options.out} must end in {' or '.join(_WRITERS)}")
+  if suffix == ".parquet":
+    try:
+      import pyarrow  # pylint: disable=g-import-not-at-top,unused-import; before hours of work
+    except ImportError:
+      raise UsageError("a .parquet file needs pyarrow; install the parquet extra (pip install mrmae_jax[parquet]) or write .npz") from None
+  import mrmae_jax  # pylint: disable=g-import-not-at-top; likewise
+  from mrmae_jax import data  # pylint: disable=g-import-not-at-top
+  from mrmae_jax.weights import files  # pylint: disable=g-import-not-at-top
+  from tqdm import tqdm  # pylint: disable=g-import-not-at-top
+  source = data.open_source(options.images, options.split, train_split=options.train_split, eval_split=options.eval_split,
+                            data_dir=options.data_dir, holdout_every=0)
+  model = mrmae_jax.load(options.model, num_heads=options.num_heads, decoder=False, dtype=options.dtype)
+  print(f"{model.report}\n{source.description}", flush=True)
+  patch = model.student.encoder.patch_size
+  size = (options.image_size,) * 2 if options.image_size else model.config["image_size"]
+  if any(side % patch or side <= 0 for side in size):
+    raise UsageError(f"--image_size={options.image_size} is not a multiple of the model's token size {patch}")
+  if options.feature == "cls" and not model.student.encoder.cls_token:
+    raise UsageError("--feature=cls: the model has no CLS token; use pooled")
+  batches = extract(model, source, image_size=size, crop=options.crop, batch_size=options.batch_size, feature=options.feature)
+
+  with tqdm(total=len(source), unit="image", smoothing=0.05) as progress:  # shows rate and time left
+    def watched():
+      for batch in batches:
+        yield batch
+        progress.update(len(batch[0]))
+    with files.whole(Path(options.out).expanduser()) as unfinished:
+      _WRITERS[suffix](unfinished, watched(), source.class_names)
+  return f"wrote {options.out}: {options.feature} features of {len(source)} images at {size[0]}x{size[1]}"
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs a command line (default: sys.argv); returns the exit code: 0 done, 2 usage, 3 data."""
+  own, argv = define_flags(), sys.argv if argv is None else argv
+  if {"--help", "-h", "--helpfull"}.intersection(argv[1:]):
+    print(f"{__doc__}\n{own.get_help()}")
+    return 0
+  from mrmae_jax.data import DataError  # pylint: disable=g-import-not-at-top; likewise
+  from mrmae_jax.weights.table import WeightsError  # pylint: disable=g-import-not-at-top
+  try:
+    if rest := own(argv)[1:]:
+      raise UsageError(f"{rest[0]!r} is not an option; see --help")
+    print(run(own))
+  except (flags.Error, UsageError, WeightsError, OSError) as error:
+    print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+    return 2
+  except DataError as error:
+    print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+    return 3
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())
