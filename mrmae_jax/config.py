@@ -66,6 +66,8 @@ def encoder(name: str, size: str) -> ml_collections.ConfigDict:
     if given not in known:
       raise ConfigError(f"{what} {given!r} is not one of {', '.join(known)}")
   c = ml_collections.ConfigDict(dict(name=name, **sizes[name][size]))
+  c.learned_positions = False           # train the position table; it starts as the fixed sine-cosine one
+  c.drop_path = 0.0                     # of the last block, rising linearly from 0 (stochastic depth)
   c.fuse_layers = ()                    # blocks (from 0) fused with the last one's output, with learned weights; () for none
   if name == "convvit":
     c.patch_sizes = (4, 2, 2)           # strides of the three embeddings; their product is the token size
@@ -103,17 +105,59 @@ def teacher_options(config: ml_collections.ConfigDict) -> dict[str, ml_collectio
   return {name: options for name, options in named.items() if options.name or options.path}
 
 
-def pretrain() -> ml_collections.ConfigDict:
-  """Pre-training with the published MAE/ConvMAE recipe at 224 px; ConvViT-B, no teacher chosen yet."""
+def _common() -> ml_collections.ConfigDict:
+  """What every task has."""
   c = ml_collections.ConfigDict()
-  c.task = "pretrain"
+  c.task = ""                           # module of mrmae_jax.tasks
   c.seed = 0                            # of initialisation, data order, augmentation and masks
   c.image_size = (224, 224)             # (height, width) in pixels, multiples of the token size
   c.batch_size = 1024                   # images per update, over all devices
   c.epochs = 400.0                      # passes over the training images; fractions allowed
   c.dtype = "bfloat16"                  # of the student's computation; parameters, norms and losses stay float32
-
   c.encoder = encoder("convvit", "base")  # or encoder("vit", ...): the keys of that function
+
+  c.data = ml_collections.ConfigDict()
+  c.data.source = placeholder(str)      # "digits", "folder:/path/to/images" or "tfds:name"
+  c.data.train_split = "train"          # tfds split, or sub-folder
+  c.data.eval_split = "validation"      # for the evaluators; likewise
+  c.data.data_dir = ""                  # where tfds looks for prepared data sets; "": its own default
+  c.data.holdout_every = 10             # without an eval split, every k-th image is held out of training; 0: none
+  c.data.crop_scale = (0.2, 1.0)        # area range of RandomResizedCrop
+  c.data.flip = True                    # horizontal flips
+  c.data.randaug = ""                   # RandAugment in timm's words, e.g. "rand-m9-mstd0.5-inc1"; "": none
+  c.data.erase_prob = 0.0               # probability of random erasing
+  c.data.eval_crop = 0.875              # central share of the resized image that evaluators see
+  c.data.mean = IMAGENET_MEAN           # normalisation of the student's input, per channel, for pixels in [0, 1]
+  c.data.std = IMAGENET_STD
+  c.data.workers = 0                    # decoding processes per host; 0: threads of the main process
+
+  c.optim = ml_collections.ConfigDict()
+  c.optim.blr = 1.5e-4                  # base learning rate; the peak is blr * batch_size / 256
+  c.optim.min_lr = 0.0                  # absolute rate at the end of the cosine
+  c.optim.warmup_epochs = 40.0          # linear from 0
+  c.optim.b1, c.optim.b2, c.optim.eps = 0.9, 0.95, 1e-8
+  c.optim.weight_decay = 0.05           # on everything but biases and norms
+  c.optim.accum_steps = 1               # micro-batches per update, for batches that do not fit
+  c.optim.layer_decay = 1.0             # learning rate of each block relative to the next deeper one's
+  c.optim.no_decay = ()                 # names of parameters that are not decayed either
+  c.optim.clip_norm = 0.0               # global norm that gradients are cut to; 0: none
+  c.optim.ema_decay = 0.0               # of a moving average of the parameters, which evaluators then use; 0: none
+
+  c.mesh = ml_collections.ConfigDict(dict(data=-1, fsdp=1))  # devices per axis; -1: all that are left
+
+  c.log_every = 50                      # steps
+  c.eval_every = 20.0                   # epochs; besides, before the first and after the last step
+  c.checkpoint_every = 5.0              # epochs; besides, after the last step
+  c.keep_checkpoints = 2                # newest ones that stay
+  c.evals = ml_collections.ConfigDict()  # options of each evaluator of mrmae_jax.evals
+  return c
+
+
+def pretrain() -> ml_collections.ConfigDict:
+  """Pre-training with the published MAE/ConvMAE recipe at 224 px; ConvViT-B, no teacher chosen yet."""
+  c = _common()
+  c.task = "pretrain"
+  # transformer of the decoder
   c.decoder = ml_collections.ConfigDict(dict(dim=512, depth=8, num_heads=16))
 
   c.method = ml_collections.ConfigDict()
@@ -128,38 +172,31 @@ def pretrain() -> ml_collections.ConfigDict:
   c.teacher = teacher()                 # the keys of that function
   c.extra_teachers = ml_collections.ConfigDict()  # name -> another `teacher()`, with a head and a loss "mimic_name" of its own
 
-  c.data = ml_collections.ConfigDict()
-  c.data.source = placeholder(str)      # "digits", "folder:/path/to/images" or "tfds:name"
-  c.data.train_split = "train"          # tfds split, or sub-folder
-  c.data.eval_split = "validation"      # for the evaluators; likewise
-  c.data.data_dir = ""                  # where tfds looks for prepared data sets; "": its own default
-  c.data.holdout_every = 10             # without an eval split, every k-th image is held out of training; 0: none
-  c.data.crop_scale = (0.2, 1.0)        # area range of RandomResizedCrop
-  c.data.flip = True                    # horizontal flips
-  c.data.eval_crop = 0.875              # central share of the resized image that evaluators see
-  c.data.mean = IMAGENET_MEAN           # normalisation of the student's input, per channel, for pixels in [0, 1]
-  c.data.std = IMAGENET_STD
-  c.data.workers = 0                    # decoding processes per host; 0: threads of the main process
+  # pictures of the first held-out images
+  c.evals.reconstruct = ml_collections.ConfigDict(dict(images=8))
+  # k nearest neighbours of frozen features (caron2021dino: k = 20, temperature 0.07); bank: most training images used
+  c.evals.knn = ml_collections.ConfigDict(dict(k=20, temperature=0.07, batch_size=256, bank=50_000))
+  return c
 
-  c.optim = ml_collections.ConfigDict()
-  c.optim.blr = 1.5e-4                  # base learning rate; the peak is blr * batch_size / 256
-  c.optim.min_lr = 0.0                  # absolute rate at the end of the cosine
-  c.optim.warmup_epochs = 40.0          # linear from 0
-  c.optim.b1, c.optim.b2, c.optim.eps = 0.9, 0.95, 1e-8
-  c.optim.weight_decay = 0.05           # on everything but biases and norms
-  c.optim.accum_steps = 1               # micro-batches per update, for batches that do not fit
 
-  c.mesh = ml_collections.ConfigDict(dict(data=-1, fsdp=1))  # devices per axis; -1: all that are left
-
-  c.log_every = 50                      # steps
-  c.eval_every = 20.0                   # epochs; besides, before the first and after the last step
-  c.checkpoint_every = 5.0              # epochs; besides, after the last step
-  c.keep_checkpoints = 2                # newest ones that stay
-  c.evals = ml_collections.ConfigDict(dict(
-      # pictures of the first held-out images
-      reconstruct=ml_collections.ConfigDict(dict(images=8)),
-      # k nearest neighbours of frozen features (caron2021dino: k = 20, temperature 0.07); bank: most training images used
-      knn=ml_collections.ConfigDict(dict(k=20, temperature=0.07, batch_size=256, bank=50_000))))
+def finetune() -> ml_collections.ConfigDict:
+  """Fine-tuning with the published MAE/ConvMAE recipe for the base size at 224 px (Alpha-VL/ConvMAE FINETUNE.md)."""
+  c = _common()
+  c.task = "classify"
+  c.epochs = 100.0
+  c.encoder.update(drop_path=0.1, learned_positions=True)
+  c.init_from = placeholder(str)        # workdir, exported file or published checkpoint to start from; "" for a random start
+  c.pool = "mean"                       # of the patch tokens, with a fresh norm; "cls": the CLS token after the encoder's norm
+  # mixup and cutmix inside the step, see mixup.mix; smoothing: of the labels
+  c.mix = ml_collections.ConfigDict(dict(mixup_alpha=0.8, cutmix_alpha=1.0, prob=1.0, switch_prob=0.5, smoothing=0.1,
+                                       groups=1))  # parts of the batch that are mixed by a draw of their own
+  c.data.crop_scale = (0.08, 1.0)
+  c.data.randaug = "rand-m9-mstd0.5-inc1"
+  c.data.erase_prob = 0.25
+  c.optim.update(blr=5e-4, min_lr=1e-6, warmup_epochs=5.0, b2=0.999, layer_decay=0.65, no_decay=("pos_embed", "cls_token"))
+  c.eval_every = 1.0
+  # top-1 and top-5 accuracy; batch_size: images per forward pass
+  c.evals.classify = ml_collections.ConfigDict(dict(batch_size=256))
   return c
 
 
@@ -194,10 +231,9 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> None:
     raise ConfigError("\n".join(problems))  # nothing below can be computed
   positive("batch_size", "epochs", "optim.blr", "optim.eps", "optim.accum_steps", "log_every", "eval_every",
            "checkpoint_every", "keep_checkpoints", "data.eval_crop")
-  positive("method.attention_temperature")
-  positive("optim.min_lr", "optim.warmup_epochs", "optim.weight_decay", "data.holdout_every", "data.workers",
-           "method.pixel_weight", zero=True)
-  for name in ("b1", "b2"):
+  positive("optim.min_lr", "optim.warmup_epochs", "optim.weight_decay", "optim.clip_norm", "data.holdout_every", "data.workers",
+           zero=True)
+  for name in ("b1", "b2", "ema_decay"):
     need(0 <= config.optim[name] < 1, f"config.optim.{name}={config.optim[name]} must lie in [0, 1)")
   need(config.optim.warmup_epochs <= config.epochs,
        f"config.optim.warmup_epochs={config.optim.warmup_epochs} is longer than config.epochs={config.epochs}")
@@ -209,10 +245,20 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> None:
   need(len(config.data.mean) == 3 == len(config.data.std) and min(config.data.std) > 0,
        f"config.data.mean={config.data.mean} and std={config.data.std} must hold 3 numbers each, std > 0")
 
-  sizes_fit = _validate_model(config, need)
+  need(0 < config.optim.layer_decay <= 1, f"config.optim.layer_decay={config.optim.layer_decay} must satisfy 0 < decay <= 1")
+  need(0 <= config.data.erase_prob <= 1, f"config.data.erase_prob={config.data.erase_prob} must lie in [0, 1]")
+
+  encoder_fits = _validate_encoder(config, need)
   _validate_devices(config, num_devices, need)
   _validate_data(config, need)
-  _validate_teachers(config, sizes_fit, need)
+  if config.task == "classify":
+    _validate_finetuning(config, need)
+  else:
+    positive("method.attention_temperature")
+    positive("method.pixel_weight", zero=True)
+    if encoder_fits:
+      _validate_method(config, need)
+    _validate_teachers(config, encoder_fits, need)
   if problems:
     raise ConfigError("\n".join(problems))
 
@@ -222,37 +268,63 @@ def token_size(config: ml_collections.ConfigDict) -> int:
   return config.encoder.patch_size if config.encoder.name == "vit" else math.prod(config.encoder.patch_sizes)
 
 
-def _validate_model(config, need) -> bool:
-  """The student; returns whether images divide into its tokens."""
-  fields, method, decoder = config.encoder, config.method, config.decoder
+def _validate_encoder(config, need) -> bool:
+  """The encoder; returns whether images divide into its tokens."""
+  fields = config.encoder
   if not need(fields.name in ("convvit", "vit"), f"config.encoder.name={fields.name!r} must be 'convvit' or 'vit'"):
     return False
   wanted = set(encoder(fields.name, "base"))
   if not need(set(fields) == wanted, f"config.encoder has keys {sorted(fields)}; a {fields.name} takes {sorted(wanted)}"):
     return False
-  patch, (height, width) = token_size(config), config.image_size
-  fits = need(height > 0 and width > 0 and height % patch == 0 and width % patch == 0,
-              f"config.image_size=({height}, {width}) is not a multiple of the token size {patch}; nearest: "
-              f"({max(1, round(height / patch)) * patch}, {max(1, round(width / patch)) * patch})")
-  if fits:
-    tokens = (height // patch) * (width // patch)
-    visible = int(tokens * (1 - method.mask_ratio)) if 0 < method.mask_ratio < 1 else 0
-    if need(0 < visible < tokens, f"config.method.mask_ratio={method.mask_ratio} leaves {visible} of {tokens} tokens visible; "
-            "it must lie between 0 and 1 and leave some tokens on both sides"):
-      need(1 <= method.complementary_masks <= tokens // visible and method.complementary_masks % 1 == 0, f"config.method.complementary_masks={method.complementary_masks} "
-           f"sets of {visible} visible tokens do not fit {tokens}; it must be a whole number from 1 to {tokens // visible}")
-  need(method.masking in CHOICES["method.masking"],
-       f"config.method.masking={method.masking!r} is not one of {', '.join(CHOICES['method.masking'])}")
-  need(0 <= method.attention_mix <= 1, f"config.method.attention_mix={method.attention_mix} must lie in [0, 1]")
+  need(0 <= fields.drop_path < 1, f"config.encoder.drop_path={fields.drop_path} must lie in [0, 1)")
   vit = fields.name == "vit"
-  for name, dim, heads in (("encoder", fields.dim if vit else fields.embed_dims[2], fields.num_heads),
-                           ("decoder", decoder.dim, decoder.num_heads)):
-    need(dim % 4 == 0 and dim % heads == 0,
-         f"config.{name}: width {dim} must be a multiple of 4 and of num_heads={heads}")
+  _validate_width(config, "encoder", fields.dim if vit else fields.embed_dims[2], fields.num_heads, need)
   depth, fused = fields.depth if vit else fields.depths[2], tuple(fields.fuse_layers)
   need(len(set(fused)) == len(fused) and all(0 <= i < depth - 1 for i in fused),
        f"config.encoder.fuse_layers={fused} must be different blocks from 0 to {depth - 2}; the last, {depth - 1}, always counts")
-  return fits
+  patch, (height, width) = token_size(config), config.image_size
+  return need(height > 0 and width > 0 and height % patch == 0 and width % patch == 0,
+              f"config.image_size=({height}, {width}) is not a multiple of the token size {patch}; nearest: "
+              f"({max(1, round(height / patch)) * patch}, {max(1, round(width / patch)) * patch})")
+
+
+def _validate_width(config, name, dim, heads, need):
+  need(dim % 4 == 0 and dim % heads == 0, f"config.{name}: width {dim} must be a multiple of 4 and of num_heads={heads}")
+
+
+def _validate_method(config, need):
+  """Masks and decoder of pre-training."""
+  method, decoder = config.method, config.decoder
+  tokens = math.prod(side // token_size(config) for side in config.image_size)
+  visible = int(tokens * (1 - method.mask_ratio)) if 0 < method.mask_ratio < 1 else 0
+  if need(0 < visible < tokens, f"config.method.mask_ratio={method.mask_ratio} leaves {visible} of {tokens} tokens visible; "
+          "it must lie between 0 and 1 and leave some tokens on both sides"):
+    need(1 <= method.complementary_masks <= tokens // visible and method.complementary_masks % 1 == 0,
+         f"config.method.complementary_masks={method.complementary_masks} sets of {visible} visible tokens do not fit {tokens}; it "
+         f"must be a whole number from 1 to {tokens // visible}")
+  need(method.masking in CHOICES["method.masking"],
+       f"config.method.masking={method.masking!r} is not one of {', '.join(CHOICES['method.masking'])}")
+  need(0 <= method.attention_mix <= 1, f"config.method.attention_mix={method.attention_mix} must lie in [0, 1]")
+  need(not config.encoder.drop_path or method.complementary_masks == 1,
+       f"config.encoder.drop_path={config.encoder.drop_path} does not go with complementary masks; set it to 0")
+  _validate_width(config, "decoder", decoder.dim, decoder.num_heads, need)
+
+
+def _validate_finetuning(config, need):
+  mix = config.mix
+  need(config.init_from is not None, "config.init_from is not set; give a workdir or a file of weights, or config.init_from= "
+       "(empty) to start from random weights")
+  need(config.pool in ("mean", "cls"), f"config.pool={config.pool!r} is not one of mean, cls")
+  has_cls = config.encoder.name == "vit" or getattr(config.encoder, "cls_token", False)
+  need(config.pool != "cls" or has_cls, "config.pool='cls' needs an encoder with a CLS token: config.encoder.cls_token=True")
+  for key in ("prob", "switch_prob"):
+    need(0 <= mix[key] <= 1, f"config.mix.{key}={mix[key]} must lie in [0, 1]")
+  for key in ("mixup_alpha", "cutmix_alpha"):
+    need(math.isfinite(mix[key]) and mix[key] >= 0, f"config.mix.{key}={mix[key]} must be a finite number >= 0")
+  per_step = config.batch_size // config.optim.accum_steps if config.optim.accum_steps > 0 else 0
+  need(mix.groups >= 1 and per_step % max(mix.groups, 1) == 0,
+       f"config.mix.groups={mix.groups} does not divide the {per_step} images of a micro-batch")
+  need(0 <= mix.smoothing < 1, f"config.mix.smoothing={mix.smoothing} must lie in [0, 1)")
 
 
 def _validate_devices(config, num_devices, need):
@@ -281,7 +353,7 @@ def _validate_data(config, need):
       need(False, f"config.data: {error}")
 
 
-def _validate_teachers(config, sizes_fit, need):
+def _validate_teachers(config, encoder_fits, need):
   """The options of each teacher and, if the student's sizes fit, what the teacher's files say; weights are read later."""
   from mrmae_jax import teachers  # pylint: disable=g-import-not-at-top; likewise
   main, method = config.teacher, config.method
@@ -309,7 +381,7 @@ def _validate_teachers(config, sizes_fit, need):
              "tokens='masked'"),
         need(has_cls or not cls, f"config.{where}.tokens='visible+cls' needs a student with a CLS token: "
              "config.encoder.cls_token=True")]
-    if not (sizes_fit and all(checks)):
+    if not (encoder_fits and all(checks)):
       continue
     try:
       spec = teachers.configured_spec(options, config)

@@ -27,6 +27,7 @@ class Task(NamedTuple):
     frozen: arrays that the functions need and that are not trained, e.g. a teacher.
     identity: JSON values that tell this task from others when a run continues.
     notes: lines for the start of the run's log.
+    pretrained: {path joined by "/": numpy array} of parameters that do not start from `init`.
   """
 
   init: Callable
@@ -35,6 +36,7 @@ class Task(NamedTuple):
   frozen: Any
   identity: dict[str, Any]
   notes: tuple[str, ...] = ()
+  pretrained: dict[str, Any] = {}
 
 
 class TrainState(NamedTuple):
@@ -112,10 +114,11 @@ def _fit(config, task: Task, workdir, check: bool, closing: contextlib.ExitStack
   tx, schedule = optim.adamw(config.optim, config.batch_size, steps_per_epoch, total_steps)
 
   # 2. Shapes first, then where every array lies, then the arrays, created in place or restored.
-  def init(key):
-    params = task.init(key)
+  def init(key, pretrained):
+    name = lambda path: "/".join(k.key for k in path)
+    params = jax.tree_util.tree_map_with_path(lambda path, x: pretrained.get(name(path), x), task.init(key))
     return TrainState(jnp.int32(0), params, tx.init(params))
-  shapes = jax.eval_shape(init, jax.random.key(config.seed))
+  shapes = jax.eval_shape(init, jax.random.key(config.seed), task.pretrained)
   shardings = sharding.fsdp_shardings(shapes, mesh)
   frozen = jax.device_put(task.frozen, sharding.fsdp_shardings(task.frozen, mesh))
   first_step = 0
@@ -126,7 +129,7 @@ def _fit(config, task: Task, workdir, check: bool, closing: contextlib.ExitStack
   if first_step:
     state = checkpoints.restore(jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings))
   else:
-    state = jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
+    state = jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed), task.pretrained)
   start = "\n".join([describe(config, mesh, source, total_steps, first_step, shapes.params), *task.notes])
   if check:
     print(start, flush=True)
@@ -142,8 +145,10 @@ def _fit(config, task: Task, workdir, check: bool, closing: contextlib.ExitStack
 
   # 3. One program, compiled before the first batch is used.
   batches = data.train_batches(source, seed=config.seed, batch_size=config.batch_size, image_size=tuple(config.image_size),
-                               crop_scale=tuple(config.data.crop_scale), flip=config.data.flip, first_step=first_step,
-                               shard=jax.process_index(), num_shards=jax.process_count(), workers=config.data.workers)
+                               crop_scale=tuple(config.data.crop_scale), flip=config.data.flip,
+                               randaug=config.data.randaug, erase_prob=config.data.erase_prob, mean=tuple(config.data.mean),
+                               std=tuple(config.data.std), first_step=first_step, shard=jax.process_index(),
+                               num_shards=jax.process_count(), workers=config.data.workers)
   closing.callback(batches.close)
   batch = sharding.global_batch(next(batches), mesh)
   began = time.monotonic()
@@ -169,8 +174,9 @@ def _fit(config, task: Task, workdir, check: bool, closing: contextlib.ExitStack
 
   def evaluate(step):
     with clock.pause():
+      averaged = optim.averaged_params(state.opt_state)
       for name, evaluator in evaluators.items():
-        result = evaluator.run(state.params, step)
+        result = evaluator.run(state.params if averaged is None else averaged, step)
         for path, picture in result.pop("pictures", {}).items():
           log.image(step, f"{name}/{Path(path).parent.name}", picture)
           pictures[name] = path
@@ -217,9 +223,9 @@ def _fit(config, task: Task, workdir, check: bool, closing: contextlib.ExitStack
 def identity(config, task: Task, source) -> dict[str, Any]:
   """What must stay the same when a run continues: all that changes its numbers, and not where it runs or what it reports.
 
-  A teacher counts by its weights, not by where they lie.
+  Teachers and pretrained weights count by their values, which the task names, not by where they lie.
   """
-  free = {"data.workers", "data.data_dir", "optim.accum_steps", "log_every", "eval_every", "checkpoint_every",
+  free = {"init_from", "data.workers", "data.data_dir", "optim.accum_steps", "log_every", "eval_every", "checkpoint_every",
           "keep_checkpoints"}
   flat = {}
 

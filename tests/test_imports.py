@@ -32,6 +32,18 @@ def test_loading_safetensors_imports_neither_torch_nor_transformers(path, option
   assert "jax" in packages and not packages.intersection((*HEAVY, "huggingface_hub"))
 
 
+def test_the_package_is_light_until_a_student_is_loaded(tmp_path):
+  from mrmae_jax.weights import files
+  from safetensors.numpy import load_file
+  weights = load_file(ROOT / "tests" / "goldens" / "mae_pretrain.safetensors")
+  files.write_safetensors(tmp_path / "mae.safetensors",
+                          {name.removeprefix("param."): x for name, x in weights.items() if name.startswith("param.")})
+  assert not loaded("import mrmae_jax").intersection(("jax", "numpy", "flax", *HEAVY))
+  packages = loaded(f"import mrmae_jax, numpy\nmodel = mrmae_jax.load('{tmp_path}/mae.safetensors', num_heads=3, decoder_heads=4)\n"
+                    "model.encode(numpy.zeros((1, 32, 32, 3), numpy.uint8))")
+  assert "jax" in packages and not packages.intersection((*HEAVY, "huggingface_hub", "grain", "tensorflow_datasets"))
+
+
 def test_a_training_run_imports_neither_torch_nor_tensorflow(tmp_path):
   code = ("import sys; from mrmae_jax import main\n"
           f"sys.argv = ['main', '--config=tests/tiny.py', '--workdir={tmp_path}/run', '--config.epochs=0.03', "

@@ -1,0 +1,44 @@
+"""An encoder with a classification head, as ConvMAE and MAE fine-tune it (models_convvit.py, models_vit.py)."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mrmae_jax.models.layers import layer_norm
+
+
+class Classifier(nn.Module):
+  """Encoder, pooling, head.
+
+  Attributes:
+    encoder: ConvViT or ViT, without fusion layers. With "mean" its last norm is not used either and keeps its start.
+    num_classes: length of the logits.
+    pool: "mean" of the last block's patch tokens through a LayerNorm of its own ("fc_norm"), or "cls": that token after the
+      encoder's last norm.
+    head_std: of the head's initial weights; MAE's fine-tuning takes 2e-5.
+    dtype: of the head; parameters are float32.
+  """
+
+  encoder: Any
+  num_classes: int
+  pool: str = "mean"
+  head_std: float = 2e-5
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, images: jax.Array, keys: jax.Array | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Normalised images [B, H, W, C] -> float32 logits [B, num_classes], and {"features": float32 [B, D], what the head sees}.
+
+    keys: [B], to drop paths by; None drops nothing.
+    """
+    x, out = self.encoder(images, keys=keys)
+    if self.pool == "cls":
+      features = x[:, 0]
+    else:
+      tokens = (images.shape[1] // self.encoder.patch_size) * (images.shape[2] // self.encoder.patch_size)
+      features = layer_norm(1e-6, self.dtype, "fc_norm")(out["layers"][-1][:, -tokens:].mean(1))
+    init = nn.initializers.truncated_normal(self.head_std)
+    logits = nn.Dense(self.num_classes, kernel_init=init, dtype=self.dtype, name="head")(features)
+    return logits.astype(jnp.float32), {"features": features.astype(jnp.float32)}
