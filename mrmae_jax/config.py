@@ -83,11 +83,11 @@ def teacher() -> ml_collections.ConfigDict:
   c.name = placeholder(str)             # a published tower, fetched from the Hugging Face hub (teachers.PRESETS); "" for none
   c.path = placeholder(str)             # its folder or file, or "checkpoint:WORKDIR", an encoder that was trained here
   c.weight = 1.0                        # of its loss; the paper's is not published: both terms start near 1
-  c.layer = "raw"                       # residual stream after the last block; "normed": after the last norm; "proj": CLIP's space
+  c.layer = "raw"                       # stream after the last block; "normed": after the last norm; "proj": CLIP's space
   c.last_k = 1                          # with "raw": mean over so many last blocks
   c.input_norm = "teacher"              # whose mean and deviation normalise its input; "student": those of config.data
   c.resolution = 0                      # height of its input in pixels; 0: the one that gives the student's grid
-  c.tokens = "visible"                  # tokens that mimic; "visible+cls"; "masked": the decoder's, what the paper argues against
+  c.tokens = "visible"                  # that mimic; "visible+cls"; "masked": the decoder's, what the paper argues against
   c.source = "fused"                    # the encoder's output that the decoder reads; "last_block": before fusion and norm
   c.head = "linear"                     # or "norm_linear", "mlp"
   c.target_norm = "layer_norm"          # each token; "batch": each channel; "l2": unit length; "none"

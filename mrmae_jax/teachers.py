@@ -221,7 +221,8 @@ def configured_spec(options, config) -> TeacherSpec:
   own = options.input_norm == "teacher"
   fields = ("layer", "last_k", "resolution", "num_heads", "activation", "dtype")
   return read_spec(name=options.name or "", path=options.path or "", image_size=tuple(config.image_size),
-                   token_size=student_token_size(config), mean=None if own else tuple(config.data.mean), std=None if own else tuple(config.data.std),
+                   token_size=student_token_size(config), mean=None if own else tuple(config.data.mean),
+                   std=None if own else tuple(config.data.std),
                    **{field: options[field] for field in fields})
 
 

@@ -147,7 +147,8 @@ class ConvViT(nn.Module):
     return self.depths[2]
 
   @nn.compact
-  def __call__(self, images: jax.Array, mask: Mask | None = None, keys: jax.Array | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
+  def __call__(self, images: jax.Array, mask: Mask | None = None,
+               keys: jax.Array | None = None) -> tuple[jax.Array, dict[str, Any]]:
     """Encodes normalised images.
 
     Args:

@@ -35,7 +35,8 @@ class ViT(nn.Module):
   cls_token = True  # not a choice
 
   @nn.compact
-  def __call__(self, images: jax.Array, mask: Mask | None = None, keys: jax.Array | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
+  def __call__(self, images: jax.Array, mask: Mask | None = None,
+               keys: jax.Array | None = None) -> tuple[jax.Array, dict[str, Any]]:
     """Encodes normalised images.
 
     Args:
@@ -46,7 +47,8 @@ class ViT(nn.Module):
     Returns:
       x: [B, 1 + V, D] after fusion and the last norm, CLS first, then the tokens in the order of `mask.ids_keep`. With k
         sets for each image, B * k rows, those of one image side by side.
-      out: "layers": `depth` times [B, 1 + V, D], the output of each block; "attention": float32 [B, V], what its CLS attends to.
+      out: "layers": `depth` times [B, 1 + V, D], the output of each block; "attention": float32 [B, V], what the
+        last one's CLS attends to.
     """
     b, h, w, _ = images.shape
     grid = (h // self.patch_size, w // self.patch_size)

@@ -1,0 +1,39 @@
+"""What a user runs beside training: each a module with a command line of its own."""
+
+import sys
+from typing import Callable
+
+from absl import flags
+
+
+class UsageError(ValueError):
+  """Options that do not fit together, or a run that came to nothing: one clear line."""
+
+
+def command_line(doc: str, own: flags.FlagValues, run: Callable[[flags.FlagValues], str], argv: list[str] | None = None) -> int:
+  """Reads a tool's command line and runs it; a mistake is answered with one line that begins with "error:".
+
+  Args:
+    doc: what --help prints before the options.
+    own: the options.
+    run: options -> the last line to print.
+    argv: default sys.argv.
+
+  Returns:
+    The exit code: 0 done, 2 usage, 3 data.
+  """
+  argv = sys.argv if argv is None else argv
+  if {"--help", "-h", "--helpfull"}.intersection(argv[1:]):
+    print(f"{doc}\n{own.get_help()}")
+    return 0
+  from mrmae_jax.config import ConfigError  # pylint: disable=g-import-not-at-top; --help is answered without jax
+  from mrmae_jax.data import DataError  # pylint: disable=g-import-not-at-top
+  from mrmae_jax.weights.table import WeightsError  # pylint: disable=g-import-not-at-top
+  try:
+    if rest := own(argv)[1:]:
+      raise UsageError(f"{rest[0]!r} is not an option; see --help")
+    print(run(own), flush=True)
+  except (flags.Error, UsageError, ConfigError, WeightsError, DataError, OSError) as error:
+    print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+    return 3 if isinstance(error, DataError) else 2
+  return 0

@@ -12,6 +12,8 @@ import sys
 
 from absl import flags
 
+from mrmae_jax.tools import UsageError, command_line
+
 
 def define_flags() -> flags.FlagValues:
   """The options, apart from absl's global ones."""
@@ -25,28 +27,22 @@ def define_flags() -> flags.FlagValues:
   return own
 
 
+def convert(options) -> str:
+  """Reads and writes; returns what to say of it."""
+  for name in ("model", "out"):
+    if not options[name].value:
+      raise UsageError(f"--{name} is missing: {options[name].help} See --help")
+  from mrmae_jax.weights import students  # pylint: disable=g-import-not-at-top; --help is answered without jax
+  whole = options.parts == "all"
+  student = students.read(options.model, num_heads=options.num_heads, decoder_heads=options.decoder_heads, decoder=whole)
+  print(student.report)
+  students.write(student if whole else students.encoder_only(student), options.out, options.format)
+  return f"wrote {options.out}"
+
+
 def main(argv: list[str] | None = None) -> int:
-  """Runs a command line (default: sys.argv); returns the exit code: 0 done, 2 usage."""
-  own, argv = define_flags(), sys.argv if argv is None else argv
-  if {"--help", "-h", "--helpfull"}.intersection(argv[1:]):
-    print(f"{__doc__}\n{own.get_help()}")
-    return 0
-  from mrmae_jax.weights.table import WeightsError  # pylint: disable=g-import-not-at-top; --help is answered without jax
-  try:
-    if rest := own(argv)[1:]:
-      raise flags.Error(f"{rest[0]!r} is not an option; see --help")
-    for name in ("model", "out"):
-      if not own[name].value:
-        raise flags.Error(f"--{name} is missing: {own[name].help} See --help")
-    from mrmae_jax.weights import students  # pylint: disable=g-import-not-at-top; likewise
-    student = students.read(own.model, num_heads=own.num_heads, decoder_heads=own.decoder_heads, decoder=own.parts == "all")
-    print(student.report)
-    students.write(student if own.parts == "all" else students.encoder_only(student), own.out, own.format)
-  except (flags.Error, WeightsError, OSError) as error:
-    print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
-    return 2
-  print(f"wrote {own.out}")
-  return 0
+  """Runs a command line (default: sys.argv); returns the exit code: 0 done, 2 usage, 3 data."""
+  return command_line(__doc__, define_flags(), convert, argv)
 
 
 if __name__ == "__main__":

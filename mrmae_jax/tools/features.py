@@ -14,6 +14,8 @@ import sys
 from absl import flags
 import numpy as np
 
+from mrmae_jax.tools import UsageError, command_line
+
 
 def define_flags() -> flags.FlagValues:
   """The options, apart from absl's global ones."""
@@ -32,10 +34,6 @@ def define_flags() -> flags.FlagValues:
   flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the computation; features are float32.", flag_values=own)
   flags.DEFINE_integer("num_heads", 0, "Attention heads, for files that do not tell.", flag_values=own)
   return own
-
-
-class UsageError(ValueError):
-  """Options that do not fit together."""
 
 
 class _Named:
@@ -125,7 +123,8 @@ def run(options) -> str:
     try:
       import pyarrow  # pylint: disable=g-import-not-at-top,unused-import; before hours of work
     except ImportError:
-      raise UsageError("a .parquet file needs pyarrow; install the parquet extra (pip install mrmae_jax[parquet]) or write .npz") from None
+      raise UsageError("a .parquet file needs pyarrow; install the parquet extra (pip install mrmae_jax[parquet]) or write "
+                       ".npz") from None
   import mrmae_jax  # pylint: disable=g-import-not-at-top; likewise
   from mrmae_jax import data  # pylint: disable=g-import-not-at-top
   from mrmae_jax.weights import files  # pylint: disable=g-import-not-at-top
@@ -154,23 +153,7 @@ def run(options) -> str:
 
 def main(argv: list[str] | None = None) -> int:
   """Runs a command line (default: sys.argv); returns the exit code: 0 done, 2 usage, 3 data."""
-  own, argv = define_flags(), sys.argv if argv is None else argv
-  if {"--help", "-h", "--helpfull"}.intersection(argv[1:]):
-    print(f"{__doc__}\n{own.get_help()}")
-    return 0
-  from mrmae_jax.data import DataError  # pylint: disable=g-import-not-at-top; likewise
-  from mrmae_jax.weights.table import WeightsError  # pylint: disable=g-import-not-at-top
-  try:
-    if rest := own(argv)[1:]:
-      raise UsageError(f"{rest[0]!r} is not an option; see --help")
-    print(run(own))
-  except (flags.Error, UsageError, WeightsError, OSError) as error:
-    print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
-    return 2
-  except DataError as error:
-    print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
-    return 3
-  return 0
+  return command_line(__doc__, define_flags(), run, argv)
 
 
 if __name__ == "__main__":

@@ -17,12 +17,15 @@ from ml_collections import config_flags
 import numpy as np
 from PIL import Image
 
+from mrmae_jax.tools import command_line
+
 
 def define_flags() -> flags.FlagValues:
   """The options, apart from absl's global ones."""
   own = flags.FlagValues()
   config_flags.DEFINE_config_file("config", "configs/mrmae.py", "Configuration file.", flag_values=own)
-  flags.DEFINE_string("images", None, "Images: folder:/path, digits or tfds:name; default: those of the configuration.", flag_values=own)
+  flags.DEFINE_string("images", None, "Images: folder:/path, digits or tfds:name; default: those of the configuration.",
+                      flag_values=own)
   flags.DEFINE_string("out", "teacher.png", "The picture.", flag_values=own)
   flags.DEFINE_integer("count", 6, "Rows of the picture.", flag_values=own)
   flags.DEFINE_integer("statistics", 256, "Images behind the printed numbers.", flag_values=own)
@@ -70,7 +73,8 @@ def draw(images: np.ndarray, output, config) -> np.ndarray:
   noise = jax.random.uniform(jax.random.key(config.seed), output.features.shape[:2])
   method, masks = config.method, {}
   if output.attention is not None:
-    masks["focused"] = mrmae.sample_mask(noise, method.mask_ratio, 1, output.attention, method.attention_temperature, method.attention_mix)
+    masks["focused"] = mrmae.sample_mask(noise, method.mask_ratio, 1, output.attention, method.attention_temperature,
+                                         method.attention_mix)
   masks["random"] = mrmae.sample_mask(noise, method.mask_ratio)
 
   columns = {"image": pixels}
@@ -83,34 +87,19 @@ def draw(images: np.ndarray, output, config) -> np.ndarray:
   return draw_grid(list(columns.values()), list(columns), "attention relative to each image's largest; PCA over all images shown")
 
 
-def main(argv: list[str] | None = None) -> int:
-  """Runs a command line (default: sys.argv); returns the exit code: 0 done, 2 usage, 3 data."""
-  own, argv = define_flags(), sys.argv if argv is None else argv
-  if {"--help", "-h", "--helpfull"}.intersection(argv[1:]):
-    print(f"{__doc__}\n{own.get_help()}")
-    return 0
+def show(options) -> str:
+  """Draws and prints; returns what to say at the end."""
   from mrmae_jax import data  # pylint: disable=g-import-not-at-top; likewise
-  from mrmae_jax.config import ConfigError
-  from mrmae_jax.weights.table import WeightsError
-  try:
-    if rest := own(argv)[1:]:
-      raise ConfigError(f"{rest[0]!r} is not an option; see --help")
-    config = own.config
-    config.data.source = own.images or config.data.source
-    config.data.holdout_every = 0
-    batches = data.eval_batches(data.open_split(config.data, "train"), batch_size=max(own.count, own.statistics),
-                                image_size=tuple(config.image_size), crop_pct=config.data.eval_crop,
-                                limit=max(own.count, own.statistics))
-    batch = next(batches)
-    batches.close()
-    images = batch["image"][batch["valid"]]
-    description, output = look(config, images)
-  except (flags.Error, ConfigError, WeightsError, OSError) as error:
-    print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
-    return 2
-  except data.DataError as error:
-    print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
-    return 3
+  config, count = options.config, options.count
+  config.data.source = options.images or config.data.source
+  config.data.holdout_every = 0
+  limit = max(count, options.statistics)
+  batches = data.eval_batches(data.open_split(config.data, "train"), batch_size=limit, image_size=tuple(config.image_size),
+                              crop_pct=config.data.eval_crop, limit=limit)
+  batch = next(batches)
+  batches.close()
+  images = batch["image"][batch["valid"]]
+  description, output = look(config, images)
   print(f"{description}; {len(images)} images")
   shares = {how: constant_share(output.features, how) for how in ("layer_norm", "batch", "none")}
   print("constant share of the targets: " + ", ".join(f"{how} {share:.0%}" for how, share in shares.items()))
@@ -118,10 +107,14 @@ def main(argv: list[str] | None = None) -> int:
     p = output.attention / output.attention.sum(1, keepdims=True)
     spread = np.exp(-(p * np.log(p + 1e-12)).sum(1)).mean()
     print(f"CLS attention spreads over {spread:.0f} of {p.shape[1]} tokens (perplexity)")
-  first = type(output)(*(None if x is None else x[:own.count] for x in output))
-  Image.fromarray(draw(images[:own.count], first, config)).save(own.out)
-  print(f"wrote {own.out}")
-  return 0
+  first = type(output)(*(None if x is None else x[:count] for x in output))
+  Image.fromarray(draw(images[:count], first, config)).save(options.out)
+  return f"wrote {options.out}"
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs a command line (default: sys.argv); returns the exit code: 0 done, 2 usage, 3 data."""
+  return command_line(__doc__, define_flags(), show, argv)
 
 
 if __name__ == "__main__":

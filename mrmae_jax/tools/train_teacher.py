@@ -36,6 +36,7 @@ from mrmae_jax.evals.knn import knn_classify
 from mrmae_jax.models.layers import gelu, sincos_2d
 from mrmae_jax.models.tower import Tower
 from mrmae_jax.mrmae import normalise, sample_mask
+from mrmae_jax.tools import UsageError, command_line
 from mrmae_jax.weights import files, table, towers
 
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -210,10 +211,6 @@ def knn_accuracy(features, params, train, held_out, size: int, k: int = 20, temp
   return {name: float((classify(name) == expected).mean()) for name in bank}
 
 
-class UsageError(ValueError):
-  """Options that do not fit together, or a run that came to nothing: one clear line."""
-
-
 def check(options) -> None:
   """Raises UsageError for what would fail later and less clearly."""
   o, size, patch = options, options.image_size, options.patch_size
@@ -334,24 +331,17 @@ def save(out: str, vit: Tower, params, image_size: int) -> None:
   np.testing.assert_allclose(teacher.look(teacher.params, images).features, expected, rtol=1e-5, atol=1e-5)
 
 
+def make(options) -> str:
+  """Trains and saves; returns what to say at the end."""
+  options = SimpleNamespace(**options.flag_values_dict())
+  vit, params, _ = train(options)
+  save(options.out, vit, params, options.image_size)
+  return f"wrote {options.out}: {(Path(options.out).expanduser() / 'model.safetensors').stat().st_size / 1e6:.2f} MB"
+
+
 def main(argv: list[str] | None = None) -> int:
   """Runs a command line (default: sys.argv); returns the exit code: 0 done, 2 usage, 3 data."""
-  own = define_flags()
-  argv = sys.argv if argv is None else argv
-  if {"--help", "-h", "--helpfull"}.intersection(argv[1:]):
-    print(f"{__doc__}\n{own.get_help()}")
-    return 0
-  try:
-    if rest := own(argv)[1:]:
-      raise UsageError(f"{rest[0]!r} is not an option; see --help")
-    options = SimpleNamespace(**own.flag_values_dict())
-    vit, params, _ = train(options)
-    save(options.out, vit, params, options.image_size)
-  except (flags.Error, UsageError, data.DataError, OSError) as error:
-    print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
-    return 3 if isinstance(error, data.DataError) else 2
-  print(f"wrote {options.out}: {(Path(options.out).expanduser() / 'model.safetensors').stat().st_size / 1e6:.2f} MB")
-  return 0
+  return command_line(__doc__, define_flags(), make, argv)
 
 
 if __name__ == "__main__":
