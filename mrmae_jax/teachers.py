@@ -21,7 +21,7 @@ from mrmae_jax import checkpoint
 from mrmae_jax.config import IMAGENET_MEAN, IMAGENET_STD, token_size as student_token_size
 from mrmae_jax.models import make_encoder
 from mrmae_jax.models.tower import ACTIVATIONS, Tower
-from mrmae_jax.mrmae import TeacherOutput, normalise
+from mrmae_jax.mrmae import TeacherOutput, normalise, normalise_features
 from mrmae_jax.weights import files, positions, towers
 from mrmae_jax.weights.table import WeightsError, convert
 
@@ -289,19 +289,13 @@ def _look(spec: TeacherSpec, params, images: jax.Array) -> TeacherOutput:
     images = jax.image.resize(images, (len(images), *spec.input_size, images.shape[-1]), "cubic").clip(0, 1)
   x, out = spec.module.apply({"params": params}, normalise(images, spec.mean, spec.std))
   if spec.last_k > 1:
-    x = sum(map(_standardised, out["layers"][-spec.last_k:])) / spec.last_k
+    x = sum(normalise_features(layer, "layer_norm") for layer in out["layers"][-spec.last_k:]) / spec.last_k
   elif spec.layer != "normed":
     x = out["proj"] if spec.layer == "proj" else out["layers"][-1]
   x = x.astype(jnp.float32)
   cls, patches = (x[:, 0], x[:, 1:]) if spec.has_cls else (None, x)
   attention = _to_grid(out["attention"][..., None], spec.tokens, spec.grid)[..., 0] if spec.has_attention else None
   return TeacherOutput(_to_grid(patches, spec.tokens, spec.grid), cls, attention)
-
-
-def _standardised(x):
-  """LayerNorm without parameters, token by token, in float32."""
-  x = x.astype(jnp.float32)
-  return (x - x.mean(-1, keepdims=True)) * jax.lax.rsqrt(x.var(-1, keepdims=True) + 1e-5)
 
 
 def _to_grid(x: jax.Array, old: tuple[int, int], new: tuple[int, int]) -> jax.Array:

@@ -37,8 +37,8 @@ class Classifier(nn.Module):
     if self.pool == "cls":
       features = x[:, 0]
     else:
-      tokens = (images.shape[1] // self.encoder.patch_size) * (images.shape[2] // self.encoder.patch_size)
-      features = layer_norm(1e-6, self.dtype, "fc_norm")(out["layers"][-1][:, -tokens:].mean(1))
+      patches = out["layers"][-1][:, int(self.encoder.cls_token):]
+      features = layer_norm(1e-6, self.dtype, "fc_norm")(patches.mean(1))
     init = nn.initializers.truncated_normal(self.head_std)
     logits = nn.Dense(self.num_classes, kernel_init=init, dtype=self.dtype, name="head")(features)
     return logits.astype(jnp.float32), {"features": features.astype(jnp.float32)}
