@@ -4,7 +4,6 @@ A checkpoint is the whole train state and a JSON record of what run it belongs t
 appears under its final name only when it is complete, so a run that is killed while saving finds the previous one.
 """
 
-import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -95,40 +94,36 @@ def read_config(workdir: str | Path) -> dict[str, Any]:
   return json.loads((folder / "config.json").read_text())
 
 
-def read_params(workdir: str | Path, part: str) -> tuple[dict[str, Any], int]:
-  """One entry of the newest parameters of the run in `workdir`, e.g. "encoder", and nothing else of its state.
+def read_params(workdir: str | Path, *wanted: str) -> tuple[dict[str, Any], tuple[str, ...], int]:
+  """The newest parameters of the run in `workdir`; of a run that averages them (`optim.ema_decay`), the average it evaluates.
+
+  Args:
+    wanted: entries, e.g. "encoder"; the first must be there, others are left out if they are not.
 
   Returns:
-    A tree of numpy arrays, and the number of updates done.
+    {entry: tree of numpy arrays}, the names of the entries that were not read, and the number of updates done.
 
   Raises:
-    WorkdirError: there is no such checkpoint or no such entry.
+    WorkdirError: there is no such checkpoint, or it has not the first entry.
   """
-  with _newest(workdir) as (manager, step, stored):
-    if part not in stored:
-      raise WorkdirError(f"{manager.directory}/{step} has no parameters of {part!r}; it has: {', '.join(stored)}")
-    item = {"params": {part: stored[part]}}
-    arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-    args = ocp.args.PyTreeRestore(item=item, restore_args=arrays, partial_restore=True)
-    return manager.restore(step, args=ocp.args.Composite(state=args))["state"]["params"][part], step
-
-
-def list_params(workdir: str | Path) -> tuple[str, ...]:
-  """The entries that `read_params` finds; WorkdirError without a run."""
-  with _newest(workdir) as (_, _, stored):
-    return tuple(stored)
-
-
-@contextlib.contextmanager
-def _newest(workdir: str | Path):
-  """A manager that reads the run in `workdir`, the step of its newest checkpoint, and what its parameters look like."""
-  read_config(workdir)
+  averaged = read_config(workdir)["optim"]["ema_decay"]
   handlers = {"state": ocp.PyTreeCheckpointHandler(), "run": ocp.JsonCheckpointHandler()}
   directory = Path(workdir).expanduser().absolute() / "checkpoints"
   with ocp.CheckpointManager(directory, item_names=tuple(handlers), item_handlers=handlers,
                              options=ocp.CheckpointManagerOptions(create=False)) as manager:
     step = manager.latest_step()
-    yield manager, step, manager.item_metadata(step)["state"]["params"]
+    state = manager.item_metadata(step)["state"]
+    stored = state["params"]
+    if wanted[0] not in stored:
+      raise WorkdirError(f"{directory}/{step} has no parameters of {wanted[0]!r}; it has: {', '.join(stored)}")
+    names = [name for name in wanted if name in stored]
+    # The average is the last link of the optimiser's chain; orbax reads a list only as a whole.
+    item = {"opt_state": state["opt_state"]} if averaged else {"params": {name: stored[name] for name in names}}
+    arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+    args = ocp.args.PyTreeRestore(item=item, restore_args=arrays, partial_restore=True)
+    found = manager.restore(step, args=ocp.args.Composite(state=args))["state"]
+  params = found["opt_state"][-1]["average"] if averaged else found["params"]
+  return {name: params[name] for name in names}, tuple(name for name in stored if name not in names), step
 
 
 def _dtypes(tree) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 Files in `configs/` start from `pretrain()` and override. Reading and changing a configuration does not import jax.
 """
 
+import json
 import math
+from pathlib import Path
 
 import ml_collections
 from ml_collections.config_dict import placeholder
@@ -123,6 +125,7 @@ def _common() -> ml_collections.ConfigDict:
   c.data.data_dir = ""                  # where tfds looks for prepared data sets; "": its own default
   c.data.holdout_every = 10             # without an eval split, every k-th image is held out of training; 0: none
   c.data.crop_scale = (0.2, 1.0)        # area range of RandomResizedCrop
+  c.data.single_try = False             # crop by the rule of MAE's linear probe: one draw, squeezed into the image
   c.data.flip = True                    # horizontal flips
   c.data.randaug = ""                   # RandAugment in timm's words, e.g. "rand-m9-mstd0.5-inc1"; "": none
   c.data.erase_prob = 0.0               # probability of random erasing
@@ -200,6 +203,43 @@ def finetune() -> ml_collections.ConfigDict:
   return c
 
 
+def probe() -> ml_collections.ConfigDict:
+  """Linear probing with the published MAE recipe for the base size at 224 px (facebookresearch/mae main_linprobe.py)."""
+  c = _common()
+  c.task = "probe"
+  c.epochs = 90.0
+  c.batch_size = 16384
+  c.init_from = placeholder(str)        # as in fine-tuning; "" probes random weights
+  c.pool = "mean"                       # of the patch tokens; "cls": the CLS token after the encoder's norm
+  c.data.crop_scale = (0.08, 1.0)
+  c.data.single_try = True
+  c.optim.update(blr=0.1, weight_decay=0.0, warmup_epochs=10.0)
+  c.optim.grid = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)  # factors of blr; a head is trained at each, all at once, with LARS
+  c.eval_every = 10.0
+  c.evals.classify = ml_collections.ConfigDict(dict(batch_size=256))
+  return c
+
+
+def like(config: ml_collections.ConfigDict, workdir: str) -> None:
+  """Makes `config` (of `finetune` or `probe`) start from the run in `workdir`: its encoder, images and precision.
+
+  Raises:
+    ConfigError: there is no run.
+  """
+  path = Path(workdir).expanduser() / "config.json"
+  try:
+    stored = json.loads(path.read_text(), object_hook=lambda node: {
+        key: tuple(value) if isinstance(value, list) else value for key, value in node.items()})
+    own = {"drop_path": config.encoder.drop_path, "learned_positions": config.encoder.learned_positions}
+    config.encoder = ml_collections.ConfigDict(stored["encoder"] | own)
+    config.update({key: stored[key] for key in ("image_size", "dtype")})
+    config.data.update({key: stored["data"][key] for key in (
+        "source", "train_split", "eval_split", "data_dir", "holdout_every", "flip", "eval_crop", "mean", "std")})
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise ConfigError(f"{workdir} is neither a size nor the workdir of a run: {error}") from None
+  config.init_from = str(workdir)
+
+
 def validate(config: ml_collections.ConfigDict, num_devices: int) -> None:
   """Checks a configuration before anything is loaded or compiled.
 
@@ -251,14 +291,15 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> None:
   encoder_fits = _validate_encoder(config, need)
   _validate_devices(config, num_devices, need)
   _validate_data(config, need)
-  if config.task == "classify":
-    _validate_finetuning(config, need)
-  else:
+  if config.task == "pretrain":
     positive("method.attention_temperature")
     positive("method.pixel_weight", zero=True)
     if encoder_fits:
       _validate_method(config, need)
     _validate_teachers(config, encoder_fits, need)
+  else:
+    _validate_pool(config, need)
+    {"classify": _validate_mix, "probe": _validate_grid}[config.task](config, need)
   if problems:
     raise ConfigError("\n".join(problems))
 
@@ -310,13 +351,24 @@ def _validate_method(config, need):
   _validate_width(config, "decoder", decoder.dim, decoder.num_heads, need)
 
 
-def _validate_finetuning(config, need):
-  mix = config.mix
+def _validate_pool(config, need):
   need(config.init_from is not None, "config.init_from is not set; give a workdir or a file of weights, or config.init_from= "
        "(empty) to start from random weights")
   need(config.pool in ("mean", "cls"), f"config.pool={config.pool!r} is not one of mean, cls")
   has_cls = config.encoder.name == "vit" or getattr(config.encoder, "cls_token", False)
   need(config.pool != "cls" or has_cls, "config.pool='cls' needs an encoder with a CLS token: config.encoder.cls_token=True")
+
+
+def _validate_grid(config, need):
+  optim = config.optim
+  need(len(optim.grid) and all(math.isfinite(factor) and factor > 0 for factor in optim.grid),
+       f"config.optim.grid={tuple(optim.grid)} must hold one or more factors > 0")
+  for key, off in (("layer_decay", 1.0), ("clip_norm", 0.0), ("ema_decay", 0.0)):
+    need(optim[key] == off, f"config.optim.{key}={optim[key]} has no meaning for a probe; leave it at {off:g}")
+
+
+def _validate_mix(config, need):
+  mix = config.mix
   for key in ("prob", "switch_prob"):
     need(0 <= mix[key] <= 1, f"config.mix.{key}={mix[key]} must lie in [0, 1]")
   for key in ("mixup_alpha", "cutmix_alpha"):
@@ -347,10 +399,11 @@ def _validate_data(config, need):
   """A cheap check of the data source; images are read later."""
   from mrmae_jax import data  # pylint: disable=g-import-not-at-top; keeps the schema free of jax
   if need(config.data.source, "config.data.source is not set; use digits, folder:/path/to/images or tfds:name"):
-    try:
-      data.open_split(config.data, "train")
-    except data.DataError as error:
-      need(False, f"config.data: {error}")
+    for split in ("train",) if config.task == "pretrain" else ("train", "eval"):  # k-NN does without the second
+      try:
+        data.open_split(config.data, split)
+      except data.DataError as error:
+        need(False, f"config.data: {error}")
 
 
 def _validate_teachers(config, encoder_fits, need):

@@ -21,13 +21,15 @@ def warmup_cosine(peak: float, min_lr: float, warmup_steps: float, total_steps: 
   return schedule
 
 
-def adamw(config, batch_size: int, steps_per_epoch: float, total_steps: int):
-  """The optimiser of `config.optim`, see config.py, and its schedule: step -> learning rate for a factor of 1.
-
-  `layer_decay` scales the whole scheduled rate, min_lr and the decay of the weights included.
-  """
+def make(config, batch_size: int, steps_per_epoch: float, total_steps: int):
+  """The optimiser of `config.optim`, see config.py, and its schedule: step -> learning rate for a factor of 1."""
   peak = config.blr * batch_size / 256
   schedule = warmup_cosine(peak, config.min_lr, config.warmup_epochs * steps_per_epoch, total_steps)
+  return (_probe if "grid" in config else _adamw)(config, schedule), schedule
+
+
+def _adamw(config, schedule):
+  """AdamW; `layer_decay` scales the whole scheduled rate, min_lr and the decay of the weights included."""
   links = [optax.adamw(schedule, config.b1, config.b2, config.eps, weight_decay=config.weight_decay,
                        mask=lambda params: decayed(params, config.no_decay))]
   if config.clip_norm:
@@ -37,7 +39,7 @@ def adamw(config, batch_size: int, steps_per_epoch: float, total_steps: int):
         lambda updates, params: jax.tree.map(jnp.multiply, updates, layer_scales(params, config.layer_decay))))
   if config.ema_decay:
     links.append(average_params(config.ema_decay))
-  return optax.chain(*links), schedule
+  return optax.chain(*links)
 
 
 def decayed(params, spared: tuple[str, ...] = ()):
@@ -89,6 +91,26 @@ def lars(learning_rate: optax.ScalarOrSchedule, weight_decay: float = 0.0, momen
       optax.masked(optax.scale_by_trust_ratio(trust_coefficient=trust_coefficient), decayed),
       optax.trace(momentum),
       optax.scale_by_learning_rate(learning_rate))
+
+
+def over_grid(tx: optax.GradientTransformation, factors: tuple[float, ...]) -> optax.GradientTransformation:
+  """`tx` for parameters with a leading axis of len(factors): each entry is trained alone, at its factor of the rate."""
+  def update(updates, state, params):
+    updates, state = jax.vmap(tx.update)(updates, state, params)
+    return jax.tree.map(lambda u: jax.vmap(jnp.multiply)(u, jnp.asarray(factors)), updates), state
+
+  return optax.GradientTransformation(jax.vmap(tx.init), update)
+
+
+def _probe(config, schedule):
+  """LARS for the heads of `tasks.probe`, and their batch norm's running statistics, which follow at torch's momentum of 0.1."""
+  heads = over_grid(lars(schedule, config.weight_decay, config.b1), tuple(config.grid))
+
+  def update(updates, state, params):
+    head, state = heads.update(updates["head"], state, params["head"])
+    return {"head": head, "running": jax.tree.map(lambda g: -0.1 * g, updates["running"])}, state
+
+  return optax.GradientTransformation(lambda params: heads.init(params["head"]), update)
 
 
 # Averaged weights.

@@ -111,12 +111,11 @@ def _fit(config, task: Task, workdir, check: bool, closing: contextlib.ExitStack
   source = data.open_split(config.data, "train")
   steps_per_epoch = len(source) / config.batch_size
   total_steps = max(1, round(config.epochs * steps_per_epoch))
-  tx, schedule = optim.adamw(config.optim, config.batch_size, steps_per_epoch, total_steps)
+  tx, schedule = optim.make(config.optim, config.batch_size, steps_per_epoch, total_steps)
 
   # 2. Shapes first, then where every array lies, then the arrays, created in place or restored.
   def init(key, pretrained):
-    name = lambda path: "/".join(k.key for k in path)
-    params = jax.tree_util.tree_map_with_path(lambda path, x: pretrained.get(name(path), x), task.init(key))
+    params = replaced(task.init(key), pretrained)
     return TrainState(jnp.int32(0), params, tx.init(params))
   shapes = jax.eval_shape(init, jax.random.key(config.seed), task.pretrained)
   shardings = sharding.fsdp_shardings(shapes, mesh)
@@ -145,7 +144,7 @@ def _fit(config, task: Task, workdir, check: bool, closing: contextlib.ExitStack
 
   # 3. One program, compiled before the first batch is used.
   batches = data.train_batches(source, seed=config.seed, batch_size=config.batch_size, image_size=tuple(config.image_size),
-                               crop_scale=tuple(config.data.crop_scale), flip=config.data.flip,
+                               crop_scale=tuple(config.data.crop_scale), single_try=config.data.single_try, flip=config.data.flip,
                                randaug=config.data.randaug, erase_prob=config.data.erase_prob, mean=tuple(config.data.mean),
                                std=tuple(config.data.std), first_step=first_step, shard=jax.process_index(),
                                num_shards=jax.process_count(), workers=config.data.workers)
@@ -218,6 +217,12 @@ def _fit(config, task: Task, workdir, check: bool, closing: contextlib.ExitStack
       f"done: {total_steps} steps", *summary(workdir), *(f"{name}: {path}" for name, path in pictures.items()),
       f"TensorBoard log: {log.tensorboard}", f"checkpoint: {checkpoints.directory / str(total_steps)}"]))
   return state
+
+
+def replaced(params, pretrained: dict[str, Any]):
+  """`params` with the values of `pretrained` ({path joined by "/": array}) in their places."""
+  name = lambda path: "/".join(key.key for key in path)
+  return jax.tree_util.tree_map_with_path(lambda path, x: pretrained.get(name(path), x), params)
 
 
 def identity(config, task: Task, source) -> dict[str, Any]:

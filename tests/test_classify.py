@@ -119,8 +119,18 @@ def test_mistakes_are_named(values, message):
 def test_images_without_classes_are_refused(tmp_path):
   for i in range(20):
     Image.new("RGB", (32, 48), (i, i, i)).save(tmp_path / f"{i}.png")
-  with pytest.raises(DataError, match="no labels to fine-tune on"):
+  with pytest.raises(DataError, match="no labels to train on"):
     classify.make(finetune_config(data__source=f"folder:{tmp_path}"))
+
+
+def test_other_classes_to_evaluate_are_found_before_anything_starts(tmp_path):
+  for split, names in (("train", "abc"), ("val", "abd")):
+    for name in names:
+      (tmp_path / split / name).mkdir(parents=True)
+      Image.new("RGB", (48, 32)).save(tmp_path / split / name / "x.png")
+  config = finetune_config(data__source=f"folder:{tmp_path}")
+  with pytest.raises(ConfigError, match=r"must agree; only in training: c; only in evaluation: d"):
+    validate(config, num_devices=8)
 
 
 def test_accuracy_counts_every_image_once_on_any_devices():
@@ -163,7 +173,7 @@ def test_a_run_from_start_to_end(tmp_path):
   model = mrmae_jax.load(tmp_path / "run")  # logits as the task gives them
   images = np.random.default_rng(0).integers(0, 256, (3, 32, 48, 3), np.uint8)
   config = finetune_config()
-  own = {name: read_params(tmp_path / "run", name)[0] for name in ("encoder", "fc_norm", "head")}
+  own, _, _ = read_params(tmp_path / "run", "encoder", "fc_norm", "head")
   expected = classify.make(config).predict(own, {}, {"image": jnp.asarray(images)}, None)["logits"]
   np.testing.assert_allclose(model.classify(images), expected, atol=1e-5)
   refused = main("--config.init_from=")

@@ -10,9 +10,10 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
-from configs import ablation, convmae, demo, mae, mrmae
+from configs import ablation, cifar10, convmae, demo, finetune, mae, mrmae, probe
 from mrmae_jax import config as config_lib, teachers
 from mrmae_jax.config import ConfigError, validate
 from mrmae_jax.tasks import pretrain
@@ -103,6 +104,55 @@ def test_demo_validates():
 
 
 # Counted on the reference code of these sizes: encoder without the fusion convolutions, those, decoder, in millions
+@pytest.mark.parametrize("module, argument", [
+    (finetune, "base"), (finetune, "large,encoder=vit"), (finetune, "huge"), (probe, "base"), (probe, "small,encoder=vit")])
+def test_configs_that_need_labels(module, argument, tmp_path):
+  for split in ("train", "validation"):
+    for name in "ab":
+      (tmp_path / split / name).mkdir(parents=True)
+      (tmp_path / split / name / "photo.png").touch()
+  config = module.get_config(argument)
+  config.data.source, config.init_from = f"folder:{tmp_path}", ""
+  validate(config, num_devices=32)
+  for word in ("Command:", "Hardware:", "Cost:", "Expected:"):
+    assert word in module.__doc__
+
+
+@pytest.mark.parametrize("module", [finetune, probe])
+def test_a_workdir_instead_of_a_size(module, tmp_path):
+  """Encoder, images and precision of the run, the recipe of the file."""
+  ours = tiny.get_config()
+  ours.data.mean = (0.1, 0.2, 0.3)
+  (tmp_path / "config.json").write_text(ours.to_json())
+  config = module.get_config(str(tmp_path))
+  assert config.init_from == str(tmp_path) and config.image_size == (32, 48) and config.dtype == "float32"
+  assert config.data.source == "digits" and config.data.mean == (0.1, 0.2, 0.3) and config.data.holdout_every == 5
+  assert config.encoder.embed_dims == (8, 12, 24) and config.encoder.drop_path == (0.1 if module is finetune else 0.0)
+  config.batch_size, config.optim.warmup_epochs = 32, 0.0
+  validate(config, num_devices=8)
+  with pytest.raises(ConfigError, match="none is neither a size nor the workdir of a run"):
+    module.get_config(str(tmp_path / "none"))
+
+
+def test_the_ladder_has_one_compute_budget():
+  """The costs that the epochs follow from are XLA's counts."""
+  flops, epochs = {}, {}
+  for method in cifar10.COST:
+    config = cifar10.get_config(method)
+    config.data.source = "digits"
+    if method == "mrmae":
+      config.teacher.path = demo.get_config().teacher.path  # as large as the one that the README trains
+    task, keys = pretrain.make(config), jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 8))
+    batch = {"image": jax.ShapeDtypeStruct((8, 32, 32, 3), np.uint8)}
+    gradient = jax.jit(lambda *inputs, task=task: jax.value_and_grad(task.loss, has_aux=True)(*inputs))
+    lowered = gradient.lower(jax.eval_shape(task.init, jax.random.key(0)), task.frozen, batch, keys)
+    flops[method], epochs[method] = lowered.cost_analysis()["flops"], config.epochs
+  budget = flops["convmae"] * epochs["convmae"]
+  for method in flops:
+    assert abs(flops[method] * epochs[method] / budget - 1) < 0.03, method
+  assert epochs["mae"] > epochs["convmae"] > epochs["mrmae"]
+
+
 @pytest.mark.parametrize("size, encoder, fusion, decoder", [
     ("small", 21.87, 1.18, 25.81), ("base", 84.46, 4.33, 26.01), ("large", 321.75, 9.44, 42.93), ("huge", 679.21, 20.97, 43.06)])
 def test_parameter_counts_are_the_published_ones(size, encoder, fusion, decoder):

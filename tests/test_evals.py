@@ -22,10 +22,55 @@ def test_knn_classify_by_its_definition():
     for i in np.argsort(-similarity)[:7]:
       votes[labels[i]] += np.exp(similarity[i] / 0.3)
     expected.append(votes.argmax())
-  np.testing.assert_array_equal(knn.knn_classify(queries, bank, labels, 4, k=7, temperature=0.3, block=10), expected)
-  nearest = knn.knn_classify(bank, bank, labels, 4, k=1, temperature=0.07)
-  np.testing.assert_array_equal(nearest, labels)
-  assert len(set(knn.knn_classify(queries, bank, labels, 4, k=99, temperature=1e3))) == 1  # k is cut to the bank: one majority
+  predicted = knn.knn_classify(queries, bank, labels, 4, (1, 7, 99), temperature=0.3)
+  np.testing.assert_array_equal(predicted[7], expected)
+  np.testing.assert_array_equal(predicted[1], labels[(queries @ (bank / np.linalg.norm(bank, axis=1, keepdims=True)).T).argmax(1)])
+  np.testing.assert_array_equal(knn.knn_classify(bank, bank, labels, 4, (1,), temperature=0.07)[1], labels)
+  assert len(set(knn.knn_classify(queries, bank, labels, 4, (99,), temperature=1e3)[99])) == 1  # cut to the bank: one majority
+
+
+@pytest.mark.parametrize("count", [37, 40, 5])
+@pytest.mark.parametrize("devices, fsdp", [(1, 1), (3, 1), (8, 2)])
+def test_neighbours_are_exact_in_any_blocks_on_any_devices(monkeypatch, count, devices, fsdp):
+  rng = np.random.default_rng(0)
+  bank, queries = rng.standard_normal((count, 6)).astype(np.float32), rng.standard_normal((23, 6)).astype(np.float32)
+  bank[count // 2:count // 2 + 2] = bank[1]  # equal ones: the first counts, wherever it lies
+  similarity = queries @ bank.T / np.linalg.norm(queries, axis=1)[:, None] / np.linalg.norm(bank, axis=1)
+  similarity[:, count // 2:count // 2 + 2] = similarity[:, 1:2]
+  order = np.argsort(-similarity, axis=1, kind="stable")[:, :5]
+  mesh = sharding.make_mesh(fsdp=fsdp, devices=jax.devices()[:devices])
+  for queries_at_a_time, block in ((1024, 16384), (10, 3)):
+    monkeypatch.setattr(knn, "QUERIES", queries_at_a_time)
+    monkeypatch.setattr(knn, "BLOCK", block)
+    found, index = knn.nearest(queries, bank, 5, mesh)
+    np.testing.assert_array_equal(index, order)
+    np.testing.assert_allclose(found, np.take_along_axis(similarity, order, 1), atol=1e-6)
+
+
+def test_a_bank_is_divided_among_the_devices():
+  """No device ever holds the whole bank, or similarities with more than a block of it."""
+  mesh = sharding.make_mesh()
+  bank = jax.ShapeDtypeStruct((8, 4, 512, 16), jnp.float32, sharding=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(
+      sharding.AXES)))
+  queries = jax.ShapeDtypeStruct((64, 16), jnp.float32, sharding=sharding.replicated(mesh))
+  program = jax.jit(knn._search, static_argnums=(2, 3), out_shardings=sharding.replicated(mesh)).lower(
+      queries, bank, 10, 16000).compile()
+  memory = program.memory_analysis()
+  assert memory.argument_size_in_bytes < 4 * (4 * 512 * 16 + 64 * 16) + 1024
+  assert memory.temp_size_in_bytes < 4 * 64 * (512 + 10) * 12
+
+
+def test_few_shot_by_its_definition():
+  rng = np.random.default_rng(0)
+  labels, expected = rng.permutation(np.arange(60) % 3), rng.integers(0, 3, 50)
+  centres = rng.standard_normal((3, 8))
+  bank, queries = (centres[c] + rng.standard_normal((len(c), 8)) for c in (labels, expected))
+  one, all_of_them = knn.few_shot(queries, expected, bank, labels, 1, draws=4), knn.few_shot(queries, expected, bank, labels, 99, draws=2)
+  unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
+  means = np.stack([unit(bank[labels == c]).mean(0) for c in range(3)])
+  np.testing.assert_allclose(all_of_them, ((unit(queries) @ unit(means).T).argmax(1) == expected).mean())
+  assert one.shape == (4,) and one.std() > 0 and one.mean() < all_of_them[0]
+  np.testing.assert_array_equal(knn.few_shot(queries, expected, bank, labels, 1, draws=2), one[:2])
 
 
 def test_knn_accuracy_is_the_same_on_any_devices():

@@ -44,7 +44,7 @@ def five_steps(setup, num_devices, fsdp=1, accum_steps=1):
   """Losses of five steps, final parameters, and the shardings they had."""
   config, task, batches = setup
   mesh = sharding.make_mesh(fsdp=fsdp, devices=jax.devices()[:num_devices])
-  tx, schedule = optim.adamw(config.optim, 16, steps_per_epoch=50, total_steps=8)
+  tx, schedule = optim.make(config.optim, 16, steps_per_epoch=50, total_steps=8)
 
   def init(key):
     params = task.init(key)
@@ -111,7 +111,7 @@ def test_adamw_equals_torch():
   golden = load_file(SHARED / "adamw_lr1.5e-3_b0.9_0.95_wd0.05.safetensors")
   config = tiny.get_config().optim
   config.update(blr=1.5e-3, min_lr=1.5e-3, warmup_epochs=0.0)  # a constant rate
-  tx, _ = optim.adamw(config, batch_size=256, steps_per_epoch=1, total_steps=10)
+  tx, _ = optim.make(config, batch_size=256, steps_per_epoch=1, total_steps=10)
   params = {"w": jnp.asarray(golden["w0"])}
   state = tx.init(params)
   for step in range(5):
@@ -240,7 +240,7 @@ def restore(workdir):
   config.epochs = 0.225
   task = pretrain.make(config)
   source = data.open_split(config.data, "train")
-  tx, _ = optim.adamw(config.optim, 16, 50, 8)
+  tx, _ = optim.make(config.optim, 16, 50, 8)
 
   def init(key):
     params = task.init(key)

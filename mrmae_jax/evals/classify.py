@@ -26,22 +26,27 @@ class Evaluator:
 
     def count(params, frozen, batch):
       logits = task.predict(params, frozen, batch, keys)["logits"]
-      _, best = jax.lax.top_k(logits, min(5, logits.shape[1]))
-      hit = best == batch["label"][:, None]
-      valid = batch["valid"]
-      return jnp.stack([valid.sum(), (valid & hit[:, 0]).sum(), (valid & hit.any(1)).sum()])
+      _, best = jax.lax.top_k(logits, min(5, logits.shape[-1]))
+      label, valid = (jnp.expand_dims(batch[name], range(1, logits.ndim - 1)) for name in ("label", "valid"))
+      hit = best == label[..., None]
+      return valid.sum(), (valid & hit[..., 0]).sum(0), (valid & hit.any(-1)).sum(0)
 
     self._count = jax.jit(count, out_shardings=sharding.replicated(mesh))
 
   def run(self, params, step: int) -> dict[str, float]:
-    """{"top1", "top5": in [0, 1], "images": how many}."""
+    """{"top1", "top5": in [0, 1], "images": how many}; of a grid of heads the best, its "blr", and "top1_BLR" of each."""
     del step
     batches = data.eval_batches(self._source, batch_size=self._batch_size, image_size=tuple(self._config.image_size),
                                 crop_pct=self._config.data.eval_crop, shard=jax.process_index(),
                                 num_shards=jax.process_count(), workers=self._config.data.workers)
-    total = np.zeros(3, np.int64)
+    images, top1, top5 = 0, 0, 0
     for batch in batches:
-      total += np.asarray(self._count(params, self._frozen, sharding.global_batch(batch, self._mesh)))
+      found = jax.device_get(self._count(params, self._frozen, sharding.global_batch(batch, self._mesh)))
+      images, top1, top5 = (total + count.astype(np.int64) for total, count in zip((images, top1, top5), found))
     batches.close()
-    images, top1, top5 = total.tolist()
-    return {"top1": top1 / images, "top5": top5 / images, "images": images}
+    images, top1, top5 = int(images), top1 / images, top5 / images
+    if not top1.ndim:
+      return {"top1": float(top1), "top5": float(top5), "images": images}
+    best, rates = int(top1.argmax()), [self._config.optim.blr * factor for factor in self._config.optim.grid]
+    return {"top1": float(top1[best]), "top5": float(top5[best]), "images": images, "blr": rates[best]} | {
+        f"top1_{rate:g}": float(value) for rate, value in zip(rates, top1)}

@@ -1,6 +1,7 @@
 """Fine-tuning as a task: an encoder with a classification head, mixed images, soft targets."""
 
 import hashlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,13 +30,11 @@ def make(config) -> Task:
     DataError: the training images have no classes.
     WeightsError: what `config.init_from` names does not load or is another architecture.
   """
-  source = data.open_split(config.data, "train")
-  if not source.class_names:
-    raise data.DataError(f"{source.description}: no labels to fine-tune on; put each class into a sub-folder of its own")
-  num_classes = len(source.class_names)
+  classes = class_names(config)
+  num_classes = len(classes)
   model, size, options = make_model(config, num_classes), tuple(config.image_size), dict(config.mix)
   look = lambda images: mrmae.normalise(images, config.data.mean, config.data.std)
-  pretrained, notes = read_pretrained(config, model) if config.init_from else ({}, ("starting from random weights",))
+  pretrained, notes = read_pretrained(config, model)
 
   def init(key):
     return model.init(key, jnp.zeros((1, *size, 3)))["params"]
@@ -52,19 +51,33 @@ def make(config) -> Task:
     logits, out = model.apply({"params": params}, look(batch["image"]))
     return {"logits": logits} | out
 
+  return Task(init, loss, predict, {}, identity(classes, config, pretrained), notes, pretrained)
+
+
+def class_names(config) -> tuple[str, ...]:
+  """The classes of the training images; DataError if they have none."""
+  source = data.open_split(config.data, "train")
+  if not source.class_names:
+    raise data.DataError(f"{source.description}: no labels to train on; put each class into a sub-folder of its own")
+  return source.class_names
+
+
+def identity(classes, config, pretrained) -> dict[str, Any]:
+  """What tells a run with labels from others, beside its configuration."""
   start = hashlib.sha256(b"".join(np.ascontiguousarray(pretrained[name]).tobytes() for name in sorted(pretrained)))
-  identity = {"classes": list(source.class_names), "micro-batches": config.optim.accum_steps, "start": start.hexdigest()}
-  return Task(init, loss, predict, {}, identity, notes, pretrained)
+  return {"classes": list(classes), "micro-batches": config.optim.accum_steps, "start": start.hexdigest()}
 
 
 def read_pretrained(config, model: Classifier) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-  """The encoder that `config.init_from` names, as parameters of `model`, and what to say about it.
+  """The encoder that `config.init_from` names (if any), as parameters of `model`, and what to say about it.
 
   Position tables are interpolated to the grid of `config.image_size`. The classifier of a fine-tuned model is not taken.
 
   Raises:
     WeightsError: it does not load, or is another architecture; every difference is named.
   """
+  if not config.init_from:
+    return {}, ("starting from random weights",)
   student = students.read(config.init_from, num_heads=config.encoder.num_heads, decoder=False,
                           learned_positions=model.encoder.learned_positions)
   ours, theirs = (students.module_fields(encoder) for encoder in (model.encoder, student.encoder))

@@ -2,12 +2,15 @@
 
   python -m mrmae_jax.tools.features --model=/tmp/run --images=folder:/my/photos --out=features.npz
 
---model is a run's workdir, a file of weights (ConvMAE, MAE; .safetensors, .pth) or a ViTMAE folder. Every image of the split is
-encoded exactly once, in order, nothing masked. In the .npz: features float32 [N, D], names [N], labels int32 [N] (-1 where
-there are none), class_names. In the .parquet (needs pyarrow) these are the columns name, label, class_name, feature; it is
-written batch by batch, whatever the number of images. The file appears whole or not at all.
+--model is a run's workdir, a file of weights (ConvMAE, MAE; .safetensors, .pth), a ViTMAE folder, or "pixels" for the
+normalised pixels themselves; --untrained gives the same encoder fresh weights: two baselines to compare with. Every image of the
+split is encoded exactly once, in order, nothing masked. In the .npz: features float32 [N, D], names [N], labels int32 [N] (-1
+where there are none), class_names, and about, a JSON text of how they were made. In the .parquet (needs pyarrow) these are the
+columns name, label, class_name, feature; it is written batch by batch, whatever the number of images. The file appears whole or
+not at all. `tools.probe` measures what .npz files are worth.
 """
 
+import json
 from pathlib import Path
 import sys
 
@@ -20,7 +23,8 @@ from mrmae_jax.tools import UsageError, command_line
 def define_flags() -> flags.FlagValues:
   """The options, apart from absl's global ones."""
   own = flags.FlagValues()
-  flags.DEFINE_string("model", None, "Workdir, weight file or ViTMAE folder.", flag_values=own)
+  flags.DEFINE_string("model", None, "Workdir, weight file, ViTMAE folder, or pixels.", flag_values=own)
+  flags.DEFINE_bool("untrained", False, "Fresh weights (seed 0) for the encoder.", flag_values=own)
   flags.DEFINE_string("images", None, "Images: folder:/path, digits or tfds:name.", flag_values=own)
   flags.DEFINE_string("data_dir", "", "Where tfds looks for prepared data sets.", flag_values=own)
   flags.DEFINE_string("train_split", "train", "Sub-folder or tfds split behind --split=train.", flag_values=own)
@@ -28,7 +32,8 @@ def define_flags() -> flags.FlagValues:
   flags.DEFINE_enum("split", "train", ["train", "eval"], "Which one; images without splits are all train.", flag_values=own)
   flags.DEFINE_string("out", None, "The file: .npz or .parquet.", flag_values=own)
   flags.DEFINE_enum("feature", "pooled", ["pooled", "cls"], "The mean over the tokens, or the CLS token.", flag_values=own)
-  flags.DEFINE_integer("image_size", 0, "Side of the (square) images in pixels; 0: as the model was trained.", flag_values=own)
+  flags.DEFINE_integer("image_size", 0, "Side of the (square) images in pixels; 0: as the model was trained; pixels: 32.",
+                       flag_values=own)
   flags.DEFINE_float("crop", 0.875, "Central share of the resized image that is seen.", flag_values=own)
   flags.DEFINE_integer("batch_size", 64, "Images at a time.", flag_values=own)
   flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the computation; features are float32.", flag_values=own)
@@ -52,16 +57,15 @@ class _Named:
     return example
 
 
-def extract(model, source, *, image_size: tuple[int, int], crop: float, batch_size: int, feature: str):
+def extract(encode, source, *, image_size: tuple[int, int], crop: float, batch_size: int):
   """Yields (names, labels int32 [B], features float32 [B, D]) of a source's images, batch by batch, in order, each once.
 
   Args:
-    model: of `mrmae_jax.load`.
+    encode: uint8 [B, H, W, 3] -> [B, D].
     source: of `mrmae_jax.data`.
     image_size: (height, width).
     crop: see `data.augment.center_crop`.
     batch_size: images at a time; the last batch holds what is left.
-    feature: "pooled" or "cls", a key of what `model.encode` gives.
 
   Raises:
     DataError: an image cannot be read.
@@ -73,21 +77,22 @@ def extract(model, source, *, image_size: tuple[int, int], crop: float, batch_si
   try:
     for batch in batches:
       valid = batch["valid"]
-      found = np.asarray(model.encode(batch["image"])[feature])[valid]
+      found = np.asarray(encode(batch["image"]))[valid]
       yield named.names[done:done + len(found)], batch["label"][valid], found
       done += len(found)
   finally:
     batches.close()
 
 
-def _save_npz(path: Path, batches, class_names) -> None:
+def _save_npz(path: Path, batches, class_names, about) -> None:
   names, labels, features = zip(*batches)
   with open(path, "wb") as file:  # by name, numpy would append .npz
     np.savez(file, features=np.concatenate(features), labels=np.concatenate(labels), names=np.array(sum(names, [])),
-             class_names=np.array(class_names, dtype=str))
+             class_names=np.array(class_names, dtype=str), about=np.array(json.dumps(about)))
 
 
-def _save_parquet(path: Path, batches, class_names) -> None:
+def _save_parquet(path: Path, batches, class_names, about) -> None:
+  del about
   import pyarrow as pa  # pylint: disable=g-import-not-at-top; of all outputs only this one needs it
   import pyarrow.parquet as pq  # pylint: disable=g-import-not-at-top
   writer = None
@@ -125,21 +130,16 @@ def run(options) -> str:
     except ImportError:
       raise UsageError("a .parquet file needs pyarrow; install the parquet extra (pip install mrmae_jax[parquet]) or write "
                        ".npz") from None
-  import mrmae_jax  # pylint: disable=g-import-not-at-top; likewise
   from mrmae_jax import data  # pylint: disable=g-import-not-at-top
   from mrmae_jax.weights import files  # pylint: disable=g-import-not-at-top
   from tqdm import tqdm  # pylint: disable=g-import-not-at-top
   source = data.open_source(options.images, options.split, train_split=options.train_split, eval_split=options.eval_split,
                             data_dir=options.data_dir, holdout_every=0)
-  model = mrmae_jax.load(options.model, num_heads=options.num_heads, decoder=False, dtype=options.dtype)
-  print(f"{model.report}\n{source.description}", flush=True)
-  patch = model.student.encoder.patch_size
-  size = (options.image_size,) * 2 if options.image_size else model.config["image_size"]
-  if any(side % patch or side <= 0 for side in size):
-    raise UsageError(f"--image_size={options.image_size} is not a multiple of the model's token size {patch}")
-  if options.feature == "cls" and not model.student.encoder.cls_token:
-    raise UsageError("--feature=cls: the model has no CLS token; use pooled")
-  batches = extract(model, source, image_size=size, crop=options.crop, batch_size=options.batch_size, feature=options.feature)
+  encode, size, report = _encoder(options)
+  print(f"{report}\n{source.description}", flush=True)
+  batches = extract(encode, source, image_size=size, crop=options.crop, batch_size=options.batch_size)
+  about = {"model": options.model, "untrained": options.untrained, "feature": options.feature, "image_size": size,
+           "crop": options.crop, "dtype": options.dtype, "report": report, "images": source.description}
 
   with tqdm(total=len(source), unit="image", smoothing=0.05) as progress:  # shows rate and time left
     def watched():
@@ -147,8 +147,29 @@ def run(options) -> str:
         yield batch
         progress.update(len(batch[0]))
     with files.whole(Path(options.out).expanduser()) as unfinished:
-      _WRITERS[suffix](unfinished, watched(), source.class_names)
+      _WRITERS[suffix](unfinished, watched(), source.class_names, about)
   return f"wrote {options.out}: {options.feature} features of {len(source)} images at {size[0]}x{size[1]}"
+
+
+def _encoder(options):
+  """What `extract` takes of --model: the function, the size of its images, and what to say of it."""
+  from mrmae_jax import config, mrmae, pretrained  # pylint: disable=g-import-not-at-top; likewise
+  from mrmae_jax.weights import students  # pylint: disable=g-import-not-at-top
+  square = (options.image_size,) * 2
+  if options.model == "pixels":
+    pixels = lambda images: mrmae.normalise(images, config.IMAGENET_MEAN, config.IMAGENET_STD).reshape(len(images), -1)
+    return pixels, square if options.image_size else (32, 32), "pixels, normalised"
+  model = pretrained.load(options.model, num_heads=options.num_heads, decoder=False, dtype=options.dtype)
+  report = str(model.report)
+  if options.untrained:
+    model = pretrained.Pretrained(students.untrained(model.student))
+    report = f"{report.splitlines()[0]}, with fresh weights"
+  encoder, size = model.student.encoder, square if options.image_size else model.config["image_size"]
+  if any(side % encoder.patch_size or side <= 0 for side in size):
+    raise UsageError(f"--image_size={options.image_size} is not a multiple of the model's token size {encoder.patch_size}")
+  if options.feature == "cls" and not encoder.cls_token:
+    raise UsageError("--feature=cls: the model has no CLS token; use pooled")
+  return lambda images: model.encode(images)[options.feature], size, report
 
 
 def main(argv: list[str] | None = None) -> int:

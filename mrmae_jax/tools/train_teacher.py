@@ -207,7 +207,7 @@ def knn_accuracy(features, params, train, held_out, size: int, k: int = 20, temp
 
   bank, queries = encode(train), encode(held_out)
   labels, expected = bank.pop("label"), queries.pop("label")
-  classify = lambda name: knn_classify(queries[name], bank[name], labels, len(train.class_names), k, temperature)
+  classify = lambda name: knn_classify(queries[name], bank[name], labels, len(train.class_names), (k,), temperature)[k]
   return {name: float((classify(name) == expected).mean()) for name in bank}
 
 

@@ -96,14 +96,14 @@ def read(path: str | Path, *, num_heads: int = 0, decoder_heads: int = 0, grid: 
 def _read_run(path: Path, with_decoder: bool, learned_positions: bool, dtype: str) -> Student:
   """The newest checkpoint of a run."""
   try:
-    config, parts = checkpoint.read_config(path), checkpoint.list_params(path)
-    params = {"encoder": checkpoint.read_params(path, "encoder")}
-    if "decoder" in parts and with_decoder:
-      params["decoder"] = checkpoint.read_params(path, "decoder")
-    classifier = {part: checkpoint.read_params(path, part)[0] for part in ("fc_norm", "head") if part in parts}
+    config = checkpoint.read_config(path)
+    if config["task"] == "probe":
+      raise WeightsError(f"{path} probes {config['init_from'] or 'random weights'} and holds no encoder; load that instead")
+    wanted = ("encoder", "fc_norm", "head") + (("decoder",) if with_decoder else ())
+    params, others, step = checkpoint.read_params(path, *wanted)
   except checkpoint.WorkdirError as error:
     raise WeightsError(str(error)) from None
-  step, params = params["encoder"][1], {part: tree for part, (tree, _) in params.items()}
+  classifier = {part: params.pop(part) for part in ("fc_norm", "head") if part in params}
   data, method = config["data"], config.get("method", {})
   encoder = make_encoder(config["encoder"], jnp.dtype(dtype))
   if classifier:  # fine-tuning leaves fusion out
@@ -114,8 +114,7 @@ def _read_run(path: Path, with_decoder: bool, learned_positions: bool, dtype: st
     encoder = encoder.clone(learned_positions=True)
     params["encoder"]["pos_embed"] = constant_positions(encoder, grid, isinstance(encoder, ViT))
   decoder = make_decoder(config["decoder"], encoder, len(data["mean"]), jnp.dtype(dtype)) if "decoder" in params else None
-  dropped = tuple("decoder (not asked for)" if part == "decoder" else part.replace("_", " ")
-                  for part in parts if part not in params | classifier)
+  dropped = tuple("decoder (not asked for)" if part == "decoder" else part.replace("_", " ") for part in others)
   report = Report(f"{path} after {step} steps", describe(encoder), _counted(params), (), dropped)
   return Student(encoder, decoder, params, grid, tuple(data["mean"]), tuple(data["std"]),
                  {"mask_ratio": method.get("mask_ratio", 0.75), "norm_pix": method.get("norm_pix", True)},
@@ -381,6 +380,13 @@ def write(student: Student, out: str | Path, form: str) -> None:
     notes = {"encoder": module_fields(student.encoder), "decoder": decoder, "grid": student.grid, "mean": student.mean,
              "std": student.std, "method": student.method}
     files.write_safetensors(out, tensors, {NOTES: json.dumps(notes)})
+
+
+def untrained(student: Student, seed: int = 0) -> Student:
+  """The encoder of a student with fresh weights, for comparison."""
+  pixels = jnp.zeros((1, *(side * student.encoder.patch_size for side in student.grid), 3))
+  fresh = jax.jit(student.encoder.init)(jax.random.key(seed), pixels)["params"]
+  return student._replace(decoder=None, params={"encoder": fresh})
 
 
 def encoder_only(student: Student) -> Student:

@@ -1,0 +1,42 @@
+"""The paper's ladder in an hour on two CPU cores: MAE, ConvMAE and MR-MAE on CIFAR-10 with one compute budget.
+
+Command:   python -m mrmae_jax.main --config=configs/cifar10.py:mrmae --workdir=DIR --config.data.source=folder:/path/to/cifar10
+               --config.teacher.path=TEACHER
+           The folder has train/ and test/ with a sub-folder per class. The teacher is trained on train/ without labels:
+           see the section "CIFAR-10" of README.md, which has every command and the results.
+Arguments: configs/cifar10.py:METHOD,epochs=3: mae, convmae or mrmae; epochs of ConvMAE that the budget pays for
+Hardware:  2 CPU cores
+Cost:      the same FLOPs for each method, the forward pass of the teacher included
+"""
+
+from mrmae_jax import config
+
+# FLOPs of the forward and backward pass for one image in units of ConvMAE's 83 million, counted by XLA; MR-MAE: with the
+# forward pass of a ViT teacher of width 64 and depth 6.
+COST = {"mae": 0.90, "convmae": 1.0, "mrmae": 1.57}
+
+
+def get_config(arguments: str = "mrmae"):
+  a = config.arguments(arguments, method="mrmae", epochs=3.0)
+  if a.method not in COST:
+    raise config.ConfigError(f"method {a.method!r} is not one of {', '.join(COST)}")
+  c = config.pretrain()
+  if a.method == "mae":
+    c.encoder = config.encoder("vit", "base")
+    c.encoder.update(patch_size=4, dim=96, depth=4, num_heads=4, mlp_dim=384)
+  else:
+    c.encoder.update(patch_sizes=(2, 2, 1), embed_dims=(48, 72, 96), depths=(1, 1, 3), num_heads=4)
+  c.decoder.update(dim=64, depth=1, num_heads=4)
+  c.image_size = (32, 32)
+  c.batch_size = 128
+  c.epochs = a.epochs / COST[a.method]
+  c.dtype = "float32"
+  if a.method != "mrmae":
+    c.teacher.path = ""
+  c.teacher.dtype = "float32"
+  c.data.crop_scale = (0.4, 1.0)
+  c.data.eval_crop = 1.0
+  c.optim.update(blr=2e-3, warmup_epochs=c.epochs / 10)
+  c.eval_every = c.checkpoint_every = 10.0  # only at the end
+  c.evals.knn.bank = 10_000
+  return c
