@@ -2,6 +2,8 @@
 
 The same command continues an interrupted run. `--check` opens the data, compiles, runs one step and writes nothing.
 Any key of the configuration can be overridden: `--config.epochs=10 --config.data.source=folder:/my/images`.
+On several hosts start the same command on each, with --multihost; where JAX cannot find the others by itself (it can on TPU VMs,
+GKE, Slurm), with --coordinator_address, --num_processes and --process_id too.
 """
 
 import difflib
@@ -9,6 +11,7 @@ import importlib
 import os
 import runpy
 import sys
+import traceback
 
 from absl import flags
 from ml_collections import config_flags
@@ -16,6 +19,12 @@ from ml_collections import config_flags
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, e.g. configs/mrmae.py:base.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and pictures; holds at most one run.")
 _CHECK = flags.DEFINE_bool("check", False, "Open the data, compile, run one step, write nothing.")
+_MULTIHOST = flags.DEFINE_bool("multihost", False, "Wait for the processes of the other hosts and train with them.")
+_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, or MRMAE_COORDINATOR_ADDRESS.")
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes over all hosts, or MRMAE_NUM_PROCESSES.", lower_bound=1)
+_PROCESS = flags.DEFINE_integer("process_id", None, "Number of this process, from 0, or MRMAE_PROCESS_ID.", lower_bound=0)
+_INIT_TIMEOUT = flags.DEFINE_integer("init_timeout", 300, "Seconds to wait for the other processes.", lower_bound=1)
+FLAGS = (_CONFIG, _WORKDIR, _CHECK, _MULTIHOST, _COORDINATOR, _PROCESSES, _PROCESS, _INIT_TIMEOUT)
 
 USAGE_ERROR, DATA_ERROR, NON_FINITE = 2, 3, 4  # exit codes
 
@@ -24,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
   """Runs a command line (default: sys.argv); returns the exit code: 0 done, 2 usage, 3 data, 4 non-finite loss."""
   argv = sys.argv if argv is None else argv
   if {"-h", "--help", "--helpfull"}.intersection(argv[1:]):
-    print(__doc__, *(f"  --{flag.name}: {flags.FLAGS[flag.name].help}" for flag in (_CONFIG, _WORKDIR, _CHECK)), sep="\n")
+    print(__doc__, *(f"  --{flag.name}: {flags.FLAGS[flag.name].help}" for flag in FLAGS), sep="\n")
     print("\nThe keys of a configuration, with defaults and meaning: mrmae_jax/config.py")
     return 0
   try:
@@ -33,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     return _fail(error, USAGE_ERROR)
 
   import jax  # pylint: disable=g-import-not-at-top; a mistyped command line is answered before jax is loaded
-  from mrmae_jax import train
+  from mrmae_jax import distributed, train
   from mrmae_jax.checkpoint import WorkdirError
   from mrmae_jax.config import ConfigError, validate
   from mrmae_jax.data import DataError
@@ -41,11 +50,18 @@ def main(argv: list[str] | None = None) -> int:
   from mrmae_jax.weights.table import WeightsError
 
   try:
-    validate(config, jax.device_count())
-    task = importlib.import_module(f"mrmae_jax.tasks.{config.task}").make(config)
+    if _MULTIHOST.value:
+      distributed.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _INIT_TIMEOUT.value)
+    try:
+      validate(config, jax.device_count())
+      task = importlib.import_module(f"mrmae_jax.tasks.{config.task}").make(config)
+    except (ConfigError, WeightsError, DataError) as error:
+      distributed.agree("start", {}, error=str(error))
+      raise
+    distributed.agree("start", train.agreed(config, task))
     train.fit(config, task, workdir, check=_CHECK.value)
-  except (ConfigError, WorkdirError, WeightsError) as error:
-    return _fail(error, USAGE_ERROR)
+  except (ConfigError, WorkdirError, WeightsError, distributed.DistributedError) as error:
+    return _fail(error, distributed.EXIT_LOST if isinstance(error, distributed.LostError) else USAGE_ERROR)
   except DataError as error:
     return _fail(error, DATA_ERROR)
   except NonFiniteError as error:
@@ -76,6 +92,9 @@ def parse(argv: list[str]):
     if flag.value is None:
       raise UsageError(f"--{flag.name} is missing: {flags.FLAGS[flag.name].help} Example: python -m mrmae_jax.main "
                        "--config=configs/demo.py --workdir=/tmp/demo")
+  given = [flag.name for flag in (_COORDINATOR, _PROCESSES, _PROCESS) if flag.value is not None]
+  if given and not _MULTIHOST.value:
+    raise UsageError(f"--{given[0]} says where other processes are: add --multihost, or leave it out")
   return _CONFIG.value, _WORKDIR.value
 
 
@@ -115,5 +134,21 @@ def _fail(error: Exception, code: int) -> int:
   return code
 
 
+def _command() -> None:
+  """`main`, and the end of the process."""
+  try:
+    code = main()
+  except Exception:
+    if not _MULTIHOST.value:
+      raise
+    traceback.print_exc()
+    code = 1
+  if code and flags.FLAGS.is_parsed() and _MULTIHOST.value:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a normal exit would wait for the other processes, which wait for this one
+  sys.exit(code)
+
+
 if __name__ == "__main__":
-  sys.exit(main())
+  _command()

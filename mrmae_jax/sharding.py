@@ -12,18 +12,27 @@ AXES = ("data", "fsdp")
 def make_mesh(data: int = -1, fsdp: int = 1, devices=None) -> Mesh:
   """A (data, fsdp) mesh over all devices; -1 takes what the other axis leaves.
 
+  Devices come by slice, host and number: the rows of a batch are then those of host 0, host 1, ..., as the loader cuts it, and the
+  devices of an fsdp group, which exchange parameters in every step, are neighbours and never in two slices. Sums over all
+  devices, the rest of the traffic, do not depend on the order.
+
   Axis types are Auto: under the Explicit default every gather of tokens would need an output sharding by hand.
 
   Raises:
-    ValueError: the product is not the number of devices.
+    ValueError: the product is not the number of devices, or an fsdp group does not fit into a slice.
   """
-  devices = jax.devices() if devices is None else devices
+  slice_of = lambda device: getattr(device, "slice_index", 0) or 0
+  devices = sorted(jax.devices() if devices is None else devices, key=lambda d: (slice_of(d), d.process_index, d.id))
   shape = [data, fsdp]
   if -1 in shape:
     shape[shape.index(-1)] = len(devices) // -math.prod(shape)
   if math.prod(shape) != len(devices):
     raise ValueError(f"mesh data={data} x fsdp={fsdp} does not fit {len(devices)} devices")
-  return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+  slices = len({slice_of(device) for device in devices})
+  if len(devices) // slices % shape[1]:
+    raise ValueError(f"mesh fsdp={shape[1]} does not divide the {len(devices) // slices} devices of each of {slices} slices; "
+                     "parameters would be exchanged over the slow network between them")
+  return Mesh(np.array(devices, dtype=object).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 2)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -1,6 +1,7 @@
 """One loop for every task. It knows no model and no loss: a task brings them as pure functions."""
 
 import contextlib
+import hashlib
 import importlib
 import json
 from pathlib import Path
@@ -81,6 +82,48 @@ def make_train_step(task: Task, tx: optax.GradientTransformation, schedule, seed
   return train_step
 
 
+class Plan(NamedTuple):
+  """A run before anything is computed: how long it is, what its arrays are and where they lie.
+
+  Attributes:
+    steps_per_epoch, total_steps: of the training; the first is a fraction.
+    init: (key, task.pretrained) -> TrainState.
+    step: (state, frozen, batch) -> (state, metrics), jitted, the state donated.
+    state, frozen, batch: shapes with shardings of its arguments, `jax.ShapeDtypeStruct`s.
+  """
+
+  steps_per_epoch: float
+  total_steps: int
+  init: Callable
+  step: Callable
+  state: Any
+  frozen: Any
+  batch: dict[str, jax.ShapeDtypeStruct]
+
+
+def plan(config, task: Task, mesh, num_images: int) -> Plan:
+  """The plan of a configuration on a mesh, whose devices need not be there, for so many training images."""
+  steps_per_epoch = num_images / config.batch_size
+  total_steps = max(1, round(config.epochs * steps_per_epoch))
+  tx, schedule = optim.make(config.optim, config.batch_size, steps_per_epoch, total_steps)
+
+  def init(key, pretrained):
+    params = replaced(task.init(key), pretrained)
+    return TrainState(jnp.int32(0), params, tx.init(params))
+
+  def placed(shapes):
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes,
+                        sharding.fsdp_shardings(shapes, mesh))
+
+  state, frozen = placed(jax.eval_shape(init, jax.random.key(config.seed), task.pretrained)), placed(task.frozen)
+  rows = {"image": ((*config.image_size, len(config.data.mean)), jnp.uint8), "label": ((), jnp.int32)}
+  batch = {name: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=sharding.batch_sharding(mesh))
+           for name, (shape, dtype) in rows.items()}
+  step = jax.jit(make_train_step(task, tx, schedule, config.seed, config.optim.accum_steps), donate_argnums=0,
+                 out_shardings=(jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh)))
+  return Plan(steps_per_epoch, total_steps, init, step, state, frozen, batch)
+
+
 def due(step: int, every: float, total: int) -> bool:
   """Whether something that happens every `every` steps (a fraction is fine) happens after update `step` of `total`."""
   return step == total or int(step / every) > int((step - 1) / every)
@@ -109,26 +152,20 @@ def _fit(config, task: Task, workdir, check: bool, closing: contextlib.ExitStack
   # 1. Devices and data. The schedule follows from the number of training images.
   mesh = sharding.make_mesh(**config.mesh)
   source = data.open_split(config.data, "train")
-  steps_per_epoch = len(source) / config.batch_size
-  total_steps = max(1, round(config.epochs * steps_per_epoch))
-  tx, schedule = optim.make(config.optim, config.batch_size, steps_per_epoch, total_steps)
 
   # 2. Shapes first, then where every array lies, then the arrays, created in place or restored.
-  def init(key, pretrained):
-    params = replaced(task.init(key), pretrained)
-    return TrainState(jnp.int32(0), params, tx.init(params))
-  shapes = jax.eval_shape(init, jax.random.key(config.seed), task.pretrained)
-  shardings = sharding.fsdp_shardings(shapes, mesh)
-  frozen = jax.device_put(task.frozen, sharding.fsdp_shardings(task.frozen, mesh))
+  steps_per_epoch, total_steps, init, step_fn, shapes, frozen_shapes, _ = plan(config, task, mesh, len(source))
+  place = lambda shapes: jax.tree.map(lambda x: x.sharding, shapes)
+  frozen = jax.device_put(task.frozen, place(frozen_shapes))
   first_step = 0
   if not check:
     checkpoints = Checkpoints(workdir, identity(config, task, source), config.keep_checkpoints)
     closing.callback(checkpoints.close)
     first_step = checkpoints.latest_step or 0
   if first_step:
-    state = checkpoints.restore(jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings))
+    state = checkpoints.restore(shapes)
   else:
-    state = jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed), task.pretrained)
+    state = jax.jit(init, out_shardings=place(shapes))(jax.random.key(config.seed), task.pretrained)
   start = "\n".join([describe(config, mesh, source, total_steps, first_step, shapes.params), *task.notes])
   if check:
     print(start, flush=True)
@@ -151,8 +188,6 @@ def _fit(config, task: Task, workdir, check: bool, closing: contextlib.ExitStack
   closing.callback(batches.close)
   batch = sharding.global_batch(next(batches), mesh)
   began = time.monotonic()
-  step_fn = make_train_step(task, tx, schedule, config.seed, config.optim.accum_steps)
-  step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
   step_fn = step_fn.lower(state, frozen, batch).compile()
   compiled = f"compiled the training step in {time.monotonic() - began:.1f} s"
   if check:
@@ -230,8 +265,20 @@ def identity(config, task: Task, source) -> dict[str, Any]:
 
   Teachers and pretrained weights count by their values, which the task names, not by where they lie.
   """
-  free = {"init_from", "data.workers", "data.data_dir", "optim.accum_steps", "log_every", "eval_every", "checkpoint_every",
-          "keep_checkpoints"}
+  free = {"optim.accum_steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints"}
+  flat = {name: value for name, value in _flat(config).items() if name not in free and not name.startswith(("mesh.", "evals."))}
+  return flat | {"train images": len(source)} | task.identity
+
+
+def agreed(config, task: Task) -> dict[str, Any]:
+  """What must be the same on all hosts of a run: its configuration, its images and the code."""
+  code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py"))))
+  images = data.open_split(config.data, "train").fingerprint
+  return _flat(config) | {"images": images, "code": code.hexdigest()[:12], "jax": jax.__version__} | task.identity
+
+
+def _flat(config) -> dict[str, Any]:
+  """A configuration as {"optim.blr": 1.5e-4, ...}, without what says where things lie on a host."""
   flat = {}
 
   def walk(node, prefix):
@@ -239,12 +286,11 @@ def identity(config, task: Task, source) -> dict[str, Any]:
       name = f"{prefix}{key}"
       if isinstance(value, dict):
         walk(value, f"{name}.")
-      elif name not in free and not name.startswith(("mesh.", "evals.")) and not (
-          "teacher" in name and key in ("name", "path")):
+      elif name not in ("init_from", "data.workers", "data.data_dir") and not ("teacher" in name and key in ("name", "path")):
         flat[name] = value
 
   walk(json.loads(config.to_json()), "")
-  return flat | {"train images": len(source)} | task.identity
+  return flat
 
 
 def describe(config, mesh, source, total_steps: int, first_step: int, params) -> str:

@@ -6,6 +6,7 @@ can have their own copy.
 """
 
 import collections
+import hashlib
 import os
 from typing import Protocol
 
@@ -32,10 +33,13 @@ class Source(Protocol):
   Attributes:
     class_names: one name per label; empty when the images have no labels.
     description: one line for the log.
+    fingerprint: of the images by number and name; the same on every host that
+      has the same ones, wherever they lie.
   """
 
   class_names: tuple[str, ...]
   description: str
+  fingerprint: str
 
   def __len__(self) -> int:
     ...
@@ -165,6 +169,7 @@ class DigitsSource:
         f"digits: {len(self)} images, 10 classes;"
         f" {_holdout_note(split, holdout_every)}"
     )
+    self.fingerprint = self.description
 
   def __len__(self) -> int:
     return len(self._images)
@@ -196,6 +201,8 @@ class FolderSource:
     )
     self.class_names = class_names
     self.description = description
+    names = hashlib.sha256("\0".join(paths).encode(errors="surrogateescape"))
+    self.fingerprint = f"{len(paths)} files, names {names.hexdigest()[:12]}"
 
   def __len__(self) -> int:
     return len(self._paths)
@@ -401,10 +408,11 @@ class TfdsSource:
     features = self._open()
     self.class_names = tuple(getattr(features.get("label"), "names", ()))
     classes = f"{len(self.class_names)} classes"
-    self.description = (
+    self.fingerprint = (
         f"tfds:{name} split {split}: {len(self)} images,"
-        f" {classes if self.class_names else 'no labels'} ({directory})"
+        f" {classes if self.class_names else 'no labels'}"
     )
+    self.description = f"{self.fingerprint} ({directory})"
 
   def _open(self):
     """Opens the record files; returns the features that are read."""

@@ -1,0 +1,143 @@
+"""Several hosts as one: they find each other, speak in small texts, and fail together with a clear line.
+
+JAX's own runtime does the work. What is added: a time limit that ends in a message instead of an abort in C++, and an exchange of
+texts that says which host is missing. The exchange goes through the coordinator's key-value store, not through the devices: it
+works before anything is compiled, and a host that is late or gone is named.
+"""
+
+import itertools
+import json
+import os
+import socket
+import sys
+import threading
+import time
+
+from absl import logging
+import jax
+
+EXIT_LOST = 1  # of a process whose fellows did not come or are gone: the launcher may try again
+HEARTBEAT_S = SHUTDOWN_S = 30  # JAX waits 100 and 300 s by default
+_rounds = itertools.count()
+
+
+class DistributedError(RuntimeError):
+  """The processes do not fit together."""
+
+
+class LostError(DistributedError):
+  """Some process is not there."""
+
+
+def start(coordinator_address: str | None, num_processes: int | None, process_id: int | None, timeout_s: int) -> None:
+  """Connects this process to the others; call it before anything asks for devices.
+
+  Args:
+    coordinator_address: HOST:PORT of process 0; None: JAX finds out (TPU VM, GKE, Slurm, Open MPI). Environment variables
+      MRMAE_COORDINATOR_ADDRESS, MRMAE_NUM_PROCESSES and MRMAE_PROCESS_ID stand in for None.
+    num_processes, process_id: likewise.
+    timeout_s: how long to wait for the others. After that the process prints why and exits: JAX itself would abort, without a
+      word in Python.
+
+  Raises:
+    DistributedError: values that do not go together, or nothing from which JAX could find out.
+  """
+  env = os.environ
+  address = coordinator_address or env.get("MRMAE_COORDINATOR_ADDRESS")
+  try:
+    count = int(env["MRMAE_NUM_PROCESSES"]) if num_processes is None and "MRMAE_NUM_PROCESSES" in env else num_processes
+    index = int(env["MRMAE_PROCESS_ID"]) if process_id is None and "MRMAE_PROCESS_ID" in env else process_id
+  except ValueError as error:
+    raise DistributedError(f"MRMAE_NUM_PROCESSES and MRMAE_PROCESS_ID must be whole numbers: {error}") from None
+  given = {"--coordinator_address": address, "--num_processes": count, "--process_id": index}
+  missing = [name for name, value in given.items() if value is None]
+  if 0 < len(missing) < 3:
+    raise DistributedError(f"{', '.join(missing)} must be given too: the three go together (none: found out on TPU VMs, GKE, Slurm)")
+  if not missing and not 0 <= index < count:
+    raise DistributedError(f"--process_id={index} must be one of 0 to {count - 1} with --num_processes={count}")
+  if not missing and not address.rpartition(":")[2].isdigit():
+    raise DistributedError(f"--coordinator_address={address} must be HOST:PORT of process 0, e.g. 10.0.0.2:8476")
+
+  def give_up():
+    who = "a process" if missing else f"process {index} of {count}"
+    where = "the address that JAX found out" if missing else address
+    reached = "" if missing or index == 0 else (
+        f"; {address} answers, so others have not come" if _answers(address) else f"; nothing answers at {address}")
+    print(f"error: {who} waited {timeout_s} s for the others at {where}{reached}. Are all of them started, with the same "
+          "--num_processes, and does the network let them through?", file=sys.stderr, flush=True)
+    os._exit(EXIT_LOST)  # the main thread is inside C++ and would abort the process without a message
+
+  watchdog = threading.Timer(timeout_s, give_up)
+  watchdog.daemon = True
+  watchdog.start()
+  try:
+    jax.distributed.initialize(address, count, index, initialization_timeout=timeout_s + 60,
+                               heartbeat_timeout_seconds=HEARTBEAT_S, shutdown_timeout_seconds=SHUTDOWN_S)
+  except (ValueError, RuntimeError) as error:
+    raise DistributedError(f"jax.distributed.initialize: {' '.join(str(error).split())}. On machines that are no TPU VM and run "
+                           "no Slurm, give --coordinator_address, --num_processes and --process_id") from None
+  finally:
+    watchdog.cancel()
+  devices = jax.local_devices()
+  print(f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}: {len(devices)} x "
+        f"{devices[0].device_kind} here, {jax.device_count()} in all", flush=True)
+
+
+def _answers(address: str) -> bool:
+  host, _, port = address.rpartition(":")
+  try:
+    with socket.create_connection((host, int(port)), timeout=2):
+      return True
+  except OSError:
+    return False
+
+
+def exchange(what: str, text: str, timeout_s: int = 25) -> list[str]:
+  """What every process gives, by process; all of them must call, in the same order. It is also a barrier.
+
+  Args:
+    what: name of the occasion, for the message.
+    text: of this process.
+    timeout_s: how long to wait for the others.
+
+  Raises:
+    LostError: some did not call in time; names them.
+  """
+  if jax.process_count() == 1:
+    return [text]
+  from jax._src import distributed  # pylint: disable=g-import-not-at-top; the store has no public name, orbax uses it so too
+  client, occasion, end = distributed.global_state.client, f"mrmae_jax/{next(_rounds)}/{what}", time.monotonic() + timeout_s
+  client.key_value_set(f"{occasion}/{jax.process_index()}", text)
+  texts, missing = [], []
+  for index in range(jax.process_count()):
+    try:
+      texts.append(client.blocking_key_value_get(f"{occasion}/{index}", max(1, int(1000 * (end - time.monotonic())))))
+    except Exception as error:  # pylint: disable=broad-exception-caught; jaxlib's own type; whatever it is, that one is missing
+      logging.info("%s/%d: %s", occasion, index, error)
+      missing.append(str(index))
+  if missing:
+    raise LostError(f"process {jax.process_index()} waited {timeout_s} s at {what!r} for process {', '.join(missing)} of "
+                    f"{jax.process_count()}; look at the log there")
+  return texts
+
+
+def agree(what: str, values: dict, error: str | None = None) -> None:
+  """Raises DistributedError on every process if some has an error or other values than process 0.
+
+  Args:
+    what: name of the occasion.
+    values: flat, JSON values that must be the same everywhere.
+    error: what went wrong on this process, if anything did.
+  """
+  if jax.process_count() == 1:
+    return
+  found = [json.loads(text) for text in exchange(what, json.dumps({"values": values, "error": error}))]
+  problems = [f"process {i}: {one['error']}" for i, one in enumerate(found) if one["error"]]
+  if not problems:
+    first = found[0]["values"]
+    problems = [f"{key} is {first.get(key)!r} on process 0 and {one['values'].get(key)!r} on process {i}"
+                for i, one in enumerate(found) for key in sorted(first.keys() | one["values"].keys())
+                if first.get(key) != one["values"].get(key)]
+  if problems:
+    more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+    raise DistributedError("; ".join(problems[:3]) + more)
