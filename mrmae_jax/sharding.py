@@ -1,6 +1,7 @@
 """Devices: the mesh, which array lies where, and host batches as global arrays."""
 
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -59,6 +60,28 @@ def fsdp_shardings(tree, mesh: Mesh, min_size: int = 2 ** 14):
       return replicated(mesh)
     return NamedSharding(mesh, P(*(None,) * axis, "fsdp"))
   return jax.tree.map(rule, tree)
+
+
+def table(trees: dict[str, Any], depth: int = 2) -> list[dict[str, Any]]:
+  """What is sharded how: one row per part of the trees and kind of sharding.
+
+  Args:
+    trees: {name: tree of arrays or ShapeDtypeStructs with shardings}.
+    depth: names of a path that make a part, e.g. 2: "state/params".
+
+  Returns:
+    Rows {"part", "sharding": "sharded" or "replicated", "arrays", "bytes", "bytes_per_device"}, JSON values.
+  """
+  rows = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(trees):
+    part = "/".join(jax.tree_util.keystr((key,), simple=True) for key in path[:depth])
+    kind = "replicated" if leaf.sharding.is_fully_replicated else "sharded"
+    row = rows.setdefault((part, kind), {"part": part, "sharding": kind, "arrays": 0, "bytes": 0, "bytes_per_device": 0})
+    size = leaf.dtype.itemsize
+    row["arrays"] += 1
+    row["bytes"] += size * math.prod(leaf.shape)
+    row["bytes_per_device"] += size * math.prod(leaf.sharding.shard_shape(leaf.shape))
+  return list(rows.values())
 
 
 def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -1,0 +1,110 @@
+"""tools.compile: figures that belong to the program, the largest batch, a table that adds up; libtpu only where it is there."""
+
+import importlib.util
+import json
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mrmae_jax import sharding
+from mrmae_jax.tasks import pretrain
+from mrmae_jax.tools import compile as tool
+from tests import tiny
+from tests.test_stages import changed
+
+CONFIG = "from tests import tiny\ndef get_config():\n  c = tiny.get_config()\n  c.batch_size = 32\n  return c\n"
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory):
+  path = tmp_path_factory.mktemp("config") / "c.py"
+  path.write_text(CONFIG)
+  return path
+
+
+def test_figures_of_the_devices_that_are_here(config_file, tmp_path, capsys):
+  assert tool.main(["compile", f"--config={config_file}", f"--json={tmp_path}/x.json", "--config.mesh.fsdp=2"]) == 0
+  printed, found = capsys.readouterr().out, json.loads((tmp_path / "x.json").read_text())
+  assert found["devices"] == 8 and found["mesh"] == {"data": 4, "fsdp": 2} and found["batch_per_device"] == 4
+  assert found["flops"] > 1e6 and found["bytes"] > 1e6 and found["peak"] >= found["temporaries"] > 0
+  assert "bound_s" not in found and "roofline" not in printed  # nothing is known of a CPU
+  assert found["collectives"]["all-reduce"]["count"] > 0 and "exchanged a device and step: all-reduce" in printed
+  assert "8 x cpu, mesh data=4 x fsdp=2, batch 32 (4 a device, 1 micro-batches), float32" in printed
+  parts = {row["part"] for row in found["shards"]}
+  assert parts == {"state/step", "state/params", "state/opt_state", "frozen/mimic"}
+
+
+def test_memory_a_device_falls_as_the_rule_says():
+  """Every array that the fsdp axis divides and that is large enough is divided; the rest is not."""
+  config = changed(tiny.get_config(), teacher__path="")
+  task = pretrain.make(config)
+  shapes = jax.eval_shape(task.init, jax.random.key(0))
+  for fsdp in (1, 2, 4, 8):
+    mesh = sharding.make_mesh(fsdp=fsdp)
+    placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes,
+                          sharding.fsdp_shardings(shapes, mesh, min_size=256))
+    rows = sharding.table({"params": placed}, depth=1)
+    divided = [x for x in jax.tree.leaves(shapes) if fsdp > 1 and x.size >= 256 and any(n % fsdp == 0 for n in x.shape)]
+    whole = sum(4 * x.size for x in jax.tree.leaves(shapes))
+    assert sum(row["bytes"] for row in rows) == whole
+    assert sum(row["arrays"] for row in rows if row["sharding"] == "sharded") == len(divided)
+    assert sum(row["bytes_per_device"] for row in rows) == whole - sum(4 * x.size for x in divided) * (fsdp - 1) // fsdp
+
+
+def test_collectives_of_a_program():
+  """A sum over devices and a gathering, with the bytes that they have to have."""
+  mesh = sharding.make_mesh(fsdp=8)
+  rows, all_of_it = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+  x = jax.ShapeDtypeStruct((8, 50), jnp.float32, sharding=rows)
+  program = lambda f: jax.jit(f, out_shardings=all_of_it).lower(x).compile().as_text()
+  assert tool.collectives(program(lambda x: x.sum(0))) == {"all-reduce": {"count": 1, "bytes": 200}}
+  assert tool.collectives(program(lambda x: x + 1)) == {"all-gather": {"count": 1, "bytes": 1600}}
+  text = ("  %ag = (f32[4,8]{1,0}, f32[32,8]{1,0}) all-gather-start(f32[4,8]{1,0} %p), dimensions={0}\n"
+          "  ROOT %ar = (bf16[10]{0}, f32[2,3]{1,0}) all-reduce(bf16[10]{0} %a, f32[2,3]{1,0} %b), to_apply=%add\n")
+  assert tool.collectives(text) == {"all-gather": {"count": 1, "bytes": 1024}, "all-reduce": {"count": 1, "bytes": 44}}
+
+
+def test_the_largest_batch():
+  for limit in (0, 3, 8, 100, 1000):
+    for start in (8, 64, 4096):
+      tried = []
+      found = tool.largest_batch(lambda n: tried.append(n) or n <= limit, start, 4)
+      assert found % 4 == 0 and found <= limit and all(n % 4 == 0 for n in tried)
+      assert found == 0 if limit < 4 else found > limit * 0.85 - 4
+      assert len(tried) < 20
+
+
+def test_a_roofline():
+  device = SimpleNamespace(device_kind="TPU v5 lite")
+  assert tool.find_chip([device]).name == "TPU v5e" and tool.find_chip([SimpleNamespace(device_kind="TPU v5")]).name == "TPU v5p"
+  assert tool.find_chip(jax.devices()) is None
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--topology=v9:2x2"], "--topology=v9:2x2 is not KIND:AxB"), (["--topology=v5e"], "is not KIND:AxB"),
+    (["--sweep_batch"], "the memory of cpu is not known; give a --topology"), (["--config.batch_size=12"], "nearest: 8 or 16"),
+    (["--what=1"], "what")])
+def test_mistakes(config_file, arguments, message, capsys):
+  assert tool.main(["compile", f"--config={config_file}", *arguments]) == 2
+  error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+  assert len(error) == 1 and message in error[0], error
+
+
+def test_slices_and_hosts_are_kept_together():
+  """Rows of a batch go host by host; an fsdp group stays inside a slice."""
+  devices = [SimpleNamespace(id=i, process_index=i // 2, slice_index=i // 4) for i in np.random.default_rng(0).permutation(8)]
+  mesh = sharding.make_mesh(fsdp=2, devices=devices)
+  assert [[d.id for d in row] for row in mesh.devices] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+  with pytest.raises(ValueError, match="fsdp=8 does not divide the 4 devices of each of 2 slices"):
+    sharding.make_mesh(fsdp=8, devices=devices)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (the tpu extra)")
+def test_chips_that_are_not_here(config_file, tmp_path, capsys):
+  assert tool.main(["compile", f"--config={config_file}", "--topology=v5e:2x2", f"--json={tmp_path}/x.json"]) == 0
+  found = json.loads((tmp_path / "x.json").read_text())
+  assert found["devices"] == 4 and found["chip"] == "TPU v5e" and found["images_per_s"] > 0
+  assert found["collectives"]["all-reduce"]["bytes"] > 0.9 * 4 * 0.03e6 and "roofline" in capsys.readouterr().out
