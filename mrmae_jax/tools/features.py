@@ -29,7 +29,9 @@ def define_flags() -> flags.FlagValues:
   flags.DEFINE_string("data_dir", "", "Where tfds looks for prepared data sets.", flag_values=own)
   flags.DEFINE_string("train_split", "train", "Sub-folder or tfds split behind --split=train.", flag_values=own)
   flags.DEFINE_string("eval_split", "validation", "The same for --split=eval.", flag_values=own)
-  flags.DEFINE_enum("split", "train", ["train", "eval"], "Which one; images without splits are all train.", flag_values=own)
+  flags.DEFINE_enum("split", "train", ["train", "eval"], "Which one.", flag_values=own)
+  flags.DEFINE_integer("holdout_every", 0, "Images without splits: every k-th is --split=eval, as in a run; 0: all are train.",
+                       flag_values=own)
   flags.DEFINE_string("out", None, "The file: .npz or .parquet.", flag_values=own)
   flags.DEFINE_enum("feature", "pooled", ["pooled", "cls"], "The mean over the tokens, or the CLS token.", flag_values=own)
   flags.DEFINE_integer("image_size", 0, "Side of the (square) images in pixels; 0: as the model was trained; pixels: 32.",
@@ -134,7 +136,7 @@ def run(options) -> str:
   from mrmae_jax.weights import files  # pylint: disable=g-import-not-at-top
   from tqdm import tqdm  # pylint: disable=g-import-not-at-top
   source = data.open_source(options.images, options.split, train_split=options.train_split, eval_split=options.eval_split,
-                            data_dir=options.data_dir, holdout_every=0)
+                            data_dir=options.data_dir, holdout_every=options.holdout_every)
   encode, size, report = _encoder(options)
   print(f"{report}\n{source.description}", flush=True)
   batches = extract(encode, source, image_size=size, crop=options.crop, batch_size=options.batch_size)

@@ -1,0 +1,154 @@
+"""Several processes on this machine as the hosts of a run: the same numbers as one, and mistakes that are named in time."""
+
+import json
+import os
+from pathlib import Path
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from mrmae_jax import distributed
+
+ROOT = Path(__file__).parent.parent
+
+
+def free_port():
+  with socket.socket() as s:
+    s.bind(("localhost", 0))
+    return s.getsockname()[1]
+
+
+def start(index, count, devices, log, *arguments, config="tests/tiny.py", port=None, environment=None):
+  """A process of a run; alone with count 1. What it prints goes to `log`."""
+  flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+  env = dict(os.environ, PYTHONPATH=str(ROOT), XLA_FLAGS=flags, PYTHONUNBUFFERED="1", **environment or {})
+  command = [sys.executable, "-m", "mrmae_jax.main", f"--config={config}", *arguments]
+  if count > 1:
+    command += ["--multihost", f"--coordinator_address=localhost:{port}", f"--num_processes={count}", f"--process_id={index}"]
+  return subprocess.Popen(command, cwd=ROOT, env=env, stdout=open(log, "w"), stderr=subprocess.STDOUT)
+
+
+def finish(processes, timeout=240):
+  """Exit codes; whatever is left after the timeout is killed."""
+  end = time.monotonic() + timeout
+  try:
+    return [p.wait(max(0.1, end - time.monotonic())) for p in processes]
+  finally:
+    for p in processes:
+      p.kill()
+
+
+def run(tmp_path, name, count, devices, *arguments, **options):
+  """A whole run; its metrics."""
+  port, logs = free_port(), [tmp_path / f"{name}_{i}.log" for i in range(count)]
+  processes = [start(i, count, devices, logs[i], f"--workdir={tmp_path / name}", *arguments, port=port, **options)
+               for i in range(count)]
+  codes = finish(processes)
+  assert codes == [0] * count, "\n".join(log.read_text()[-2000:] for log in logs)
+  return metrics(tmp_path / name)
+
+
+def metrics(workdir):
+  """{step: its record}, {step: its evaluation}."""
+  rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  return {row["step"]: row for row in rows if "loss" in row}, {row["step"]: row for row in rows if "loss" not in row}
+
+
+def test_one_run_on_any_hosts_and_after_a_kill(tmp_path):
+  """2 processes of 2 devices, killed after the first checkpoint, go on as 1 x 1, as 1 x 8 and as 4 x 1; all as if never cut."""
+  whole, evaluations = run(tmp_path, "whole", 1, 1)
+  port = free_port()
+  cut = [start(i, 2, 2, tmp_path / f"cut_{i}.log", f"--workdir={tmp_path}/cut", port=port) for i in range(2)]
+  end = time.monotonic() + 240
+  while not (tmp_path / "cut" / "checkpoints" / "4").is_dir() and time.monotonic() < end:
+    time.sleep(0.05)
+  for process in cut:
+    process.send_signal(signal.SIGKILL)
+  finish(cut)
+  assert [p.name for p in (tmp_path / "cut" / "checkpoints").iterdir() if p.name.isdigit()] == ["4"], (
+      tmp_path / "cut_0.log").read_text()[-2000:]
+  assert "process 1 of 2 on" in (tmp_path / "cut_1.log").read_text()
+  for name, count, devices in (("one", 1, 1), ("eight", 1, 8), ("four", 4, 1)):
+    subprocess.run(["cp", "-r", tmp_path / "cut", tmp_path / name], check=True)
+    losses, found = run(tmp_path, name, count, devices)
+    assert losses.keys() == whole.keys() == set(range(1, 9))
+    for step in whole:
+      for key in ("loss", "mimic", "pixel"):
+        np.testing.assert_allclose(losses[step][key], whole[step][key], rtol=1e-5, err_msg=f"{name}, step {step}, {key}")
+    # A neighbour that is nearly as near as the next one may change places with it.
+    assert abs(found[8]["knn/accuracy"] - evaluations[8]["knn/accuracy"]) < 2.1 / 359
+
+
+@pytest.mark.parametrize("kind", ["finetune", "probe"])
+def test_evaluation_counts_the_same_images(tmp_path, kind):
+  """Held-out accuracy of weights that hardly move: the same counts on 1 and on 2 processes."""
+  (tmp_path / "c.py").write_text(f"from tests import test_classify, test_probe\ndef get_config():\n"
+                                 f"  return test_{'classify' if kind == 'finetune' else 'probe'}.{kind}_config(optim__blr=1e-3)\n")
+  results = [run(tmp_path, f"run{count}", count, 2 // count, "--config.epochs=0.03", config=tmp_path / "c.py")[1][3]
+             for count in (1, 2)]
+  assert results[0]["classify/images"] == results[1]["classify/images"] == 359
+  assert abs(results[0]["classify/top1"] - results[1]["classify/top1"]) < 1.1 / 359
+  assert abs(results[0]["classify/top5"] - results[1]["classify/top5"]) < 1.1 / 359
+
+
+def mistake(tmp_path, *per_process, count=2, timeout=90):
+  """Exit codes, "error:" lines of each process, and seconds from the first exit to the last."""
+  port, logs = free_port(), [tmp_path / f"{i}.log" for i in range(len(per_process))]
+  processes = [start(i, count, 1, logs[i], f"--workdir={tmp_path}/run", *arguments, port=port)
+               for i, arguments in enumerate(per_process)]
+  codes = finish(processes, timeout)
+  return codes, [[line for line in log.read_text().splitlines() if line.startswith("error:")] for log in logs]
+
+
+def test_a_host_with_another_configuration(tmp_path):
+  codes, errors = mistake(tmp_path, (), ("--config.optim.blr=0.5",))
+  assert codes == [2, 2]
+  for lines in errors:
+    assert lines == ["error: optim.blr is 0.04 on process 0 and 0.5 on process 1"]
+
+
+def test_a_host_without_its_images(tmp_path):
+  codes, errors = mistake(tmp_path, (), ("--config.data.source=folder:/none",))
+  assert codes == [2, 2]
+  for lines in errors:
+    assert len(lines) == 1 and lines[0].startswith("error: process 1: config.data: folder:/none: does not exist")
+
+
+def test_a_host_that_does_not_come(tmp_path):
+  began = time.monotonic()
+  codes, errors = mistake(tmp_path, ("--init_timeout=8",), ("--init_timeout=8",), count=3)
+  assert codes == [1, 1] and time.monotonic() - began < 60
+  assert "process 0 of 3 waited 8 s for the others" in errors[0][0] and "process 1 of 3 waited 8 s" in errors[1][0]
+  assert "answers, so others have not come" in errors[1][0]
+
+
+def test_a_coordinator_that_is_not_there(tmp_path):
+  log = tmp_path / "log"
+  process = start(1, 2, 1, log, f"--workdir={tmp_path}/run", "--init_timeout=5", port=free_port())
+  assert finish([process], 60) == [1]
+  assert "process 1 of 2 waited 5 s" in log.read_text() and "nothing answers at localhost:" in log.read_text()
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (("a:1", 2, None), "--process_id must be given too"), ((None, None, 3), "--coordinator_address, --num_processes must be given too"),
+    (("a:1", 2, 2), "--process_id=2 must be one of 0 to 1 with --num_processes=2"),
+    (("localhost", 2, 0), "--coordinator_address=localhost must be HOST:PORT")])
+def test_flags_that_do_not_go_together(arguments, message):
+  with pytest.raises(distributed.DistributedError, match=message):
+    distributed.start(*arguments, timeout_s=1)
+
+
+def test_the_environment_stands_in_for_flags(monkeypatch):
+  monkeypatch.setenv("MRMAE_COORDINATOR_ADDRESS", "localhost:1")
+  monkeypatch.setenv("MRMAE_NUM_PROCESSES", "2")
+  monkeypatch.setenv("MRMAE_PROCESS_ID", "7")
+  with pytest.raises(distributed.DistributedError, match="--process_id=7 must be one of 0 to 1"):
+    distributed.start(None, None, None, timeout_s=1)
+  monkeypatch.setenv("MRMAE_PROCESS_ID", "x")
+  with pytest.raises(distributed.DistributedError, match="must be whole numbers"):
+    distributed.start(None, None, None, timeout_s=1)
