@@ -105,20 +105,47 @@ def exchange(what: str, text: str, timeout_s: int = 25) -> list[str]:
   """
   if jax.process_count() == 1:
     return [text]
-  from jax._src import distributed  # pylint: disable=g-import-not-at-top; the store has no public name, orbax uses it so too
-  client, occasion, end = distributed.global_state.client, f"mrmae_jax/{next(_rounds)}/{what}", time.monotonic() + timeout_s
-  client.key_value_set(f"{occasion}/{jax.process_index()}", text)
-  texts, missing = [], []
-  for index in range(jax.process_count()):
-    try:
-      texts.append(client.blocking_key_value_get(f"{occasion}/{index}", max(1, int(1000 * (end - time.monotonic())))))
-    except Exception as error:  # pylint: disable=broad-exception-caught; jaxlib's own type; whatever it is, that one is missing
-      logging.info("%s/%d: %s", occasion, index, error)
-      missing.append(str(index))
+  occasion = f"mrmae_jax/{next(_rounds)}/{what}"
+  _store().key_value_set(f"{occasion}/{jax.process_index()}", text)
+  texts = _read(occasion, timeout_s)
+  missing = [str(index) for index, found in enumerate(texts) if found is None]
   if missing:
     raise LostError(f"process {jax.process_index()} waited {timeout_s} s at {what!r} for process {', '.join(missing)} of "
                     f"{jax.process_count()}; look at the log there")
   return texts
+
+
+def _store():
+  """The coordinator's key-value store; None in a process that is alone."""
+  from jax._src import distributed  # pylint: disable=g-import-not-at-top; it has no public name, orbax uses it so too
+  return distributed.global_state.client
+
+
+def _read(occasion: str, timeout_s: float) -> list[str | None]:
+  """What each process has written under a name, None where nothing comes in time."""
+  end, texts = time.monotonic() + timeout_s, []
+  for index in range(jax.process_count()):
+    try:
+      texts.append(_store().blocking_key_value_get(f"{occasion}/{index}", max(1, int(1000 * (end - time.monotonic())))))
+    except Exception as error:  # pylint: disable=broad-exception-caught; jaxlib's own type; whatever it is, that one is missing
+      logging.info("%s/%d: %s", occasion, index, error)
+      texts.append(None)
+  return texts
+
+
+def leave(code: int) -> None:
+  """Ends a process that failed. A normal exit would wait for the others, which may be waiting for this one.
+
+  The end of process 0, which keeps the store, is the end of all: it gives the others ten seconds to say what is wrong with them.
+  """
+  sys.stdout.flush()
+  sys.stderr.flush()
+  if _store() is not None:
+    _store().key_value_set(f"mrmae_jax/leaving/{jax.process_index()}", "")
+    if jax.process_index() == 0:
+      _read("mrmae_jax/leaving", 10)
+      time.sleep(1)  # between their last word and their end
+  os._exit(code)
 
 
 def agree(what: str, values: dict, error: str | None = None) -> None:

@@ -144,9 +144,8 @@ def _command() -> None:
     traceback.print_exc()
     code = 1
   if code and flags.FLAGS.is_parsed() and _MULTIHOST.value:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # a normal exit would wait for the other processes, which wait for this one
+    from mrmae_jax import distributed  # pylint: disable=g-import-not-at-top; as above
+    distributed.leave(code)
   sys.exit(code)
 
 
