@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from etils import epath
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -15,6 +16,26 @@ import orbax.checkpoint as ocp
 
 class WorkdirError(ValueError):
   """The working directory belongs to a different run, or cannot be used."""
+
+
+def open_workdir(workdir: str | Path) -> epath.Path:
+  """A run's folder, on disk or in a bucket (gs://BUCKET/FOLDER), as a path that can be read and written either way.
+
+  Raises:
+    WorkdirError: a bucket that cannot be reached, or another kind of address.
+  """
+  text = str(workdir)
+  if "://" not in text:
+    return epath.Path(Path(text).expanduser().absolute())
+  if not text.startswith("gs://"):
+    raise WorkdirError(f"{text}: folders on disk and gs:// buckets are supported")
+  path = epath.Path(text)
+  try:
+    path.exists()
+  except Exception as error:  # no gcsfs, no credentials, no such bucket, no network: each library has its own
+    raise WorkdirError(f"{text} cannot be reached ({' '.join(str(error).split())[:200] or type(error).__name__}); it needs pip install "
+                       "'mrmae_jax[gcs]', and credentials: gcloud auth application-default login") from None
+  return path
 
 
 class Checkpoints:
@@ -31,7 +52,7 @@ class Checkpoints:
     Raises:
       WorkdirError: the newest checkpoint was written by a run with another identity.
     """
-    self.directory = Path(workdir).expanduser().absolute() / "checkpoints"
+    self.directory = open_workdir(workdir) / "checkpoints"
     self.identity = identity
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True,
                                            async_options=ocp.AsyncOptions(timeout_secs=300))
@@ -87,7 +108,7 @@ def read_config(workdir: str | Path) -> dict[str, Any]:
   Raises:
     WorkdirError: there is no run, or none with a complete checkpoint.
   """
-  folder = Path(workdir).expanduser()
+  folder = open_workdir(workdir)
   steps = [p.name for p in (folder / "checkpoints").glob("*") if p.name.isdigit()]
   if not (folder / "config.json").is_file() or not steps:
     raise WorkdirError(f"{workdir} holds no run with a checkpoint: expected config.json and checkpoints/STEP there")
@@ -108,7 +129,7 @@ def read_params(workdir: str | Path, *wanted: str) -> tuple[dict[str, Any], tupl
   """
   averaged = read_config(workdir)["optim"]["ema_decay"]
   handlers = {"state": ocp.PyTreeCheckpointHandler(), "run": ocp.JsonCheckpointHandler()}
-  directory = Path(workdir).expanduser().absolute() / "checkpoints"
+  directory = open_workdir(workdir) / "checkpoints"
   with ocp.CheckpointManager(directory, item_names=tuple(handlers), item_handlers=handlers,
                              options=ocp.CheckpointManagerOptions(create=False)) as manager:
     step = manager.latest_step()

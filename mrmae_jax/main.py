@@ -17,7 +17,7 @@ from absl import flags
 from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, e.g. configs/mrmae.py:base.", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and pictures; holds at most one run.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder, or gs://BUCKET/FOLDER, for checkpoints, metrics and pictures; holds at most one run.")
 _CHECK = flags.DEFINE_bool("check", False, "Open the data, compile, run one step, write nothing.")
 _MULTIHOST = flags.DEFINE_bool("multihost", False, "Wait for the processes of the other hosts and train with them.")
 _COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, or MRMAE_COORDINATOR_ADDRESS.")

@@ -6,8 +6,10 @@ import math
 import os
 from pathlib import Path
 import sys
+import tempfile
 import time
 
+from etils import epath
 import jax
 import numpy as np
 import tensorboardX
@@ -56,8 +58,12 @@ class Log:
       total_steps: of the run.
       first_step: updates already done.
     """
-    self.path = Path(workdir) / "metrics.jsonl"
-    self.tensorboard = Path(workdir) / "tensorboard"
+    self._folder, self._uploaded = epath.Path(workdir), time.time()
+    self.tensorboard = self._folder / "tensorboard"
+    # Objects in a bucket cannot be appended to: the logs grow on disk, and go there as a whole every minute.
+    self._bucket = "://" in str(workdir)
+    spool = Path(tempfile.mkdtemp()) if self._bucket else Path(workdir)
+    self.path = spool / "metrics.jsonl"
     self._active = jax.process_index() == 0
     self._total = total_steps
     self._bar = None
@@ -67,7 +73,7 @@ class Log:
       temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
       os.replace(temporary, self.path)
       self._file = open(self.path, "a", encoding="utf-8")
-      self._writer = tensorboardX.SummaryWriter(str(self.tensorboard), purge_step=first_step + 1 if first_step else 0)
+      self._writer = tensorboardX.SummaryWriter(str(spool / "tensorboard"), purge_step=first_step + 1 if first_step else 0)
       if sys.stderr.isatty():
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step", smoothing=0.05, dynamic_ncols=True)
 
@@ -87,6 +93,7 @@ class Log:
       return
     self._file.write(json.dumps({"step": step, **values}) + "\n")
     self._file.flush()
+    self._upload()
     for name, value in values.items():
       self._writer.add_scalar(name, value, step)
     shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
@@ -107,8 +114,22 @@ class Log:
     if self._active:
       self._file.close()
       self._writer.close()
+      self._upload(every_s=0)
     if self._bar:
       self._bar.close()
+
+
+  def _upload(self, every_s: float = 60) -> None:
+    """Copies to the bucket, if the workdir is in one, what has changed since the last time."""
+    if not self._bucket or time.time() - self._uploaded < every_s:
+      return
+    self._writer.flush()
+    for path in self.path.parent.rglob("*"):
+      if path.is_file() and (path.stat().st_mtime >= self._uploaded - 1 or not every_s):
+        target = self._folder / str(path.relative_to(self.path.parent))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    self._uploaded = time.time()
 
 
 class Clock:
@@ -174,7 +195,7 @@ def hms(seconds: float) -> str:
 
 def read(workdir: str | Path) -> list[dict]:
   """Records of a run's metrics.jsonl in order; a torn last line, left by a killed run, is skipped."""
-  path = Path(workdir) / "metrics.jsonl"
+  path = epath.Path(workdir) / "metrics.jsonl"
   records = []
   for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
     try:

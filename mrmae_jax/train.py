@@ -176,7 +176,7 @@ def _fit(config, task: Task, workdir, check: bool, closing: contextlib.ExitStack
     log.text("parameters.txt", parameter_overview.get_parameter_overview(shapes.params, include_stats=False))
     log.say(start)
   if first_step >= total_steps:
-    log.say("\n  ".join([f"finished: {workdir} already holds all {total_steps} steps of this run", *summary(workdir)]))
+    log.say("\n  ".join([f"finished: {workdir} already holds all {total_steps} steps of this run", *summary(log.path.parent)]))
     return state
 
   # 3. One program, compiled before the first batch is used.
@@ -249,7 +249,7 @@ def _fit(config, task: Task, workdir, check: bool, closing: contextlib.ExitStack
       evaluate(step)
   checkpoints.wait()
   log.say("\n  ".join([
-      f"done: {total_steps} steps", *summary(workdir), *(f"{name}: {path}" for name, path in pictures.items()),
+      f"done: {total_steps} steps", *summary(log.path.parent), *(f"{name}: {path}" for name, path in pictures.items()),
       f"TensorBoard log: {log.tensorboard}", f"checkpoint: {checkpoints.directory / str(total_steps)}"]))
   return state
 

@@ -331,3 +331,47 @@ def test_peak_flops_takes_the_longest_name():
   assert metrics.peak_flops(device("NVIDIA H200")) == 989e12
   assert metrics.peak_flops(device("TPU v5 lite")) == 197e12 and metrics.peak_flops(device("TPU v5p")) == 459e12
   assert metrics.peak_flops(device("cpu")) is None
+
+
+class Objects:
+  """Stands in for a bucket: whole objects by name, no appending, no renaming."""
+
+  def __init__(self, monkeypatch):
+    import fsspec
+    from etils.epath import backend
+    self.files = fsspec.filesystem("memory")
+    monkeypatch.setattr(backend.fsspec_backend, "_get_filesystem", lambda name: self.files)
+
+  def names(self):
+    return sorted(name.split("bucket/", 1)[1] for name in self.files.store)
+
+
+def test_logs_of_a_run_in_a_bucket(monkeypatch):
+  """They grow on disk and arrive in the bucket; a resumed run starts from what is there."""
+  bucket = Objects(monkeypatch)
+  log = metrics.Log("gs://bucket/run", 10)
+  log.scalars(1, {"loss": 0.5})
+  log.scalars(2, {"loss": 0.25})
+  log.text("config.json", "{}")
+  assert metrics.read("gs://bucket/run") == []  # not yet: once a minute, and at the end
+  log.close()
+  assert [r["loss"] for r in metrics.read("gs://bucket/run")] == [0.5, 0.25]
+  names = bucket.names()
+  assert {"run/metrics.jsonl", "run/config.json"} < set(names) and any(n.startswith("run/tensorboard/events") for n in names)
+  log = metrics.Log("gs://bucket/run", 10, first_step=1)
+  log.scalars(2, {"loss": 0.125})
+  log.close()
+  assert [(r["step"], r["loss"]) for r in metrics.read("gs://bucket/run")] == [(1, 0.5), (2, 0.125)]
+  assert not Path("gs:").exists()
+
+
+@pytest.mark.parametrize("workdir, message", [
+    ("gs://bucket/run", r"gs://bucket/run cannot be reached \(no credentials\); it needs pip install 'mrmae_jax\[gcs\]'"),
+    ("s3://bucket/run", "folders on disk and gs:// buckets are supported")])
+def test_buckets_that_cannot_be_used(monkeypatch, workdir, message):
+  from etils.epath import backend
+  def refuse(name):
+    raise OSError("no credentials")
+  monkeypatch.setattr(backend.fsspec_backend, "_get_filesystem", refuse)
+  with pytest.raises(WorkdirError, match=message):
+    Checkpoints(workdir, {})

@@ -1,7 +1,8 @@
 """Pictures of what the decoder makes of held-out images: a PNG per evaluation in WORKDIR/reconstructions."""
 
-from pathlib import Path
+import io
 
+from etils import epath
 import jax
 import numpy as np
 from PIL import Image, ImageDraw
@@ -25,7 +26,7 @@ class Evaluator:
       images: number of rows.
     """
     self.note = ""  # always has something to show
-    self._frozen, self._folder = frozen, Path(workdir) / "reconstructions"
+    self._frozen, self._folder = frozen, epath.Path(workdir) / "reconstructions"
     self._images, self._norm_pix = images, config.method.norm_pix
     source = data.open_split(config.data, "eval" if config.data.holdout_every else "train")
     count = -(-images // mesh.size) * mesh.size
@@ -50,7 +51,9 @@ class Evaluator:
     path = self._folder / f"step_{step:07d}.png"
     if jax.process_index() == 0:
       self._folder.mkdir(parents=True, exist_ok=True)
-      Image.fromarray(picture).save(path)
+      encoded = io.BytesIO()
+      Image.fromarray(picture).save(encoded, "PNG")
+      path.write_bytes(encoded.getvalue())
     return {"pictures": {path: picture}}
 
 

@@ -87,13 +87,15 @@ def read(path: str | Path, *, num_heads: int = 0, decoder_heads: int = 0, grid: 
   Raises:
     WeightsError: nothing there, another model, or tensors missing, unknown, misshapen or not finite.
   """
+  if "://" in str(path):  # a bucket, which holds runs alone
+    return _read_run(path, decoder, learned_positions, dtype)
   path = Path(path).expanduser()
   if (path / "checkpoints").is_dir():
     return _read_run(path, decoder, learned_positions, dtype)
   return _read_files(path, num_heads, decoder_heads, grid, decoder, learned_positions, dtype)
 
 
-def _read_run(path: Path, with_decoder: bool, learned_positions: bool, dtype: str) -> Student:
+def _read_run(path: str | Path, with_decoder: bool, learned_positions: bool, dtype: str) -> Student:
   """The newest checkpoint of a run."""
   try:
     config = checkpoint.read_config(path)
