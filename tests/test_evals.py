@@ -29,8 +29,8 @@ def test_knn_classify_by_its_definition():
   assert len(set(knn.knn_classify(queries, bank, labels, 4, (99,), temperature=1e3)[99])) == 1  # cut to the bank: one majority
 
 
-@pytest.mark.parametrize("count", [37, 40, 5])
-@pytest.mark.parametrize("devices, fsdp", [(1, 1), (3, 1), (8, 2)])
+@pytest.mark.parametrize("count", [37, 5])
+@pytest.mark.parametrize("devices, fsdp", [(1, 1), (8, 2)])
 def test_neighbours_are_exact_in_any_blocks_on_any_devices(monkeypatch, count, devices, fsdp):
   rng = np.random.default_rng(0)
   bank, queries = rng.standard_normal((count, 6)).astype(np.float32), rng.standard_normal((23, 6)).astype(np.float32)

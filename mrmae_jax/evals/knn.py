@@ -146,22 +146,20 @@ def _search(queries, bank, k, count):
   """`nearest` for queries [Q, D] in a bank [S, N, b, D]: S devices' shares of N blocks, in order; zeros from `count` on."""
   shares, blocks, block, _ = bank.shape
   queries = _unit(queries)
-  first = jnp.arange(shares)[:, None, None] * blocks * block
 
   def look(best, n):
     similarity = jnp.einsum("qd,sbd->sqb", queries, _unit(bank[:, n]), precision="highest")
-    place = jnp.broadcast_to(first + n * block + jnp.arange(block), similarity.shape)
-    return _best(jnp.concatenate([best[0], jnp.where(place < count, similarity, -jnp.inf)], 2),
-                 jnp.concatenate([best[1], place], 2), k), None
+    first = ((jnp.arange(shares) * blocks + n) * block)[:, None, None]  # place in the bank of each block's first entry
+    similarity = jnp.where(first + jnp.arange(block) < count, similarity, -jnp.inf)
+    similarity, found = jax.lax.top_k(jnp.concatenate([best[0], similarity], 2), k)
+    old = jnp.take_along_axis(best[1], jnp.minimum(found, k - 1), 2)
+    return (similarity, jnp.where(found < k, old, first + found - k)), None
 
   none = jnp.full((shares, len(queries), k), -jnp.inf), jnp.zeros((shares, len(queries), k), jnp.int32)
   best, _ = jax.lax.scan(look, none, jnp.arange(blocks))
-  return _best(*(x.swapaxes(0, 1).reshape(len(queries), -1) for x in best), k)
-
-
-def _best(similarity, place, k):
+  similarity, place = (x.swapaxes(0, 1).reshape(len(queries), -1) for x in best)
   similarity, found = jax.lax.top_k(similarity, k)
-  return similarity, jnp.take_along_axis(place, found, -1)
+  return similarity, jnp.take_along_axis(place, found, 1)
 
 
 def _unit(x):

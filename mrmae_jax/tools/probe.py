@@ -33,7 +33,7 @@ def define_flags() -> flags.FlagValues:
   flags.DEFINE_float("temperature", 0.07, "Of the neighbours' votes.", flag_values=own)
   flags.DEFINE_list("shots", ["1", "5", "10"], "Labelled images per class; empty: no few-shot.", flag_values=own)
   flags.DEFINE_integer("draws", 10, "Independent choices of these.", flag_values=own)
-  flags.DEFINE_list("blr", ["0.001", "0.003", "0.01", "0.03", "0.1", "0.3"],
+  flags.DEFINE_list("blr", ["0.001", "0.003", "0.01", "0.03", "0.1", "0.3", "1"],
                     "Base learning rates of the linear probe; empty: none. The peak is blr * batch_size / 256.", flag_values=own)
   flags.DEFINE_integer("epochs", 90, "Of the linear probe.", flag_values=own)
   flags.DEFINE_integer("batch_size", 256, "Of the linear probe.", flag_values=own)
