@@ -13,7 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-from configs import ablation, cifar10, convmae, demo, finetune, mae, mrmae, probe
+from configs import cifar10, convmae, demo, finetune, mae, mrmae, probe
+from configs.sweeps import ablation
 from mrmae_jax import config as config_lib, teachers
 from mrmae_jax.config import ConfigError, validate
 from mrmae_jax.tasks import pretrain

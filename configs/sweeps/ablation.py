@@ -1,7 +1,7 @@
 """Ablations of MR-MAE: the full recipe with one choice changed at a time.
 
-Command:   python -m mrmae_jax.main --config=configs/ablation.py:ARGUMENTS --workdir=DIR --config.KEY=VALUE ..., once for each item
-           of `sweep()`; arguments and teachers as in configs/mrmae.py
+Command:   python -m launch.sweep --config=configs/sweeps/ablation.py --workdir=DIR --config.KEY=VALUE ...; arguments and
+           teachers as in configs/mrmae.py
 Hardware:  as configs/mrmae.py
 Cost:      100 epochs of ImageNet-1k at the base size, about 1.3e19 FLOP for each of 11 runs
 Expected:  the paper prints such a table; its numbers were not available, and none is reproduced here yet
@@ -18,7 +18,7 @@ def get_config(arguments: str = "base"):
 
 
 def sweep():
-  """Yields {key: value} of each run: "argument" of `get_config`, and overrides of its keys."""
+  """Yields the points, see mrmae_jax/sweep.py."""
   yield {"argument": "base"}                                 # the full recipe: focused, fused stages and layers, ConvViT, CLIP
   yield {"argument": "base,masking=random"}
   yield {"argument": "base,fusion=stages"}

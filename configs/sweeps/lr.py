@@ -1,0 +1,15 @@
+"""Learning rate and weight decay, drawn at random around the published ones.
+
+Command:   python -m launch.sweep --config=configs/sweeps/lr.py --workdir=DIR --config.KEY=VALUE ...; arguments as in
+           configs/mrmae.py
+Hardware:  as configs/mrmae.py
+Cost:      100 epochs of ImageNet-1k at the base size, about 1.3e19 FLOP for each of 12 runs
+Expected:  the published rate (blr 1.5e-4) within a factor of two of the best; not measured here yet
+"""
+
+from configs.sweeps.ablation import get_config  # pylint: disable=unused-import; the full recipe, 100 epochs
+from mrmae_jax.sweep import log_uniform, sampled
+
+
+def sweep():
+  return sampled(12, 0, {"optim.blr": log_uniform(4e-5, 6e-4), "optim.weight_decay": (0.02, 0.05, 0.1)})

@@ -1,0 +1,20 @@
+"""Weight of the mimic loss beside the pixel loss; the paper does not print it.
+
+Command:   python -m launch.sweep --config=configs/sweeps/mimic_weight.py --workdir=DIR --config.KEY=VALUE ...; arguments as in
+           configs/mrmae.py, or demo (configs/sweeps/mimic_weight.py:demo) for the digits of configs/demo.py
+Hardware:  as configs/mrmae.py; the demo: 2 CPU cores
+Cost:      100 epochs of ImageNet-1k at the base size, about 1.3e19 FLOP for each of 6 runs; the demo: a quarter of an hour
+Expected:  both losses start near 1, so the best weight should not be far from 1; not measured here yet
+"""
+
+from configs import demo
+from configs.sweeps import ablation
+from mrmae_jax.sweep import grid
+
+
+def get_config(argument: str = "base"):
+  return demo.get_config() if argument == "demo" else ablation.get_config(argument)
+
+
+def sweep():
+  return grid({"teacher.weight": (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)})
