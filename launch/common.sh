@@ -1,4 +1,5 @@
 # What the launch scripts share; sourced, not run. Works with bash 3.2 (macOS) too.
+# shellcheck shell=bash disable=SC2034
 
 DRY_RUN=false
 

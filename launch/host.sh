@@ -22,7 +22,7 @@ setup() {
   # uv brings its own Python: images of TPU VMs and clusters may have an older one than the 3.11 that is needed.
   command -v uv > /dev/null || act sh -c 'curl -LsSf https://astral.sh/uv/install.sh | sh' || return
   [ -x "$python" ] || act uv venv --python 3.11 "$state/venv" || return
-  act uv pip install --python "$python" --constraint "$root/requirements.txt" --editable "$root[$1]"
+  act uv pip install --python "$python" --constraint "$root/requirements.txt" --editable "${root}[$1]"
 }
 
 # The training process and all of its children hold the lock: no process id is trusted, and none is left out.

@@ -16,6 +16,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 manifest() {
   local template=$here/tpu.yaml
   if [ -n "${JOB_GPU:-}" ]; then template=$here/gpu.yaml; fi
+  # shellcheck disable=SC2016  # the dollars are those of the template
   python3 -c '
 import json, math, string, sys
 template, name, image, kind, topology, chips, hosts, *words = sys.argv[1:]
