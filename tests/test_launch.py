@@ -309,10 +309,14 @@ def test_the_training_outlives_the_terminal_and_can_be_stopped(cloud):
   code, _, err = cloud.run("tpu_pod.sh", "run", "--config=b.py", BUCKET, **POD)
   assert code == 2 and "another run is under way here: --multihost --config=a.py" in err
   again = cloud.start("tpu_pod.sh", "run", "--config=a.py", BUCKET, **POD)
-  time.sleep(1)
+  out = ""
+  while out.count("training hang") < 2:  # attached to both hosts
+    line = again.stdout.readline()
+    assert line, out
+    out += line
   assert again.poll() is None and cloud.run("tpu_pod.sh", "stop", **POD)[0] == 0
-  out, _ = again.communicate(timeout=30)
-  assert again.returncode == 75 and out.count("training hang") == 2 and len(cloud.calls) == 2
+  rest, _ = again.communicate(timeout=60)
+  assert again.returncode == 75 and (out + rest).count("training hang") == 2 and len(cloud.calls) == 2
 
 
 @pytest.mark.parametrize("words, env, message", [
