@@ -33,7 +33,7 @@ def start(index, count, devices, log, *arguments, config="tests/tiny.py", port=N
   return subprocess.Popen(command, cwd=ROOT, env=env, stdout=open(log, "w"), stderr=subprocess.STDOUT)
 
 
-def finish(processes, timeout=240):
+def finish(processes, timeout=400):
   """Exit codes; whatever is left after the timeout is killed."""
   end = time.monotonic() + timeout
   try:
@@ -64,7 +64,7 @@ def test_one_run_on_any_hosts_and_after_a_kill(tmp_path):
   whole, evaluations = run(tmp_path, "whole", 1, 1)
   port = free_port()
   cut = [start(i, 2, 2, tmp_path / f"cut_{i}.log", f"--workdir={tmp_path}/cut", port=port) for i in range(2)]
-  end = time.monotonic() + 240
+  end = time.monotonic() + 400
   while not (tmp_path / "cut" / "checkpoints" / "4").is_dir() and time.monotonic() < end:
     time.sleep(0.05)
   for process in cut:
