@@ -4,7 +4,7 @@ Command:   python -m mrmae_jax.main --config=configs/cifar10.py:mrmae --workdir=
                --config.teacher.path=TEACHER
            The folder has train/ and test/ with a sub-folder per class. The teacher is trained on train/ without labels:
            see the section "CIFAR-10" of README.md, which has every command and the results.
-Arguments: configs/cifar10.py:METHOD,epochs=3: mae, convmae or mrmae; epochs of ConvMAE that the budget pays for
+Arguments: configs/cifar10.py:METHOD,epochs=2: mae, convmae or mrmae; epochs of ConvMAE that the budget pays for
 Hardware:  2 CPU cores
 Cost:      the same FLOPs for each method, the forward pass of the teacher included
 """
@@ -17,7 +17,7 @@ COST = {"mae": 0.90, "convmae": 1.0, "mrmae": 1.57}
 
 
 def get_config(arguments: str = "mrmae"):
-  a = config.arguments(arguments, method="mrmae", epochs=3.0)
+  a = config.arguments(arguments, method="mrmae", epochs=2.0)
   if a.method not in COST:
     raise config.ConfigError(f"method {a.method!r} is not one of {', '.join(COST)}")
   c = config.pretrain()
