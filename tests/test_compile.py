@@ -1,7 +1,9 @@
 """tools.compile: figures that belong to the program, the largest batch, a table that adds up; libtpu only where it is there."""
 
+import dataclasses
 import importlib.util
 import json
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -25,8 +27,14 @@ def config_file(tmp_path_factory):
   return path
 
 
-def test_figures_of_the_devices_that_are_here(config_file, tmp_path, capsys):
-  assert tool.main(["compile", f"--config={config_file}", f"--json={tmp_path}/x.json", "--config.mesh.fsdp=2"]) == 0
+def run(monkeypatch, *arguments):
+  """The tool as a command; overrides of a configuration are taken from sys.argv."""
+  monkeypatch.setattr(sys, "argv", ["compile", *arguments])
+  return tool.main()
+
+
+def test_figures_of_the_devices_that_are_here(config_file, tmp_path, monkeypatch, capsys):
+  assert run(monkeypatch, f"--config={config_file}", f"--json={tmp_path}/x.json", "--config.mesh.fsdp=2") == 0
   printed, found = capsys.readouterr().out, json.loads((tmp_path / "x.json").read_text())
   assert found["devices"] == 8 and found["mesh"] == {"data": 4, "fsdp": 2} and found["batch_per_device"] == 4
   assert found["flops"] > 1e6 and found["bytes"] > 1e6 and found["peak"] >= found["temporaries"] > 0
@@ -87,15 +95,21 @@ def test_a_roofline():
     (["--topology=v9:2x2"], "--topology=v9:2x2 is not KIND:AxB"), (["--topology=v5e"], "is not KIND:AxB"),
     (["--sweep_batch"], "the memory of cpu is not known; give a --topology"), (["--config.batch_size=12"], "nearest: 8 or 16"),
     (["--what=1"], "what")])
-def test_mistakes(config_file, arguments, message, capsys):
-  assert tool.main(["compile", f"--config={config_file}", *arguments]) == 2
+def test_mistakes(config_file, arguments, message, monkeypatch, capsys):
+  assert run(monkeypatch, f"--config={config_file}", *arguments) == 2
   error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
   assert len(error) == 1 and message in error[0], error
 
 
 def test_slices_and_hosts_are_kept_together():
   """Rows of a batch go host by host; an fsdp group stays inside a slice."""
-  devices = [SimpleNamespace(id=i, process_index=i // 2, slice_index=i // 4) for i in np.random.default_rng(0).permutation(8)]
+  @dataclasses.dataclass(frozen=True)
+  class Device:
+    id: int
+    process_index: int
+    slice_index: int
+
+  devices = [Device(int(i), int(i) // 2, int(i) // 4) for i in np.random.default_rng(0).permutation(8)]
   mesh = sharding.make_mesh(fsdp=2, devices=devices)
   assert [[d.id for d in row] for row in mesh.devices] == [[0, 1], [2, 3], [4, 5], [6, 7]]
   with pytest.raises(ValueError, match="fsdp=8 does not divide the 4 devices of each of 2 slices"):
@@ -103,8 +117,8 @@ def test_slices_and_hosts_are_kept_together():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (the tpu extra)")
-def test_chips_that_are_not_here(config_file, tmp_path, capsys):
-  assert tool.main(["compile", f"--config={config_file}", "--topology=v5e:2x2", f"--json={tmp_path}/x.json"]) == 0
+def test_chips_that_are_not_here(config_file, tmp_path, monkeypatch, capsys):
+  assert run(monkeypatch, f"--config={config_file}", "--topology=v5e:2x2", f"--json={tmp_path}/x.json") == 0
   found = json.loads((tmp_path / "x.json").read_text())
   assert found["devices"] == 4 and found["chip"] == "TPU v5e" and found["images_per_s"] > 0
   assert found["collectives"]["all-reduce"]["bytes"] > 0.9 * 4 * 0.03e6 and "roofline" in capsys.readouterr().out
