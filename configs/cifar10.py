@@ -6,7 +6,9 @@ Command:   python -m mrmae_jax.main --config=configs/cifar10.py:mrmae --workdir=
            see the section "CIFAR-10" of README.md, which has every command and the results.
 Arguments: configs/cifar10.py:METHOD,epochs=2: mae, convmae or mrmae; epochs of ConvMAE that the budget pays for
 Hardware:  2 CPU cores
-Cost:      the same FLOPs for each method, the forward pass of the teacher included
+Cost:      the same FLOPs for each method, the forward pass of the teacher included; about 7 minutes on one core
+Expected:  with a tenth of the labels, k-NN (k = 20) and linear accuracy: MAE 36.2 and 46.7 %, ConvMAE 35.9 and 44.4 %, MR-MAE 41.3
+           and 47.7 % (three seeds)
 """
 
 from mrmae_jax import config
