@@ -26,6 +26,30 @@ read_arguments() {
   done
 }
 
+# need_bucket WHY WORDS...: dies unless the words of a training command put its workdir into a bucket.
+need_bucket() {
+  local why=$1 workdir='' argument
+  shift
+  for argument in "$@"; do
+    case $argument in --workdir=*) workdir=${argument#--workdir=} ;; esac
+  done
+  case $workdir in
+    gs://*) ;;
+    *) die "run needs --workdir=gs://BUCKET/FOLDER, not '$workdir': $why" ;;
+  esac
+}
+
+# Runs a command and sets `code`. A TERM that comes meanwhile is passed on to it, and `stopping` is true from then on.
+stopping=false child='' code=0
+attend() {
+  trap 'stopping=true; kill -TERM "$child" 2> /dev/null' TERM
+  "$@" &
+  child=$!
+  wait "$child"
+  code=$?
+  if $stopping; then wait "$child"; code=$?; fi  # the first wait ended with the signal, not with the process
+}
+
 # Whether a training process that ended so would end so again: done, mistakes of the user, bad data, a loss that is not finite.
 # Everything else (killed, preempted, a lost host) starts again.
 final() { case $1 in 0 | 2 | 3 | 4) true ;; *) false ;; esac; }

@@ -51,17 +51,12 @@ run() {
 
 # Behind `run`, detached: trains, again if that makes sense, and leaves the exit code.
 supervise() {
-  local stopping=false quick=0 child='' began code
-  trap 'stopping=true; kill -TERM "$child" 2> /dev/null' TERM
+  local quick=0 began
   cd "$root" || return
   echo $$ > "$state/pid"
   while true; do
     began=$SECONDS
-    PYTHONUNBUFFERED=1 "$python" -m mrmae_jax.main "$@" &
-    child=$!
-    wait "$child"
-    code=$?
-    if $stopping; then wait "$child"; code=$?; fi  # the first wait ended with the signal, not with the process
+    attend env PYTHONUNBUFFERED=1 "$python" -m mrmae_jax.main "$@"
     if $stopping || final "$code"; then break; fi
     if [ $((SECONDS - began)) -lt $QUICK_SECONDS ]; then quick=$((quick + 1)); else quick=0; fi
     if [ $quick -ge $QUICK_LIMIT ]; then

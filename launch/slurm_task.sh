@@ -8,12 +8,6 @@ if [ "$SLURM_NTASKS" = "$SLURM_NNODES" ] && [ "${SLURM_GPUS_ON_NODE:-1}" -gt 1 ]
   JAX_LOCAL_DEVICE_IDS=$(seq -s , 0 $((SLURM_GPUS_ON_NODE - 1)))
   export JAX_LOCAL_DEVICE_IDS
 fi
-stopping=false child=''
-trap 'stopping=true; kill -TERM "$child" 2> /dev/null' TERM
-PYTHONUNBUFFERED=1 python -m mrmae_jax.main --multihost "$@" &
-child=$!
-wait "$child"
-code=$?
-if $stopping; then wait "$child"; code=$?; fi  # the first wait ended with the signal, not with the process
-if [ $code != 0 ] && final $code; then exit $((code + FINAL_MARK)); fi
-exit $code
+attend env PYTHONUNBUFFERED=1 python -m mrmae_jax.main --multihost "$@"
+if [ "$code" != 0 ] && final "$code"; then exit $((code + FINAL_MARK)); fi
+exit "$code"

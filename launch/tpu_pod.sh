@@ -102,14 +102,8 @@ setup() {
 }
 
 run() {
-  local argument workdir='' code now
-  for argument in "$@"; do
-    case $argument in --workdir=*) workdir=${argument#--workdir=} ;; esac
-  done
-  case $workdir in
-    gs://*) ;;
-    *) die "run needs --workdir=gs://BUCKET/FOLDER, not '$workdir': disks of a slice go with it, and its hosts share none" ;;
-  esac
+  local code now
+  need_bucket "disks of a slice go with it, and its hosts share none" "$@"
   trap 'say "the training goes on: the same command follows it again, stop ends it"; exit 130' INT
   while true; do
     create

@@ -58,7 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ConfigError, WeightsError, DataError) as error:
       distributed.agree("start", {}, error=str(error))
       raise
-    distributed.agree("start", train.agreed(config, task))
+    if _MULTIHOST.value:  # else there is nobody to agree with, and the images need not be listed again
+      distributed.agree("start", train.agreed(config, task))
     train.fit(config, task, workdir, check=_CHECK.value)
   except (ConfigError, WorkdirError, WeightsError, distributed.DistributedError) as error:
     return _fail(error, distributed.EXIT_LOST if isinstance(error, distributed.LostError) else USAGE_ERROR)

@@ -8,6 +8,7 @@ from pathlib import Path
 import sys
 import tempfile
 import time
+from typing import Any
 
 from etils import epath
 import jax
@@ -20,7 +21,7 @@ from tqdm import tqdm
 PEAK_FLOPS = {
     "A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L4": 121e12, "L40S": 362e12, "A10": 125e12,
     "TPU v2": 23e12, "TPU v3": 61e12, "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12,
-    "TPU v5p": 459e12, "TPU v6 lite": 918e12, "TPU v6e": 918e12,
+    "TPU v5p": 459e12, "TPU v6 lite": 918e12, "TPU v6e": 918e12, "TPU7x": 1153e12,
 }
 
 
@@ -34,9 +35,14 @@ class NonFiniteError(ArithmeticError):
 
 
 def peak_flops(device: jax.Device) -> float | None:
-  """bfloat16 peak of a device in FLOP/s, None when unknown; the longest matching name wins."""
-  names = [name for name in PEAK_FLOPS if name.lower() in device.device_kind.lower()]
-  return PEAK_FLOPS[max(names, key=len)] if names else None
+  """bfloat16 peak of a device in FLOP/s, None when unknown."""
+  return of_device(PEAK_FLOPS, device)
+
+
+def of_device(table: dict[str, Any], device: jax.Device) -> Any:
+  """The entry of `table` whose name is a part of the device's kind, the longest that is; None without one."""
+  names = [name for name in table if name.lower() in device.device_kind.lower()]
+  return table[max(names, key=len)] if names else None
 
 
 def check_finite(step: int, metrics: dict[str, float]) -> None:

@@ -98,7 +98,7 @@ def test_evaluation_counts_the_same_images(tmp_path, kind):
 
 
 def mistake(tmp_path, *per_process, count=2, timeout=90):
-  """Exit codes, "error:" lines of each process, and seconds from the first exit to the last."""
+  """Exit codes, and "error:" lines of each process."""
   port, logs = free_port(), [tmp_path / f"{i}.log" for i in range(len(per_process))]
   processes = [start(i, count, 1, logs[i], f"--workdir={tmp_path}/run", *arguments, port=port)
                for i, arguments in enumerate(per_process)]

@@ -34,14 +34,8 @@ need() {
 }
 
 run() {
-  local file workdir='' argument
-  for argument in "$@"; do
-    case $argument in --workdir=*) workdir=${argument#--workdir=} ;; esac
-  done
-  case $workdir in
-    gs://*) ;;
-    *) die "run needs --workdir=gs://BUCKET/FOLDER, not '$workdir': what a container writes goes with it" ;;
-  esac
+  local file
+  need_bucket "what a container writes goes with it" "$@"
   need JOB_NAME JOB_IMAGE
   if [ -n "${JOB_GPU:-}" ]; then need JOB_HOSTS; chips=8; else need JOB_TPU JOB_TOPOLOGY; chips=4; fi
   if $DRY_RUN; then manifest "$@"; act kubectl apply --filename=-; return; fi

@@ -201,8 +201,12 @@ class FolderSource:
     )
     self.class_names = class_names
     self.description = description
-    names = hashlib.sha256("\0".join(paths).encode(errors="surrogateescape"))
-    self.fingerprint = f"{len(paths)} files, names {names.hexdigest()[:12]}"
+
+  @property
+  def fingerprint(self) -> str:
+    names = "\0".join(self._paths).encode(errors="surrogateescape")
+    digest = hashlib.sha256(names).hexdigest()[:12]
+    return f"{len(self._paths)} files, names {digest}"
 
   def __len__(self) -> int:
     return len(self._paths)

@@ -182,10 +182,11 @@ def few_shot(queries, expected, bank, labels, shots: int, draws: int = 10, seed:
     float [draws] in [0, 1].
   """
   bank, labels, results = np.asarray(_unit(jnp.asarray(bank))), np.asarray(labels), []
-  classes = np.unique(labels)
+  classes, counts = np.unique(labels, return_counts=True)
   for draw in range(draws):
     order = np.random.default_rng((seed, draw)).permutation(len(bank))
-    means = np.stack([bank[order[labels[order] == c][:shots]].mean(0) for c in classes])
+    by_class = np.split(order[np.argsort(labels[order], kind="stable")], np.cumsum(counts)[:-1])
+    means = np.stack([bank[rows[:shots]].mean(0) for rows in by_class])
     _, index = nearest(queries, means, 1)
     results.append((classes[index[:, 0]] == expected).mean())
   return np.array(results)

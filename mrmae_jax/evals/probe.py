@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from mrmae_jax import optim
-from mrmae_jax.tasks.probe import BN_EPS, init_head, logits, losses
+from mrmae_jax.tasks.probe import init_head, logits, losses, standard
 
 
 def linear(features, labels, queries, expected, num_classes: int, *, blrs: tuple[float, ...], epochs: int, batch_size: int,
@@ -36,8 +36,8 @@ def linear(features, labels, queries, expected, num_classes: int, *, blrs: tuple
   steps = len(features) // batch_size
   tx = optim.over_grid(optax.sgd(optim.warmup_cosine(batch_size / 256, 0.0, 0, epochs * steps), momentum=0.9), blrs)
   x, y = jnp.asarray(features, jnp.float32), jnp.asarray(labels)
-  mean, scale = x.mean(0), jax.lax.rsqrt(x.var(0) + BN_EPS)
-  x = (x - mean) * scale
+  seen = x.mean(0), x.var(0)
+  x = standard(x, *seen)
 
   @functools.partial(jax.jit, donate_argnums=0)
   def train_epoch(state, x, y, key):
@@ -57,7 +57,7 @@ def linear(features, labels, queries, expected, num_classes: int, *, blrs: tuple
 
   @jax.jit
   def hits(queries, expected):
-    return (logits(head, (queries - mean) * scale).argmax(-1) == expected[:, None]).sum(0)
+    return (logits(head, standard(queries, *seen)).argmax(-1) == expected[:, None]).sum(0)
 
   part = 4096  # [part, grid, classes] fits anywhere
   count = sum(np.asarray(hits(jnp.asarray(queries[i:i + part], jnp.float32), jnp.asarray(expected[i:i + part])), np.int64)

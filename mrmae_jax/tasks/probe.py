@@ -37,9 +37,6 @@ def make(config) -> Task:
     return {"head": init_head(key, grid, model.encoder.dim, len(classes)),
             "running": {"mean": jnp.zeros(model.encoder.dim), "var": jnp.ones(model.encoder.dim)}}
 
-  def standard(x, mean, var):
-    return (x - mean) * jax.lax.rsqrt(var + BN_EPS)
-
   def loss(params, frozen, batch, keys):
     del keys
     x = features(frozen, batch)
@@ -66,6 +63,11 @@ def init_head(key, grid: int, dim: int, classes: int):
   """The same weights for each of `grid` heads: {"kernel": [G, D, C], "bias": [G, C]}."""
   kernel = HEAD_STD * jax.random.truncated_normal(key, -2, 2, (dim, classes))
   return {"kernel": jnp.tile(kernel, (grid, 1, 1)), "bias": jnp.zeros((grid, classes))}
+
+
+def standard(x, mean, var):
+  """BatchNorm of [B, D] without scale and shift."""
+  return (x - mean) * jax.lax.rsqrt(var + BN_EPS)
 
 
 def logits(head, x):

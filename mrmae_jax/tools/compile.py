@@ -16,6 +16,7 @@ import os
 from pathlib import Path
 import re
 import sys
+import time
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -25,19 +26,18 @@ from mrmae_jax.tools import UsageError, command_line
 
 
 class Chip(NamedTuple):
-  """A device of JAX: name, bfloat16 FLOP/s, bytes/s of its memory, bytes of it. Data sheets of Google Cloud and NVIDIA, dense."""
+  """A device of JAX: name, bytes/s of its memory, bytes of it. Data sheets of Google Cloud and NVIDIA; FLOP/s are in metrics.py."""
 
   name: str
-  flops: float
   bandwidth: float
   memory: float
 
 
-CHIPS = {  # by a part of JAX's device_kind, lower case, the longest that matches; a "TPU7x" device is one of a chip's two cores
-    "tpu v4": Chip("TPU v4", 275e12, 1.228e12, 32 * 2 ** 30), "tpu v5 lite": Chip("TPU v5e", 197e12, 0.819e12, 16 * 2 ** 30),
-    "tpu v5": Chip("TPU v5p", 459e12, 2.765e12, 95 * 2 ** 30), "tpu v6 lite": Chip("TPU v6e", 918e12, 1.64e12, 32 * 2 ** 30),
-    "tpu7x": Chip("TPU7x core", 1153e12, 3.69e12, 96 * 2 ** 30), "a100": Chip("A100", 312e12, 2.0e12, 80e9),
-    "h100": Chip("H100", 989e12, 3.35e12, 80e9), "h200": Chip("H200", 989e12, 4.8e12, 141e9),
+CHIPS = {  # by a part of JAX's device_kind; a "TPU7x" device is one of a chip's two cores
+    "TPU v4": Chip("TPU v4", 1.228e12, 32 * 2 ** 30), "TPU v5 lite": Chip("TPU v5e", 0.819e12, 16 * 2 ** 30),
+    "TPU v5": Chip("TPU v5p", 2.765e12, 95 * 2 ** 30), "TPU v6 lite": Chip("TPU v6e", 1.64e12, 32 * 2 ** 30),
+    "TPU7x": Chip("TPU7x core", 3.69e12, 96 * 2 ** 30), "A100": Chip("A100", 2.0e12, 80e9),
+    "H100": Chip("H100", 3.35e12, 80e9), "H200": Chip("H200", 4.8e12, 141e9),
 }
 KINDS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -80,9 +80,8 @@ def find_devices(topology: str) -> list:
 
 def find_chip(devices) -> Chip | None:
   """What is known of the devices; None for others, such as CPUs."""
-  kind = devices[0].device_kind.lower()
-  names = [name for name in CHIPS if name in kind]
-  return CHIPS[max(names, key=len)] if names else None
+  from mrmae_jax import metrics  # pylint: disable=g-import-not-at-top; likewise
+  return metrics.of_device(CHIPS, devices[0])
 
 
 def collectives(text: str) -> dict[str, dict[str, int]]:
@@ -116,8 +115,7 @@ def measure(config, task, devices, images: int) -> dict[str, Any]:
   Raises:
     jax.errors.JaxRuntimeError: among others, the program does not fit the memory.
   """
-  import time  # pylint: disable=g-import-not-at-top
-  from mrmae_jax import sharding, train  # pylint: disable=g-import-not-at-top
+  from mrmae_jax import metrics, sharding, train  # pylint: disable=g-import-not-at-top
   mesh, chip = sharding.make_mesh(**config.mesh, devices=devices), find_chip(devices)
   plan = train.plan(config, task, mesh, images)
   began = time.monotonic()
@@ -135,9 +133,10 @@ def measure(config, task, devices, images: int) -> dict[str, Any]:
       "flops": flops, "bytes": moved, "collectives": collectives(program.as_text()),
       "shards": sharding.table({"state": plan.state, "frozen": plan.frozen})}
   if chip:
-    bound = max(flops / chip.flops, moved / chip.bandwidth)
+    by_flops, by_bytes = flops / metrics.peak_flops(devices[0]), moved / chip.bandwidth
+    bound = max(by_flops, by_bytes)
     result |= {"chip": chip.name, "memory": chip.memory, "bound_s": bound, "bound_by": (
-        "FLOPs" if flops / chip.flops >= moved / chip.bandwidth else "bytes"), "images_per_s": config.batch_size / bound,
+        "FLOPs" if by_flops >= by_bytes else "bytes"), "images_per_s": config.batch_size / bound,
                "epochs_per_day": config.batch_size / bound * 86400 / images}
   return result
 
