@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mrmae_jax.models.layers import layer_norm
+from mrmae_jax.models.layers import Dense, layer_norm
 
 
 class Classifier(nn.Module):
@@ -40,5 +40,5 @@ class Classifier(nn.Module):
       patches = out["layers"][-1][:, int(self.encoder.cls_token):]
       features = layer_norm(1e-6, self.dtype, "fc_norm")(patches.mean(1))
     init = nn.initializers.truncated_normal(self.head_std)
-    logits = nn.Dense(self.num_classes, kernel_init=init, dtype=self.dtype, name="head")(features)
+    logits = Dense(self.num_classes, kernel_init=init, dtype=self.dtype, name="head")(features)
     return logits.astype(jnp.float32), {"features": features.astype(jnp.float32)}

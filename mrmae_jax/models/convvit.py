@@ -18,8 +18,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mrmae_jax.models.layers import (Block, DropPath, LayerFusion, Mask, depthwise_conv, drop_paths, from_blocks, gelu,
-                                     layer_norm, patchify, position_table, put_visible, take_visible, to_blocks, xavier_uniform)
+from mrmae_jax.models.layers import (Block, Dense, DropPath, LayerFusion, Mask, depthwise_conv, drop_paths, from_blocks, gelu,
+                                     layer_norm, patchify, position_table, put_visible, take_visible, to_blocks)
 
 CONV_EPS = 1e-5  # the reference hard-codes torch's default in the convolutional blocks and patch embeddings ...
 VIT_EPS = 1e-6   # ... and passes 1e-6 to the transformer blocks and the last norm
@@ -34,7 +34,7 @@ def torch_uniform(fan_in: int):
 def conv_dense(x: jax.Array, features: int, dtype: Any, name: str) -> jax.Array:
   """A 1x1 convolution, or one with stride = kernel after `patchify`: Dense with a convolution's initialisation."""
   init = torch_uniform(x.shape[-1])
-  return nn.Dense(features, kernel_init=init, bias_init=init, dtype=dtype, name=name)(x)
+  return Dense(features, kernel_init=init, bias_init=init, dtype=dtype, name=name)(x)
 
 
 class PatchEmbed(nn.Module):
@@ -51,7 +51,7 @@ class PatchEmbed(nn.Module):
     x = patchify(x, self.patch_size)
     if self.xavier:
       bias_init = torch_uniform(x.shape[-1])
-      x = nn.Dense(self.dim, kernel_init=xavier_uniform, bias_init=bias_init, dtype=self.dtype, name="proj")(x)
+      x = Dense(self.dim, bias_init=bias_init, dtype=self.dtype, name="proj")(x)
     else:
       x = conv_dense(x, self.dim, self.dtype, "proj")
     return gelu(layer_norm(CONV_EPS, self.dtype, "norm")(x))
@@ -186,7 +186,7 @@ class ConvViT(nn.Module):
 
     x = PatchEmbed(self.patch_sizes[2], dim, xavier=True, dtype=self.dtype, name="patch_embed3")(x)
     x, *skips = (y.reshape(len(y), -1, dim) for y in (x, *skips))
-    x = nn.Dense(dim, kernel_init=xavier_uniform, dtype=self.dtype, name="patch_embed4")(x)
+    x = Dense(dim, dtype=self.dtype, name="patch_embed4")(x)
     pos = position_table(self, grid).astype(self.dtype)
     if sparse:
       x = x + pos[mask.ids_keep]

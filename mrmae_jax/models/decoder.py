@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mrmae_jax.models.layers import Block, Mask, gelu, layer_norm, position_table, put_visible, xavier_uniform
+from mrmae_jax.models.layers import Block, Dense, Mask, gelu, layer_norm, position_table, put_visible
 
 
 class Decoder(nn.Module):
@@ -42,7 +42,7 @@ class Decoder(nn.Module):
       prediction: float32 [B, N, out_dim], row by row, without CLS.
       out: "tokens": [B, N, dim], what the prediction is read from.
     """
-    x = nn.Dense(self.dim, kernel_init=xavier_uniform, dtype=self.dtype, name="embed")(tokens)
+    x = Dense(self.dim, dtype=self.dtype, name="embed")(tokens)
     mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.dim)).astype(self.dtype)
     cls, visible = jnp.split(x, [x.shape[1] - mask.ids_keep.shape[1]], axis=1)
     x = jnp.where(mask.removed[..., None], mask_token, put_visible(visible, mask))
@@ -51,7 +51,7 @@ class Decoder(nn.Module):
     for i in range(self.depth):
       x, _ = Block(self.num_heads, int(self.dim * self.mlp_ratio), self.eps, dtype=self.dtype, name=f"blocks_{i}")(x)
     out = {"tokens": layer_norm(self.eps, self.dtype, "norm")(x)[:, cls.shape[1]:]}
-    prediction = nn.Dense(self.out_dim, kernel_init=xavier_uniform, dtype=self.dtype, name="pred")(out["tokens"])
+    prediction = Dense(self.out_dim, dtype=self.dtype, name="pred")(out["tokens"])
     return prediction.astype(jnp.float32), out
 
 
@@ -74,6 +74,6 @@ class MimicHead(nn.Module):
     if self.kind == "norm_linear":
       x = layer_norm(1e-6, self.dtype, "norm")(x)
     elif self.kind == "mlp":
-      x = gelu(nn.Dense(x.shape[-1], kernel_init=xavier_uniform, dtype=self.dtype, name="hidden")(x))
-    x = nn.Dense(self.out_dim, kernel_init=xavier_uniform, dtype=self.dtype, name="linear")(x)
+      x = gelu(Dense(x.shape[-1], dtype=self.dtype, name="hidden")(x))
+    x = Dense(self.out_dim, dtype=self.dtype, name="linear")(x)
     return x.astype(jnp.float32)

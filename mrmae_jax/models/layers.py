@@ -120,11 +120,35 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
   return _depthwise(x, kernel)
 
 
+def _kernel_gradient(x, dy, size):
+  """float32 [size, size, C]: for each tap the sum over all positions of what it reads times the gradient of what it adds to."""
+  def by_taps(x, dy):
+    dy = dy.astype(jnp.float32)
+    return jnp.stack([jnp.sum(s.astype(jnp.float32) * dy, (0, 1, 2)) for s in _shifted(x, size)])
+
+  def by_bands(x, dy):
+    # XLA:CPU makes each tap a slow pass over everything. Here all taps visit one band of rows after the other while it is in
+    # the cache, and only products are added up, position by position: 13 times as fast on 8 x 56 x 56 x 256.
+    b, h, w, c = x.shape
+    rows = max(n for n in range(1, h + 1) if h % n == 0 and n * w * c <= max(2 ** 13, w * c))
+    x = jnp.pad(x, ((0, 0), (size // 2,) * 2, (size // 2,) * 2, (0, 0)))
+
+    def add(sums, band):
+      image, row = band // (h // rows), band % (h // rows) * rows
+      near = jax.lax.dynamic_slice(x, (image, row, 0, 0), (1, rows + size - 1, w + size - 1, c)).astype(jnp.float32)
+      here = jax.lax.dynamic_slice(dy, (image, row, 0, 0), (1, rows, w, c)).astype(jnp.float32)
+      return [sums[i * size + j] + near[:, i:i + rows, j:j + w] * here for i in range(size) for j in range(size)], None
+    sums, _ = jax.lax.scan(add, [jnp.zeros((1, rows, w, c), jnp.float32)] * size ** 2, jnp.arange(b * h // rows))
+    return jnp.stack([total.sum((0, 1, 2)) for total in sums])
+
+  # The bands walk over the batch, which then could not be divided among devices.
+  forms = dict(cpu=by_bands) if jax.device_count() == 1 else {}
+  return jax.lax.platform_dependent(x, dy, **forms, default=by_taps).reshape(size, size, -1)
+
+
 def _depthwise_bwd(residuals, dy):
   x, kernel = residuals
-  dy32 = dy.astype(jnp.float32)
-  dkernel = jnp.stack([jnp.sum(s.astype(jnp.float32) * dy32, (0, 1, 2)) for s in _shifted(x, kernel.shape[0])])
-  return _depthwise(dy, kernel[::-1, ::-1]), dkernel.reshape(kernel.shape).astype(kernel.dtype)
+  return _depthwise(dy, kernel[::-1, ::-1]), _kernel_gradient(x, dy, kernel.shape[0]).astype(kernel.dtype)
 
 
 depthwise_conv.defvjp(lambda x, kernel: (_depthwise(x, kernel), (x, kernel)), _depthwise_bwd)
@@ -164,6 +188,20 @@ def position_table(module: nn.Module, grid: tuple[int, int], cls_token: bool = F
   """
   table = jnp.asarray(sincos_2d(module.dim, grid, cls_token))
   return module.param("pos_embed", lambda key: table[None])[0] if module.learned_positions else table
+
+
+class Dense(nn.Dense):
+  """`nn.Dense` as one product of two matrices, whatever the leading axes: [..., D] -> [..., features].
+
+  The product over two leading axes that `nn.Dense` asks for is first transposed by XLA:CPU, for every gradient of a kernel and
+  with the whole chain of residual additions before it: 40 % of a base-size step. TPUs would pad 49 tokens to 56 in it. Kernels
+  start xavier-uniform, as in MAE.
+  """
+
+  kernel_init: Callable = xavier_uniform
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.features)
 
 
 def layer_norm(eps: float, dtype: Any, name: str | None = None) -> nn.LayerNorm:
@@ -217,7 +255,7 @@ class Attention(nn.Module):
     """
     b, t, d = x.shape
     head_dim = d // self.num_heads
-    qkv = nn.Dense(3 * d, kernel_init=xavier_uniform, dtype=self.dtype, name="qkv")(x)
+    qkv = Dense(3 * d, dtype=self.dtype, name="qkv")(x)
     q, k, v = qkv.reshape(b, t, 3, self.num_heads, head_dim).transpose(2, 0, 3, 1, 4)
     if self.rotate is not None:
       q, k = self.rotate(q), self.rotate(k)
@@ -227,7 +265,7 @@ class Attention(nn.Module):
       return jax.nn.softmax(logits * head_dim ** -0.5, axis=-1)
     first = attend(q[:, :, :1])[:, :, 0].mean(1)
     x = (attend(q).astype(self.dtype) @ v).transpose(0, 2, 1, 3).reshape(b, t, d)
-    return nn.Dense(d, kernel_init=xavier_uniform, dtype=self.dtype, name="proj")(x), first
+    return Dense(d, dtype=self.dtype, name="proj")(x), first
 
 
 class Block(nn.Module):
@@ -241,7 +279,7 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, drop: DropPath = DropPath()) -> tuple[jax.Array, jax.Array]:
     """[B, T, D] -> [B, T, D], and the first token's attention [B, T] (see `Attention`)."""
-    dense = lambda features, name: nn.Dense(features, kernel_init=xavier_uniform, dtype=self.dtype, name=name)
+    dense = lambda features, name: Dense(features, dtype=self.dtype, name=name)
     mixed, attention = Attention(self.num_heads, dtype=self.dtype, name="attn")(layer_norm(self.eps, self.dtype, "norm1")(x))
     x = x + drop(mixed, 0)
     h = dense(self.mlp_dim, "fc1")(layer_norm(self.eps, self.dtype, "norm2")(x))
@@ -258,7 +296,7 @@ class LayerFusion(nn.Module):
   def __call__(self, depths: list[jax.Array]) -> jax.Array:
     """Streams [B, T, D], the deepest last -> [B, T, D]."""
     *shallow, last = depths
-    streams = [nn.Dense(last.shape[-1], kernel_init=xavier_uniform, dtype=self.dtype, name=f"depth_{i}")(x)
+    streams = [Dense(last.shape[-1], dtype=self.dtype, name=f"depth_{i}")(x)
                for i, x in enumerate(shallow)] + [last]
     weights = jax.nn.softmax(self.param("weights", nn.initializers.zeros, (len(streams),))).astype(self.dtype)
     return sum(weight * x for weight, x in zip(weights, streams))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mrmae_jax.models.layers import Attention, Mask, gelu, layer_norm, patchify, quick_gelu, take_visible, xavier_uniform
+from mrmae_jax.models.layers import Attention, Dense, Mask, gelu, layer_norm, patchify, quick_gelu, take_visible, xavier_uniform
 
 ACTIVATIONS = {"gelu": gelu, "gelu_tanh": jax.nn.gelu, "quick_gelu": quick_gelu, "silu": jax.nn.silu}
 
@@ -76,7 +76,7 @@ class Tower(nn.Module):
     x = patchify(images.astype(self.dtype), self.patch_size).reshape(b, n, -1)
     if mask is not None:  # the embedding works patch by patch, so only the visible patches need to be embedded
       x = take_visible(x, mask)
-    x = nn.Dense(self.dim, use_bias=self.patch_bias, kernel_init=xavier_uniform, dtype=self.dtype, name="patch_embed")(x)
+    x = Dense(self.dim, use_bias=self.patch_bias, dtype=self.dtype, name="patch_embed")(x)
 
     normal = nn.initializers.normal(0.02)
     prefix = [self.param("cls_token", normal, (1, 1, self.dim))] if self.cls_token else []
@@ -106,7 +106,7 @@ class Tower(nn.Module):
     if self.cls_token:
       out["attention"] = attention[:, first_patch:]
     if self.proj_dim:
-      out["proj"] = nn.Dense(self.proj_dim, use_bias=False, dtype=self.dtype, name="proj")(x)
+      out["proj"] = Dense(self.proj_dim, use_bias=False, dtype=self.dtype, name="proj")(x)
     if self.probe:
       out["pooled"], out["attention"] = _AttentionPool(
           self.num_heads, self.mlp_dim, self.eps, self.activation, self.dtype, name="head")(x)
@@ -147,7 +147,7 @@ class _Block(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """[B, T, D] -> [B, T, D], and the first token's attention [B, T] (see `Attention`)."""
-    dense = lambda features, name: nn.Dense(features, kernel_init=xavier_uniform, dtype=self.dtype, name=name)
+    dense = lambda features, name: Dense(features, dtype=self.dtype, name=name)
 
     def scaled(name, y):
       return y * self.param(name, nn.initializers.ones, y.shape[-1:]).astype(self.dtype) if self.layer_scale else y
@@ -172,7 +172,7 @@ class _AttentionPool(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """[B, N, D] -> pooled [B, D], and what the probe attends to: float32 [B, N], mean over the heads."""
-    dense = lambda features, name: nn.Dense(features, kernel_init=xavier_uniform, dtype=self.dtype, name=name)
+    dense = lambda features, name: Dense(features, dtype=self.dtype, name=name)
     b, n, d = x.shape
     probe = self.param("probe", xavier_uniform, (1, 1, d)).astype(self.dtype)
     # One packed weight as in the files. Keys of the probe and queries of the tokens are computed and not used.

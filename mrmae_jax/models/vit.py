@@ -6,8 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mrmae_jax.models.layers import (Block, LayerFusion, Mask, drop_paths, layer_norm, patchify, position_table, take_visible,
-                                     xavier_uniform)
+from mrmae_jax.models.layers import (Block, Dense, LayerFusion, Mask, drop_paths, layer_norm, patchify, position_table, take_visible)
 
 
 class ViT(nn.Module):
@@ -58,7 +57,7 @@ class ViT(nn.Module):
       token_pos = pos[1:]
     else:  # the embedding works patch by patch, so only the visible patches need to be embedded
       x, token_pos = take_visible(x, mask), pos[1:][mask.ids_keep]
-    x = nn.Dense(self.dim, kernel_init=xavier_uniform, dtype=self.dtype, name="patch_embed")(x)
+    x = Dense(self.dim, dtype=self.dtype, name="patch_embed")(x)
     cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.dim)) + pos[:1]
     x = jnp.concatenate([jnp.broadcast_to(cls, (len(x), 1, self.dim)), x + token_pos], axis=1).astype(self.dtype)
 
