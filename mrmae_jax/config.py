@@ -27,6 +27,7 @@ VIT = {  # fields of models.vit.ViT (Dosovitskiy et al. 2021; S as in DeiT; H/14
 
 
 CHOICES = {  # options that take one of a few words; the first is the default
+    "encoder.remat": ("none", "dots", "full"),
     "method.masking": ("random", "focused"),
     "teacher.layer": ("raw", "normed", "proj"),
     "teacher.input_norm": ("teacher", "student"),
@@ -70,6 +71,8 @@ def encoder(name: str, size: str) -> ml_collections.ConfigDict:
   c = ml_collections.ConfigDict(dict(name=name, **sizes[name][size]))
   c.learned_positions = False           # train the position table; it starts as the fixed sine-cosine one
   c.drop_path = 0.0                     # of the last block, rising linearly from 0 (stochastic depth)
+  c.remat = "none"                      # what the backward pass computes again to save memory: norms and activations ("dots"),
+                                        # or all but the inputs of the blocks ("full"); of the decoder too
   c.fuse_layers = ()                    # blocks (from 0) fused with the last one's output, with learned weights; () for none
   if name == "convvit":
     c.patch_sizes = (4, 2, 2)           # strides of the three embeddings; their product is the token size
@@ -317,6 +320,8 @@ def _validate_encoder(config, need) -> bool:
   wanted = set(encoder(fields.name, "base"))
   if not need(set(fields) == wanted, f"config.encoder has keys {sorted(fields)}; a {fields.name} takes {sorted(wanted)}"):
     return False
+  need(fields.remat in CHOICES["encoder.remat"],
+       f"config.encoder.remat={fields.remat!r} is not one of {', '.join(CHOICES['encoder.remat'])}")
   need(0 <= fields.drop_path < 1, f"config.encoder.drop_path={fields.drop_path} must lie in [0, 1)")
   vit = fields.name == "vit"
   _validate_width(config, "encoder", fields.dim if vit else fields.embed_dims[2], fields.num_heads, need)

@@ -75,7 +75,7 @@ def pretrain_loss(params, images, noise, model: Model, teachers: dict[str, Calla
   seen = {name: jax.lax.stop_gradient(look(images)) for name, look in teachers.items()}  # the teachers see the whole image
   attention = seen[model.mimics[0].name].attention if masking == "focused" else None
   mask = sample_mask(noise, mask_ratio, complementary_masks, attention, attention_temperature, attention_mix)
-  streams, prediction = encode_decode(params, pixels, mask, model)
+  streams, prediction = encode_decode(params, pixels, mask, model, everywhere=False)
 
   loss, terms = 0.0, {}
   for mimic in model.mimics:
@@ -129,17 +129,17 @@ def sample_mask(noise: jax.Array, mask_ratio: float, complementary_masks: int = 
   return Mask(ids_keep, ids_restore.reshape(batch * k, tokens))
 
 
-def encode_decode(params, pixels: jax.Array, mask: Mask, model: Model):
-  """Encoder on the visible tokens, decoder on all.
+def encode_decode(params, pixels: jax.Array, mask: Mask, model: Model, everywhere: bool = True):
+  """Encoder on the visible tokens, decoder on all; it predicts all, or (everywhere=False) the M = N - V masked ones alone.
 
   Returns:
     streams: what can be mimicked with, [B * k, V (+1 with CLS), D] "fused" (the encoder's output, which the decoder reads)
-      and "last_block" (before fusion), and [B * k, N, decoder width] "decoder".
-    prediction: [B * k, N, p*p*C].
+      and "last_block" (before fusion), and [B * k, N or M, decoder width] "decoder".
+    prediction: [B * k, N or M, p*p*C], row by row, or in the order of `mask.masked`.
   """
   grid = tuple(side // model.encoder.patch_size for side in pixels.shape[1:3])
   tokens, encoded = model.encoder.apply({"params": params["encoder"]}, pixels, mask)
-  prediction, decoded = model.decoder.apply({"params": params["decoder"]}, tokens, mask, grid)
+  prediction, decoded = model.decoder.apply({"params": params["decoder"]}, tokens, mask, grid, everywhere)
   return {"fused": tokens, "last_block": encoded["layers"][-1], "decoder": decoded["tokens"]}, prediction
 
 
@@ -160,11 +160,9 @@ def pixel_targets(pixels: jax.Array, patch_size: int, norm_pix: bool):
 
 
 def pixel_loss(prediction: jax.Array, pixels: jax.Array, mask: Mask, patch_size: int, norm_pix: bool) -> jax.Array:
-  """Mean squared error on the masked patches: prediction [B * k, N, p*p*C] against normalised images [B, H, W, C]."""
+  """Mean squared error on the masked patches: prediction of these [B * k, M, p*p*C] against normalised images [B, H, W, C]."""
   targets, _, _ = pixel_targets(pixels, patch_size, norm_pix)
-  prediction = prediction.reshape(len(targets), -1, *targets.shape[1:])
-  error = jnp.square(prediction - targets[:, None]).mean(-1).reshape(mask.removed.shape)
-  return jnp.sum(error * mask.removed) / mask.removed.sum()
+  return jnp.square(prediction - take_visible(targets, mask.masked)).mean()
 
 
 def mimic_loss(head_params, streams: dict[str, jax.Array], seen: TeacherOutput, mask: Mask, mimic: Mimic) -> jax.Array:
@@ -172,7 +170,7 @@ def mimic_loss(head_params, streams: dict[str, jax.Array], seen: TeacherOutput, 
 
   Args:
     head_params: of `mimic.head`.
-    streams: of `encode_decode`.
+    streams: of `encode_decode`, the decoder's of the masked tokens.
     seen: what the teacher makes of the B whole images.
     mask: [B * k, ...].
     mimic: which tokens count, and how they are compared.
@@ -181,8 +179,7 @@ def mimic_loss(head_params, streams: dict[str, jax.Array], seen: TeacherOutput, 
   (rows, visible), head = mask.ids_keep.shape, lambda x: mimic.head.apply({"params": head_params}, x)
   k = rows // len(features)
   if mimic.tokens == "masked":
-    error = DISTANCES[mimic.loss](head(streams["decoder"]), features.repeat(k, 0))
-    return jnp.sum(error * mask.removed) / mask.removed.sum()
+    return DISTANCES[mimic.loss](head(streams["decoder"]), take_visible(features, mask.masked)).mean()
 
   tokens, targets, counts = streams[mimic.source], take_visible(features, mask), jnp.ones((rows, visible))
   if mimic.salient_share < 1:

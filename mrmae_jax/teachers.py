@@ -151,7 +151,8 @@ def read_spec(*, name: str = "", path: str | Path = "", image_size: tuple[int, i
     name: a key of PRESETS. Without a path it is fetched from the Hugging Face hub, or found in its cache; with one, the
       path must hold that model.
     path: Hugging Face folder, or a file of weights in timm's, DINO's or OpenAI's names, or "checkpoint:WORKDIR": the encoder
-      that a run of this project has trained, for distillation in stages.
+      that a run of this project has trained, for distillation in stages; or "random": the tower of that name with random
+      weights, a stand-in for benchmarks, and a baseline.
     image_size: (height, width) of the student's images in pixels.
     token_size: side of a student's token in pixels.
     dtype: of the computation.
@@ -183,6 +184,11 @@ def read_spec(*, name: str = "", path: str | Path = "", image_size: tuple[int, i
     weights, family, prefix, table_grid = Path(str(path).removeprefix("checkpoint:")).expanduser(), None, "", None
     module, stored = _trained_encoder(weights, dtype)
     source, proj_dim, probe, described = f"{weights}", 0, False, f"encoder of {weights}"
+  elif str(path) == "random":
+    weights, source = None, f"random {name}"
+    (family, fields, table_grid), prefix = _preset_tower(name, num_heads, activation), ""
+    module, stored = Tower(**fields, dtype=jnp.dtype(dtype)), _normalisation(None, family.name)
+    proj_dim, probe, described = module.proj_dim, module.probe, f"{family.name} {_size(module)} with random weights"
   else:
     weights = Path(path).expanduser() if path else None
     folder = _fetch(name, _CONFIG_FILES) if weights is None else weights if weights.is_dir() else weights.parent
@@ -232,12 +238,24 @@ def load(spec: TeacherSpec) -> Teacher:
   Raises:
     WeightsError: files missing or damaged, tensors missing, unknown, misshapen or not finite.
   """
-  if spec.path is None:
+  if spec.path is None and spec.request["path"] != "random":
     spec = read_spec(**spec.request | dict(path=_fetch(spec.request["name"], *_WEIGHT_FILES)))
-  params, digest = _read_tower(spec) if spec.family else _read_encoder(spec.path)
+  if spec.path is None:
+    params, digest = _random_tower(spec), f"random {spec.request['name']}"
+  else:
+    params, digest = _read_tower(spec) if spec.family else _read_encoder(spec.path)
   params = jax.tree_util.tree_map_with_path(
       lambda path, x: x.astype(spec.module.dtype) if path[-1].key == "kernel" else x, params)
   return Teacher(functools.partial(_look, spec), params, spec.grid, spec.dim, digest)
+
+
+def _random_tower(spec: TeacherSpec):
+  """Parameters of a preset's shapes: norms at their start, the rest N(0, 0.02), as ViTs are initialised."""
+  shapes = jax.eval_shape(spec.module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, *spec.input_size, 3), jnp.float32))
+  rng = np.random.default_rng(0)
+  draw = lambda path, x: {"scale": np.ones, "bias": np.zeros}[path[-1].key](x.shape, np.float32) if path[-1].key in (
+      "scale", "bias") else 0.02 * rng.standard_normal(x.shape, np.float32)
+  return jax.tree_util.tree_map_with_path(draw, shapes["params"])
 
 
 def _read_tower(spec: TeacherSpec) -> tuple[Any, str]:
@@ -343,6 +361,19 @@ def _tower(weights: Path | None, folder: Path, name: str, num_heads: int, activa
     raise WeightsError(f"{source}: position table is {side}x{side}{plus} for patch {sizes['patch_size']}; its config.json's "
                        f"image_size gives {grid[0]}x{grid[1]}; fetch both from the same place")
   return found, prefix, _overruled(fields | sizes, num_heads, activation), grid
+
+
+def _preset_tower(name: str, num_heads: int, activation: str):
+  """Family, fields of Tower and grid of the position table of a preset, from what is known of it without its files."""
+  if not name:
+    raise WeightsError(f"teacher.path=random needs teacher.name, one of {', '.join(PRESETS)}")
+  preset = PRESETS[name]
+  *_, kind = next(family for family in towers.FAMILIES if family.name == preset.family and family.model_types).model_types
+  config = dict(model_type=kind, hidden_size=preset.dim, num_hidden_layers=preset.depth, num_attention_heads=preset.dim // 64,
+                intermediate_size=4 * preset.dim, patch_size=preset.patch, image_size=preset.side or 224)
+  special = {"dinov2": dict(use_swiglu_ffn=preset.dim == 1536), "dinov3_vit": dict(num_register_tokens=4)}
+  family, fields, grid = towers.tower_config(config | special.get(kind, {}), name)
+  return family, _overruled(fields, num_heads, activation), grid
 
 
 def _overruled(fields, num_heads, activation):

@@ -1,6 +1,7 @@
 """The method's claims, on tiny random models: what may influence what, and that the two forms of the encoder agree."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from mrmae_jax import mrmae
+from mrmae_jax.models import layers
 from mrmae_jax.models.convvit import ConvViT
 from mrmae_jax.models.decoder import Decoder, MimicHead
 from mrmae_jax.models.layers import (depthwise_conv, from_blocks, gelu, patchify, put_visible, sincos_2d, take_visible,
@@ -86,7 +88,7 @@ def test_pixel_targets_of_visible_patches_do_not_count(norm_pix):
   model, params, images, noise, _ = setup("sparse")
   mask = mrmae.sample_mask(noise, 0.75)
   pixels = mrmae.normalise(images, model.mean, model.std)
-  prediction = jnp.asarray(np.random.default_rng(1).standard_normal((3, 48, 192), np.float32))
+  prediction = jnp.asarray(np.random.default_rng(1).standard_normal((3, 36, 192), np.float32))
   loss = functools.partial(mrmae.pixel_loss, prediction, mask=mask, patch_size=8, norm_pix=norm_pix)
   other = jnp.where(removed_pixels(noise), pixels, -pixels + 3 * pixels ** 2)
   assert loss(pixels) == loss(other)
@@ -146,7 +148,7 @@ def test_losses_by_hand():
       target = features[b, token]
       target = (target - target.mean()) / np.sqrt(target.var() + 1e-5)
       mimic.append(np.mean((mimicked[b, place] - target) ** 2))
-  np.testing.assert_allclose(mrmae.pixel_loss(prediction, pixels, mask, 2, True), np.mean(pixel), rtol=1e-5)
+  np.testing.assert_allclose(mrmae.pixel_loss(take_visible(prediction, mask.masked), pixels, mask, 2, True), np.mean(pixel), rtol=1e-5)
   np.testing.assert_allclose(mimic_alone(mimicked, mrmae.TeacherOutput(features, None, None), mask), np.mean(mimic), rtol=1e-5)
 
 
@@ -179,14 +181,80 @@ def test_backward_pass_has_no_scatter_and_no_convolution():
   assert "stablehlo.scatter" not in text and "stablehlo.convolution" not in text
 
 
-def test_depthwise_conv_equals_lax_conv():
-  x, dy = jax.random.normal(jax.random.key(0), (2, 7, 9, 6)), jax.random.normal(jax.random.key(1), (2, 7, 9, 6))
-  kernel = jax.random.normal(jax.random.key(2), (5, 5, 6))
-  oracle = lambda x, k: jax.lax.conv_general_dilated(x, k[:, :, None], (1, 1), "SAME", feature_group_count=6,
+@pytest.mark.parametrize("shape", [(2, 7, 9, 6), (1, 6, 40, 300)])  # all rows of an image in one band; one row alone
+def test_depthwise_conv_equals_lax_conv(monkeypatch, shape):
+  x, dy = jax.random.normal(jax.random.key(0), shape), jax.random.normal(jax.random.key(1), shape)
+  kernel = jax.random.normal(jax.random.key(2), (5, 5, shape[-1]))
+  oracle = lambda x, k: jax.lax.conv_general_dilated(x, k[:, :, None], (1, 1), "SAME", feature_group_count=shape[-1],
                                                      dimension_numbers=("NHWC", "HWIO", "NHWC"), precision="highest")
-  ours, theirs = (jax.vjp(f, x, kernel) for f in (depthwise_conv, oracle))
-  for a, b in zip((ours[0], *ours[1](dy)), (theirs[0], *theirs[1](dy))):
-    np.testing.assert_allclose(a, b, atol=2e-5)
+  y, pull = jax.vjp(oracle, x, kernel)
+  for devices in (jax.device_count(), 1):  # alone, a CPU computes the kernel's gradient band by band
+    with monkeypatch.context() as alone:
+      alone.setattr(jax, "device_count", lambda devices=devices: devices)
+      ours, pull_ours = jax.vjp(depthwise_conv, x, kernel)
+      for a, b in zip((ours, *pull_ours(dy)), (y, *pull(dy))):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)  # sums of up to 240 products
+
+
+@pytest.mark.parametrize("cls, masks", [(False, 1), (True, 1), (False, 3)])
+def test_masked_tokens_alone_are_predicted_the_same(cls, masks):
+  """The last block and the prediction leave visible tokens out, which are still attended to; so do their gradients."""
+  mask = mrmae.sample_mask(jax.random.uniform(jax.random.key(0), (2, 24)), 0.75, masks)
+  decoder, tokens = Decoder(12, dim=16, depth=2, num_heads=4), jax.random.normal(jax.random.key(1), (2 * masks, 6 + cls, 8))
+  params = decoder.init(jax.random.key(2), tokens, mask, (4, 6))
+  weights = jax.random.normal(jax.random.key(3), (2 * masks, 18, 12))
+
+  def masked(params, tokens, everywhere):
+    prediction, out = decoder.apply(params, tokens, mask, (4, 6), everywhere)
+    prediction, read = ((take_visible(x, mask.masked) if everywhere else x) for x in (prediction, out["tokens"]))
+    return jnp.sum(prediction * weights), (prediction, read)
+
+  (_, ours), grads = jax.value_and_grad(masked, (0, 1), has_aux=True)(params, tokens, False)
+  (_, oracle), wanted = jax.value_and_grad(masked, (0, 1), has_aux=True)(params, tokens, True)
+  for a, b in zip(jax.tree.leaves((ours, grads)), jax.tree.leaves((oracle, wanted))):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+  np.testing.assert_array_equal(np.sort(np.concatenate([mask.ids_keep, mask.masked.ids_keep], 1)), np.tile(np.arange(24), (2 * masks, 1)))
+
+
+@pytest.mark.parametrize("encoder", ["dense", "sparse", "vit"])
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_what_is_computed_again_is_the_same(encoder, remat):
+  results = []
+  for kept in ("none", remat):
+    model, params, images, noise, _ = setup(encoder, remat=kept, drop_path=0.5)
+    decoder, keys = model.decoder.clone(remat=kept), jax.random.split(jax.random.key(1), 3)
+
+    def loss(params):
+      mask = mrmae.sample_mask(noise, 0.75)
+      tokens, _ = model.encoder.apply({"params": params["encoder"]}, mrmae.normalise(images, model.mean, model.std), mask, keys)
+      prediction, _ = decoder.apply({"params": params["decoder"]}, tokens, mask, (6, 8))
+      return jnp.square(prediction).mean()
+    gradient = jax.jit(jax.value_and_grad(loss)).lower(params)
+    results.append((gradient.as_text().count("stablehlo.rsqrt"), jax.tree.leaves(gradient.compile()(params))))
+  (once, plain), (twice, again) = results
+  assert twice > once  # norms, at least
+  for a, b in zip(plain, again):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_attention_of_cudnn_is_asked_for_by_name(monkeypatch):
+  """Where it can be used: lowered for CUDA from here, it is a call of cuDNN's kernel forwards and backwards."""
+  assert not layers.has_fused_attention(jnp.bfloat16, 64)  # there is no GPU here
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  for capability, dtype, head_dim, usable in (
+      ("8.0", jnp.bfloat16, 64, True), ("9.0", jnp.bfloat16, 32, True), ("9.0", jnp.bfloat16, 80, True), ("7.0", jnp.bfloat16, 64, False),
+      ("8.0", jnp.float32, 64, False), ("8.0", jnp.bfloat16, 4, False), ("8.0", jnp.bfloat16, 256, False), ("gfx90a", jnp.bfloat16, 64, False)):
+    monkeypatch.setattr(jax, "local_devices", lambda capability=capability: [SimpleNamespace(compute_capability=capability)])
+    assert layers.has_fused_attention(dtype, head_dim) == usable, (capability, dtype, head_dim)
+
+  monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(compute_capability="9.0")])
+  from jax._src.cudnn import fused_attention_stablehlo as cudnn  # asks the GPU that is not here for its version
+  monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+  monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
+  q, k, v = (jax.ShapeDtypeStruct((2, 4, t, 32), jnp.bfloat16) for t in (36, 49, 49))
+  traced = jax.jit(jax.grad(lambda q, k, v: layers.attend(q, k, v).astype(jnp.float32).sum())).trace(q, k, v)
+  text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  assert text.count("__cudnn$fmhaSoftmax") >= 1 and text.count("__cudnn$fmhaSoftmaxBackward") == 1
 
 
 def test_patches_are_row_column_channel():

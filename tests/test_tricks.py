@@ -53,7 +53,7 @@ def test_the_focus_reaches_the_loss(masking):
   model, params, images, noise, features = setup("sparse")
   loss, _ = loss_of(model, params, images, noise, features, masking=masking)
   mask = mrmae.sample_mask(noise, 0.75, attention=seen(features).attention if masking == "focused" else None)
-  streams, prediction = mrmae.encode_decode(params, mrmae.normalise(images, model.mean, model.std), mask, model)
+  streams, prediction = mrmae.encode_decode(params, mrmae.normalise(images, model.mean, model.std), mask, model, everywhere=False)
   mimic = mrmae.mimic_loss(params["mimic_heads"]["mimic"], streams, seen(features), mask, model.mimics[0])
   pixel = mrmae.pixel_loss(prediction, mrmae.normalise(images, model.mean, model.std), mask, 8, True)
   np.testing.assert_allclose(loss, 0.7 * pixel + 1.3 * mimic, rtol=1e-5)

@@ -17,10 +17,11 @@ def make_encoder(fields, dtype):
 def make_decoder(fields, encoder, channels: int, dtype) -> Decoder:
   """The decoder of a configuration's `decoder` section for the patches of an encoder.
 
-  As in ConvMAE, its MLP ratio is that of the encoder's first stage; MAE's encoder has the same ratio throughout.
+  As in ConvMAE, its MLP ratio is that of the encoder's first stage; MAE's encoder has the same ratio throughout. What is kept for
+  the backward pass is what the encoder keeps.
   """
   ratio = encoder.mlp_ratios[0] if isinstance(encoder, ConvViT) else 4
-  return Decoder(encoder.patch_size ** 2 * channels, mlp_ratio=ratio, dtype=dtype, **fields)
+  return Decoder(encoder.patch_size ** 2 * channels, mlp_ratio=ratio, remat=encoder.remat, dtype=dtype, **fields)
 
 
 def encode(encoder, params, pixels: jax.Array, normed: bool | None = None) -> dict[str, jax.Array]:

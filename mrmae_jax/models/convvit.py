@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from mrmae_jax.models.layers import (Block, Dense, DropPath, LayerFusion, Mask, depthwise_conv, drop_paths, from_blocks, gelu,
-                                     layer_norm, patchify, position_table, put_visible, take_visible, to_blocks)
+                                     layer_norm, patchify, position_table, put_visible, rematerialised, take_visible, to_blocks)
 
 CONV_EPS = 1e-5  # the reference hard-codes torch's default in the convolutional blocks and patch embeddings ...
 VIT_EPS = 1e-6   # ... and passes 1e-6 to the transformer blocks and the last norm
@@ -118,6 +118,7 @@ class ConvViT(nn.Module):
     learned_positions: the position table is a parameter [1, N, D], as in ConvMAE's fine-tuning, instead of a constant.
     sparse: run the convolutional stages on the visible blocks only when there is a mask.
     drop_path: of the last block; rises linearly from 0 over the blocks of all stages.
+    remat: of the blocks, see `rematerialised`.
     dtype: of the computation; parameters are float32.
   """
 
@@ -132,6 +133,7 @@ class ConvViT(nn.Module):
   learned_positions: bool = False
   sparse: bool = True
   drop_path: float = 0.0
+  remat: str = "none"
   dtype: Any = jnp.float32
 
   @property
@@ -179,7 +181,8 @@ class ConvViT(nn.Module):
       token_size //= p
       x = PatchEmbed(p, width, dtype=self.dtype, name=f"patch_embed{stage}")(x)
       for i in range(self.depths[stage - 1]):
-        x = ConvBlock(int(width * ratio), self.dtype, name=f"blocks{stage}_{i}")(x, mask, grid, next(drops))
+        block = rematerialised(ConvBlock, self.remat, static_argnums=(3,))
+        x = block(int(width * ratio), self.dtype, name=f"blocks{stage}_{i}")(x, mask, grid, next(drops))
       out[f"stage{stage}"] = x
       if self.fuse_stages:
         skips.append(conv_dense(patchify(x, token_size), dim, self.dtype, f"stage{stage}_output_decode"))
@@ -201,8 +204,8 @@ class ConvViT(nn.Module):
 
     out["layers"] = []
     for i in range(self.depth):
-      block = Block(self.num_heads, int(dim * self.mlp_ratios[2]), VIT_EPS, dtype=self.dtype, name=f"blocks3_{i}")
-      x, attention = block(x, next(drops))
+      block = rematerialised(Block, self.remat)
+      x, attention = block(self.num_heads, int(dim * self.mlp_ratios[2]), VIT_EPS, self.dtype, name=f"blocks3_{i}")(x, next(drops))
       out["layers"].append(x)
     if self.cls_token:
       out["attention"] = attention[:, 1:]

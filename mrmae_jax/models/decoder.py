@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mrmae_jax.models.layers import Block, Dense, Mask, gelu, layer_norm, position_table, put_visible
+from mrmae_jax.models.layers import Block, Dense, Mask, gelu, layer_norm, position_table, put_visible, rematerialised
 
 
 class Decoder(nn.Module):
@@ -16,6 +16,7 @@ class Decoder(nn.Module):
     out_dim: length of a prediction, patch_size^2 * channels.
     dim, depth, num_heads, mlp_ratio: the transformer. ConvMAE takes mlp_ratio from its first encoder stage.
     learned_positions: the position table is a parameter, of published weights with tables of their own.
+    remat: of the blocks, see `rematerialised`.
     eps: of every LayerNorm.
     dtype: of the computation; parameters are float32.
   """
@@ -26,21 +27,24 @@ class Decoder(nn.Module):
   num_heads: int = 16
   mlp_ratio: float = 4
   learned_positions: bool = False
+  remat: str = "none"
   eps: float = 1e-6
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, tokens: jax.Array, mask: Mask, grid: tuple[int, int]) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Predicts every token of the image from the visible ones.
+  def __call__(self, tokens: jax.Array, mask: Mask, grid: tuple[int, int],
+               everywhere: bool = True) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Predicts tokens of the image from the visible ones.
 
     Args:
       tokens: [B, V, D], or [B, 1 + V, D] with a leading CLS token; visible tokens in the order of `mask.ids_keep`.
       mask: which tokens these are.
       grid: (rows, columns) of tokens; rows * columns = N.
+      everywhere: predict every token; else the masked ones alone, the others end before the last block's MLP.
 
     Returns:
-      prediction: float32 [B, N, out_dim], row by row, without CLS.
-      out: "tokens": [B, N, dim], what the prediction is read from.
+      prediction: float32 [B, N, out_dim], row by row, without CLS; or [B, N - V, out_dim] in the order of `mask.masked`.
+      out: "tokens": [B, N or N - V, dim], what the prediction is read from.
     """
     x = Dense(self.dim, dtype=self.dtype, name="embed")(tokens)
     mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.dim)).astype(self.dtype)
@@ -48,9 +52,12 @@ class Decoder(nn.Module):
     x = jnp.where(mask.removed[..., None], mask_token, put_visible(visible, mask))
     x = jnp.concatenate([cls, x], axis=1) if cls.shape[1] else x
     x = x + position_table(self, grid, cls_token=bool(cls.shape[1])).astype(self.dtype)
+    block = rematerialised(Block, self.remat)
     for i in range(self.depth):
-      x, _ = Block(self.num_heads, int(self.dim * self.mlp_ratio), self.eps, dtype=self.dtype, name=f"blocks_{i}")(x)
-    out = {"tokens": layer_norm(self.eps, self.dtype, "norm")(x)[:, cls.shape[1]:]}
+      only = mask.masked if i == self.depth - 1 and not everywhere else None
+      x, _ = block(self.num_heads, int(self.dim * self.mlp_ratio), self.eps, self.dtype, name=f"blocks_{i}")(x, only=only)
+    x = layer_norm(self.eps, self.dtype, "norm")(x)
+    out = {"tokens": x[:, cls.shape[1]:] if everywhere else x}
     prediction = Dense(self.out_dim, dtype=self.dtype, name="pred")(out["tokens"])
     return prediction.astype(jnp.float32), out
 

@@ -4,6 +4,8 @@ Everything here is written for bfloat16 compute with float32 parameters: Linen c
 LayerNorm statistics, softmax and convolution sums are accumulated in float32.
 """
 
+import dataclasses
+import functools
 from typing import Any, Callable, NamedTuple
 
 import flax.linen as nn
@@ -26,6 +28,12 @@ class Mask(NamedTuple):
 
   ids_keep: jax.Array
   ids_restore: jax.Array
+
+  @property
+  def masked(self) -> "Mask":
+    """The mask that shows what this one hides."""
+    tokens, visible = self.ids_restore.shape[1], self.ids_keep.shape[1]
+    return Mask(jnp.argsort(self.ids_restore, axis=1)[:, visible:], (self.ids_restore - visible) % tokens)
 
   @property
   def removed(self) -> jax.Array:
@@ -68,6 +76,11 @@ def _take_bwd(residuals, dy):
 
 take_visible.defvjp(lambda x, mask: (_take(x, mask), (x[:, :0], mask)), _take_bwd)
 put_visible.defvjp(lambda x, mask: (_put(x, mask), mask), lambda mask, dy: (_take(dy, mask), None))
+
+
+def chosen(x: jax.Array, only: Mask | None) -> jax.Array:
+  """The visible ones of the last N of T tokens, those before them (CLS) not: [B, T, ...] -> [B, V, ...]; all for None."""
+  return x if only is None else take_visible(x[:, x.shape[1] - only.ids_restore.shape[1]:], only)
 
 
 def patchify(x: jax.Array, p: int) -> jax.Array:
@@ -190,18 +203,33 @@ def position_table(module: nn.Module, grid: tuple[int, int], cls_token: bool = F
   return module.param("pos_embed", lambda key: table[None])[0] if module.learned_positions else table
 
 
-class Dense(nn.Dense):
-  """`nn.Dense` as one product of two matrices, whatever the leading axes: [..., D] -> [..., features].
+class Dense(nn.Module):
+  """A Linear layer as one product of two matrices, whatever the leading axes.
 
-  The product over two leading axes that `nn.Dense` asks for is first transposed by XLA:CPU, for every gradient of a kernel and
-  with the whole chain of residual additions before it: 40 % of a base-size step. TPUs would pad 49 tokens to 56 in it. Kernels
-  start xavier-uniform, as in MAE.
+  Of the product over several leading axes that `nn.Dense` asks for, XLA:CPU transposes both sides first, for every gradient of a
+  kernel and with the whole chain of residual additions before it: 40 % of a base-size step. TPUs would pad 49 tokens to 56.
+
+  Attributes:
+    features: width of the output.
+    use_bias: there is one.
+    kernel_init, bias_init: initialisers; by default MAE's, xavier-uniform and zeros.
+    dtype: of the computation; parameters are float32.
   """
 
+  features: int
+  use_bias: bool = True
   kernel_init: Callable = xavier_uniform
+  bias_init: Callable = nn.initializers.zeros
+  dtype: Any = jnp.float32
 
-  def __call__(self, x: jax.Array) -> jax.Array:
-    return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.features)
+  @nn.compact
+  def __call__(self, x: jax.Array, columns: slice = slice(None)) -> jax.Array:
+    """[..., D] -> [..., features], or those of the output's columns that are asked for."""
+    kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))[:, columns].astype(self.dtype)
+    y = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ kernel
+    if self.use_bias:
+      y = y + self.param("bias", self.bias_init, (self.features,))[columns].astype(self.dtype)
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def layer_norm(eps: float, dtype: Any, name: str | None = None) -> nn.LayerNorm:
@@ -209,7 +237,9 @@ def layer_norm(eps: float, dtype: Any, name: str | None = None) -> nn.LayerNorm:
   return nn.LayerNorm(epsilon=eps, dtype=dtype, use_fast_variance=False, name=name)
 
 
-class DropPath(NamedTuple):
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["keys"], meta_fields=["rate"])
+@dataclasses.dataclass(frozen=True)
+class DropPath:
   """Stochastic depth (Huang et al. 2016, arXiv 1603.09382) of one block: whole branches are dropped, image by image.
 
   Attributes:
@@ -234,6 +264,31 @@ def drop_paths(rate: float, depth: int, keys: jax.Array | None) -> list[DropPath
   return [DropPath(rate * i / max(depth - 1, 1), None if keys is None else fold(keys, i)) for i in range(depth)]
 
 
+def has_fused_attention(dtype: Any, head_dim: int) -> bool:
+  """Whether cuDNN's attention can be used: bfloat16, heads of at most 128 channels in eights, NVIDIA GPUs from Ampere on."""
+  if jax.default_backend() != "gpu" or dtype != jnp.bfloat16 or head_dim % 8 or head_dim > 128:
+    return False
+  capability = getattr(jax.local_devices()[0], "compute_capability", "")  # "9.0"; AMD's read otherwise
+  return capability.replace(".", "").isdigit() and float(capability) >= 8
+
+
+def attention_weights(q: jax.Array, k: jax.Array) -> jax.Array:
+  """softmax(q k^T / sqrt(head_dim)): [B, heads, S, head_dim], [B, heads, T, head_dim] -> float32 [B, heads, S, T]."""
+  logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
+  return jax.nn.softmax(logits * q.shape[-1] ** -0.5, axis=-1)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+  """softmax(q k^T / sqrt(head_dim)) v: [B, heads, S, head_dim] and twice [B, heads, T, head_dim] -> [B, heads, S, head_dim].
+
+  On GPUs the weights stay in the kernel of cuDNN, asked for by name: `jax.nn.dot_product_attention` would not choose it itself,
+  and is slower than the explicit form on CPU.
+  """
+  if has_fused_attention(q.dtype, q.shape[-1]):
+    return jax.nn.dot_product_attention(*(x.swapaxes(1, 2) for x in (q, k, v)), implementation="cudnn").swapaxes(1, 2)
+  return attention_weights(q, k).astype(v.dtype) @ v
+
+
 class Attention(nn.Module):
   """Multi-head self-attention with packed query, key, value weights in torch's order (3, heads, head_dim).
 
@@ -248,24 +303,22 @@ class Attention(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def __call__(self, x: jax.Array, only: Mask | None = None) -> tuple[jax.Array, jax.Array]:
     """[B, T, D] -> [B, T, D], and what the first token attends to: float32 [B, T], mean over the heads.
 
-    The first token is CLS, where there is one. Its row costs nothing unless it is used: jit drops it.
+    The first token is CLS, where there is one. Its row costs nothing unless it is used: jit drops it. With `only`, which see in
+    `chosen`, [B, V, D] of the chosen tokens; they attend to all.
     """
-    b, t, d = x.shape
-    head_dim = d // self.num_heads
-    qkv = Dense(3 * d, dtype=self.dtype, name="qkv")(x)
-    q, k, v = qkv.reshape(b, t, 3, self.num_heads, head_dim).transpose(2, 0, 3, 1, 4)
+    dim = x.shape[-1]
+    qkv = Dense(3 * dim, dtype=self.dtype, name="qkv")
+    q, k, v = jnp.split(qkv(x), 3, axis=-1) if only is None else (
+        qkv(chosen(x, only), slice(dim)), *jnp.split(qkv(x, slice(dim, None)), 2, axis=-1))
+    q, k, v = (y.reshape(*y.shape[:2], self.num_heads, -1).swapaxes(1, 2) for y in (q, k, v))
     if self.rotate is not None:
       q, k = self.rotate(q), self.rotate(k)
-
-    def attend(q):
-      logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
-      return jax.nn.softmax(logits * head_dim ** -0.5, axis=-1)
-    first = attend(q[:, :, :1])[:, :, 0].mean(1)
-    x = (attend(q).astype(self.dtype) @ v).transpose(0, 2, 1, 3).reshape(b, t, d)
-    return Dense(d, dtype=self.dtype, name="proj")(x), first
+    first = attention_weights(q[:, :, :1], k)[:, :, 0].mean(1)
+    x = attend(q, k, v).swapaxes(1, 2)
+    return Dense(dim, dtype=self.dtype, name="proj")(x.reshape(*x.shape[:2], dim)), first
 
 
 class Block(nn.Module):
@@ -277,13 +330,32 @@ class Block(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array, drop: DropPath = DropPath()) -> tuple[jax.Array, jax.Array]:
-    """[B, T, D] -> [B, T, D], and the first token's attention [B, T] (see `Attention`)."""
+  def __call__(self, x: jax.Array, drop: DropPath = DropPath(), only: Mask | None = None) -> tuple[jax.Array, jax.Array]:
+    """[B, T, D] -> [B, T, D], and the first token's attention [B, T] (see `Attention`).
+
+    With `only`, which see in `chosen`, [B, V, D]: the other tokens are attended to, and end here.
+    """
     dense = lambda features, name: Dense(features, dtype=self.dtype, name=name)
-    mixed, attention = Attention(self.num_heads, dtype=self.dtype, name="attn")(layer_norm(self.eps, self.dtype, "norm1")(x))
-    x = x + drop(mixed, 0)
+    h = layer_norm(self.eps, self.dtype, "norm1")(x)
+    mixed, attention = Attention(self.num_heads, dtype=self.dtype, name="attn")(h, only)
+    x = chosen(x, only) + drop(mixed, 0)
     h = dense(self.mlp_dim, "fc1")(layer_norm(self.eps, self.dtype, "norm2")(x))
     return x + drop(dense(x.shape[-1], "fc2")(gelu(h)), 1), attention
+
+
+def rematerialised(block: type[nn.Module], remat: str, static_argnums: tuple[int, ...] = ()) -> type[nn.Module]:
+  """A kind of block of which the backward pass computes again what was not kept: memory for time, the same numbers.
+
+  Args:
+    block: class of modules.
+    remat: "none"; "dots": results of matrix products are kept, norms and activations are not; "full": inputs alone are kept,
+      a third more work.
+    static_argnums: places of the arguments of __call__ that are no arrays; `self` has place 0.
+  """
+  if remat == "none":
+    return block
+  policy = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}[remat]
+  return nn.remat(block, policy=policy, static_argnums=static_argnums)
 
 
 class LayerFusion(nn.Module):

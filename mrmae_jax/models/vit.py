@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mrmae_jax.models.layers import (Block, Dense, LayerFusion, Mask, drop_paths, layer_norm, patchify, position_table, take_visible)
+from mrmae_jax.models.layers import (Block, Dense, LayerFusion, Mask, drop_paths, layer_norm, patchify, position_table,
+                                     rematerialised, take_visible)
 
 
 class ViT(nn.Module):
@@ -18,6 +19,7 @@ class ViT(nn.Module):
     learned_positions: the position table is a parameter [1, 1 + N, D] instead of a constant, in which CLS has zeros.
     eps: of every LayerNorm.
     drop_path: of the last block; rises linearly from 0.
+    remat: of the blocks, see `rematerialised`.
     dtype: of the computation; parameters are float32.
   """
 
@@ -30,6 +32,7 @@ class ViT(nn.Module):
   learned_positions: bool = False
   eps: float = 1e-6
   drop_path: float = 0.0
+  remat: str = "none"
   dtype: Any = jnp.float32
   cls_token = True  # not a choice
 
@@ -63,7 +66,8 @@ class ViT(nn.Module):
 
     layers = []
     for i, drop in enumerate(drop_paths(self.drop_path, self.depth, keys)):
-      x, attention = Block(self.num_heads, self.mlp_dim, self.eps, dtype=self.dtype, name=f"blocks_{i}")(x, drop)
+      block = rematerialised(Block, self.remat)
+      x, attention = block(self.num_heads, self.mlp_dim, self.eps, self.dtype, name=f"blocks_{i}")(x, drop)
       layers.append(x)
     out = {"layers": layers, "attention": attention[:, 1:]}
     if self.fuse_layers:

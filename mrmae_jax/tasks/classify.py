@@ -81,7 +81,7 @@ def read_pretrained(config, model: Classifier) -> tuple[dict[str, np.ndarray], t
   student = students.read(config.init_from, num_heads=config.encoder.num_heads, decoder=False,
                           learned_positions=model.encoder.learned_positions)
   ours, theirs = (students.module_fields(encoder) for encoder in (model.encoder, student.encoder))
-  free = {"sparse", "drop_path", "fuse_stages", "fuse_layers", "eps"}  # change no parameter that is taken
+  free = {"sparse", "drop_path", "remat", "fuse_stages", "fuse_layers", "eps"}  # change no parameter that is taken
   different = [f"{key} {theirs.get(key)!r} there, {ours.get(key)!r} here"
                for key in sorted((ours.keys() | theirs.keys()) - free) if theirs.get(key) != ours.get(key)]
   if different:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import config_flags
 
-from mrmae_jax.tools import UsageError, command_line
+from mrmae_jax.tools import UsageError, command_line, program
 
 
 class Chip(NamedTuple):
@@ -40,10 +40,6 @@ CHIPS = {  # by a part of JAX's device_kind; a "TPU7x" device is one of a chip's
     "H100": Chip("H100", 3.35e12, 80e9), "H200": Chip("H200", 4.8e12, 141e9),
 }
 KINDS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
-
-
 def define_flags() -> flags.FlagValues:
   """The options, apart from absl's global ones."""
   own = flags.FlagValues()
@@ -71,6 +67,7 @@ def find_devices(topology: str) -> list:
   from jax.experimental import topologies  # pylint: disable=g-import-not-at-top
   jax.config.update("jax_platforms", "cpu")  # nothing is computed, and libtpu would look for chips
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # nor for a cloud machine around it
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor is any chip taken from another process
   try:
     return list(topologies.get_topology_desc(topology, "tpu").devices)
   except Exception as error:  # jaxlib's own types, and a missing library
@@ -82,22 +79,6 @@ def find_chip(devices) -> Chip | None:
   """What is known of the devices; None for others, such as CPUs."""
   from mrmae_jax import metrics  # pylint: disable=g-import-not-at-top; likewise
   return metrics.of_device(CHIPS, devices[0])
-
-
-def collectives(text: str) -> dict[str, dict[str, int]]:
-  """Of a compiled program's HLO: {kind: {"count", "bytes" that one chip receives}}, loops counted once."""
-  found = {}
-  for line in text.splitlines():
-    match = re.match(rf"\s*(?:ROOT )?%?\S+ = (.+?) ({'|'.join(COLLECTIVES)})(-start)?\(", line)
-    if not match:
-      continue
-    sizes = [math.prod(map(int, filter(None, dims.split(",")))) * BYTES.get(kind, 4)
-             for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", match[1])]
-    one = found.setdefault(match[2], {"count": 0, "bytes": 0})
-    one["count"] += 1
-    # The result of an asynchronous start holds operand and output.
-    one["bytes"] += max(sizes) if match[3] and match[2] != "all-reduce" else sum(sizes)
-  return found
 
 
 def measure(config, task, devices, images: int) -> dict[str, Any]:
@@ -119,9 +100,9 @@ def measure(config, task, devices, images: int) -> dict[str, Any]:
   mesh, chip = sharding.make_mesh(**config.mesh, devices=devices), find_chip(devices)
   plan = train.plan(config, task, mesh, images)
   began = time.monotonic()
-  program = plan.step.lower(plan.state, plan.frozen, plan.batch).compile()
+  compiled = plan.step.lower(plan.state, plan.frozen, plan.batch).compile()
   seconds = time.monotonic() - began
-  memory, cost = program.memory_analysis(), program.cost_analysis() or {}
+  memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
   # XLA counts a loop's body once; micro-batches are such a loop, and nearly all of the step.
   flops, moved = (cost.get(name, 0.0) * config.optim.accum_steps for name in ("flops", "bytes accessed"))
   result = {
@@ -130,7 +111,7 @@ def measure(config, task, devices, images: int) -> dict[str, Any]:
       "compile_s": seconds, "arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
       "peak": memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
               - memory.alias_size_in_bytes + memory.generated_code_size_in_bytes,
-      "flops": flops, "bytes": moved, "collectives": collectives(program.as_text()),
+      "flops": flops, "bytes": moved, "collectives": program.collectives(compiled.as_text()),
       "shards": sharding.table({"state": plan.state, "frozen": plan.frozen})}
   if chip:
     by_flops, by_bytes = flops / metrics.peak_flops(devices[0]), moved / chip.bandwidth

@@ -1,0 +1,264 @@
+"""Two or more ways to do the same training step, in alternation in one run; outputs first have to agree, or there is no ratio.
+
+  python -m mrmae_jax.tools.bench compare --pair=visible --batch_size=8 --dtype=float32
+
+--pair is one of
+  visible       ConvMAE with the convolutional stages on the visible blocks, and dense.
+  views         MR-MAE with four complementary masks for an image and one, per mask. (Losses differ: these are other masks.)
+  remat         ConvMAE that keeps all activations, that recomputes norms and activations, and that recomputes whole blocks.
+  transformers  MAE here, and ViTMAEForPreTraining of transformers in PyTorch (needs torch), with AdamW.
+  reference     ConvMAE here, and the original code at --reference=/path/to/ConvMAE (needs torch), with AdamW, as it is and
+                strengthened: channels-last, AdamW fused; --compile adds torch.compile to PyTorch's side of both.
+Random images, AdamW, --size of the model. PyTorch runs on the GPU where it sees one, in the same precision by autocast.
+"""
+
+import json
+from pathlib import Path
+import statistics
+import sys
+import tempfile
+import types
+
+from absl import flags
+import numpy as np
+
+from mrmae_jax.tools import UsageError, bench
+
+PAIRS = ("visible", "views", "remat", "transformers", "reference")
+TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # of the first loss, relative; PyTorch's and XLA's sums have other orders
+
+
+def define_flags() -> flags.FlagValues:
+  """The options, apart from absl's global ones."""
+  own = flags.FlagValues()
+  flags.DEFINE_enum("pair", None, PAIRS, "What is compared.", flag_values=own)
+  flags.DEFINE_enum("size", "base", ["small", "base", "large", "huge"], "Of the model.", flag_values=own)
+  flags.DEFINE_integer("batch_size", 8, "Images per step.", lower_bound=1, flag_values=own)
+  flags.DEFINE_integer("image_size", 224, "Side of the images in pixels.", lower_bound=32, flag_values=own)
+  flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the computation.", flag_values=own)
+  flags.DEFINE_integer("rounds", 7, "How often each is timed.", lower_bound=1, flag_values=own)
+  flags.DEFINE_string("reference", "", "A checkout of Alpha-VL/ConvMAE.", flag_values=own)
+  flags.DEFINE_bool("compile", False, "PyTorch's side with torch.compile.", flag_values=own)
+  flags.DEFINE_string("json", "", "A .json file for the figures.", flag_values=own)
+  return own
+
+
+def _config(options, kind: str):
+  """The configuration of MAE, ConvMAE or MR-MAE with a random CLIP-B/16 as teacher, for the options."""
+  from mrmae_jax import config  # pylint: disable=g-import-not-at-top; --help is answered without jax
+  c = config.pretrain()
+  c.encoder = config.encoder("vit" if kind == "mae" else "convvit", options.size)
+  c.teacher.path = ""
+  if kind == "mrmae":
+    c.teacher.update(name="clip_vit_b16", path="random")
+  c.teacher.dtype = c.dtype = options.dtype
+  c.image_size, c.batch_size = (options.image_size,) * 2, options.batch_size
+  c.optim.warmup_epochs = 0.0
+  return c
+
+
+class _Way:
+  """One way to do the step: `run` does one and returns its loss; `images` count for its speed; what memory it takes, if known."""
+
+  def __init__(self, run, images: int, memory: float | None = None):
+    self.run, self.images, self.memory = run, images, memory
+
+
+def _ours(config, images: int) -> _Way:
+  step = bench.make_step(config)
+  memory = step.program.memory_analysis()
+  return _Way(lambda: float(step.run()["loss"]), images, memory.argument_size_in_bytes + memory.temp_size_in_bytes)
+
+
+def _visible(options):
+  ways = {}
+  for name, sparse in (("visible blocks", True), ("dense", False)):
+    config = _config(options, "convmae")
+    config.encoder.sparse = sparse
+    ways[name] = _ours(config, options.batch_size)
+  return ways, True
+
+
+def _views(options):
+  ways = {}
+  for masks in (4, 1):
+    config = _config(options, "mrmae")
+    config.method.complementary_masks = masks
+    ways[f"{masks} masks an image"] = _ours(config, options.batch_size * masks)
+  return ways, False
+
+
+def _remat(options):
+  ways = {}
+  for remat in ("none", "dots", "full"):
+    config = _config(options, "convmae")
+    config.encoder.remat = remat
+    ways[f"remat={remat}"] = _ours(config, options.batch_size)
+  return ways, True
+
+
+def _torch_way(model, call, options) -> _Way:
+  """A step of a torch model: `call(model)` gives its loss."""
+  import torch  # pylint: disable=g-import-not-at-top; the peers alone need it
+  device = "cuda" if torch.cuda.is_available() else "cpu"
+  # The rate of ours in its first steps is of no consequence for time; a small one keeps both trajectories alike.
+  optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, betas=(0.9, 0.95), weight_decay=0.05, fused=options.fused)
+  forward = torch.compile(model) if options.compile else model
+
+  def run():
+    with torch.autocast(device, torch.bfloat16, enabled=options.dtype == "bfloat16"):
+      loss = call(forward)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.item()
+  return _Way(run, options.batch_size)
+
+
+def _against_torch(options, kind: str, model, names: dict[str, bool], write, call):
+  """Ours with the weights of a torch model, and the model as it is and strengthened.
+
+  Args:
+    kind: of `_config`.
+    model: () -> the torch model, the same each time.
+    names: of the ways to run it, each with whether it is strengthened.
+    write: (model, folder) -> path that `students.read` understands.
+    call: (model, images [B, 3, H, W] normalised, noise [B, N]) -> loss, both torch tensors.
+  """
+  import jax  # pylint: disable=g-import-not-at-top
+  import jax.numpy as jnp  # pylint: disable=g-import-not-at-top
+  import torch  # pylint: disable=g-import-not-at-top
+  from mrmae_jax import mrmae, train  # pylint: disable=g-import-not-at-top
+  from mrmae_jax.weights import students  # pylint: disable=g-import-not-at-top
+  config, rng = _config(options, kind), np.random.default_rng(0)
+  with tempfile.TemporaryDirectory() as folder:
+    student = students.read(write(model(), Path(folder)), dtype=options.dtype)
+  network = mrmae.Model(student.encoder, student.decoder, (), config.data.mean, config.data.std)
+  images = rng.integers(0, 256, (options.batch_size, *config.image_size, 3), np.uint8)
+  tokens = (options.image_size // student.encoder.patch_size) ** 2
+  noise = rng.random((options.batch_size, tokens), np.float32)
+
+  def loss(params, frozen, batch, keys):  # the same masks in every step, on both sides
+    del frozen, keys
+    return mrmae.pretrain_loss(params, batch["image"], jnp.asarray(noise), network, {}, mask_ratio=0.75)
+  flat = {"/".join(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(
+      {name: student.params[name] for name in ("encoder", "decoder")})}
+  init = lambda key: jax.tree.map(jnp.asarray, {name: student.params[name] for name in ("encoder", "decoder")})
+  step = bench.make_step(config, train.Task(init, loss, None, {}, {}, (), flat), {"image": images})
+  ways = {"ours": _Way(lambda: float(step.run()["loss"]), options.batch_size)}
+
+  device = "cuda" if torch.cuda.is_available() else "cpu"
+  pixels = (images.astype(np.float32) / 255 - np.float32(config.data.mean)) / np.float32(config.data.std)
+  for name, strong in names.items():
+    layout = torch.channels_last if strong else torch.contiguous_format
+    inputs = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()).to(device).contiguous(memory_format=layout)
+    options.fused = strong
+    ways[name] = _torch_way(model().to(device).to(memory_format=layout).train(),
+                            lambda m, x=inputs: call(m, x, torch.from_numpy(noise).to(device)), options)
+  return ways, True
+
+
+def _transformers(options):
+  try:
+    import torch  # pylint: disable=g-import-not-at-top
+    from transformers.models.vit_mae import ViTMAEConfig, ViTMAEForPreTraining  # pylint: disable=g-import-not-at-top
+  except ImportError as error:
+    raise UsageError(f"--pair=transformers: {error}; it needs torch and transformers") from None
+  fields = _config(options, "mae").encoder
+  config = ViTMAEConfig(hidden_size=fields.dim, num_hidden_layers=fields.depth, num_attention_heads=fields.num_heads,
+                        intermediate_size=fields.mlp_dim, image_size=options.image_size, patch_size=fields.patch_size,
+                        mask_ratio=0.75, norm_pix_loss=True, layer_norm_eps=1e-6)
+
+  def model():
+    torch.manual_seed(0)
+    return ViTMAEForPreTraining(config)
+
+  def write(model, folder):
+    model.save_pretrained(folder)
+    return folder
+  name = "transformers, compiled" if options.compile else "transformers"
+  return _against_torch(options, "mae", model, {name: True}, write, lambda m, images, noise: m(images, noise=noise).loss)
+
+
+def _reference(options):
+  try:
+    import torch  # pylint: disable=g-import-not-at-top
+  except ImportError:
+    raise UsageError("--pair=reference needs torch") from None
+  root = Path(options.reference).expanduser()
+  if not options.reference or not (root / "models_convmae.py").is_file():
+    raise UsageError(f"--reference={options.reference} must be a checkout of Alpha-VL/ConvMAE, with models_convmae.py in it")
+  if options.size != "base" or options.image_size != 224:
+    raise UsageError("--pair=reference: the original code has one size, base at 224 px")
+  from mrmae_jax.weights import files  # pylint: disable=g-import-not-at-top
+  reference = _import_reference(root)
+  drawn = {}
+
+  def model():
+    torch.manual_seed(0)
+    return reference.convmae_convvit_base_patch16(norm_pix_loss=True)
+
+  def write(model, folder):
+    tensors = {name: x.numpy() for name, x in model.state_dict().items()}
+    files.write_safetensors(folder / "reference.safetensors", tensors)
+    return folder / "reference.safetensors"
+
+  def call(model, images, noise):
+    drawn["noise"] = noise  # the original draws by itself; here it is given what the other side has
+    return model(images, 0.75)[0]
+  rand = torch.rand
+  torch.rand = lambda *shape, **kwargs: drawn["noise"] if shape == tuple(drawn["noise"].shape) else rand(*shape, **kwargs)
+  how = ", compiled" if options.compile else ""
+  return _against_torch(options, "convmae", model, {f"reference{how}": False, f"reference, strengthened{how}": True}, write, call)
+
+
+def _import_reference(root: Path):
+  """The original models_convmae.py. It asks for timm 0.3.2 and an old numpy, of which it uses next to nothing."""
+  import torch  # pylint: disable=g-import-not-at-top
+  stand_ins = {
+      "timm": {}, "timm.models": {}, "timm.data": dict(IMAGENET_DEFAULT_MEAN=None, IMAGENET_DEFAULT_STD=None),
+      "timm.models.helpers": dict(load_pretrained=None), "timm.models.registry": dict(register_model=lambda make: make),
+      "timm.models.resnet": dict(resnet26d=None, resnet50d=None),
+      "timm.models.layers": dict(DropPath=torch.nn.Identity, to_2tuple=lambda x: (x, x), trunc_normal_=torch.nn.init.trunc_normal_)}
+  for name, content in stand_ins.items():
+    module = types.ModuleType(name)
+    vars(module).update(content)
+    sys.modules.setdefault(name, module)
+  if not hasattr(np, "float"):
+    np.float = float
+  sys.path.insert(0, str(root))
+  try:
+    import models_convmae  # pylint: disable=g-import-not-at-top,import-error
+  finally:
+    sys.path.remove(str(root))
+  return models_convmae
+
+
+def run(options) -> str:
+  """The command with an attribute per flag; returns the table.
+
+  Raises:
+    UsageError: options that do not fit, or ways whose losses do not agree.
+  """
+  if options.pair is None:
+    raise UsageError(f"--pair is missing: {', '.join(PAIRS)}")
+  about = bench.machine()
+  print(json.dumps(about), flush=True)
+  ways, comparable = {"visible": _visible, "views": _views, "remat": _remat, "transformers": _transformers,
+                      "reference": _reference}[options.pair](options)
+  losses = {name: way.run() for name, way in ways.items()}
+  first, *_ = losses.values()
+  worst = max(abs(loss / first - 1) for loss in losses.values())
+  if comparable and not worst <= TOLERANCE[options.dtype]:
+    raise UsageError(f"the ways do not agree, so there is no ratio: losses of the first step {losses}")
+  seconds = bench.alternate({name: way.run for name, way in ways.items()}, options.rounds)
+  base = list(ways)[0]
+  rows = [["", "images/s", "s a step", f"speed of {base} over it", "memory, GiB"]]
+  for name, way in ways.items():
+    ratios = [(theirs / way.images) / (ours / ways[base].images) for ours, theirs in zip(seconds[base], seconds[name])]
+    rows.append([name, f"{way.images / statistics.median(seconds[name]):,.2f}", bench.spread(seconds[name], 3),
+                 "" if name == base else bench.spread(ratios), f"{way.memory / 2 ** 30:.2f}" if way.memory else "-"])
+  bench.write_json(options.json, {"machine": about, "losses": losses, "seconds": seconds, "batch_size": options.batch_size,
+                                  "dtype": options.dtype, "size": options.size})
+  agreed = f"losses of the first step agree to {worst:.1e}" if comparable else "losses belong to different masks"
+  return f"{options.size}, batch {options.batch_size}, {options.dtype}; {agreed}\n{bench.table(rows)}"
