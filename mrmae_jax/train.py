@@ -266,7 +266,7 @@ def identity(config, task: Task, source) -> dict[str, Any]:
 
   Teachers and pretrained weights count by their values, which the task names, not by where they lie.
   """
-  free = {"optim.accum_steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints"}
+  free = {"data.workers", "optim.accum_steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints"}
   flat = {name: value for name, value in _flat(config).items() if name not in free and not name.startswith(("mesh.", "evals."))}
   return flat | {"train images": len(source)} | task.identity
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -123,7 +124,7 @@ def write(
   Raises:
     DataError: an image cannot be decoded or encoded, naming it; the splits have
       different classes.
-    FileExistsError: there is something at `root`.
+    OSError: the folder cannot be written, or there is something at `root`.
   """
   if len({source.class_names for source in sources.values()}) > 1:
     raise DataError(
@@ -145,14 +146,7 @@ def write(
       with contextlib.closing(iter(records)) as records:
         for i, part in enumerate(np.array_split(range(len(source)), count)):
           path = unfinished / f"{split}-{i:05d}-of-{count:05d}.array_record"
-          # An image per chunk, to read in any order; JPEGs do not compress.
-          writer = array_record_module.ArrayRecordWriter(
-              str(path), "group_size:1,uncompressed"
-          )
-          for _ in part:
-            writer.write(next(records))
-            progress(1)
-          writer.close()
+          _write_shard(path, itertools.islice(records, len(part)), progress)
           splits[split].append(dict(
               file=path.name, images=len(part), bytes=path.stat().st_size,
               sha256=_sha256(path),
@@ -164,6 +158,20 @@ def write(
         splits=splits,
     )
     (unfinished / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+
+
+def _write_shard(path: pathlib.Path, records, progress) -> None:
+  # One image per chunk, to read them in any order; JPEGs do not compress.
+  writer = array_record_module.ArrayRecordWriter(
+      str(path), "group_size:1,uncompressed"
+  )
+  try:
+    for record in records:
+      writer.write(record)
+      progress(1)
+    writer.close()
+  except RuntimeError as error:  # What its C++ has for a full disk.
+    raise OSError(f"{path.parent} cannot be written: {error}") from error
 
 
 def verify(
