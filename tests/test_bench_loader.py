@@ -44,7 +44,7 @@ def test_torch_sees_the_same_source(bench):
   pytest.importorskip("torch")
   _, result = bench()
   assert loader.PEER in result["rounds"]
-  assert all(line.count("[") == 3 for line in result["lines"][3:-1])
+  assert all(line.count("[") == 4 for line in result["lines"][3:-1])
 
 
 def test_memory(bench):

@@ -6,8 +6,9 @@ Measured are training batches (random crops to --image_size, flips): ours with P
 is installed), from the source and from packed copies of it in a temporary folder, whole and with the shorter side 256; and, where
 torch is installed, a torch DataLoader with the usual chain of PIL (open, RGB, crop, bicubic, flip, normalised float tensor) and as many
 workers. Loaders are measured one at a time, in alternation (A B C, then C B A, ...), each anew and after its first batches; printed
-are the median of the rounds [lowest .. highest] and the ratio to torch of the same round. Before that, ours has to give the pixels
-of the PIL chain for the same crops, or there are no ratios. Processor time is that of all processes, where the system tells (Linux).
+are the median of the rounds [lowest .. highest] and the ratios to torch of the same round, larger is better. Before that, ours has to
+give the pixels of the PIL chain for the same crops, or there are no ratios. Processor time is that of all processes, where the system
+tells (Linux); other programs disturb it less than images per second.
 
 --memory_batches=N instead streams N batches of the source and prints the memory of all processes on the way.
 """
@@ -97,11 +98,13 @@ def _speed(options, source) -> dict:
   lines = [f"{options.batch_size} x {options.image_size} px, {options.workers} workers, {os.cpu_count()} cores; {options.rounds} rounds of "
            f"{options.images} images; " + ", ".join(f"{name} {version}" for name, version in versions.items()),
            f"pixels of ours, pillow and of the PIL chain: {'equal' if equal else 'DIFFERENT, so no ratios'}",
-           f"{'':34}{'images/s':24}{'CPU-s per 1000 images':24}images/s over torch"]
+           f"{'':34}{'images/s':24}{'CPU-s per 1000 images':24}{'images/s over torch':24}images/CPU-s over torch"]
   for name, measured in rounds.items():
-    columns = [_spread([one[key] for one in measured], digits) for key, digits in (("images_per_s", 0), ("cpu_s_per_1000", 2))]
+    columns = [_spread([one["images_per_s"] for one in measured], 0), _spread([one["cpu_s_per_1000"] for one in measured], 2)]
     if equal and PEER in rounds and name != PEER:
-      columns.append(_spread([one["images_per_s"] / peer["images_per_s"] for one, peer in zip(measured, rounds[PEER])], 2))
+      pairs = list(zip(measured, rounds[PEER]))
+      columns.append(_spread([one["images_per_s"] / peer["images_per_s"] for one, peer in pairs], 2))
+      columns.append(_spread([one["cpu_s_per_1000"] and peer["cpu_s_per_1000"] / one["cpu_s_per_1000"] for one, peer in pairs], 2))
     lines.append(f"{name:34}" + "".join(f"{column:24}" for column in columns).rstrip())
   return dict(lines=lines, rounds=rounds, equal=equal, versions=versions)
 
