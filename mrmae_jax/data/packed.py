@@ -1,4 +1,4 @@
-"""Images of any source in a few large files, which read fast from anywhere.
+"""Images of any source in a few large files, to be read in any order.
 
 A packed folder holds ArrayRecord shards and `index.json`. A record is one line
 of JSON with the name and the label of an image, and for pixels their shape;
@@ -85,9 +85,9 @@ class PackedSource:
     # The reader raises what its C++ has: RuntimeError, ValueError, IndexError.
     except Exception as error:
       raise DataError(
-          f"packed:{self._root}: image {index} of {self._split!r} cannot be read"
-          f" ({' '.join(str(error).split())}); find the damaged shard with python"
-          f" -m mrmae_jax.tools.pack --verify={self._root}"
+          f"packed:{self._root}: image {index} of {self._split!r} cannot be"
+          f" read ({' '.join(str(error).split())}); find the damaged shard with"
+          f" python -m mrmae_jax.tools.pack --verify={self._root}"
       ) from error
     if "shape" in about:
       image = np.frombuffer(image, np.uint8).reshape(about["shape"])
@@ -194,8 +194,8 @@ def verify(
     _check_size(root, shard)
     if (found := _sha256(root / shard["file"])) != shard["sha256"]:
       raise DataError(
-          f"{root / shard['file']}: was changed: its sha256 is {found}, expected"
-          f" {shard['sha256']}; copy it again, or pack again"
+          f"{root / shard['file']}: was changed: its sha256 is {found},"
+          f" expected {shard['sha256']}; copy it again, or pack again"
       )
     progress(shard["images"])
   images = sum(shard["images"] for shard in shards)
@@ -215,8 +215,8 @@ def _read_index(root: pathlib.Path) -> dict:
       raise ValueError(f"format {index['format']!r}, expected {FORMAT!r}")
   except (OSError, ValueError, TypeError, KeyError) as error:
     raise DataError(
-        f"packed:{root}: no packed folder ({INDEX}: {error}); make one with python"
-        " -m mrmae_jax.tools.pack --source=SOURCE --out=DIR"
+        f"packed:{root}: no packed folder ({INDEX}: {error}); make one with"
+        " python -m mrmae_jax.tools.pack --source=SOURCE --out=DIR"
     ) from error
   return index
 

@@ -6,10 +6,11 @@
 
 What comes out is a source as well: --config.data.source=packed:/data/imagenet, with the order, names, labels and classes of the
 original. Without --short_side the bytes stay what they are, so every batch is the same too. With it images whose shorter side is
-larger are resized as evaluation does it (Pillow's bicubic, the longer side rounded down) and encoded as JPEG (4:2:0 chroma): loading is
-faster, but crops have less detail to choose from, which is another data set. Every image is decoded once: one that cannot be is
-named, and nothing is written. --train_split, --eval_split and --holdout_every are those of a run, and fixed here; a run's own are
-not asked then. Shards are ArrayRecord files, next to index.json with their sha256; the folder appears whole or not at all.
+larger are resized as evaluation does it (Pillow's bicubic, the longer side rounded down) and encoded as JPEG (4:2:0 chroma):
+loading is faster, but crops have less detail to choose from, which is another data set. Every image is decoded once: one that
+cannot be is named, and nothing is written. --train_split, --eval_split and --holdout_every are those of a run and fixed here; a
+run's own are not asked then. Shards are ArrayRecord files, next to index.json with their sha256; the folder appears whole or not
+at all.
 """
 
 from pathlib import Path

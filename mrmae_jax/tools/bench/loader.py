@@ -2,13 +2,13 @@
 
   python -m mrmae_jax.tools.bench loader --source=folder:/path/to/photos
 
-Measured are training batches (random crops to --image_size, flips): ours with Pillow's resize and with OpenCV's (where the fast extra
-is installed), from the source and from packed copies of it in a temporary folder, whole and with the shorter side 256; and, where
-torch is installed, a torch DataLoader with the usual chain of PIL (open, RGB, crop, bicubic, flip, normalised float tensor) and as many
-workers. Loaders are measured one at a time, in alternation (A B C, then C B A, ...), each anew and after its first batches; printed
-are the median of the rounds [lowest .. highest] and the ratios to torch of the same round, larger is better. Before that, ours has to
-give the pixels of the PIL chain for the same crops, or there are no ratios. Processor time is that of all processes, where the system
-tells (Linux); other programs disturb it less than images per second.
+Measured are training batches (random crops to --image_size, flips): ours with Pillow's resize and with OpenCV's (where the fast
+extra is installed), from the source and from packed copies of it in a temporary folder, whole and with the shorter side 256; and,
+where torch is installed, a torch DataLoader with the usual chain of PIL (open, RGB, crop, bicubic, flip, normalised float tensor)
+and as many workers. Loaders are measured one at a time, in alternation (A B C, then C B A, ...), each anew and after its first
+batches; printed are the median of the rounds [lowest .. highest] and the ratios to torch of the same round, larger is better.
+Before that, ours has to give the pixels of the PIL chain for the same crops, or there are no ratios. Processor time is that of all
+processes, where the system tells (Linux); other programs disturb it less than images per second.
 
 --memory_batches=N instead streams N batches of the source and prints the memory of all processes on the way.
 """
@@ -111,8 +111,8 @@ def _speed(options, source) -> dict:
         rounds[name].append(_measure(loaders[name], options))
   versions = {name: importlib.import_module(name).__version__ for name in ("grain", "PIL", "simplejpeg", "cv2", "torch")
               if importlib.util.find_spec(name)}
-  lines = [f"{options.batch_size} x {options.image_size} px, {options.workers} workers, {os.cpu_count()} cores; {options.rounds} rounds of "
-           f"{options.images} images; " + ", ".join(f"{name} {version}" for name, version in versions.items()),
+  lines = [f"{options.batch_size} x {options.image_size} px, {options.workers} workers, {os.cpu_count()} cores; {options.rounds} rounds "
+           f"of {options.images} images; " + ", ".join(f"{name} {version}" for name, version in versions.items()),
            f"pixels of ours, pillow and of the PIL chain: {'equal' if equal else 'DIFFERENT, so no ratios'}",
            f"{'':34}{'images/s':24}{'CPU-s per 1000 images':24}{'images/s over torch':24}images/CPU-s over torch"]
   for name, measured in rounds.items():
