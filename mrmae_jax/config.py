@@ -28,6 +28,7 @@ VIT = {  # fields of models.vit.ViT (Dosovitskiy et al. 2021; S as in DeiT; H/14
 
 CHOICES = {  # options that take one of a few words; the first is the default
     "encoder.remat": ("none", "dots", "full"),
+    "data.resize": ("pillow", "cv2"),
     "method.masking": ("random", "focused"),
     "teacher.layer": ("raw", "normed", "proj"),
     "teacher.input_norm": ("teacher", "student"),
@@ -122,13 +123,14 @@ def _common() -> ml_collections.ConfigDict:
   c.encoder = encoder("convvit", "base")  # or encoder("vit", ...): the keys of that function
 
   c.data = ml_collections.ConfigDict()
-  c.data.source = placeholder(str)      # "digits", "folder:/path/to/images" or "tfds:name"
+  c.data.source = placeholder(str)      # "digits", "folder:/path/to/images", "tfds:name" or "packed:/path"
   c.data.train_split = "train"          # tfds split, or sub-folder
   c.data.eval_split = "validation"      # for the evaluators; likewise
   c.data.data_dir = ""                  # where tfds looks for prepared data sets; "": its own default
   c.data.holdout_every = 10             # without an eval split, every k-th image is held out of training; 0: none
   c.data.crop_scale = (0.2, 1.0)        # area range of RandomResizedCrop
   c.data.single_try = False             # crop by the rule of MAE's linear probe: one draw, squeezed into the image
+  c.data.resize = "pillow"              # of training crops, pixel for pixel the references' bicubic; "cv2": faster, aliased
   c.data.flip = True                    # horizontal flips
   c.data.randaug = ""                   # RandAugment in timm's words, e.g. "rand-m9-mstd0.5-inc1"; "": none
   c.data.erase_prob = 0.0               # probability of random erasing
@@ -403,12 +405,19 @@ def _validate_devices(config, num_devices, need):
 def _validate_data(config, need):
   """A cheap check of the data source; images are read later."""
   from mrmae_jax import data  # pylint: disable=g-import-not-at-top; keeps the schema free of jax
-  if need(config.data.source, "config.data.source is not set; use digits, folder:/path/to/images or tfds:name"):
+  if need(config.data.source, "config.data.source is not set; use digits, folder:/path/to/images, tfds:name or "
+          "packed:/path"):
     for split in ("train",) if config.task == "pretrain" else ("train", "eval"):  # k-NN does without the second
       try:
         data.open_split(config.data, split)
       except data.DataError as error:
         need(False, f"config.data: {error}")
+  if need(config.data.resize in CHOICES["data.resize"],
+          f"config.data.resize={config.data.resize!r} is not one of {', '.join(CHOICES['data.resize'])}"):
+    try:
+      data.resizer(config.data.resize)
+    except data.DataError as error:
+      need(False, f"config.data.{error}")
 
 
 def _validate_teachers(config, encoder_fits, need):

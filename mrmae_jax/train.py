@@ -181,10 +181,11 @@ def _fit(config, task: Task, workdir, check: bool, closing: contextlib.ExitStack
 
   # 3. One program, compiled before the first batch is used.
   batches = data.train_batches(source, seed=config.seed, batch_size=config.batch_size, image_size=tuple(config.image_size),
-                               crop_scale=tuple(config.data.crop_scale), single_try=config.data.single_try, flip=config.data.flip,
-                               randaug=config.data.randaug, erase_prob=config.data.erase_prob, mean=tuple(config.data.mean),
-                               std=tuple(config.data.std), first_step=first_step, shard=jax.process_index(),
-                               num_shards=jax.process_count(), workers=config.data.workers)
+                               crop_scale=tuple(config.data.crop_scale), single_try=config.data.single_try,
+                               resize=config.data.resize, flip=config.data.flip, randaug=config.data.randaug,
+                               erase_prob=config.data.erase_prob, mean=tuple(config.data.mean), std=tuple(config.data.std),
+                               first_step=first_step, shard=jax.process_index(), num_shards=jax.process_count(),
+                               workers=config.data.workers)
   closing.callback(batches.close)
   batch = sharding.global_batch(next(batches), mesh)
   began = time.monotonic()
@@ -265,7 +266,7 @@ def identity(config, task: Task, source) -> dict[str, Any]:
 
   Teachers and pretrained weights count by their values, which the task names, not by where they lie.
   """
-  free = {"encoder.remat", "optim.accum_steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints"}
+  free = {"encoder.remat", "data.workers", "optim.accum_steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints"}
   flat = {name: value for name, value in _flat(config).items() if name not in free and not name.startswith(("mesh.", "evals."))}
   return flat | {"train images": len(source)} | task.identity
 

@@ -1,5 +1,6 @@
 """Input pipeline: sources of images, views of them, and batches per step."""
 
+from mrmae_jax.data.augment import resizer
 from mrmae_jax.data.loader import eval_batches
 from mrmae_jax.data.loader import train_batches
 from mrmae_jax.data.sources import DataError

@@ -3,6 +3,8 @@
 Images are numpy arrays, uint8 [H, W, 3], RGB. Sizes are (height, width).
 """
 
+from collections.abc import Callable
+import functools
 import io
 import math
 
@@ -19,6 +21,18 @@ CROP_TRIES = 10
 ERASE_TRIES = 10
 ERASE_AREA = (0.02, 1 / 3)  # Relative to the image.
 ERASE_ASPECT = (0.3, 1 / 0.3)  # Height / width.
+
+
+def pixels(example: dict) -> np.ndarray:
+  """The one way from a source's example to pixels, uint8 [H, W, 3].
+
+  Raises:
+    DataError: as in `decode_image`.
+  """
+  image = example["image"]
+  if isinstance(image, np.ndarray):
+    return image
+  return decode_image(image, example["name"])
 
 
 def decode_image(data: bytes, name: str) -> np.ndarray:
@@ -122,12 +136,51 @@ def crop_box(
   )
 
 
-def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def resize_pillow(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
   """Pillow's bicubic with antialiasing, uint8 [H, W, 3] of the given size."""
   picture = Image.fromarray(image).resize(
       (size[1], size[0]), Image.Resampling.BICUBIC
   )
   return np.asarray(picture)
+
+
+def resize_cv2(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+  """OpenCV's bicubic, without antialiasing, uint8 [H, W, 3] of the given size.
+
+  On 1,000 ImageNet photographs, random crops to 224 pixels, the values differ
+  from Pillow's by 2.3 levels on average, 48 at the 99.9th percentile, 173 at
+  most: crops that shrink are aliased.
+  """
+  cv2 = _cv2()
+  return cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_CUBIC)
+
+
+@functools.cache
+def _cv2():
+  import cv2  # pylint: disable=g-import-not-at-top; an extra
+
+  cv2.setNumThreads(0)  # The loader has threads or processes of its own.
+  return cv2
+
+
+def resizer(name: str) -> Callable[[np.ndarray, tuple[int, int]], np.ndarray]:
+  """What resizes training crops: `resize_pillow` or `resize_cv2`.
+
+  Raises:
+    DataError: another name than "pillow" or "cv2", or OpenCV is not installed.
+  """
+  if name == "pillow":
+    return resize_pillow
+  if name != "cv2":
+    raise DataError(f"resize={name!r} given; expected 'pillow' or 'cv2'")
+  try:
+    _cv2()
+  except ImportError as error:
+    raise DataError(
+        f"resize='cv2' needs OpenCV ({error}); install the fast extra (pip"
+        " install mrmae_jax[fast]) or use 'pillow'"
+    ) from error
+  return resize_cv2
 
 
 def random_resized_crop(
@@ -137,16 +190,17 @@ def random_resized_crop(
     scale: tuple[float, float] = (0.2, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     single_try: bool = False,
+    resize: Callable = resize_pillow,
 ) -> np.ndarray:
   """A random part of the image (see `crop_box`), resized to `size`.
 
   The part is cut out before resizing: `resize(box=)` looks at pixels outside
-  the box and gives other values.
+  the box and gives other values. `resize` is one of `resizer`.
   """
   top, left, height, width = crop_box(
       *image.shape[:2], rng, scale, ratio, single_try
   )
-  return _resize(image[top : top + height, left : left + width], size)
+  return resize(image[top : top + height, left : left + width], size)
 
 
 def random_flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -218,5 +272,5 @@ def center_crop(
     resized = cover[1] * height // width, cover[1]
   top = round((resized[0] - size[0]) / 2)
   left = round((resized[1] - size[1]) / 2)
-  image = _resize(image, resized)
+  image = resize_pillow(image, resized)
   return image[top : top + size[0], left : left + size[1]]

@@ -9,6 +9,7 @@ Both functions return a grain iterator: `next()` gives a dict of numpy arrays,
 so the script that calls with `workers > 0` needs a `__main__` guard.
 """
 
+from collections.abc import Callable
 import dataclasses
 import os
 
@@ -36,6 +37,7 @@ def train_batches(
     crop_scale: tuple[float, float],
     flip: bool,
     single_try: bool = False,
+    resize: str = "pillow",
     randaug: str = "",
     erase_prob: float = 0.0,
     mean: tuple[float, float, float] = IMAGENET_MEAN,
@@ -58,6 +60,7 @@ def train_batches(
     crop_scale: range of the crop area relative to the image.
     flip: whether half of the images are mirrored.
     single_try: crops by the rule of MAE's linear probe, see `augment.crop_box`.
+    resize: "pillow", the exact one, or "cv2", see `augment.resizer`.
     randaug: RandAugment after that, see `randaugment.parse`; "" for none.
     erase_prob: of erasing a part after that, see `augment.random_erase`.
     mean, std: which will normalise the images; `randaug` and erasing use them.
@@ -86,8 +89,8 @@ def train_batches(
   # keeps the second epoch of seed 0 from being the first epoch of seed 1.
   shuffle_seed, augment_seed = np.random.SeedSequence(seed).generate_state(2)
   view = _TrainView(
-      image_size, crop_scale, flip, single_try, randaugment.parse(randaug),
-      erase_prob, mean, std,
+      image_size, crop_scale, flip, single_try, augment.resizer(resize),
+      randaugment.parse(randaug), erase_prob, mean, std,
   )
   batches = (
       grain.MapDataset.source(source)
@@ -186,14 +189,6 @@ def _iterate(batches: grain.MapDataset, workers: int) -> grain.DatasetIterator:
   return iter(batches)
 
 
-def _pixels(example: dict) -> np.ndarray:
-  """The one way from a source's example to pixels, uint8 [H, W, 3]."""
-  image = example["image"]
-  if isinstance(image, np.ndarray):
-    return image
-  return augment.decode_image(image, example["name"])
-
-
 @dataclasses.dataclass(frozen=True)
 class _TrainView:
   """Example -> one random view of it. The generator is per stream position."""
@@ -202,6 +197,7 @@ class _TrainView:
   crop_scale: tuple[float, float]
   flip: bool
   single_try: bool
+  resize: Callable
   policy: randaugment.Policy | None
   erase_prob: float
   mean: tuple[float, float, float]
@@ -209,8 +205,8 @@ class _TrainView:
 
   def __call__(self, example: dict, rng: np.random.Generator) -> dict:
     image = augment.random_resized_crop(
-        _pixels(example), rng, self.image_size, self.crop_scale,
-        single_try=self.single_try,
+        augment.pixels(example), rng, self.image_size, self.crop_scale,
+        single_try=self.single_try, resize=self.resize,
     )
     if self.flip:
       image = augment.random_flip(image, rng)
@@ -244,7 +240,7 @@ class _EvalView:
     # The identity when all images are wanted, else evenly spaced.
     example = self.source[position * len(self.source) // self.count]
     image = augment.center_crop(
-        _pixels(example), self.image_size, self.crop_pct
+        augment.pixels(example), self.image_size, self.crop_pct
     )
     return {
         "image": image,

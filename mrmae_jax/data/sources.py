@@ -1,4 +1,4 @@
-"""Where images come from: bundled digits, a folder, or a prepared tfds dataset.
+"""Where images come from: digits, a folder, a prepared tfds dataset, shards.
 
 A source is a random-access sequence of still encoded images. It holds no open
 handle that cannot cross a process boundary, so that grain's worker processes
@@ -60,7 +60,9 @@ def open_source(
   """Opens one split of a dataset.
 
   Args:
-    spec: `digits`, `folder:/path` or `tfds:name[/config][:version]`.
+    spec: `digits`, `folder:/path`, `tfds:name[/config][:version]` or
+      `packed:/path`, what `tools.pack` has made of one of these; its splits were
+      fixed then.
     split: "train" or "eval".
     train_split: sub-folder or tfds split (slicing allowed) behind "train".
     eval_split: the same for "eval". A folder dataset without it falls back to
@@ -90,9 +92,13 @@ def open_source(
     return _open_tfds(
         rest, train_split if split == "train" else eval_split, data_dir
     )
+  if kind == "packed" and rest:
+    from mrmae_jax.data import packed  # pylint: disable=g-import-not-at-top; it imports this
+
+    return packed.PackedSource(rest, split)
   raise DataError(
-      f"dataset {spec!r} given; expected 'digits', 'folder:/path/to/images' or"
-      " 'tfds:name[/config][:version]'"
+      f"dataset {spec!r} given; expected 'digits', 'folder:/path/to/images',"
+      " 'tfds:name[/config][:version]' or 'packed:/path'"
   )
 
 

@@ -1,0 +1,53 @@
+"""The loader's benchmark: what it compares is equal, and it says so."""
+
+import json
+
+import pytest
+
+from mrmae_jax.tools import command_line
+from mrmae_jax.tools.bench import loader
+from tests.test_data import write_images
+
+
+@pytest.fixture
+def bench(tmp_path):
+  """Runs the command on six images; returns its exit code and results."""
+  write_images(tmp_path / "photos", [f"{i}.jpg" for i in range(6)])
+
+  def run(*options):
+    code = command_line(loader.__doc__, loader.define_flags(), loader.run, [
+        "loader", f"--source=folder:{tmp_path}/photos", "--image_size=16", "--batch_size=4", "--workers=0", "--images=8",
+        "--rounds=2", f"--json={tmp_path}/result.json", *options])
+    return code, json.loads((tmp_path / "result.json").read_text())
+
+  return run
+
+
+def test_table(bench, capsys):
+  code, result = bench()
+  assert code == 0 and result["equal"]
+  assert {"ours, pillow", "ours, pillow, packed", "ours, pillow, packed at 256"} <= set(result["rounds"])
+  assert all(len(rounds) == 2 and rounds[0]["images_per_s"] > 0 for rounds in result["rounds"].values())
+  assert "PIL chain: equal" in capsys.readouterr().out
+
+
+def test_no_ratio_without_equal_pixels(bench, monkeypatch, capsys):
+  monkeypatch.setattr(loader, "_same_pixels", lambda *_: False)
+  code, result = bench()
+  assert code == 0 and not result["equal"] and "DIFFERENT" in capsys.readouterr().out
+  table = result["lines"][3:]
+  assert all(line.count("[") <= 2 for line in table)
+
+
+@pytest.mark.torch
+def test_torch_sees_the_same_source(bench):
+  pytest.importorskip("torch")
+  _, result = bench()
+  assert loader.PEER in result["rounds"]
+  assert all(line.count("[") == 4 for line in result["lines"][3:-1])
+
+
+def test_memory(bench):
+  code, result = bench("--memory_batches=20")
+  assert code == 0 and list(result["resident_mb"]) == ["1", "2", "10", "20"]
+  assert result["resident_mb"]["1"] > 10
