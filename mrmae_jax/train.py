@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from mrmae_jax import data, optim, sharding
-from mrmae_jax.checkpoint import Checkpoints
+from mrmae_jax.checkpoint import Checkpoints, open_workdir
 from mrmae_jax.metrics import Clock, Log, check_finite, summary
 
 
@@ -159,6 +159,7 @@ def _fit(config, task: Task, workdir, check: bool, closing: contextlib.ExitStack
   frozen = jax.device_put(task.frozen, place(frozen_shapes))
   first_step = 0
   if not check:
+    workdir = open_workdir(workdir)
     checkpoints = Checkpoints(workdir, identity(config, task, source), config.keep_checkpoints)
     closing.callback(checkpoints.close)
     first_step = checkpoints.latest_step or 0

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -349,7 +350,7 @@ class Objects:
 def test_logs_of_a_run_in_a_bucket(monkeypatch):
   """They grow on disk and arrive in the bucket; a resumed run starts from what is there."""
   bucket = Objects(monkeypatch)
-  log = metrics.Log("gs://bucket/run", 10)
+  log = metrics.Log(epath.Path("gs://bucket/run"), 10)
   log.scalars(1, {"loss": 0.5})
   log.scalars(2, {"loss": 0.25})
   log.text("config.json", "{}")
@@ -358,7 +359,7 @@ def test_logs_of_a_run_in_a_bucket(monkeypatch):
   assert [r["loss"] for r in metrics.read("gs://bucket/run")] == [0.5, 0.25]
   names = bucket.names()
   assert {"run/metrics.jsonl", "run/config.json"} < set(names) and any(n.startswith("run/tensorboard/events") for n in names)
-  log = metrics.Log("gs://bucket/run", 10, first_step=1)
+  log = metrics.Log(epath.Path("gs://bucket/run"), 10, first_step=1)
   log.scalars(2, {"loss": 0.125})
   log.close()
   assert [(r["step"], r["loss"]) for r in metrics.read("gs://bucket/run")] == [(1, 0.5), (2, 0.125)]
