@@ -6,6 +6,7 @@ can have their own copy.
 """
 
 import collections
+import functools
 import hashlib
 import os
 from typing import Protocol
@@ -288,8 +289,9 @@ def _open_folder(
   )
 
 
+@functools.lru_cache(maxsize=4)  # a run asks half a dozen times
 def _list_images(root: str) -> tuple[list[str], tuple[str, ...]]:
-  """Sorted relative image paths, and the class names.
+  """Sorted relative image paths, and the class names; listed once a process.
 
   The classes are the first-level directories which hold images, provided that
   every image lies in one and that there are at least two; otherwise the images
