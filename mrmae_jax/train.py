@@ -125,7 +125,8 @@ def plan(config, task: Task, mesh, num_images: int) -> Plan:
   rows = {"image": ((*config.image_size, len(config.data.mean)), jnp.uint8), "label": ((), jnp.int32)}
   batch = {name: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=sharding.batch_sharding(mesh))
            for name, (shape, dtype) in rows.items()}
-  step = jax.jit(make_train_step(task, tx, schedule, config.seed, config.optim.accum_steps, sharding.replicated(mesh)), donate_argnums=0,
+  train_step = make_train_step(task, tx, schedule, config.seed, config.optim.accum_steps, whole=sharding.replicated(mesh))
+  step = jax.jit(train_step, donate_argnums=0,
                  out_shardings=(jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh)))
   return Plan(steps_per_epoch, total_steps, init, step, state, frozen, batch)
 

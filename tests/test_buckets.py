@@ -46,7 +46,8 @@ def config(tmp_path_factory):
 
 def python(code, environment):
   """What `code` prints in a process of its own, with further variables."""
-  done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)} | environment, capture_output=True, text=True)
+  environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+  done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr[-3000:]
   return done.stdout
 

@@ -91,12 +91,12 @@ def test_what_1_to_256_devices_hold_and_exchange():
   assert done.returncode == 0, done.stderr[-3000:]
   for one in json.loads(done.stdout.splitlines()[-1]):
     rows, fsdp, exchanged = one["shards"], one["fsdp"], one["collectives"]
-    divided, params = ({row["sharding"]: row for row in rows if row["part"] == part} for part in ("state/opt_state", "state/params"))
+    moments, params = ({row["sharding"]: row for row in rows if row["part"] == f"state/{part}"} for part in ("opt_state", "params"))
     assert all(row["bytes_per_device"] * (fsdp if row["sharding"] == "sharded" else 1) == row["bytes"] for row in rows)
     assert one["arguments"] == sum(row["bytes_per_device"] for row in rows) + one["images"] * 32 * 32 * 3
     size = sum(row["bytes"] for row in params.values())
     if fsdp > 1:  # most of the parameters are divided, and their moments with them
-      assert params["sharded"]["bytes"] > 0.5 * size and divided["sharded"]["bytes"] == 2 * params["sharded"]["bytes"]
+      assert params["sharded"]["bytes"] > 0.5 * size and moments["sharded"]["bytes"] == 2 * params["sharded"]["bytes"]
       assert exchanged.pop("all-gather")["bytes"] == params["sharded"]["bytes"]
     if one["devices"] > 1:
       assert 0 <= exchanged.pop("all-reduce")["bytes"] - size < 200  # and the metrics

@@ -53,7 +53,8 @@ def five_steps(setup, num_devices, fsdp=1, accum_steps=1):
   shardings = sharding.fsdp_shardings(jax.eval_shape(init, jax.random.key(0)), mesh, min_size=64)
   state = jax.jit(init, out_shardings=shardings)(jax.random.key(0))
   frozen = jax.device_put(task.frozen, sharding.fsdp_shardings(task.frozen, mesh, min_size=64))
-  step = jax.jit(train.make_train_step(task, tx, schedule, seed=0, accum_steps=accum_steps), donate_argnums=0,
+  train_step = train.make_train_step(task, tx, schedule, seed=0, accum_steps=accum_steps, whole=sharding.replicated(mesh))
+  step = jax.jit(train_step, donate_argnums=0,
                  out_shardings=(shardings, sharding.replicated(mesh)))
   losses = []
   for batch in batches:
