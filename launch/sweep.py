@@ -238,6 +238,8 @@ def sweep(own: flags.FlagValues, overrides: list[str], training: tuple[str, ...]
   for flag in ("config", "workdir"):
     if not own[flag].value:
       raise UsageError(f"--{flag} is missing: {own[flag].help}")
+  if own.do in ("run", "table"):  # elsewhere ~ may be another folder
+    own.workdir = os.path.expanduser(own.workdir)
   runs = expand(own.config, own.workdir, overrides)
   if own.do in ("run", "slurm") and "://" in own.workdir:
     raise UsageError(f"--workdir={own.workdir}: with --do={own.do} it must be a folder; buckets go with print, tpu and table")

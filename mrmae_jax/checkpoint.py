@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from mrmae_jax import buckets
 
 class WorkdirError(ValueError):
   """The working directory belongs to a different run, or cannot be used."""
@@ -24,18 +25,28 @@ def open_workdir(workdir: str | Path) -> epath.Path:
   Raises:
     WorkdirError: a bucket that cannot be reached, or another kind of address.
   """
-  text = str(workdir)
-  if "://" not in text:
-    return epath.Path(Path(text).expanduser().absolute())
-  if not text.startswith("gs://"):
-    raise WorkdirError(f"{text}: folders on disk and gs:// buckets are supported")
-  path = epath.Path(text)
   try:
-    path.exists()
-  except Exception as error:  # no gcsfs, no credentials, no such bucket, no network: each library has its own
-    raise WorkdirError(f"{text} cannot be reached ({' '.join(str(error).split())[:200] or type(error).__name__}); it needs pip install "
-                       "'mrmae_jax[gcs]', and credentials: gcloud auth application-default login") from None
-  return path
+    return buckets.folder(workdir)
+  except ValueError as error:
+    raise WorkdirError(str(error)) from None
+
+
+def prepare_workdir(workdir: str | Path) -> None:
+  """Makes the folder of a run, and sure that this process can write to it: the first checkpoint may be hours away.
+
+  Raises:
+    WorkdirError: it cannot be reached or written to.
+  """
+  folder = open_workdir(workdir)
+  probe = folder / f".write_test_{jax.process_index()}"
+  try:
+    if "://" not in str(workdir):  # a bucket has no folders, and gcsfs would create a bucket that is not there
+      folder.mkdir(parents=True, exist_ok=True)
+    probe.write_bytes(b"")
+    probe.unlink()
+  except Exception as error:  # OSError; libraries of buckets have their own
+    hint = ": does the bucket exist, and may this account create objects in it?" if "://" in str(workdir) else ""
+    raise WorkdirError(f"cannot write to {workdir} ({' '.join(str(error).split())[:200]}){hint}") from None
 
 
 class Checkpoints:
@@ -56,11 +67,8 @@ class Checkpoints:
     self.identity = identity
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True,
                                            async_options=ocp.AsyncOptions(timeout_secs=300))
-    try:
-      handlers = {"state": ocp.StandardCheckpointHandler(), "run": ocp.JsonCheckpointHandler()}
-      self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=tuple(handlers), item_handlers=handlers)
-    except OSError as error:
-      raise WorkdirError(f"cannot write to {workdir}: {error}") from None
+    handlers = {"state": ocp.StandardCheckpointHandler(), "run": ocp.JsonCheckpointHandler()}
+    self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=tuple(handlers), item_handlers=handlers)
     if self.latest_step is not None:
       saved = self._manager.restore(self.latest_step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
       changed = [f"{key}: {saved.get(key)!r} there, {identity.get(key)!r} here"
@@ -109,8 +117,7 @@ def read_config(workdir: str | Path) -> dict[str, Any]:
     WorkdirError: there is no run, or none with a complete checkpoint.
   """
   folder = open_workdir(workdir)
-  steps = [p.name for p in (folder / "checkpoints").glob("*") if p.name.isdigit()]
-  if not (folder / "config.json").is_file() or not steps:
+  if not (folder / "config.json").is_file() or not ocp.utils.checkpoint_steps(folder / "checkpoints"):
     raise WorkdirError(f"{workdir} holds no run with a checkpoint: expected config.json and checkpoints/STEP there")
   return json.loads((folder / "config.json").read_text())
 

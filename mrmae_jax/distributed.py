@@ -40,7 +40,8 @@ def start(coordinator_address: str | None, num_processes: int | None, process_id
       word in Python.
 
   Raises:
-    DistributedError: values that do not go together, or nothing from which JAX could find out.
+    DistributedError: values that do not go together, here or with those of the other processes, or nothing from which JAX could
+      find out.
   """
   env = os.environ
   address = coordinator_address or env.get("MRMAE_COORDINATOR_ADDRESS")
@@ -81,6 +82,7 @@ def start(coordinator_address: str | None, num_processes: int | None, process_id
   devices = jax.local_devices()
   print(f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}: {len(devices)} x "
         f"{devices[0].device_kind} here, {jax.device_count()} in all", flush=True)
+  agree("number of processes", {"--num_processes": count})  # JAX takes that of process 0 for all
 
 
 def _answers(address: str) -> bool:

@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 
   import jax  # pylint: disable=g-import-not-at-top; a mistyped command line is answered before jax is loaded
   from mrmae_jax import distributed, train
-  from mrmae_jax.checkpoint import WorkdirError
+  from mrmae_jax.checkpoint import WorkdirError, prepare_workdir
   from mrmae_jax.config import ConfigError, validate
   from mrmae_jax.data import DataError
   from mrmae_jax.metrics import NonFiniteError
@@ -53,9 +53,11 @@ def main(argv: list[str] | None = None) -> int:
     if _MULTIHOST.value:
       distributed.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _INIT_TIMEOUT.value)
     try:
+      if not _CHECK.value:
+        prepare_workdir(workdir)
       validate(config, jax.device_count())
       task = importlib.import_module(f"mrmae_jax.tasks.{config.task}").make(config)
-    except (ConfigError, WeightsError, DataError) as error:
+    except (ConfigError, WorkdirError, WeightsError, DataError) as error:
       distributed.agree("start", {}, error=str(error))
       raise
     if _MULTIHOST.value:  # else there is nobody to agree with, and the images need not be listed again

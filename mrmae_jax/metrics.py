@@ -56,15 +56,15 @@ def check_finite(step: int, metrics: dict[str, float]) -> None:
 class Log:
   """Writes metrics and shows progress."""
 
-  def __init__(self, workdir: str | Path, total_steps: int, first_step: int = 0):
+  def __init__(self, workdir: epath.Path, total_steps: int, first_step: int = 0):
     """Opens the logs of `workdir`; records past `first_step`, which a resumed run computes again, are dropped.
 
     Args:
-      workdir: an existing folder.
+      workdir: of the run, on disk or in a bucket; see checkpoint.open_workdir.
       total_steps: of the run.
       first_step: updates already done.
     """
-    self._folder, self._uploaded = epath.Path(workdir), time.time()
+    self._folder, self._uploaded = workdir, time.time()
     self.tensorboard = self._folder / "tensorboard"
     # Objects in a bucket cannot be appended to: the logs grow on disk, and go there as a whole every minute.
     self._bucket = "://" in str(workdir)
@@ -108,7 +108,7 @@ class Log:
   def text(self, name: str, content: str) -> None:
     """Writes a text file beside the metrics."""
     if self._active:
-      (self.path.parent / name).write_text(content + "\n", encoding="utf-8")
+      (self._folder / name).write_text(content + "\n", encoding="utf-8")
 
   def image(self, step: int, name: str, picture: np.ndarray) -> None:
     """Writes a picture, uint8 [H, W, 3], to TensorBoard."""

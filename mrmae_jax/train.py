@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from mrmae_jax import data, optim, sharding
-from mrmae_jax.checkpoint import Checkpoints
+from mrmae_jax.checkpoint import Checkpoints, open_workdir
 from mrmae_jax.metrics import Clock, Log, check_finite, summary
 
 
@@ -55,11 +55,17 @@ def sample_keys(seed: int, step, batch_size: int) -> jax.Array:
   return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(batch_size))
 
 
-def make_train_step(task: Task, tx: optax.GradientTransformation, schedule, seed: int, accum_steps: int = 1):
-  """(state, frozen, batch) -> (state, metrics), to be jitted with the state donated."""
+def make_train_step(task: Task, tx: optax.GradientTransformation, schedule, seed: int, accum_steps: int = 1, whole=None):
+  """(state, frozen, batch) -> (state, metrics), to be jitted with the state donated.
+
+  Arrays that fsdp divides are gathered where they are used, as `whole`, a replicated sharding, says; None leaves it to XLA, which
+  then divides the activations of small batches as it has found the parameters, and exchanges those instead.
+  """
+  gathered = lambda tree: tree if whole is None else jax.lax.with_sharding_constraint(tree, whole)
 
   def gradients(params, frozen, batch, keys):
-    (loss, terms), grads = jax.value_and_grad(task.loss, has_aux=True)(params, frozen, batch, keys)
+    loss = lambda params, frozen, *inputs: task.loss(gathered(params), gathered(frozen), *inputs)
+    (loss, terms), grads = jax.value_and_grad(loss, has_aux=True)(params, frozen, batch, keys)
     return grads, {"loss": loss, **terms}
 
   def train_step(state: TrainState, frozen, batch):
@@ -119,7 +125,8 @@ def plan(config, task: Task, mesh, num_images: int) -> Plan:
   rows = {"image": ((*config.image_size, len(config.data.mean)), jnp.uint8), "label": ((), jnp.int32)}
   batch = {name: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=sharding.batch_sharding(mesh))
            for name, (shape, dtype) in rows.items()}
-  step = jax.jit(make_train_step(task, tx, schedule, config.seed, config.optim.accum_steps), donate_argnums=0,
+  train_step = make_train_step(task, tx, schedule, config.seed, config.optim.accum_steps, whole=sharding.replicated(mesh))
+  step = jax.jit(train_step, donate_argnums=0,
                  out_shardings=(jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh)))
   return Plan(steps_per_epoch, total_steps, init, step, state, frozen, batch)
 
@@ -159,6 +166,7 @@ def _fit(config, task: Task, workdir, check: bool, closing: contextlib.ExitStack
   frozen = jax.device_put(task.frozen, place(frozen_shapes))
   first_step = 0
   if not check:
+    workdir = open_workdir(workdir)
     checkpoints = Checkpoints(workdir, identity(config, task, source), config.keep_checkpoints)
     closing.callback(checkpoints.close)
     first_step = checkpoints.latest_step or 0

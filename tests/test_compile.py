@@ -3,6 +3,9 @@
 import dataclasses
 import importlib.util
 import json
+import os
+from pathlib import Path
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -17,6 +20,7 @@ from mrmae_jax.tools import compile as tool
 from tests import tiny
 from tests.test_stages import changed
 
+ROOT = Path(__file__).parent.parent
 CONFIG = "from tests import tiny\ndef get_config():\n  c = tiny.get_config()\n  c.batch_size = 32\n  return c\n"
 
 
@@ -60,6 +64,43 @@ def test_memory_a_device_falls_as_the_rule_says():
     assert sum(row["bytes"] for row in rows) == whole
     assert sum(row["arrays"] for row in rows if row["sharding"] == "sharded") == len(divided)
     assert sum(row["bytes_per_device"] for row in rows) == whole - sum(4 * x.size for x in divided) * (fsdp - 1) // fsdp
+
+
+DIVIDED = """
+import json, jax
+from mrmae_jax.tasks import pretrain
+from mrmae_jax.tools import compile as tool
+from tests import tiny
+found = []
+for devices, fsdp, images in [(1, 1, 2), (8, 8, 2), (64, 64, 4), (256, 256, 2), (256, 1, 4)]:
+  c = tiny.get_config("vit")
+  c.teacher.path, c.image_size, c.batch_size, c.mesh.fsdp = "", (32, 32), devices * images, fsdp
+  c.encoder.update(dim=64, depth=1, mlp_dim=256)
+  c.decoder.update(dim=64)
+  one = tool.measure(c, pretrain.make(c), jax.devices()[:devices], images=1000)
+  found.append(one | {"fsdp": fsdp, "images": images})
+print(json.dumps(found))
+"""
+
+
+def test_what_1_to_256_devices_hold_and_exchange():
+  """State falls as the rule says; what is exchanged are parameters, gradients and metrics, whatever the batch and the devices."""
+  flags = "--xla_force_host_platform_device_count=256 --xla_backend_optimization_level=0"
+  done = subprocess.run([sys.executable, "-c", DIVIDED], cwd=ROOT, env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
+                        capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr[-3000:]
+  for one in json.loads(done.stdout.splitlines()[-1]):
+    rows, fsdp, exchanged = one["shards"], one["fsdp"], one["collectives"]
+    moments, params = ({row["sharding"]: row for row in rows if row["part"] == f"state/{part}"} for part in ("opt_state", "params"))
+    assert all(row["bytes_per_device"] * (fsdp if row["sharding"] == "sharded" else 1) == row["bytes"] for row in rows)
+    assert one["arguments"] == sum(row["bytes_per_device"] for row in rows) + one["images"] * 32 * 32 * 3
+    size = sum(row["bytes"] for row in params.values())
+    if fsdp > 1:  # most of the parameters are divided, and their moments with them
+      assert params["sharded"]["bytes"] > 0.5 * size and moments["sharded"]["bytes"] == 2 * params["sharded"]["bytes"]
+      assert exchanged.pop("all-gather")["bytes"] == params["sharded"]["bytes"]
+    if one["devices"] > 1:
+      assert 0 <= exchanged.pop("all-reduce")["bytes"] - size < 200  # and the metrics
+    assert not exchanged
 
 
 def test_collectives_of_a_program():

@@ -27,10 +27,10 @@ def start(index, count, devices, log, *arguments, config="tests/tiny.py", port=N
   """A process of a run; alone with count 1. What it prints goes to `log`."""
   flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
   env = dict(os.environ, PYTHONPATH=str(ROOT), XLA_FLAGS=flags, PYTHONUNBUFFERED="1", **environment or {})
-  command = [sys.executable, "-m", "mrmae_jax.main", f"--config={config}", *arguments]
+  command = [sys.executable, "-m", "mrmae_jax.main", f"--config={config}"]
   if count > 1:
     command += ["--multihost", f"--coordinator_address=localhost:{port}", f"--num_processes={count}", f"--process_id={index}"]
-  return subprocess.Popen(command, cwd=ROOT, env=env, stdout=open(log, "w"), stderr=subprocess.STDOUT)
+  return subprocess.Popen([*command, *arguments], cwd=ROOT, env=env, stdout=open(log, "w"), stderr=subprocess.STDOUT)
 
 
 def finish(processes, timeout=400):
@@ -111,6 +111,20 @@ def test_a_host_with_another_configuration(tmp_path):
   assert codes == [2, 2]
   for lines in errors:
     assert lines == ["error: optim.blr is 0.04 on process 0 and 0.5 on process 1"]
+
+
+def test_hosts_that_count_differently(tmp_path):
+  codes, errors = mistake(tmp_path, (), ("--num_processes=3",))
+  assert codes == [2, 2]
+  for lines in errors:
+    assert lines == ["error: --num_processes is 2 on process 0 and 3 on process 1"]
+
+
+def test_a_host_that_cannot_write(tmp_path):
+  codes, errors = mistake(tmp_path, (), ("--workdir=/proc/run",))
+  assert codes == [2, 2]
+  for lines in errors:
+    assert len(lines) == 1 and lines[0].startswith("error: process 1: cannot write to /proc/run (")
 
 
 def test_a_host_without_its_images(tmp_path):

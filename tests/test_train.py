@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,7 +53,8 @@ def five_steps(setup, num_devices, fsdp=1, accum_steps=1):
   shardings = sharding.fsdp_shardings(jax.eval_shape(init, jax.random.key(0)), mesh, min_size=64)
   state = jax.jit(init, out_shardings=shardings)(jax.random.key(0))
   frozen = jax.device_put(task.frozen, sharding.fsdp_shardings(task.frozen, mesh, min_size=64))
-  step = jax.jit(train.make_train_step(task, tx, schedule, seed=0, accum_steps=accum_steps), donate_argnums=0,
+  train_step = train.make_train_step(task, tx, schedule, seed=0, accum_steps=accum_steps, whole=sharding.replicated(mesh))
+  step = jax.jit(train_step, donate_argnums=0,
                  out_shardings=(shardings, sharding.replicated(mesh)))
   losses = []
   for batch in batches:
@@ -349,7 +351,7 @@ class Objects:
 def test_logs_of_a_run_in_a_bucket(monkeypatch):
   """They grow on disk and arrive in the bucket; a resumed run starts from what is there."""
   bucket = Objects(monkeypatch)
-  log = metrics.Log("gs://bucket/run", 10)
+  log = metrics.Log(epath.Path("gs://bucket/run"), 10)
   log.scalars(1, {"loss": 0.5})
   log.scalars(2, {"loss": 0.25})
   log.text("config.json", "{}")
@@ -358,7 +360,7 @@ def test_logs_of_a_run_in_a_bucket(monkeypatch):
   assert [r["loss"] for r in metrics.read("gs://bucket/run")] == [0.5, 0.25]
   names = bucket.names()
   assert {"run/metrics.jsonl", "run/config.json"} < set(names) and any(n.startswith("run/tensorboard/events") for n in names)
-  log = metrics.Log("gs://bucket/run", 10, first_step=1)
+  log = metrics.Log(epath.Path("gs://bucket/run"), 10, first_step=1)
   log.scalars(2, {"loss": 0.125})
   log.close()
   assert [(r["step"], r["loss"]) for r in metrics.read("gs://bucket/run")] == [(1, 0.5), (2, 0.125)]

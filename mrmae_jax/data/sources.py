@@ -6,12 +6,15 @@ can have their own copy.
 """
 
 import collections
+import functools
 import hashlib
 import os
 from typing import Protocol
 
 import numpy as np
 from PIL import Image
+
+from mrmae_jax import buckets
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 # Tried in this order when the requested evaluation folder is absent.
@@ -68,7 +71,8 @@ def open_source(
     eval_split: the same for "eval". A folder dataset without it falls back to
       val, validation, test, and then to held-out training images.
     data_dir: tfds only: where datasets were prepared, or the directory of one
-      prepared dataset (the one with dataset_info.json); "" is tfds' default.
+      prepared dataset (the one with dataset_info.json), on disk or gs://; "" is
+      tfds' default.
     holdout_every: where the data has no split of its own, every k-th image
       (index % k == k - 1 in sorted order) is "eval" and the rest "train"; 0
       trains on everything.
@@ -234,6 +238,12 @@ def _open_folder(
     root: str, split: str, train_split: str, eval_split: str, every: int
 ) -> FolderSource:
   """Applies the split rules of `open_source` to one directory."""
+  if "://" in root:
+    raise DataError(
+        f"folder:{root}: a folder of images must be on a disk; from a bucket"
+        " prepared datasets are read (tfds:NAME with data_dir=gs://BUCKET/FOLDER),"
+        " folders once they are mounted (gcsfuse, say)"
+    )
   root = os.path.abspath(os.path.expanduser(root))
   if not os.path.isdir(root):
     state = "is a file" if os.path.exists(root) else "does not exist"
@@ -285,8 +295,9 @@ def _open_folder(
   )
 
 
+@functools.lru_cache(maxsize=4)  # a run asks half a dozen times
 def _list_images(root: str) -> tuple[list[str], tuple[str, ...]]:
-  """Sorted relative image paths, and the class names.
+  """Sorted relative image paths, and the class names; listed once a process.
 
   The classes are the first-level directories which hold images, provided that
   every image lies in one and that there are at least two; otherwise the images
@@ -369,9 +380,14 @@ def _open_tfds(name: str, split: str, data_dir: str) -> "TfdsSource":
         " install tensorflow-datasets array_record importlib_resources`"
     ) from error
   directory = os.path.expanduser(data_dir)
-  if not os.path.isfile(os.path.join(directory, "dataset_info.json")):
+  try:
+    folder = buckets.folder(directory)
+  except ValueError as error:
+    raise DataError(f"dataset 'tfds:{name}', data_dir: {error}") from error
+  if not (folder / "dataset_info.json").is_file():
     try:
       builder = tfds.builder(name, data_dir=directory or None)
+      prepared = builder.is_prepared()
     # tfds reports bad names, configs and versions as AssertionError, ValueError
     # and DatasetNotFoundError, the last listing some thousand names.
     except Exception as error:
@@ -381,7 +397,7 @@ def _open_tfds(name: str, split: str, data_dir: str) -> "TfdsSource":
           " https://www.tensorflow.org/datasets/catalog, and set data_dir"
           f" ({data_dir or 'default'!r} now) to where it was prepared"
       ) from error
-    if not builder.is_prepared():
+    if not prepared:
       raise DataError(
           f"dataset 'tfds:{name}' is not prepared in {builder.data_dir};"
           f" {_prepare_hint(name, data_dir)}, or set data_dir to where it is"

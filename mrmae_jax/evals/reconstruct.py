@@ -2,7 +2,6 @@
 
 import io
 
-from etils import epath
 import jax
 import numpy as np
 from PIL import Image, ImageDraw
@@ -26,7 +25,7 @@ class Evaluator:
       images: number of rows.
     """
     self.note = ""  # always has something to show
-    self._frozen, self._folder = frozen, epath.Path(workdir) / "reconstructions"
+    self._frozen, self._folder = frozen, workdir / "reconstructions"
     self._images, self._norm_pix = images, config.method.norm_pix
     source = data.open_split(config.data, "eval" if config.data.holdout_every else "train")
     count = -(-images // mesh.size) * mesh.size
