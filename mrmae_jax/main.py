@@ -53,10 +53,10 @@ def main(argv: list[str] | None = None) -> int:
     if _MULTIHOST.value:
       distributed.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _INIT_TIMEOUT.value)
     try:
-      if not _CHECK.value:
-        prepare_workdir(workdir)
       validate(config, jax.device_count())
       task = importlib.import_module(f"mrmae_jax.tasks.{config.task}").make(config)
+      if not _CHECK.value:
+        prepare_workdir(workdir)
     except (ConfigError, WorkdirError, WeightsError, DataError) as error:
       distributed.agree("start", {}, error=str(error))
       raise

@@ -16,7 +16,7 @@ import pytest
 
 from mrmae_jax import sharding
 from mrmae_jax.tasks import pretrain
-from mrmae_jax.tools import compile as tool
+from mrmae_jax.tools import compile as tool, program as program_lib
 from tests import tiny
 from tests.test_stages import changed
 
@@ -69,7 +69,7 @@ def test_memory_a_device_falls_as_the_rule_says():
 DIVIDED = """
 import json, jax
 from mrmae_jax.tasks import pretrain
-from mrmae_jax.tools import compile as tool
+from mrmae_jax.tools import compile as tool, program as program_lib
 from tests import tiny
 found = []
 for devices, fsdp, images in [(1, 1, 2), (8, 8, 2), (64, 64, 4), (256, 256, 2), (256, 1, 4)]:
@@ -109,11 +109,11 @@ def test_collectives_of_a_program():
   rows, all_of_it = sharding.batch_sharding(mesh), sharding.replicated(mesh)
   x = jax.ShapeDtypeStruct((8, 50), jnp.float32, sharding=rows)
   program = lambda f: jax.jit(f, out_shardings=all_of_it).lower(x).compile().as_text()
-  assert tool.collectives(program(lambda x: x.sum(0))) == {"all-reduce": {"count": 1, "bytes": 200}}
-  assert tool.collectives(program(lambda x: x + 1)) == {"all-gather": {"count": 1, "bytes": 1600}}
+  assert program_lib.collectives(program(lambda x: x.sum(0))) == {"all-reduce": {"count": 1, "bytes": 200}}
+  assert program_lib.collectives(program(lambda x: x + 1)) == {"all-gather": {"count": 1, "bytes": 1600}}
   text = ("  %ag = (f32[4,8]{1,0}, f32[32,8]{1,0}) all-gather-start(f32[4,8]{1,0} %p), dimensions={0}\n"
           "  ROOT %ar = (bf16[10]{0}, f32[2,3]{1,0}) all-reduce(bf16[10]{0} %a, f32[2,3]{1,0} %b), to_apply=%add\n")
-  assert tool.collectives(text) == {"all-gather": {"count": 1, "bytes": 1024}, "all-reduce": {"count": 1, "bytes": 44}}
+  assert program_lib.collectives(text) == {"all-gather": {"count": 1, "bytes": 1024}, "all-reduce": {"count": 1, "bytes": 44}}
 
 
 def test_the_largest_batch():

@@ -251,10 +251,21 @@ def test_attention_of_cudnn_is_asked_for_by_name(monkeypatch):
   from jax._src.cudnn import fused_attention_stablehlo as cudnn  # asks the GPU that is not here for its version
   monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
   monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
-  q, k, v = (jax.ShapeDtypeStruct((2, 4, t, 32), jnp.bfloat16) for t in (36, 49, 49))
-  traced = jax.jit(jax.grad(lambda q, k, v: layers.attend(q, k, v).astype(jnp.float32).sum())).trace(q, k, v)
-  text = traced.lower(lowering_platforms=("cuda",)).as_text()
-  assert text.count("__cudnn$fmhaSoftmax") >= 1 and text.count("__cudnn$fmhaSoftmaxBackward") == 1
+  for queries, keys in ((196, 196), (49, 49), (147, 196)):
+    q, k, v = (jax.ShapeDtypeStruct((2, 4, t, 32), jnp.bfloat16) for t in (queries, keys, keys))
+    traced = jax.jit(jax.grad(lambda q, k, v: layers.attend(q, k, v).astype(jnp.float32).sum())).trace(q, k, v)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@__cudnn$fmhaSoftmax(") == text.count("@__cudnn$fmhaSoftmaxBackward(") == 1
+
+
+@pytest.mark.parametrize("queries, keys", [(10, 10), (7, 7), (6, 9), (5, 8)])
+def test_padding_to_even_numbers_of_tokens_changes_nothing(queries, keys):
+  q, k, v = (jax.random.normal(jax.random.key(t + i), (2, 3, t, 8)) for i, t in enumerate((queries, keys, keys)))
+  weights = jax.random.normal(jax.random.key(9), q.shape)
+  fused = functools.partial(layers.fused_attention, implementation="xla")
+  results = [jax.value_and_grad(lambda *x, form=form: (form(*x) * weights).sum(), (0, 1, 2))(q, k, v) for form in (layers.attend, fused)]
+  for a, b in zip(*map(jax.tree.leaves, results)):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_patches_are_row_column_channel():

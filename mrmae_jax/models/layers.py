@@ -285,8 +285,22 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   and is slower than the explicit form on CPU.
   """
   if has_fused_attention(q.dtype, q.shape[-1]):
-    return jax.nn.dot_product_attention(*(x.swapaxes(1, 2) for x in (q, k, v)), implementation="cudnn").swapaxes(1, 2)
+    return fused_attention(q, k, v)
   return attention_weights(q, k).astype(v.dtype) @ v
+
+
+def fused_attention(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str = "cudnn") -> jax.Array:
+  """`attend` by JAX's kernels ("cudnn", "xla"), which count heads behind tokens.
+
+  JAX refuses to differentiate cuDNN's for an odd number of tokens (49 visible ones, say): they get one more, which nobody
+  attends to.
+  """
+  batch, (queries, keys) = len(q), (x.shape[2] for x in (q, k))
+  q, k, v = (jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, x.shape[2] % 2), (0, 0), (0, 0))) for x in (q, k, v))
+  lengths = {name: jnp.full(batch, n, jnp.int32) for name, n in (("query_seq_lengths", queries), ("key_value_seq_lengths", keys))}
+  padded = (queries, keys) != (q.shape[1], k.shape[1])
+  x = jax.nn.dot_product_attention(q, k, v, **(lengths if padded else {}), implementation=implementation)
+  return x[:, :queries].swapaxes(1, 2)
 
 
 class Attention(nn.Module):
