@@ -9,6 +9,8 @@ import math
 import re
 
 import jax
+from jax.extend.core import jaxprs_in_params
+from jax.interpreters.partial_eval import dce_jaxpr
 
 COMPONENTS = {  # by the names of modules, in the order of the forward pass; the first that fits
     "teacher": r"Tower",
@@ -37,13 +39,6 @@ def flops(function, *args) -> dict[str, float]:
   """
   totals = dict.fromkeys(COMPONENTS, 0.0)
 
-  def inner(value):
-    if isinstance(value, jax.extend.core.ClosedJaxpr):
-      return [value.jaxpr]
-    if isinstance(value, jax.extend.core.Jaxpr):
-      return [value]
-    return [jaxpr for item in value for jaxpr in inner(item)] if isinstance(value, (tuple, list)) else []
-
   def walk(jaxpr, path, times, totals):
     for equation in jaxpr.eqns:
       name = f"{path}/{equation.source_info.name_stack}"
@@ -59,11 +54,12 @@ def flops(function, *args) -> dict[str, float]:
         for part, number in max(branches, key=lambda branch: sum(branch.values())).items():
           totals[part] += number
       else:
-        for value in equation.params.values():
-          for jaxpr in inner(value):
-            walk(jaxpr, name, times * equation.params.get("length", 1), totals)
+        for jaxpr in jaxprs_in_params(equation.params):
+          walk(jaxpr, name, times * equation.params.get("length", 1), totals)
 
-  walk(jax.make_jaxpr(function)(*args).jaxpr, "", 1, totals)
+  jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+  used, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))  # what has no effect on the result the compiler drops too
+  walk(used, "", 1, totals)
   return {part: number for part, number in totals.items() if number}
 
 

@@ -42,7 +42,7 @@ def run(options) -> str:
     raise UsageError("--config.data.source is missing, e.g. folder:/path/to/photos")
   about = bench.machine()
   print(json.dumps(about), flush=True)
-  config.update(evals=ConfigDict(), log_every=1)
+  config.evals, config.log_every = ConfigDict(), 1
   source = data.open_split(config.data, "train")
   config.epochs = (options.steps + WARM_UP) * config.batch_size / len(source)
   config.optim.warmup_epochs = min(config.optim.warmup_epochs, config.epochs)

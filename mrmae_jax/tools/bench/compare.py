@@ -1,25 +1,29 @@
 """Two or more ways to do the same training step, in alternation in one run; outputs first have to agree, or there is no ratio.
 
-  python -m mrmae_jax.tools.bench compare --pair=visible --batch_size=8 --dtype=float32
+  python -m mrmae_jax.tools.bench compare --pair=visible --config=configs/convmae.py:base --config.batch_size=8
 
 --pair is one of
-  visible       ConvMAE with the convolutional stages on the visible blocks, and dense.
-  views         MR-MAE with four complementary masks for an image and one, per mask. (Losses differ: these are other masks.)
-  remat         ConvMAE that keeps all activations, that recomputes norms and activations, and that recomputes whole blocks.
-  transformers  MAE here, and ViTMAEForPreTraining of transformers in PyTorch (needs torch), with AdamW.
-  reference     ConvMAE here, and the original code at --reference=/path/to/ConvMAE (needs torch), with AdamW, as it is and
-                strengthened: channels-last, AdamW fused; --compile adds torch.compile to PyTorch's side of both.
-Random images, AdamW, --size of the model. PyTorch runs on the GPU where it sees one, in the same precision by autocast.
+  visible       convolutional stages on the visible blocks, and dense.
+  views         four complementary masks for an image and one, per mask. (Losses differ: these are other masks.)
+  remat         all activations kept; norms and activations computed again; whole blocks computed again.
+  transformers  MAE here (--config=configs/mae.py:base), and ViTMAEForPreTraining of transformers in PyTorch (needs torch).
+  reference     ConvMAE here (--config=configs/convmae.py:base), and the original code at --reference=/path/to/ConvMAE (needs
+                torch), as it is and strengthened: channels-last, AdamW fused.
+Random images, AdamW on both sides; --compile adds torch.compile to PyTorch's. PyTorch runs on the GPU where it sees one, in the
+same precision by autocast.
 """
 
 import json
+import math
 from pathlib import Path
 import statistics
 import sys
 import tempfile
 import types
+from typing import Any
 
 from absl import flags
+from ml_collections import config_flags
 import numpy as np
 
 from mrmae_jax.tools import UsageError, bench
@@ -32,29 +36,12 @@ def define_flags() -> flags.FlagValues:
   """The options, apart from absl's global ones."""
   own = flags.FlagValues()
   flags.DEFINE_enum("pair", None, PAIRS, "What is compared.", flag_values=own)
-  flags.DEFINE_enum("size", "base", ["small", "base", "large", "huge"], "Of the model.", flag_values=own)
-  flags.DEFINE_integer("batch_size", 8, "Images per step.", lower_bound=1, flag_values=own)
-  flags.DEFINE_integer("image_size", 224, "Side of the images in pixels.", lower_bound=32, flag_values=own)
-  flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the computation.", flag_values=own)
+  config_flags.DEFINE_config_file("config", "configs/convmae.py", "Configuration file.", flag_values=own)
   flags.DEFINE_integer("rounds", 7, "How often each is timed.", lower_bound=1, flag_values=own)
   flags.DEFINE_string("reference", "", "A checkout of Alpha-VL/ConvMAE.", flag_values=own)
   flags.DEFINE_bool("compile", False, "PyTorch's side with torch.compile.", flag_values=own)
   flags.DEFINE_string("json", "", "A .json file for the figures.", flag_values=own)
   return own
-
-
-def _config(options, kind: str):
-  """The configuration of MAE, ConvMAE or MR-MAE with a random CLIP-B/16 as teacher, for the options."""
-  from mrmae_jax import config  # pylint: disable=g-import-not-at-top; --help is answered without jax
-  c = config.pretrain()
-  c.encoder = config.encoder("vit" if kind == "mae" else "convvit", options.size)
-  c.teacher.path = ""
-  if kind == "mrmae":
-    c.teacher.update(name="clip_vit_b16", path="random")
-  c.teacher.dtype = c.dtype = options.dtype
-  c.image_size, c.batch_size = (options.image_size,) * 2, options.batch_size
-  c.optim.warmup_epochs = 0.0
-  return c
 
 
 class _Way:
@@ -64,37 +51,32 @@ class _Way:
     self.run, self.images, self.memory = run, images, memory
 
 
-def _ours(config, images: int) -> _Way:
-  step = bench.make_step(config)
-  memory = step.program.memory_analysis()
-  return _Way(lambda: float(step.run()["loss"]), images, memory.argument_size_in_bytes + memory.temp_size_in_bytes)
+def _ours(config, key: str, values: dict[str, Any]) -> dict[str, _Way]:
+  """A way for each value, by name, of one key of the configuration."""
+  section, name = key.split(".")
+  if name not in config[section]:
+    raise UsageError(f"config.{section} has no {name}: this pair is about another kind of model")
+  ways = {}
+  for title, value in values.items():
+    config = config.copy_and_resolve_references()
+    config[section][name] = value
+    step, masks = bench.make_step(config), config.method.complementary_masks
+    memory = step.program.memory_analysis()
+    ways[title] = _Way(lambda step=step: float(step.run()["loss"]), config.batch_size * masks,
+                       memory.argument_size_in_bytes + memory.temp_size_in_bytes)
+  return ways
 
 
 def _visible(options):
-  ways = {}
-  for name, sparse in (("visible blocks", True), ("dense", False)):
-    config = _config(options, "convmae")
-    config.encoder.sparse = sparse
-    ways[name] = _ours(config, options.batch_size)
-  return ways, True
+  return _ours(options.config, "encoder.sparse", {"visible blocks": True, "dense": False}), True
 
 
 def _views(options):
-  ways = {}
-  for masks in (4, 1):
-    config = _config(options, "mrmae")
-    config.method.complementary_masks = masks
-    ways[f"{masks} masks an image"] = _ours(config, options.batch_size * masks)
-  return ways, False
+  return _ours(options.config, "method.complementary_masks", {"4 masks an image": 4, "1 mask an image": 1}), False
 
 
 def _remat(options):
-  ways = {}
-  for remat in ("none", "dots", "full"):
-    config = _config(options, "convmae")
-    config.encoder.remat = remat
-    ways[f"remat={remat}"] = _ours(config, options.batch_size)
-  return ways, True
+  return _ours(options.config, "encoder.remat", {f"remat={kept}": kept for kept in ("none", "dots", "full")}), True
 
 
 def _torch_way(model, call, options) -> _Way:
@@ -106,20 +88,19 @@ def _torch_way(model, call, options) -> _Way:
   forward = torch.compile(model) if options.compile else model
 
   def run():
-    with torch.autocast(device, torch.bfloat16, enabled=options.dtype == "bfloat16"):
+    with torch.autocast(device, torch.bfloat16, enabled=options.config.dtype == "bfloat16"):
       loss = call(forward)
     loss.backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss.item()
-  return _Way(run, options.batch_size)
+  return _Way(run, options.config.batch_size)
 
 
-def _against_torch(options, kind: str, model, names: dict[str, bool], write, call):
+def _against_torch(options, model, names: dict[str, bool], write, call):
   """Ours with the weights of a torch model, and the model as it is and strengthened.
 
   Args:
-    kind: of `_config`.
     model: () -> the torch model, the same each time.
     names: of the ways to run it, each with whether it is strengthened.
     write: (model, folder) -> path that `students.read` understands.
@@ -130,22 +111,22 @@ def _against_torch(options, kind: str, model, names: dict[str, bool], write, cal
   import torch  # pylint: disable=g-import-not-at-top
   from mrmae_jax import mrmae, train  # pylint: disable=g-import-not-at-top
   from mrmae_jax.weights import students  # pylint: disable=g-import-not-at-top
-  config, rng = _config(options, kind), np.random.default_rng(0)
+  config, rng = options.config, np.random.default_rng(0)
   with tempfile.TemporaryDirectory() as folder:
-    student = students.read(write(model(), Path(folder)), dtype=options.dtype)
+    student = students.read(write(model(), Path(folder)), dtype=config.dtype)
   network = mrmae.Model(student.encoder, student.decoder, (), config.data.mean, config.data.std)
-  images = rng.integers(0, 256, (options.batch_size, *config.image_size, 3), np.uint8)
-  tokens = (options.image_size // student.encoder.patch_size) ** 2
-  noise = rng.random((options.batch_size, tokens), np.float32)
+  images = rng.integers(0, 256, (config.batch_size, *config.image_size, 3), np.uint8)
+  tokens = math.prod(side // student.encoder.patch_size for side in config.image_size)
+  noise = rng.random((config.batch_size, tokens), np.float32)
 
   def loss(params, frozen, batch, keys):  # the same masks in every step, on both sides
     del frozen, keys
-    return mrmae.pretrain_loss(params, batch["image"], jnp.asarray(noise), network, {}, mask_ratio=0.75)
+    return mrmae.pretrain_loss(params, batch["image"], jnp.asarray(noise), network, {}, mask_ratio=config.method.mask_ratio)
   flat = {"/".join(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(
       {name: student.params[name] for name in ("encoder", "decoder")})}
   init = lambda key: jax.tree.map(jnp.asarray, {name: student.params[name] for name in ("encoder", "decoder")})
   step = bench.make_step(config, train.Task(init, loss, None, {}, {}, (), flat), {"image": images})
-  ways = {"ours": _Way(lambda: float(step.run()["loss"]), options.batch_size)}
+  ways = {"ours": _Way(lambda: float(step.run()["loss"]), config.batch_size)}
 
   device = "cuda" if torch.cuda.is_available() else "cpu"
   pixels = (images.astype(np.float32) / 255 - np.float32(config.data.mean)) / np.float32(config.data.std)
@@ -164,10 +145,14 @@ def _transformers(options):
     from transformers.models.vit_mae import ViTMAEConfig, ViTMAEForPreTraining  # pylint: disable=g-import-not-at-top
   except ImportError as error:
     raise UsageError(f"--pair=transformers: {error}; it needs torch and transformers") from None
-  fields = _config(options, "mae").encoder
+  fields, decoder = options.config.encoder, options.config.decoder
+  if fields.name != "vit" or len(set(options.config.image_size)) > 1:
+    raise UsageError("--pair=transformers is about MAE on square images: --config=configs/mae.py:base")
   config = ViTMAEConfig(hidden_size=fields.dim, num_hidden_layers=fields.depth, num_attention_heads=fields.num_heads,
-                        intermediate_size=fields.mlp_dim, image_size=options.image_size, patch_size=fields.patch_size,
-                        mask_ratio=0.75, norm_pix_loss=True, layer_norm_eps=1e-6)
+                        intermediate_size=fields.mlp_dim, image_size=options.config.image_size[0], patch_size=fields.patch_size,
+                        decoder_hidden_size=decoder.dim, decoder_num_hidden_layers=decoder.depth,
+                        decoder_num_attention_heads=decoder.num_heads, decoder_intermediate_size=4 * decoder.dim,
+                        mask_ratio=options.config.method.mask_ratio, norm_pix_loss=True, layer_norm_eps=1e-6)
 
   def model():
     torch.manual_seed(0)
@@ -177,19 +162,19 @@ def _transformers(options):
     model.save_pretrained(folder)
     return folder
   name = "transformers, compiled" if options.compile else "transformers"
-  return _against_torch(options, "mae", model, {name: True}, write, lambda m, images, noise: m(images, noise=noise).loss)
+  return _against_torch(options, model, {name: True}, write, lambda m, images, noise: m(images, noise=noise).loss)
 
 
 def _reference(options):
+  root = Path(options.reference).expanduser()
+  if not options.reference or not (root / "models_convmae.py").is_file():
+    raise UsageError(f"--reference={options.reference} must be a checkout of Alpha-VL/ConvMAE, with models_convmae.py in it")
+  if (options.config.encoder.name, *options.config.image_size) != ("convvit", 224, 224) or options.config.encoder.embed_dims[2] != 768:
+    raise UsageError("--pair=reference: the original code has one size: --config=configs/convmae.py:base")
   try:
     import torch  # pylint: disable=g-import-not-at-top
   except ImportError:
     raise UsageError("--pair=reference needs torch") from None
-  root = Path(options.reference).expanduser()
-  if not options.reference or not (root / "models_convmae.py").is_file():
-    raise UsageError(f"--reference={options.reference} must be a checkout of Alpha-VL/ConvMAE, with models_convmae.py in it")
-  if options.size != "base" or options.image_size != 224:
-    raise UsageError("--pair=reference: the original code has one size, base at 224 px")
   from mrmae_jax.weights import files  # pylint: disable=g-import-not-at-top
   reference = _import_reference(root)
   drawn = {}
@@ -209,7 +194,7 @@ def _reference(options):
   rand = torch.rand
   torch.rand = lambda *shape, **kwargs: drawn["noise"] if shape == tuple(drawn["noise"].shape) else rand(*shape, **kwargs)
   how = ", compiled" if options.compile else ""
-  return _against_torch(options, "convmae", model, {f"reference{how}": False, f"reference, strengthened{how}": True}, write, call)
+  return _against_torch(options, model, {f"reference{how}": False, f"reference, strengthened{how}": True}, write, call)
 
 
 def _import_reference(root: Path):
@@ -249,7 +234,8 @@ def run(options) -> str:
   losses = {name: way.run() for name, way in ways.items()}
   first, *_ = losses.values()
   worst = max(abs(loss / first - 1) for loss in losses.values())
-  if comparable and not worst <= TOLERANCE[options.dtype]:
+  config = options.config
+  if comparable and not worst <= TOLERANCE[config.dtype]:
     raise UsageError(f"the ways do not agree, so there is no ratio: losses of the first step {losses}")
   seconds = bench.alternate({name: way.run for name, way in ways.items()}, options.rounds)
   base = list(ways)[0]
@@ -258,7 +244,7 @@ def run(options) -> str:
     ratios = [(theirs / way.images) / (ours / ways[base].images) for ours, theirs in zip(seconds[base], seconds[name])]
     rows.append([name, f"{way.images / statistics.median(seconds[name]):,.2f}", bench.spread(seconds[name], 3),
                  "" if name == base else bench.spread(ratios), f"{way.memory / 2 ** 30:.2f}" if way.memory else "-"])
-  bench.write_json(options.json, {"machine": about, "losses": losses, "seconds": seconds, "batch_size": options.batch_size,
-                                  "dtype": options.dtype, "size": options.size})
+  bench.write_json(options.json, {"machine": about, "losses": losses, "seconds": seconds, "batch_size": config.batch_size,
+                                  "dtype": config.dtype})
   agreed = f"losses of the first step agree to {worst:.1e}" if comparable else "losses belong to different masks"
-  return f"{options.size}, batch {options.batch_size}, {options.dtype}; {agreed}\n{bench.table(rows)}"
+  return f"batch {config.batch_size}, {config.dtype}; {agreed}\n{bench.table(rows)}"
