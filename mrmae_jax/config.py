@@ -87,7 +87,7 @@ def teacher() -> ml_collections.ConfigDict:
   """One teacher, and how it is mimicked."""
   c = ml_collections.ConfigDict()
   c.name = placeholder(str)             # a published tower, fetched from the Hugging Face hub (teachers.PRESETS); "" for none
-  c.path = placeholder(str)             # its folder or file, or "checkpoint:WORKDIR", an encoder that was trained here
+  c.path = placeholder(str)             # its folder or file; "checkpoint:WORKDIR", an encoder that was trained here; "random"
   c.weight = 1.0                        # of its loss; the paper's is not published: both terms start near 1
   c.layer = "raw"                       # stream after the last block; "normed": after the last norm; "proj": CLIP's space
   c.last_k = 1                          # with "raw": mean over so many last blocks

@@ -222,6 +222,20 @@ def test_parameter_counts(name, count, monkeypatch, tmp_path):
   shapes = jax.eval_shape(spec.module.init, jax.random.key(0), jnp.zeros((1, preset.side, preset.side, 3)))["params"]
   total = sum(x.size for x in jax.tree.leaves(shapes))
   assert total == count + (preset.dim * proj if kind == "clip" else 0)
+  stand_in = teachers.read_spec(name=name, path="random", image_size=(preset.side,) * 2, token_size=preset.patch)
+  assert stand_in.module == spec.module.clone(proj_dim=0, parent=None) and stand_in.mean == spec.mean
+
+
+def test_a_stand_in_with_random_weights(monkeypatch):
+  for name, preset in teachers.PRESETS.items():  # all have one
+    assert teachers.read_spec(name=name, path="random", image_size=(224, 224), token_size=16).module.dim == preset.dim
+  monkeypatch.setitem(teachers.PRESETS, "dino_vit_b16", teachers.PRESETS["dino_vit_b16"]._replace(dim=64, depth=2, patch=8, side=32))
+  teacher = teachers.load(teachers.read_spec(name="dino_vit_b16", path="random", image_size=(32, 48), token_size=8, dtype="float32"))
+  seen = teacher.look(teacher.params, jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 32, 48, 3), np.uint8)))
+  assert seen.features.shape == (2, 24, 64) and np.isfinite(seen.features).all() and np.std(seen.features[0] - seen.features[1]) > 0
+  assert teacher.digest == "random dino_vit_b16"
+  with pytest.raises(WeightsError, match="teacher.path=random needs teacher.name, one of clip_vit_b32"):
+    teachers.read_spec(path="random", image_size=(32, 32), token_size=8)
 
 
 REJECTED = [

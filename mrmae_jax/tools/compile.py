@@ -1,6 +1,6 @@
 """Compiles the training step for devices that are not there, and says what it would need and how fast it could be.
 
-  python -m mrmae_jax.tools.compile --config=configs/mrmae.py:base --config.teacher.path=TEACHER --topology=v5e:4x4
+  python -m mrmae_jax.tools.compile --config=configs/mrmae.py:base --config.teacher.path=random --topology=v5e:4x4
 
 The program is the one that training runs, compiled by XLA for every chip of the topology; libtpu (the tpu extra) does this on any
 machine. Topologies are written as Google Cloud does: v4:2x2x1, v5e:4x4, v5p:2x2x4, v6e:16x16; without --topology the devices that

@@ -79,12 +79,12 @@ def _remat(options):
   return _ours(options.config, "encoder.remat", {f"remat={kept}": kept for kept in ("none", "dots", "full")}), True
 
 
-def _torch_way(model, call, options) -> _Way:
-  """A step of a torch model: `call(model)` gives its loss."""
+def _torch_way(model, call, fused: bool, options) -> _Way:
+  """A step of a torch model: `call(model)` gives its loss; AdamW may be fused."""
   import torch  # pylint: disable=g-import-not-at-top; the peers alone need it
   device = "cuda" if torch.cuda.is_available() else "cpu"
   # The rate of ours in its first steps is of no consequence for time; a small one keeps both trajectories alike.
-  optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, betas=(0.9, 0.95), weight_decay=0.05, fused=options.fused)
+  optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, betas=(0.9, 0.95), weight_decay=0.05, fused=fused)
   forward = torch.compile(model) if options.compile else model
 
   def run():
@@ -133,9 +133,8 @@ def _against_torch(options, model, names: dict[str, bool], write, call):
   for name, strong in names.items():
     layout = torch.channels_last if strong else torch.contiguous_format
     inputs = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()).to(device).contiguous(memory_format=layout)
-    options.fused = strong
     ways[name] = _torch_way(model().to(device).to(memory_format=layout).train(),
-                            lambda m, x=inputs: call(m, x, torch.from_numpy(noise).to(device)), options)
+                            lambda m, x=inputs: call(m, x, torch.from_numpy(noise).to(device)), strong, options)
   return ways, True
 
 
@@ -233,7 +232,7 @@ def run(options) -> str:
                       "reference": _reference}[options.pair](options)
   losses = {name: way.run() for name, way in ways.items()}
   first, *_ = losses.values()
-  worst = max(abs(loss / first - 1) for loss in losses.values())
+  worst = float(np.max([abs(loss / first - 1) for loss in losses.values()]))  # nan if one of them is
   config = options.config
   if comparable and not worst <= TOLERANCE[config.dtype]:
     raise UsageError(f"the ways do not agree, so there is no ratio: losses of the first step {losses}")

@@ -15,18 +15,16 @@ processes, where the system tells (Linux); other programs disturb it less than i
 
 import importlib.util
 import io
-import json
 import multiprocessing
 import os
 from pathlib import Path
-import statistics
 import tempfile
 import time
 
 from absl import flags
 import numpy as np
 
-from mrmae_jax.tools import UsageError
+from mrmae_jax.tools import UsageError, bench
 
 PACKED_SIDE = 256
 CROP_SCALE = (0.2, 1.0)
@@ -63,8 +61,7 @@ def run(options) -> str:
   source = data.open_source(options.source, "train", data_dir=options.data_dir, holdout_every=0)
   print(source.description, flush=True)
   result = _memory(options, source) if options.memory_batches else _speed(options, source)
-  if options.json:
-    Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
+  bench.write_json(options.json, result)
   return "\n".join(result["lines"])
 
 
@@ -113,22 +110,21 @@ def _speed(options, source) -> dict:
               if importlib.util.find_spec(name)}
   lines = [f"{options.batch_size} x {options.image_size} px, {options.workers} workers, {os.cpu_count()} cores; {options.rounds} rounds "
            f"of {options.images} images; " + ", ".join(f"{name} {version}" for name, version in versions.items()),
-           f"pixels of ours, pillow and of the PIL chain: {'equal' if equal else 'DIFFERENT, so no ratios'}",
-           f"{'':34}{'images/s':24}{'CPU-s per 1000 images':24}{'images/s over torch':24}images/CPU-s over torch"]
+           f"pixels of ours, pillow and of the PIL chain: {'equal' if equal else 'DIFFERENT, so no ratios'}"]
+  rows = [["", "images/s", "CPU-s per 1000 images", "images/s over torch", "images/CPU-s over torch"]]
   for name, measured in rounds.items():
-    columns = [_spread([one["images_per_s"] for one in measured], 0), _spread([one["cpu_s_per_1000"] for one in measured], 2)]
+    columns = [_spread([one["images_per_s"] for one in measured], 0), _spread([one["cpu_s_per_1000"] for one in measured], 2), "", ""]
     if equal and PEER in rounds and name != PEER:
       pairs = list(zip(measured, rounds[PEER]))
-      columns.append(_spread([one["images_per_s"] / peer["images_per_s"] for one, peer in pairs], 2))
-      columns.append(_spread([one["cpu_s_per_1000"] and peer["cpu_s_per_1000"] / one["cpu_s_per_1000"] for one, peer in pairs], 2))
-    lines.append(f"{name:34}" + "".join(f"{column:24}" for column in columns).rstrip())
+      columns[2] = _spread([one["images_per_s"] / peer["images_per_s"] for one, peer in pairs], 2)
+      columns[3] = _spread([one["cpu_s_per_1000"] and peer["cpu_s_per_1000"] / one["cpu_s_per_1000"] for one, peer in pairs], 2)
+    rows.append([name, *columns])
+  lines.append(bench.table(rows))
   return dict(lines=lines, rounds=rounds, equal=equal, versions=versions)
 
 
 def _spread(values, digits: int) -> str:
-  if None in values:
-    return "-"
-  return "{:,.{d}f} [{:,.{d}f} .. {:,.{d}f}]".format(statistics.median(values), min(values), max(values), d=digits)
+  return "-" if None in values else bench.spread(values, digits)
 
 
 def _measure(start, options) -> dict:
