@@ -238,7 +238,7 @@ def test_the_decoder_mimics_masked_tokens(arrays):
   """The baseline: features of the masked tokens, from the decoder; visible ones do not count."""
   mask, output, _, decoded = arrays
   error = np.mean((decoded - output.features[[0, 0, 1, 1]]) ** 2, -1)
-  loss = functools.partial(mimic_alone, decoded, mask=mask, tokens="masked", target_norm="none")
+  loss = functools.partial(mimic_alone, take_visible(decoded, mask.masked), mask=mask, tokens="masked", target_norm="none")
   np.testing.assert_allclose(loss(output), error[np.asarray(mask.removed)].mean(), rtol=1e-5)
 
 
