@@ -10,6 +10,8 @@ import pytest
 
 from configs import convmae, mae, mrmae
 from mrmae_jax import sharding, train
+from mrmae_jax.models.classifier import Classifier
+from mrmae_jax.models.vit import ViT
 from mrmae_jax.tools import program
 from mrmae_jax.tools.bench import SUBCOMMANDS, __main__ as command, step as bench_step
 from tests import tiny
@@ -81,6 +83,14 @@ def test_dense_stages_cost_four_times_as_much_and_are_not_counted_as_necessary()
   assert dense["decoder"] / 8 == needed["decoder"]
 
 
+def test_work_of_fine_tuning():
+  model = Classifier(ViT(8, 16, 2, 2, 32), 5)
+  images = jnp.zeros((4, 32, 48, 3))
+  params = jax.eval_shape(model.init, jax.random.key(0), images)
+  found = program.flops(lambda params: jax.grad(lambda p: model.apply(p, images)[0].sum())(params), params)
+  assert set(found) == {"transformer", "classifier"} and found["classifier"] == 2 * 2 * 4 * 16 * 5  # its output is not needed
+
+
 def test_bytes_that_kernels_move():
   x = jnp.zeros((256, 256))
   text = jax.jit(lambda x: (x @ x, x.T.sum(0))).lower(x).compile().as_text()
@@ -94,7 +104,7 @@ def test_operations_belong_to_parts():
   for name, part in (("jit(train_step)/transpose(jvp(ConvViT))/blocks1_0/fc1/dot_general", "stage 1"),
                      ("jit(train_step)/jvp(ConvViT)/stage2_output_decode/add", "embed 3 and 4, stage fusion"),
                      ("jit(f)/jvp(Tower)/blocks_3/attn/qkv/dot_general", "teacher"), ("jit(f)/jvp(ViT)/blocks_0/fc1", "transformer"),
-                     ("jit(f)/adam/mul", "rest")):
+                     ("jit(f)/jvp(Classifier)/encoder/blocks1_0/fc1/dot_general", "stage 1"), ("jit(f)/adam/mul", "rest")):
     assert program.component(name) == part
 
 

@@ -12,15 +12,15 @@ import jax
 from jax.extend.core import jaxprs_in_params
 from jax.interpreters.partial_eval import dce_jaxpr
 
-COMPONENTS = {  # by the names of modules, in the order of the forward pass; the first that fits
+COMPONENTS = {  # by the names of modules; the first that fits
     "teacher": r"Tower",
-    "stage 1": r"ConvViT.*/(patch_embed1|blocks1_)",
-    "stage 2": r"ConvViT.*/(patch_embed2|blocks2_)",
-    "embed 3 and 4, stage fusion": r"ConvViT.*/(patch_embed[34]|stage\d_output_decode)",
-    "transformer": r"ConvViT|ViT",
     "decoder": r"Decoder",
     "mimic head": r"MimicHead",
-    "head": r"Classifier",
+    "stage 1": r"/(patch_embed1|blocks1_)",
+    "stage 2": r"/(patch_embed2|blocks2_)",
+    "embed 3 and 4, stage fusion": r"/(patch_embed[34]|stage\d_output_decode)",
+    "transformer": r"ConvViT|ViT|Classifier\)*/encoder",
+    "classifier": r"Classifier",
     "rest": r"",
 }
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
