@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import config_flags
 
-from mrmae_jax.tools import UsageError, command_line, program
+from mrmae_jax.tools import UsageError, command_line
 
 
 class Chip(NamedTuple):
@@ -97,6 +97,7 @@ def measure(config, task, devices, images: int) -> dict[str, Any]:
     jax.errors.JaxRuntimeError: among others, the program does not fit the memory.
   """
   from mrmae_jax import metrics, sharding, train  # pylint: disable=g-import-not-at-top
+  from mrmae_jax.tools import program  # pylint: disable=g-import-not-at-top
   mesh, chip = sharding.make_mesh(**config.mesh, devices=devices), find_chip(devices)
   plan = train.plan(config, task, mesh, images)
   began = time.monotonic()

@@ -32,13 +32,13 @@ def define_flags() -> flags.FlagValues:
   return own
 
 
-def necessary(config, task=None) -> dict[str, float]:
+def necessary(config) -> dict[str, float]:
   """FLOPs of one image and step by component that the method needs: sparse stages, nothing computed twice."""
   from mrmae_jax import sharding, train  # pylint: disable=g-import-not-at-top; --help is answered without jax
   from mrmae_jax.tools import program  # pylint: disable=g-import-not-at-top
   config = config.copy_and_resolve_references()
   config.encoder.update({key: value for key, value in (("sparse", True), ("remat", "none")) if key in config.encoder})
-  plan = train.plan(config, bench.make_task(config) if task is None else task, sharding.make_mesh(**config.mesh), 1_281_167)
+  plan = train.plan(config, bench.make_task(config), sharding.make_mesh(**config.mesh), 1_281_167)
   found = program.flops(plan.step, plan.state, plan.frozen, plan.batch)
   return {part: number / config.batch_size for part, number in found.items()}
 
