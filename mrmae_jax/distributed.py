@@ -18,6 +18,8 @@ import jax
 
 EXIT_LOST = 1  # of a process whose fellows did not come or are gone: the launcher may try again
 HEARTBEAT_S = SHUTDOWN_S = 30  # JAX waits 100 and 300 s by default
+NOTICE_S = 20  # between two lines about others that have not come
+LINGER_S = 10
 _rounds = itertools.count()
 
 
@@ -36,8 +38,8 @@ def start(coordinator_address: str | None, num_processes: int | None, process_id
     coordinator_address: HOST:PORT of process 0; None: JAX finds out (TPU VM, GKE, Slurm, Open MPI). Environment variables
       MRMAE_COORDINATOR_ADDRESS, MRMAE_NUM_PROCESSES and MRMAE_PROCESS_ID stand in for None.
     num_processes, process_id: likewise.
-    timeout_s: how long to wait for the others. After that the process prints why and exits: JAX itself would abort, without a
-      word in Python.
+    timeout_s: how long to wait for the others. Meanwhile the process says every 20 s what is missing; after that it prints why
+      and exits: JAX itself would abort, without a word in Python.
 
   Raises:
     DistributedError: values that do not go together, here or with those of the other processes, or nothing from which JAX could
@@ -59,18 +61,8 @@ def start(coordinator_address: str | None, num_processes: int | None, process_id
   if not missing and not address.rpartition(":")[2].isdigit():
     raise DistributedError(f"--coordinator_address={address} must be HOST:PORT of process 0, e.g. 10.0.0.2:8476")
 
-  def give_up():
-    who = "a process" if missing else f"process {index} of {count}"
-    where = "the address that JAX found out" if missing else address
-    reached = "" if missing or index == 0 else (
-        f"; {address} answers, so others have not come" if _answers(address) else f"; nothing answers at {address}")
-    print(f"error: {who} waited {timeout_s} s for the others at {where}{reached}. Are all of them started, with the same "
-          "--num_processes, and does the network let them through?", file=sys.stderr, flush=True)
-    os._exit(EXIT_LOST)  # the main thread is inside C++ and would abort the process without a message
-
-  watchdog = threading.Timer(timeout_s, give_up)
-  watchdog.daemon = True
-  watchdog.start()
+  arrived = threading.Event()
+  threading.Thread(target=_wait_with_words, args=(arrived, timeout_s, index, count, address), daemon=True).start()
   try:
     jax.distributed.initialize(address, count, index, initialization_timeout=timeout_s + 60,
                                heartbeat_timeout_seconds=HEARTBEAT_S, shutdown_timeout_seconds=SHUTDOWN_S)
@@ -78,11 +70,33 @@ def start(coordinator_address: str | None, num_processes: int | None, process_id
     raise DistributedError(f"jax.distributed.initialize: {' '.join(str(error).split())}. On machines that are no TPU VM and run "
                            "no Slurm, give --coordinator_address, --num_processes and --process_id") from None
   finally:
-    watchdog.cancel()
+    arrived.set()
   devices = jax.local_devices()
   print(f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}: {len(devices)} x "
         f"{devices[0].device_kind} here, {jax.device_count()} in all", flush=True)
   agree("number of processes", {"--num_processes": count})  # JAX takes that of process 0 for all
+
+
+def _wait_with_words(arrived: threading.Event, timeout_s: int, index: int | None, count: int | None, address: str | None) -> None:
+  """Says what is waited for while `jax.distributed.initialize` is silent, and ends the process when it has waited long enough."""
+  began = time.monotonic()
+  who = "a process" if index is None else f"process {index} of {count}"
+  where = address or "the address that JAX found out"
+
+  def so_far():
+    reached = "" if address is None or index == 0 else (
+        f"; {address} answers, so others have not come" if _answers(address) else f"; nothing answers at {address}")
+    return f"{who} waited {int(time.monotonic() - began)} s for the others at {where}{reached}"
+
+  while not arrived.wait(min(NOTICE_S, max(0, timeout_s - (time.monotonic() - began)))):
+    if time.monotonic() - began < timeout_s:
+      print(f"{so_far()}; going on for up to {timeout_s} s (--init_timeout)", flush=True)
+      continue
+    print(f"error: {so_far()}. Are all of them started, with the same --num_processes, and does the network let them through?",
+          file=sys.stderr, flush=True)
+    if index == 0:
+      time.sleep(LINGER_S)  # those that began a little later shall still find that it answers
+    os._exit(EXIT_LOST)  # the main thread is inside C++ and would abort the process without a message
 
 
 def _answers(address: str) -> bool:
