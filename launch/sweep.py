@@ -191,7 +191,7 @@ def compare(runs: list[Run], metrics: list[str], plot: str, failures: dict[str, 
   Raises:
     UsageError: a metric that no point has logged, or a bucket that cannot be reached.
   """
-  from mrmae_jax.checkpoint import WorkdirError, open_workdir  # pylint: disable=g-import-not-at-top
+  from mrmae_jax.workdir import WorkdirError, open_workdir  # pylint: disable=g-import-not-at-top
   from mrmae_jax.metrics import NOT_RESULTS, read  # pylint: disable=g-import-not-at-top; printing commands needs no jax
   try:
     folder = open_workdir(workdir)

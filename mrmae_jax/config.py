@@ -150,6 +150,8 @@ def _common() -> ml_collections.ConfigDict:
   c.optim.no_decay = ()                 # names of parameters that are not decayed either
   c.optim.clip_norm = 0.0               # global norm that gradients are cut to; 0: none
   c.optim.ema_decay = 0.0               # of a moving average of the parameters, which evaluators then use; 0: none
+  c.optim.max_spike = 0.0               # leave out updates whose gradient norm is so many times its running mean; 0: only nan, inf
+  c.optim.max_skips = 10                # updates left out in a row that end the run
 
   c.mesh = ml_collections.ConfigDict(dict(data=-1, fsdp=1))  # devices per axis; -1: all that are left
 
@@ -157,6 +159,8 @@ def _common() -> ml_collections.ConfigDict:
   c.eval_every = 20.0                   # epochs; besides, before the first and after the last step
   c.checkpoint_every = 5.0              # epochs; besides, after the last step
   c.keep_checkpoints = 2                # newest ones that stay
+  c.keep_best = ""                      # evaluation, e.g. "knn/accuracy", of which the checkpoint with the largest stays too
+  c.hang_s = 1800.0                     # seconds without a sign of life after which a process ends (exit code 6); 0: never
   c.evals = ml_collections.ConfigDict()  # options of each evaluator of mrmae_jax.evals
   return c
 
@@ -275,9 +279,9 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> None:
   if not all(pairs):
     raise ConfigError("\n".join(problems))  # nothing below can be computed
   positive("batch_size", "epochs", "optim.blr", "optim.eps", "optim.accum_steps", "log_every", "eval_every",
-           "checkpoint_every", "keep_checkpoints", "data.eval_crop")
-  positive("optim.min_lr", "optim.warmup_epochs", "optim.weight_decay", "optim.clip_norm", "data.holdout_every", "data.workers",
-           zero=True)
+           "checkpoint_every", "keep_checkpoints", "optim.max_skips", "data.eval_crop")
+  positive("optim.min_lr", "optim.warmup_epochs", "optim.weight_decay", "optim.clip_norm", "optim.max_spike", "hang_s", "data.holdout_every",
+           "data.workers", zero=True)
   for name in ("b1", "b2", "ema_decay"):
     need(0 <= config.optim[name] < 1, f"config.optim.{name}={config.optim[name]} must lie in [0, 1)")
   need(config.optim.warmup_epochs <= config.epochs,
@@ -290,6 +294,9 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> None:
   need(len(config.data.mean) == 3 == len(config.data.std) and min(config.data.std) > 0,
        f"config.data.mean={config.data.mean} and std={config.data.std} must hold 3 numbers each, std > 0")
 
+  need(not config.keep_best or config.keep_best.split("/")[0] in config.evals,
+       f"config.keep_best={config.keep_best!r} is no result of an evaluation; config.evals has {', '.join(config.evals) or 'none'}: "
+       "knn/accuracy, say")
   need(0 < config.optim.layer_decay <= 1, f"config.optim.layer_decay={config.optim.layer_decay} must satisfy 0 < decay <= 1")
   need(0 <= config.data.erase_prob <= 1, f"config.data.erase_prob={config.data.erase_prob} must lie in [0, 1]")
 

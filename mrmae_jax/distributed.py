@@ -21,6 +21,7 @@ HEARTBEAT_S = SHUTDOWN_S = 30  # JAX waits 100 and 300 s by default
 NOTICE_S = 20  # between two lines about others that have not come
 LINGER_S = 10
 _rounds = itertools.count()
+_leaving = False
 
 
 class DistributedError(RuntimeError):
@@ -149,19 +150,40 @@ def _read(occasion: str, timeout_s: float) -> list[str | None]:
   return texts
 
 
-def leave(code: int) -> None:
+def leave(code: int, why: str = "") -> None:
   """Ends a process that failed. A normal exit would wait for the others, which may be waiting for this one.
 
   The end of process 0, which keeps the store, is the end of all: it gives the others ten seconds to say what is wrong with them.
+
+  Args:
+    code: exit code.
+    why: the error in a line, for the others (see `who_left`); "" for a process whose end is no reason for theirs.
   """
+  global _leaving
+  _leaving = True
   sys.stdout.flush()
   sys.stderr.flush()
   if _store() is not None:
-    _store().key_value_set(f"mrmae_jax/leaving/{jax.process_index()}", "")
+    try:
+      _store().key_value_set(f"mrmae_jax/leaving/{jax.process_index()}", why)
+    except Exception as error:  # pylint: disable=broad-exception-caught; the coordinator is gone: nobody is left to tell
+      logging.info("leaving: %s", error)
     if jax.process_index() == 0:
       _read("mrmae_jax/leaving", 10)
       time.sleep(1)  # between their last word and their end
   os._exit(code)
+
+
+def who_left() -> str:
+  """What other processes said that ended with an error: "process 1 has ended: ..."; "" if none did, or if this one is ending."""
+  if _leaving or _store() is None:
+    return ""
+  try:
+    found = _store().key_value_dir_get("mrmae_jax/leaving")
+  except Exception as error:  # pylint: disable=broad-exception-caught; jaxlib's own type; no coordinator: JAX ends this process
+    logging.info("who left: %s", error)
+    return ""
+  return "; ".join(f"process {key.rpartition('/')[2]} has ended: {why}" for key, why in sorted(found) if why)
 
 
 def agree(what: str, values: dict, error: str | None = None) -> None:

@@ -6,9 +6,11 @@ On several hosts start the same command on each, with --multihost; where JAX can
 GKE, Slurm), with --coordinator_address, --num_processes and --process_id too.
 """
 
+import contextlib
 import difflib
 import importlib
 import os
+import re
 import runpy
 import sys
 import traceback
@@ -24,13 +26,18 @@ _COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of pr
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes over all hosts, or MRMAE_NUM_PROCESSES.", lower_bound=1)
 _PROCESS = flags.DEFINE_integer("process_id", None, "Number of this process, from 0, or MRMAE_PROCESS_ID.", lower_bound=0)
 _INIT_TIMEOUT = flags.DEFINE_integer("init_timeout", 300, "Seconds to wait for the other processes.", lower_bound=1)
+_said = ""  # the error that this process ends with
 FLAGS = (_CONFIG, _WORKDIR, _CHECK, _MULTIHOST, _COORDINATOR, _PROCESSES, _PROCESS, _INIT_TIMEOUT)
 
-USAGE_ERROR, DATA_ERROR, NON_FINITE = 2, 3, 4  # exit codes
+USAGE_ERROR, DATA_ERROR, NON_FINITE, STORAGE_ERROR = 2, 3, 4, 5  # exit codes; supervision.py and distributed.py have others
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Runs a command line (default: sys.argv); returns the exit code: 0 done, 2 usage, 3 data, 4 non-finite loss."""
+  """Runs a command line (default: sys.argv); returns the exit code.
+
+  0: done. 1: other processes did not come or are gone. 2: usage. 3: data. 4: losses that are not finite. 5: storage. 75: stopped by a
+  signal, the same command goes on. (6, a hang, ends the process where it is.)
+  """
   argv = sys.argv if argv is None else argv
   if {"-h", "--help", "--helpfull"}.intersection(argv[1:]):
     print(__doc__, *(f"  --{flag.name}: {flags.FLAGS[flag.name].help}" for flag in FLAGS), sep="\n")
@@ -42,34 +49,59 @@ def main(argv: list[str] | None = None) -> int:
     return _fail(error, USAGE_ERROR)
 
   import jax  # pylint: disable=g-import-not-at-top; a mistyped command line is answered before jax is loaded
-  from mrmae_jax import distributed, train
-  from mrmae_jax.checkpoint import WorkdirError, prepare_workdir
+  from mrmae_jax import distributed, supervision, train
+  from mrmae_jax.checkpoint import StorageError
   from mrmae_jax.config import ConfigError, validate
   from mrmae_jax.data import DataError
-  from mrmae_jax.metrics import NonFiniteError
+  from mrmae_jax.nonfinite import NonFiniteError
   from mrmae_jax.weights.table import WeightsError
+  from mrmae_jax.workdir import WorkdirError, held, prepare_workdir
 
   try:
     if _MULTIHOST.value:
       distributed.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _INIT_TIMEOUT.value)
-    try:
-      validate(config, jax.device_count())
-      task = importlib.import_module(f"mrmae_jax.tasks.{config.task}").make(config)
-      if not _CHECK.value:
-        prepare_workdir(workdir)
-    except (ConfigError, WorkdirError, WeightsError, DataError) as error:
-      distributed.agree("start", {}, error=str(error))
-      raise
-    if _MULTIHOST.value:  # else there is nobody to agree with, and the images need not be listed again
-      distributed.agree("start", train.agreed(config, task))
-    train.fit(config, task, workdir, check=_CHECK.value)
+    with contextlib.ExitStack() as ending:
+      try:
+        validate(config, jax.device_count())
+        ending.enter_context(supervision.supervised(config.hang_s))
+        with supervision.phase("start", at_once=True):
+          task = importlib.import_module(f"mrmae_jax.tasks.{config.task}").make(config)
+        if not _CHECK.value:
+          prepare_workdir(workdir)
+          if note := ending.enter_context(held(workdir)):
+            print(note, flush=True)
+      except (ConfigError, WorkdirError, WeightsError, DataError) as error:
+        distributed.agree("start", {}, error=str(error))
+        raise
+      if _MULTIHOST.value:  # else there is nobody to agree with, and the images need not be listed again
+        distributed.agree("start", train.agreed(config, task))
+      train.fit(config, task, workdir, check=_CHECK.value)
   except (ConfigError, WorkdirError, WeightsError, distributed.DistributedError) as error:
     return _fail(error, distributed.EXIT_LOST if isinstance(error, distributed.LostError) else USAGE_ERROR)
   except DataError as error:
     return _fail(error, DATA_ERROR)
   except NonFiniteError as error:
     return _fail(error, NON_FINITE)
+  except StorageError as error:
+    return _fail(error, STORAGE_ERROR)
+  except supervision.Interrupted:
+    return supervision.EXIT_STOPPED
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    return _fail(MemoryError(out_of_memory(str(error), config)), USAGE_ERROR)
   return 0
+
+
+def out_of_memory(error: str, config) -> str:
+  """What XLA says when a device's memory does not suffice, in a line, with what can be done about it."""
+  asked = re.search(r"[Aa]llocat\w* (?:of |request for )?\(?(\d[\d.,]* ?\w*)", error) or re.search(r"(\d[\d.]*[KMG]i?B?)", error)
+  largest = re.findall(r"shape = (\w+\[[\d,]*\])", error.lower()) or re.findall(r"\b((?:bf16|f32|f16|u8|s32)\[[\d,]+\])", error)
+  arrays = f"; the largest arrays: {', '.join(dict.fromkeys(largest[:5]))}" if largest else ""
+  return (f"the device is out of memory{f' (it was asked for {asked[1]})' if asked else ''}{arrays}. Smaller steps need less: "
+          f"config.optim.accum_steps={2 * config.optim.accum_steps} (now {config.optim.accum_steps}) keeps the numbers, so does "
+          f"config.encoder.remat=full (now {config.encoder.remat}) and, on several devices, config.mesh.fsdp; config.batch_size="
+          f"{config.batch_size // 2} does not")
 
 
 class UsageError(ValueError):
@@ -132,7 +164,9 @@ def _check_config(argv: list[str]) -> None:
 
 
 def _fail(error: Exception, code: int) -> int:
-  for line in str(error).splitlines():
+  global _said
+  _said = str(error)
+  for line in _said.splitlines():
     print(f"error: {line}", file=sys.stderr, flush=True)
   return code
 
@@ -141,14 +175,14 @@ def _command() -> None:
   """`main`, and the end of the process."""
   try:
     code = main()
-  except Exception:
+  except Exception as error:
     if not _MULTIHOST.value:
       raise
     traceback.print_exc()
-    code = 1
+    _fail(RuntimeError(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"), code := 1)
   if code and flags.FLAGS.is_parsed() and _MULTIHOST.value:
     from mrmae_jax import distributed  # pylint: disable=g-import-not-at-top; as above
-    distributed.leave(code)
+    distributed.leave(code, _said)
   sys.exit(code)
 
 

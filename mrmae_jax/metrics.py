@@ -1,8 +1,7 @@
 """What a run says: console lines with a progress bar, metrics.jsonl, TensorBoard. Host 0 alone speaks."""
 
-import contextlib
+import collections
 import json
-import math
 import os
 from pathlib import Path
 import sys
@@ -15,6 +14,8 @@ import jax
 import numpy as np
 import tensorboardX
 from tqdm import tqdm
+
+from mrmae_jax import supervision
 
 # bfloat16 peak of one device in FLOP/s: data sheets of NVIDIA and Google Cloud, dense. A v2/v3/v4/v5p/v6e/7x "device" is a
 # chip as JAX counts it, except v2/v3/7x, where it is one of two cores.
@@ -30,10 +31,6 @@ NOT_RESULTS = {"step", "lr", "grad_norm", "param_norm", "update_norm", "images_p
                "device_gib"}
 
 
-class NonFiniteError(ArithmeticError):
-  """A loss term or norm is nan or infinite."""
-
-
 def peak_flops(device: jax.Device) -> float | None:
   """bfloat16 peak of a device in FLOP/s, None when unknown."""
   return of_device(PEAK_FLOPS, device)
@@ -43,14 +40,6 @@ def of_device(table: dict[str, Any], device: jax.Device) -> Any:
   """The entry of `table` whose name is a part of the device's kind, the longest that is; None without one."""
   names = [name for name in table if name.lower() in device.device_kind.lower()]
   return table[max(names, key=len)] if names else None
-
-
-def check_finite(step: int, metrics: dict[str, float]) -> None:
-  """Raises NonFiniteError naming the step and the terms that are nan or infinite."""
-  bad = [f"{name}={value}" for name, value in metrics.items() if not math.isfinite(value)]
-  if bad:
-    raise NonFiniteError(f"step {step}: {', '.join(bad)} (the checkpoint before this step is intact; try a lower optim.blr, "
-                         "a longer warm-up, or dtype=float32)")
 
 
 class Log:
@@ -73,6 +62,8 @@ class Log:
     self._active = jax.process_index() == 0
     self._total = total_steps
     self._bar = None
+    self._unwritten = ""  # records that the disk did not take
+    self.goodput = Goodput(workdir, first_step)
     if self._active:
       kept = [r for r in read(workdir) if r["step"] <= first_step and first_step > 0]
       temporary = self.path.with_suffix(".tmp")
@@ -97,11 +88,19 @@ class Log:
     """Writes numbers everywhere; JSONL has one record per call. `eta`: seconds to the end, for the console."""
     if not self._active:
       return
-    self._file.write(json.dumps({"step": step, **values}) + "\n")
-    self._file.flush()
-    self._upload()
-    for name, value in values.items():
-      self._writer.add_scalar(name, value, step)
+    # A value that is nan or infinite has no place in JSON, and none in a curve.
+    finite = {name: value for name, value in values.items() if np.isfinite(value)}
+    self._unwritten += json.dumps({"step": step, **finite}) + "\n"
+    try:
+      self._file.write(self._unwritten)
+      self._file.flush()
+      self._unwritten = ""
+      self.goodput.write(self._folder, step)
+      self._upload()
+    except OSError as error:  # a full disk is no reason to stop a run that may find room by its next checkpoint
+      self.say(f"warning: {self.path} cannot be written ({error}); what it lacks is kept and tried again")
+    for name, value in finite.items():
+      self._tensorboard("add_scalar", name, value, step)
     shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
     self.say(f"step {step}/{self._total}  {shown}" + (f"  eta {hms(eta)}" if eta else ""))
 
@@ -113,29 +112,83 @@ class Log:
   def image(self, step: int, name: str, picture: np.ndarray) -> None:
     """Writes a picture, uint8 [H, W, 3], to TensorBoard."""
     if self._active:
-      self._writer.add_image(name, picture, step, dataformats="HWC")
-      self._writer.flush()
+      self._tensorboard("add_image", name, picture, step, dataformats="HWC")
+      self._tensorboard("flush")
+
+  def _tensorboard(self, method: str, *args, **kwargs) -> None:
+    """A picture of the run is not the run: what TensorBoard's writer raises ends the writer, and nothing else."""
+    if self._writer is None:
+      return
+    try:
+      getattr(self._writer, method)(*args, **kwargs)
+    except Exception as error:  # pylint: disable=broad-exception-caught; whatever it may be
+      self._writer = None
+      self.say(f"warning: nothing more is written to {self.tensorboard} ({type(error).__name__}: {error}); metrics.jsonl has "
+               "everything")
 
   def close(self) -> None:
     if self._active:
       self._file.close()
-      self._writer.close()
+      self._tensorboard("close")
       self._upload(every_s=0)
     if self._bar:
       self._bar.close()
-
 
   def _upload(self, every_s: float = 60) -> None:
     """Copies to the bucket, if the workdir is in one, what has changed since the last time."""
     if not self._bucket or time.time() - self._uploaded < every_s:
       return
-    self._writer.flush()
+    self._tensorboard("flush")
     for path in self.path.parent.rglob("*"):
       if path.is_file() and (path.stat().st_mtime >= self._uploaded - 1 or not every_s):
         target = self._folder / str(path.relative_to(self.path.parent))
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())
     self._uploaded = time.time()
+
+
+class Goodput:
+  """Where the time of a run went, over all its starts: WORKDIR/goodput.json.
+
+  "seconds" by phase: start (data, weights, teacher), restore, compile, step, data (waiting for it), evaluation, saving (what the
+  steps wait for), end. "goodput" is the share of steps that count: those since the last checkpoint of a start that was killed are
+  computed again.
+  """
+
+  def __init__(self, workdir: epath.Path, first_step: int):
+    """`first_step`: updates already done."""
+    self._before, self._first = {"starts": 0, "seconds": {}, "steps": 0, "replayed_steps": 0, "reached": first_step}, first_step
+    path = workdir / "goodput.json"
+    try:
+      self._before |= json.loads(path.read_text()) if first_step else {}
+    except (OSError, ValueError):
+      pass  # none, or not whole: the account begins here
+    self._replayed = max(0, self._before["reached"] - first_step)
+
+  def read(self, step: int) -> dict[str, Any]:
+    """The account after `step`."""
+    spent = collections.Counter(self._before["seconds"])
+    spent.update(supervision.seconds())
+    steps, replayed = self._before["steps"] + step - self._first, self._before["replayed_steps"] + self._replayed
+    useful = spent["step"] * (1 - replayed / steps) if steps else 0.0
+    return {"starts": self._before["starts"] + 1, "seconds": {name: round(value, 3) for name, value in spent.items()},
+            "steps": steps, "replayed_steps": replayed, "reached": step, "goodput": round(useful / max(sum(spent.values()), 1e-9), 4)}
+
+  def write(self, workdir: epath.Path, step: int) -> None:
+    """Writes the account, as a whole or not at all."""
+    text, path = json.dumps(self.read(step), indent=2), workdir / "goodput.json"
+    if "://" in str(workdir):
+      path.write_text(text)  # an object is there when it is whole
+    else:
+      temporary = path.with_suffix(".tmp")
+      temporary.write_text(text)
+      os.replace(temporary, path)
+
+  def line(self, step: int) -> str:
+    """For people: "goodput 91.3 %: step 300.1 s, compile 20.2 s, ...; 0 steps computed again"."""
+    told = self.read(step)
+    parts = ", ".join(f"{name} {value:.1f} s" for name, value in sorted(told["seconds"].items(), key=lambda item: -item[1]))
+    return f"goodput {100 * told['goodput']:.1f} %: {parts}; {told['replayed_steps']} steps computed again, {told['starts']} starts"
 
 
 class Clock:
@@ -145,32 +198,21 @@ class Clock:
     self._batch_size, self._devices = batch_size, mesh.devices.flatten()
     # XLA's count is that of one device, and of one round of a loop: the optimiser, small beside it, is counted too often.
     self._flops = (compiled.cost_analysis() or {}).get("flops", 0.0) * accum_steps
-    self._paused = self._waited = 0.0
 
   def start(self, step: int) -> None:
-    self._step, self._time = step, time.monotonic()
-    self._paused = self._waited = 0.0
+    self._step, (self._steps, self._waited) = step, self._seconds()
 
-  @contextlib.contextmanager
-  def pause(self):
-    """Time that is no training: evaluations, saving."""
-    began = time.monotonic()
-    yield
-    self._paused += time.monotonic() - began
-
-  @contextlib.contextmanager
-  def waiting(self):
-    """Time spent waiting for the next batch."""
-    began = time.monotonic()
-    yield
-    self._waited += time.monotonic() - began
+  def _seconds(self) -> tuple[float, float]:
+    spent = supervision.seconds()
+    return spent.get("step", 0.0) + spent.get("data", 0.0), spent.get("data", 0.0)
 
   def read(self, step: int) -> dict[str, float]:
     """Images per second since the last reading, share of the time spent waiting for data; MFU where the peak is known."""
-    seconds = max(time.monotonic() - self._time - self._paused, 1e-9)
+    spent, waited = self._seconds()
+    seconds = max(spent - self._steps, 1e-9)
     steps = step - self._step
     rate = steps * self._batch_size / seconds
-    values = {"images_per_s": rate, "data_wait": min(1.0, self._waited / seconds)}
+    values = {"images_per_s": rate, "data_wait": min(1.0, (waited - self._waited) / seconds)}
     if len(self._devices) > 1:
       values["images_per_s_per_device"] = rate / len(self._devices)
     peak = peak_flops(self._devices[0])

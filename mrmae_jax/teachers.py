@@ -281,7 +281,7 @@ def _trained_encoder(workdir: Path, dtype: str):
   """The encoder module of the run in a workdir, and the mean and deviation of its input."""
   try:
     config = checkpoint.read_config(workdir)
-  except checkpoint.WorkdirError as error:
+  except (checkpoint.StorageError, checkpoint.WorkdirError) as error:
     raise WeightsError(f"teacher.path=checkpoint:{error}") from None
   return make_encoder(config["encoder"], jnp.dtype(dtype)), (tuple(config["data"]["mean"]), tuple(config["data"]["std"]))
 
@@ -290,7 +290,7 @@ def _read_encoder(workdir: Path) -> tuple[Any, str]:
   """Parameters of the encoder of a run, and their digest."""
   try:
     found, _, step = checkpoint.read_params(workdir, "encoder")
-  except checkpoint.WorkdirError as error:
+  except (checkpoint.StorageError, checkpoint.WorkdirError) as error:
     raise WeightsError(f"teacher.path=checkpoint:{error}") from None
   logging.info("teacher: encoder of %s after %d steps", workdir, step)
   params, digest = found["encoder"], hashlib.sha256()

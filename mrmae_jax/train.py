@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import importlib
 import json
+import math
 from pathlib import Path
 import time
 from typing import Any, Callable, NamedTuple
@@ -13,9 +14,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mrmae_jax import data, optim, sharding
-from mrmae_jax.checkpoint import Checkpoints, open_workdir
-from mrmae_jax.metrics import Clock, Log, check_finite, summary
+from mrmae_jax import data, distributed, nonfinite, optim, sharding, supervision
+from mrmae_jax.checkpoint import Checkpoints, StorageError
+from mrmae_jax.metrics import Clock, Log, read, summary
+from mrmae_jax.workdir import open_workdir
+
+
+HINT = "try a lower optim.blr, a longer warm-up, optim.clip_norm, or dtype=float32"
 
 
 class Task(NamedTuple):
@@ -43,9 +48,10 @@ class Task(NamedTuple):
 class TrainState(NamedTuple):
   """Everything that a run needs to continue, besides its configuration."""
 
-  step: jax.Array  # updates done, int32
+  step: jax.Array        # steps done, int32
   params: Any
   opt_state: Any
+  usual_norm: jax.Array  # running mean of the gradient's norm, float32; 0 before the first step
 
 
 def sample_keys(seed: int, step, batch_size: int) -> jax.Array:
@@ -55,11 +61,15 @@ def sample_keys(seed: int, step, batch_size: int) -> jax.Array:
   return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(batch_size))
 
 
-def make_train_step(task: Task, tx: optax.GradientTransformation, schedule, seed: int, accum_steps: int = 1, whole=None):
+def make_train_step(task: Task, tx: optax.GradientTransformation, schedule, seed: int, accum_steps: int = 1, whole=None,
+                    max_spike: float = 0.0):
   """(state, frozen, batch) -> (state, metrics), to be jitted with the state donated.
 
   Arrays that fsdp divides are gathered where they are used, as `whole`, a replicated sharding, says; None leaves it to XLA, which
   then divides the activations of small batches as it has found the parameters, and exchanges those instead.
+
+  A step whose loss or norms are not finite changes nothing but the step number; with `max_spike` > 0 nor does one whose gradient's
+  norm is more than so many times its running mean. "skipped" in the metrics is then 1.
   """
   gathered = lambda tree: tree if whole is None else jax.lax.with_sharding_constraint(tree, whole)
 
@@ -83,7 +93,15 @@ def make_train_step(task: Task, tx: optax.GradientTransformation, schedule, seed
     params = optax.apply_updates(state.params, updates)
     metrics |= {"lr": schedule(state.step), "grad_norm": optax.global_norm(grads),
                 "param_norm": optax.global_norm(params), "update_norm": optax.global_norm(updates)}
-    return TrainState(state.step + 1, params, opt_state), metrics
+    # An update that cannot be good is left out, and the state, moments and all, stays as it was, bit for bit.
+    usual = state.usual_norm
+    bad = ~jnp.isfinite(metrics["loss"] + metrics["grad_norm"])
+    if max_spike:
+      bad |= (usual > 0) & (metrics["grad_norm"] > max_spike * usual)
+    usual = jnp.where(bad, usual, jnp.where(usual > 0, 0.98 * usual + 0.02 * metrics["grad_norm"], metrics["grad_norm"]))
+    params, opt_state = jax.tree.map(lambda new, old: jnp.where(bad, old, new), (params, opt_state), (state.params, state.opt_state))
+    metrics["skipped"] = bad.astype(jnp.int32)
+    return TrainState(state.step + 1, params, opt_state, usual), metrics
 
   return train_step
 
@@ -115,7 +133,7 @@ def plan(config, task: Task, mesh, num_images: int) -> Plan:
 
   def init(key, pretrained):
     params = replaced(task.init(key), pretrained)
-    return TrainState(jnp.int32(0), params, tx.init(params))
+    return TrainState(jnp.int32(0), params, tx.init(params), jnp.float32(0))
 
   def placed(shapes):
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes,
@@ -125,7 +143,8 @@ def plan(config, task: Task, mesh, num_images: int) -> Plan:
   rows = {"image": ((*config.image_size, len(config.data.mean)), jnp.uint8), "label": ((), jnp.int32)}
   batch = {name: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=sharding.batch_sharding(mesh))
            for name, (shape, dtype) in rows.items()}
-  train_step = make_train_step(task, tx, schedule, config.seed, config.optim.accum_steps, whole=sharding.replicated(mesh))
+  train_step = make_train_step(task, tx, schedule, config.seed, config.optim.accum_steps, sharding.replicated(mesh),
+                               config.optim.max_spike)
   step = jax.jit(train_step, donate_argnums=0,
                  out_shardings=(jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh)))
   return Plan(steps_per_epoch, total_steps, init, step, state, frozen, batch)
@@ -149,7 +168,8 @@ def fit(config, task: Task, workdir: str | Path, check: bool = False) -> TrainSt
     The final state.
 
   Raises:
-    DataError, WorkdirError, NonFiniteError: with a message for the user.
+    DataError, WorkdirError, StorageError, NonFiniteError: with a message for the user.
+    Interrupted: a signal came; the state is saved.
   """
   with contextlib.ExitStack() as closing:  # whatever ends the run: a save under way is finished, workers and logs are closed
     return _fit(config, task, workdir, check, closing)
@@ -164,17 +184,15 @@ def _fit(config, task: Task, workdir, check: bool, closing: contextlib.ExitStack
   steps_per_epoch, total_steps, init, step_fn, shapes, frozen_shapes, _ = plan(config, task, mesh, len(source))
   place = lambda shapes: jax.tree.map(lambda x: x.sharding, shapes)
   frozen = jax.device_put(task.frozen, place(frozen_shapes))
-  first_step = 0
+  found, scores = None, {}
   if not check:
     workdir = open_workdir(workdir)
-    checkpoints = Checkpoints(workdir, identity(config, task, source), config.keep_checkpoints)
+    checkpoints = Checkpoints(workdir, identity(config, task, source), config.keep_checkpoints, scores)
     closing.callback(checkpoints.close)
-    first_step = checkpoints.latest_step or 0
-  if first_step:
-    state = checkpoints.restore(shapes)
-  else:
-    state = jax.jit(init, out_shardings=place(shapes))(jax.random.key(config.seed), task.pretrained)
-  start = "\n".join([describe(config, mesh, source, total_steps, first_step, shapes.params), *task.notes])
+    with supervision.phase("restore"):
+      found = checkpoints.restore(shapes)
+  first_step, state, notes = found or (0, jax.jit(init, out_shardings=place(shapes))(jax.random.key(config.seed), task.pretrained), [])
+  start = "\n".join([describe(config, mesh, source, total_steps, first_step, shapes.params), *notes, *task.notes])
   if check:
     print(start, flush=True)
   else:
@@ -183,7 +201,8 @@ def _fit(config, task: Task, workdir, check: bool, closing: contextlib.ExitStack
     log.text("config.json", config.to_json(indent=2))
     log.text("parameters.txt", parameter_overview.get_parameter_overview(shapes.params, include_stats=False))
     log.say(start)
-  if first_step >= total_steps:
+  evaluated = check or any("evaluation_s" in record for record in read(workdir) if record["step"] == first_step)
+  if first_step >= total_steps and evaluated:
     log.say("\n  ".join([f"finished: {workdir} already holds all {total_steps} steps of this run", *summary(log.path.parent)]))
     return state
 
@@ -197,18 +216,22 @@ def _fit(config, task: Task, workdir, check: bool, closing: contextlib.ExitStack
   closing.callback(batches.close)
   batch = sharding.global_batch(next(batches), mesh)
   began = time.monotonic()
-  step_fn = step_fn.lower(state, frozen, batch).compile()
+  with supervision.phase("compile", at_once=True):
+    step_fn = step_fn.lower(state, frozen, batch).compile()
   compiled = f"compiled the training step in {time.monotonic() - began:.1f} s"
+  skips = nonfinite.Skips(config.optim.max_skips)
   if check:
     state, metrics = step_fn(state, frozen, batch)
-    check_finite(1, jax.device_get(metrics))
+    if skips.count(1, metrics := jax.device_get(metrics)):
+      raise nonfinite.NonFiniteError(f"step 1: {nonfinite.reason(metrics)}; {HINT}")
     print(f"{compiled}; one step gave {', '.join(f'{k} {v:.4g}' for k, v in metrics.items())}. Nothing was written.", flush=True)
     return state
   log.say(compiled)
 
-  # 4. Evaluators, then the loop. Metrics are fetched one step behind, so that the device never waits for the host.
-  evaluators = {name: importlib.import_module(f"mrmae_jax.evals.{name}").Evaluator(task, frozen, config, mesh, workdir, **options)
-                for name, options in config.evals.items()}
+  # 4. Evaluators, and what is done with the numbers of a step. They are fetched one step behind, so that the device never waits.
+  with supervision.phase("evaluation"):
+    evaluators = {name: importlib.import_module(f"mrmae_jax.evals.{name}").Evaluator(task, frozen, config, mesh, workdir, **options)
+                  for name, options in config.evals.items()}
   for evaluator in evaluators.values():
     if evaluator.note:
       log.say(evaluator.note)
@@ -216,7 +239,8 @@ def _fit(config, task: Task, workdir, check: bool, closing: contextlib.ExitStack
   clock = Clock(step_fn, config.batch_size, config.optim.accum_steps, mesh)
 
   def evaluate(step):
-    with clock.pause():
+    began = time.monotonic()
+    with supervision.phase("evaluation"):
       averaged = optim.averaged_params(state.opt_state)
       for name, evaluator in evaluators.items():
         result = evaluator.run(state.params if averaged is None else averaged, step)
@@ -224,42 +248,77 @@ def _fit(config, task: Task, workdir, check: bool, closing: contextlib.ExitStack
           log.image(step, f"{name}/{Path(path).parent.name}", picture)
           pictures[name] = path
         if result:
-          log.scalars(step, {f"{name}/{key}": value for key, value in result.items()})
+          result = {f"{name}/{key}": value for key, value in result.items()}
+          log.scalars(step, result)
+          rate(step, result)
+    log.scalars(step, {"evaluation_s": time.monotonic() - began})
 
-  def report(step, metrics):
+  def rate(step, record):
+    score = record.get(config.keep_best, math.nan)
+    if math.isfinite(score):
+      scores[step] = score
+
+  def report(step, metrics, batch, newest):
     metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    check_finite(step, metrics)
+    if left_out := skips.count(step, metrics):
+      log.say(left_out)
+      if skips.enough and newest["skipped"]:  # else the run has just found its way back
+        folder = nonfinite.keep(workdir, config, checkpoints.identity, step, state, batch, metrics)
+        raise nonfinite.NonFiniteError(f"step {step}: {nonfinite.reason(metrics)}, and {config.optim.max_skips} updates in a row were "
+                                       f"left out; {HINT}. To look at it: python -m mrmae_jax.tools.replay --bundle={folder}")
+    del metrics["skipped"]
     log.advance(step)
     if due(step, config.log_every, total_steps) or step == first_step + 1:
       speed = clock.read(step)
-      log.scalars(step, metrics | speed, eta=(total_steps - step) * config.batch_size / speed["images_per_s"])
+      counts = {"skipped": skips.total} if skips.total else {}
+      log.scalars(step, metrics | counts | speed, eta=(total_steps - step) * config.batch_size / speed["images_per_s"])
 
-  if first_step == 0:
-    evaluate(0)
+  def save(step, last=False):
+    with supervision.phase("saving"):
+      if problem := checkpoints.save(step, state, wait=last or step == 1):
+        log.say(f"warning: checkpoint {step} is not saved: {problem}")
+        if last:
+          raise StorageError(f"checkpoint {step} could not be saved: {problem}")
+
+  # 5. The loop. What a signal interrupts is saved as it is.
+  for record in read(workdir):
+    rate(record["step"], record)
   clock.start(first_step)
-  pending = None
-  for step in range(first_step + 1, total_steps + 1):
-    state, metrics = step_fn(state, frozen, batch)
-    if step < total_steps:
-      with clock.waiting():
-        batch = sharding.global_batch(next(batches), mesh)
+  step, pending = first_step, None
+  try:
+    if first_step == 0 or not evaluated and due(first_step, config.eval_every * steps_per_epoch, total_steps):
+      evaluate(first_step)
+    with supervision.phase("step"):
+      for step in range(first_step + 1, total_steps + 1):
+        state, metrics = step_fn(state, frozen, batch)
+        used = batch
+        if step < total_steps:
+          with supervision.phase("data"):
+            batch = sharding.global_batch(next(batches), mesh)
+        if pending:
+          report(*pending, metrics)
+        pending = (step, metrics, used)
+        eval_now = due(step, config.eval_every * steps_per_epoch, total_steps)
+        save_now = due(step, config.checkpoint_every * steps_per_epoch, total_steps) or step == 1
+        if eval_now or save_now:  # nothing is saved or shown that was not checked
+          report(*pending, metrics)
+          pending = None
+        if save_now:  # after the first step too: storage that fails does so at once
+          save(step, last=step == total_steps)
+        if eval_now:
+          evaluate(step)
+        supervision.beat()
+  except supervision.Interrupted:
     if pending:
-      report(*pending)
-    pending = (step, metrics)
-    eval_now = due(step, config.eval_every * steps_per_epoch, total_steps)
-    save_now = due(step, config.checkpoint_every * steps_per_epoch, total_steps)
-    if eval_now or save_now:  # nothing is saved or shown that was not checked
-      report(*pending)
-      pending = None
-    if save_now:
-      with clock.pause():
-        checkpoints.save(step, state)
-    if eval_now:
-      evaluate(step)
-  checkpoints.wait()
+      report(*pending, pending[1])
+    if step:
+      save(step, last=True)
+    log.say(f"stopped after step {step} of {total_steps}{', which is saved' if step else ''}; the same command goes on from there")
+    raise
   log.say("\n  ".join([
       f"done: {total_steps} steps", *summary(log.path.parent), *(f"{name}: {path}" for name, path in pictures.items()),
-      f"TensorBoard log: {log.tensorboard}", f"checkpoint: {checkpoints.directory / str(total_steps)}"]))
+      f"TensorBoard log: {log.tensorboard}", f"checkpoint: {checkpoints.directory / str(total_steps)}",
+      log.goodput.line(total_steps)]))
   return state
 
 
@@ -274,9 +333,10 @@ def identity(config, task: Task, source) -> dict[str, Any]:
 
   Teachers and pretrained weights count by their values, which the task names, not by where they lie.
   """
-  free = {"encoder.remat", "data.workers", "optim.accum_steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints"}
+  free = {"encoder.remat", "data.workers", "optim.accum_steps", "optim.max_skips", "log_every", "eval_every",
+          "checkpoint_every", "keep_checkpoints", "keep_best", "hang_s"}
   flat = {name: value for name, value in _flat(config).items() if name not in free and not name.startswith(("mesh.", "evals."))}
-  return flat | {"train images": len(source)} | task.identity
+  return flat | {"train images": source.fingerprint} | task.identity
 
 
 def agreed(config, task: Task) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def run(task, config, steps):
   tx, schedule = optim.make(config.optim, config.batch_size, 10, steps)
   step = jax.jit(train.make_train_step(task, tx, schedule, 0, config.optim.accum_steps))
   params = task.init(jax.random.key(0))
-  state = train.TrainState(jnp.int32(0), params, tx.init(params))
+  state = train.TrainState(jnp.int32(0), params, tx.init(params), jnp.float32(0))
   for i in range(steps):
     state, metrics = step(state, task.frozen, batch_of(16, i))
   return state, metrics
@@ -245,7 +245,7 @@ def test_averaged_weights_are_the_ones_that_are_loaded(tmp_path):
   state = (*state[:-1], state[-1]._replace(average=average))
   assert optim.averaged_params(state) is average
   saving = Checkpoints(tmp_path / "run", {})
-  saving.save(7, train.TrainState(jnp.int32(7), params, state))
+  saving.save(7, train.TrainState(jnp.int32(7), params, state, jnp.float32(0)))
   saving.close()
   (tmp_path / "run" / "config.json").write_text(config.to_json())
   loaded = mrmae_jax.load(tmp_path / "run").student.params

@@ -103,7 +103,7 @@ def _read_run(path: str | Path, with_decoder: bool, learned_positions: bool, dty
       raise WeightsError(f"{path} probes {config['init_from'] or 'random weights'} and holds no encoder; load that instead")
     wanted = ("encoder", "fc_norm", "head") + (("decoder",) if with_decoder else ())
     params, others, step = checkpoint.read_params(path, *wanted)
-  except checkpoint.WorkdirError as error:
+  except (checkpoint.StorageError, checkpoint.WorkdirError) as error:
     raise WeightsError(str(error)) from None
   classifier = {part: params.pop(part) for part in ("fc_norm", "head") if part in params}
   data, method = config["data"], config.get("method", {})
