@@ -349,10 +349,14 @@ def _mix(h):
 
 
 def _lacking_space(directory, state) -> str:
-  """"" if a save of `state` fits on the disk, else why not."""
+  """Why a save of `state` does not fit on the disk; "" if it does."""
   if "://" in str(directory):
     return ""
-  size, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(directory).free
+  size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+  try:
+    free = shutil.disk_usage(directory).free
+  except OSError as error:
+    return _line(error)
   return "" if free > SPACE * size else (
       f"{free / 1e9:.2f} GB are free on the disk of {directory}, {SPACE * size / 1e9:.2f} GB are needed; the run goes on and tries "
       "again at the next save")

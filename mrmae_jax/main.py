@@ -178,8 +178,11 @@ def _command() -> None:
   except Exception as error:
     if not _MULTIHOST.value:
       raise
+    from mrmae_jax import distributed  # pylint: disable=g-import-not-at-top; as above
     traceback.print_exc()
-    _fail(RuntimeError(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"), code := 1)
+    gone = distributed.who_left()  # the exception of a collective says that another is gone, and that one may have said why
+    _fail(RuntimeError(f"{gone}; this process ends too" if gone else f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"),
+          code := distributed.EXIT_LOST)
   if code and flags.FLAGS.is_parsed() and _MULTIHOST.value:
     from mrmae_jax import distributed  # pylint: disable=g-import-not-at-top; as above
     distributed.leave(code, _said)

@@ -28,7 +28,7 @@ PEAK_FLOPS = {
 
 # What is logged beside losses and evaluations.
 NOT_RESULTS = {"step", "lr", "grad_norm", "param_norm", "update_norm", "images_per_s", "images_per_s_per_device", "data_wait", "mfu",
-               "device_gib"}
+               "device_gib", "evaluation_s", "skipped"}
 
 
 def peak_flops(device: jax.Device) -> float | None:

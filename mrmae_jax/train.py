@@ -239,7 +239,7 @@ def _fit(config, task: Task, workdir, check: bool, closing: contextlib.ExitStack
   clock = Clock(step_fn, config.batch_size, config.optim.accum_steps, mesh)
 
   def evaluate(step):
-    began = time.monotonic()
+    began, results = time.monotonic(), {}
     with supervision.phase("evaluation"):
       averaged = optim.averaged_params(state.opt_state)
       for name, evaluator in evaluators.items():
@@ -247,11 +247,9 @@ def _fit(config, task: Task, workdir, check: bool, closing: contextlib.ExitStack
         for path, picture in result.pop("pictures", {}).items():
           log.image(step, f"{name}/{Path(path).parent.name}", picture)
           pictures[name] = path
-        if result:
-          result = {f"{name}/{key}": value for key, value in result.items()}
-          log.scalars(step, result)
-          rate(step, result)
-    log.scalars(step, {"evaluation_s": time.monotonic() - began})
+        results |= {f"{name}/{key}": value for key, value in result.items()}
+    rate(step, results)
+    log.scalars(step, results | {"evaluation_s": time.monotonic() - began})
 
   def rate(step, record):
     score = record.get(config.keep_best, math.nan)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mrmae_jax import data, sharding
+from mrmae_jax import data, sharding, supervision
 
 
 class Evaluator:
@@ -41,6 +41,7 @@ class Evaluator:
                                 num_shards=jax.process_count(), workers=self._config.data.workers)
     images, top1, top5 = 0, 0, 0
     for batch in batches:
+      supervision.beat()
       found = jax.device_get(self._count(params, self._frozen, sharding.global_batch(batch, self._mesh)))
       images, top1, top5 = (total + count.astype(np.int64) for total, count in zip((images, top1, top5), found))
     batches.close()

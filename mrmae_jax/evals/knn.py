@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from mrmae_jax import data, sharding
+from mrmae_jax import data, sharding, supervision
 
 QUERIES, BLOCK = 1024, 16384  # similarities held at a time: 64 MB a device, whatever the size of the bank
 
@@ -69,6 +69,7 @@ class Evaluator:
                                 crop_pct=self._config.data.eval_crop, shard=jax.process_index(),
                                 num_shards=jax.process_count(), workers=self._config.data.workers, limit=limit)
     for batch in batches:
+      supervision.beat()
       found, label, valid = jax.device_get(self._encode_batch(params, self._frozen, sharding.global_batch(batch, self._mesh)))
       features.append(found[valid])
       labels.append(label[valid])

@@ -20,7 +20,7 @@ def command_line(doc: str, own: flags.FlagValues, run: Callable[[flags.FlagValue
     argv: default sys.argv.
 
   Returns:
-    The exit code: 0 done, 2 usage, 3 data.
+    The exit code: 0 done, 2 usage, 3 data, 75 stopped by a signal with nothing written.
   """
   argv = sys.argv if argv is None else argv
   if {"--help", "-h", "--helpfull"}.intersection(argv[1:]):
@@ -28,6 +28,7 @@ def command_line(doc: str, own: flags.FlagValues, run: Callable[[flags.FlagValue
     return 0
   from mrmae_jax.config import ConfigError  # pylint: disable=g-import-not-at-top; --help is answered without jax
   from mrmae_jax.data import DataError  # pylint: disable=g-import-not-at-top
+  from mrmae_jax.supervision import EXIT_STOPPED, Interrupted  # pylint: disable=g-import-not-at-top
   from mrmae_jax.weights.table import WeightsError  # pylint: disable=g-import-not-at-top
   try:
     if rest := own(argv)[1:]:
@@ -36,4 +37,7 @@ def command_line(doc: str, own: flags.FlagValues, run: Callable[[flags.FlagValue
   except (flags.Error, UsageError, ConfigError, WeightsError, DataError, OSError) as error:
     print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
     return 3 if isinstance(error, DataError) else 2
+  except Interrupted:
+    print("error: stopped by a signal; nothing was written", file=sys.stderr, flush=True)
+    return EXIT_STOPPED
   return 0

@@ -132,7 +132,7 @@ def run(options) -> str:
     except ImportError:
       raise UsageError("a .parquet file needs pyarrow; install the parquet extra (pip install mrmae_jax[parquet]) or write "
                        ".npz") from None
-  from mrmae_jax import data  # pylint: disable=g-import-not-at-top
+  from mrmae_jax import data, supervision  # pylint: disable=g-import-not-at-top
   from mrmae_jax.weights import files  # pylint: disable=g-import-not-at-top
   from tqdm import tqdm  # pylint: disable=g-import-not-at-top
   source = data.open_source(options.images, options.split, train_split=options.train_split, eval_split=options.eval_split,
@@ -146,9 +146,10 @@ def run(options) -> str:
   with tqdm(total=len(source), unit="image", smoothing=0.05) as progress:  # shows rate and time left
     def watched():
       for batch in batches:
+        supervision.beat()
         yield batch
         progress.update(len(batch[0]))
-    with files.whole(Path(options.out).expanduser()) as unfinished:
+    with supervision.supervised(hang_s=0), files.whole(Path(options.out).expanduser()) as unfinished:
       _WRITERS[suffix](unfinished, watched(), source.class_names, about)
   return f"wrote {options.out}: {options.feature} features of {len(source)} images at {size[0]}x{size[1]}"
 

@@ -1,0 +1,39 @@
+"""Runs so small that a fault costs a second: a task without a model for one process, a tiny MAE for whole programs."""
+
+import jax
+import jax.numpy as jnp
+
+from mrmae_jax.train import Task
+from tests import tiny
+
+
+def get_config(kind: str = ""):
+  """A ViT of one block, no teacher, 20 steps, a checkpoint after every fourth."""
+  c = tiny.get_config("vit")
+  c.encoder.update(depth=1, dim=8, num_heads=1, mlp_dim=8)
+  c.decoder.update(dim=8, num_heads=1)
+  c.teacher.path = ""
+  c.epochs = 20 * 16 / 1438
+  c.checkpoint_every = 4 * 16 / 1438
+  c.optim.warmup_epochs = 0.0
+  c.evals = {}
+  if kind == "killed":  # with all that may go wrong in a save
+    c.optim.ema_decay = 0.99
+    c.evals = {"knn": dict(k=5, temperature=0.07, batch_size=64, bank=64), "reconstruct": dict(images=2)}
+  return c
+
+
+def toy_task(spoil=lambda brightness: 0.0):
+  """Predicts the brightness of the channels of a digit, with noise; `spoil` is added to the loss."""
+  def loss(params, frozen, batch, keys):
+    del frozen
+    x = batch["image"].astype(jnp.float32).mean((1, 2)) / 255
+    noise = jax.vmap(lambda key: jax.random.normal(key))(keys)
+    error = x @ params["w"] + params["b"] - x[:, 0] - 0.1 * noise
+    value = jnp.square(error).mean() + spoil(x.mean())
+    return value, {"pixel": value}
+
+  def init(key):
+    return {"w": jax.random.normal(key, (3,)), "b": jnp.float32(0)}
+
+  return Task(init, loss, lambda *arguments: {}, {}, {"toy": True})

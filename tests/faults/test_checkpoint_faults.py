@@ -1,0 +1,421 @@
+"""What becomes of checkpoints when bits, files, disks or settings are not what they were."""
+
+import json
+import os
+from pathlib import Path
+import shutil
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mrmae_jax import checkpoint, config as config_lib, metrics, nonfinite, optim, sharding, supervision, train, workdir
+from mrmae_jax.checkpoint import Checkpoints, StorageError
+from tests.faults import small
+
+# What orbax leaves behind of a read that failed is not waited for.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+ROOT = Path(__file__).parent.parent.parent
+GOLDEN = ROOT / "tests" / "goldens" / "checkpoint_format_1"
+
+
+def state_of(step, rng=np.random.default_rng):
+  """Arrays of all kinds, as far from compressible as weights are."""
+  r = rng(step)
+  return {"params": {"kernel": jnp.asarray(r.standard_normal((7, 33)), jnp.float32), "half": jnp.asarray(r.standard_normal(50), jnp.bfloat16),
+                     "zeros": jnp.zeros((40, 5))}, "opt_state": [{"mu": jnp.asarray(r.standard_normal(64), jnp.float32)}],
+          "step": jnp.int32(step)}
+
+
+def shapes(state):
+  one = sharding.replicated(sharding.make_mesh(devices=jax.devices()[:1]))
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), state)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+  """Two checkpoints, 4 and 8."""
+  folder = tmp_path_factory.mktemp("saved")
+  saving = Checkpoints(folder, {"seed": 0})
+  for step in (4, 8):
+    assert saving.save(step, state_of(step), wait=True) == ""
+  saving.close()
+  return folder
+
+
+def equal(a, b):
+  return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
+def outcome(folder):
+  """What a restart finds: "the newest", "the one before", with a note about the other, or an error."""
+  opened = Checkpoints(folder, {"seed": 0})
+  try:
+    found = opened.restore(shapes(state_of(0)))
+    if found.step == 8 and equal(found.state, state_of(8)) and not found.notes:
+      return "the newest"
+    if found.step == 4 and equal(found.state, state_of(4)) and "checkpoint 8 is damaged" in found.notes[0]:
+      return "the one before"
+    return f"wrong: step {found.step}, {found.notes}"
+  finally:
+    opened.close()
+
+
+def flip(path, bit):
+  content = bytearray(path.read_bytes())
+  content[bit // 8] ^= 1 << bit % 8
+  path.write_bytes(content)
+
+
+def flips(saved, tmp_path, count):
+  """Outcomes of `count` flips of one bit each, spread over the files of the newest checkpoint."""
+  files = sorted(p for p in (saved / "checkpoints" / "8").rglob("*") if p.is_file() and p.stat().st_size)
+  rng, found = np.random.default_rng(0), {}
+  for i in range(count):
+    path = files[i % len(files)]
+    folder = shutil.copytree(saved, tmp_path / "run")
+    bit = int(rng.integers(8 * path.stat().st_size))
+    flip(folder / path.relative_to(saved), bit)
+    found[str(path.relative_to(saved)), bit] = outcome(folder)
+    if found[str(path.relative_to(saved)), bit] == "the one before":
+      assert (folder / "damaged" / "8").is_dir()  # nothing is deleted
+    shutil.rmtree(folder)
+  return found
+
+
+def test_f15_a_flipped_bit_is_harmless_or_found(saved, tmp_path):
+  found = flips(saved, tmp_path, 50)
+  assert set(found.values()) == {"the newest", "the one before"}, found
+
+
+@pytest.mark.slow
+def test_f15_300_flipped_bits(saved, tmp_path):
+  found = list(flips(saved, tmp_path, 300).values())
+  print({kind: found.count(kind) for kind in sorted(set(found))})
+  assert set(found) == {"the newest", "the one before"}
+
+
+def test_f15_no_whole_checkpoint_is_an_error_and_nothing_is_touched(saved, tmp_path):
+  folder = shutil.copytree(saved, tmp_path / "run")
+  for step in (4, 8):
+    for data in (folder / "checkpoints" / str(step) / "state").rglob("d/*"):
+      data.write_bytes(b"")
+  before = sorted(p.relative_to(folder) for p in folder.rglob("*"))
+  opened = Checkpoints(folder, {"seed": 0})
+  with pytest.raises(StorageError, match="no checkpoint in .* is whole \\(step 8: .*; step 4: "):
+    opened.restore(shapes(state_of(0)))
+  opened.close()
+  assert sorted(p.relative_to(folder) for p in folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("damage", ["trim", "empty", "delete"])
+def test_f16_files_that_are_cut_empty_or_gone(saved, tmp_path, damage):
+  files = sorted(p for p in (saved / "checkpoints" / "8").rglob("*") if p.is_file() and p.stat().st_size)
+  for path in files:
+    folder = shutil.copytree(saved, tmp_path / "run")
+    target = folder / path.relative_to(saved)
+    if damage == "delete":
+      target.unlink()
+    else:
+      target.write_bytes(path.read_bytes()[:path.stat().st_size // 2 if damage == "trim" else 0])
+    assert outcome(folder) in ("the newest", "the one before"), path
+    shutil.rmtree(folder)
+
+
+def test_f16_a_checkpoint_without_its_record_does_not_count(saved, tmp_path):
+  folder = shutil.copytree(saved, tmp_path / "run")
+  shutil.rmtree(folder / "checkpoints" / "8" / "run")
+  assert outcome(folder) == "the one before"
+
+
+def test_f15_features_come_from_a_whole_checkpoint(saved, tmp_path):
+  folder = shutil.copytree(saved, tmp_path / "run")
+  config = small.get_config()
+  (folder / "config.json").write_text(config.to_json())
+  params, _, step = checkpoint.read_params(folder, "kernel")
+  assert step == 8
+  np.testing.assert_array_equal(params["kernel"], state_of(8)["params"]["kernel"])
+  for data in (folder / "checkpoints" / "8" / "state").rglob("d/*"):
+    for place in range(100, data.stat().st_size, 50):
+      flip(data, 8 * place)
+  params, _, step = checkpoint.read_params(folder, "kernel")
+  assert step == 4
+  np.testing.assert_array_equal(params["kernel"], state_of(4)["params"]["kernel"])
+
+
+def test_f15_the_checksum_sees_every_kind_of_change():
+  total = lambda x: int(checkpoint._checksum(x))
+  r = np.random.default_rng(0)
+  for x in (r.standard_normal((5, 6)).astype(np.float32), r.integers(0, 9, (4, 7)).astype(np.int32),
+            np.asarray(jnp.asarray(r.standard_normal(12), jnp.bfloat16)), r.integers(0, 2, 16).astype(bool)):
+    base = total(x)
+    for i in range(x.size):
+      changed = x.copy()
+      changed.reshape(-1)[i] = ~changed.reshape(-1)[i] if x.dtype == bool else changed.reshape(-1)[i] + x.dtype.type(1)
+      assert total(changed) != base
+    rolled = np.roll(x, 1)
+    assert total(rolled) != base or np.array_equal(rolled, x)
+  mesh = sharding.make_mesh(fsdp=4)
+  x = jnp.asarray(r.standard_normal((16, 12)), jnp.float32)
+  for spec in (("data",), (None, "fsdp"), ("data", "fsdp")):
+    placed = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec)))
+    assert total(placed) == total(x)
+
+
+def test_f18_the_checkpoint_of_format_1_still_opens(tmp_path):
+  folder = shutil.copytree(GOLDEN, tmp_path / "run")
+  opened = Checkpoints(folder, {"seed": 0})
+  found = opened.restore(shapes(state_of(0)))
+  opened.close()
+  assert found.step == 4 and equal(found.state, state_of(4))
+
+
+def test_f18_another_format_is_refused_with_versions(tmp_path, monkeypatch):
+  monkeypatch.setattr(checkpoint, "FORMAT", 2)
+  saving = Checkpoints(tmp_path, {})
+  saving.save(1, state_of(1), wait=True)
+  monkeypatch.undo()
+  with pytest.raises(workdir.WorkdirError, match=r"written in format 2 \(with \{.*'jax': .*this version reads format 1"):
+    saving.restore(shapes(state_of(0)))
+  saving.close()
+
+
+def test_f19_too_little_space_is_seen_before_saving(tmp_path, monkeypatch):
+  saving = Checkpoints(tmp_path, {})
+  usage = shutil.disk_usage(tmp_path)
+  monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+  assert "are free on the disk" in saving.save(4, state_of(4), wait=True)
+  assert not (tmp_path / "checkpoints" / "4").exists()
+  monkeypatch.undo()
+  assert saving.save(5, state_of(5), wait=True) == "" and (tmp_path / "checkpoints" / "5").exists()
+  saving.close()
+
+
+def test_f19_a_save_that_fails_leaves_the_one_before(tmp_path):
+  """The disk takes no file above a size, from the second save on: the run goes on, and says so; its end is exit code 5."""
+  code = """if True:
+    import resource, signal, sys
+    from mrmae_jax import main, checkpoint
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    save = checkpoint.Checkpoints.save
+    def limited(self, step, *a, **k):
+      resource.setrlimit(resource.RLIMIT_FSIZE, (10**9 if step in (1, 4) else 1500, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+      try:
+        return save(self, step, *a, **(k | {"wait": True}))
+      finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10**9, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    checkpoint.Checkpoints.save = limited
+    sys.exit(main.main(["main", "--config=tests/faults/small.py", f"--workdir=WORKDIR"]))
+  """.replace("WORKDIR", str(tmp_path))
+  done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=dict(os.environ, PYTHONPATH=str(ROOT)), capture_output=True,
+                        text=True, timeout=120, check=False)
+  assert done.returncode == 5, done.stderr[-2000:]
+  assert "\nerror: checkpoint 20 could not be saved: " in done.stderr
+  assert "warning: checkpoint 8 is not saved" in done.stdout and "step 20/20" in done.stdout
+  assert [p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()] in (["1", "4"], ["4", "1"], ["4"])
+
+
+def toy_run(folder, task=None, **values):
+  config = small.get_config()
+  with config.unlocked():
+    config.update_from_flattened_dict({key.replace("__", "."): value for key, value in values.items()})
+  return train.fit(config, task or small.toy_task(), folder), metrics.read(folder)
+
+
+def test_f20_a_workdir_that_vanishes(tmp_path, monkeypatch, capsys):
+  """It is gone after the first save: that is said at the next, and the run does not end well."""
+  save = Checkpoints.save
+  def gone(self, step, *args, **kwargs):
+    result = save(self, step, *args, **kwargs)
+    if step == 1:
+      shutil.rmtree(tmp_path / "run")
+      (tmp_path / "run").write_text("a file")  # so that it cannot be made anew
+    return result
+  monkeypatch.setattr(Checkpoints, "save", gone)
+  with pytest.raises(StorageError, match="checkpoint 20 could not be saved"):
+    toy_run(tmp_path / "run")
+  assert "warning: checkpoint 4 is not saved" in capsys.readouterr().out
+
+
+def test_f22_slow_storage_does_not_stop_the_steps(tmp_path, monkeypatch, capsys):
+  """Each save takes longer than the next four steps: those in between are left out, the last one waits."""
+  saver = checkpoint.ocp.StandardCheckpointHandler
+  finalize = saver.finalize
+  monkeypatch.setattr(saver, "finalize", lambda self, directory: (time.sleep(1.5), finalize(self, directory))[1])
+  _, records = toy_run(tmp_path)
+  said = capsys.readouterr().out
+  assert "checkpoint 8 is not saved: the save before is still under way" in said
+  assert (tmp_path / "checkpoints" / "20").is_dir() and {r["step"] for r in records if "loss" in r} == set(range(1, 21))
+  assert json.loads((tmp_path / "goodput.json").read_text())["seconds"]["saving"] > 1.5
+
+
+def test_f25_nan_is_never_the_best(tmp_path):
+  scores = {}
+  saving = Checkpoints(tmp_path, {}, keep=1, scores=scores)
+  for step, score in ((1, 0.5), (2, 0.7), (3, float("nan")), (4, 0.6), (5, 0.6)):
+    saving.save(step, state_of(step), wait=True)
+    if np.isfinite(score):  # as train.fit does, see below
+      scores[step] = score
+  saving.close()
+  assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) == [2, 5]
+
+
+def test_f25_the_best_checkpoint_of_a_run_stays(tmp_path, monkeypatch):
+  values = iter([0.1, 0.2, 0.5, float("nan"), 0.9, float("nan"), 0.3])
+
+  class Evaluator:
+    note = ""
+
+    def __init__(self, *args):
+      pass
+
+    def run(self, params, step):
+      return {"accuracy": next(values)}
+  monkeypatch.setitem(sys.modules, "mrmae_jax.evals.fake", type(sys)("fake"))
+  sys.modules["mrmae_jax.evals.fake"].Evaluator = Evaluator
+  save = Checkpoints.save  # the toy's steps are faster than any disk
+  monkeypatch.setattr(Checkpoints, "save", lambda self, step, state, wait: save(self, step, state, wait=True))
+  _, records = toy_run(tmp_path, evals__fake=config_lib.ml_collections.ConfigDict(), keep_best="fake/accuracy", keep_checkpoints=1,
+                       eval_every=small.get_config().checkpoint_every)
+  # evaluated at 0, 4, 8, 12 (nan), 16, 20 (nan): the best is 16
+  assert {r["step"]: r.get("fake/accuracy") for r in records if "evaluation_s" in r} == {
+      0: 0.1, 4: 0.2, 8: 0.5, 12: None, 16: 0.9, 20: None}
+  assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) == [16, 20]
+
+
+def test_f23_a_step_that_is_not_finite_changes_nothing():
+  config = small.get_config()
+  task = small.toy_task(lambda x: jnp.where(x > 0.3, jnp.nan, 0.0))
+  tx, schedule = optim.make(config.optim, 16, 90.0, 20)
+  step = jax.jit(train.make_train_step(task, tx, schedule, 0))
+  params = task.init(jax.random.key(0))
+  state = train.TrainState(jnp.int32(0), params, tx.init(params), jnp.float32(0))
+  dark, bright = ({"image": np.full((16, 32, 48, 3), value, np.uint8)} for value in (40, 200))
+  one, told = step(state, {}, dark)
+  two, bad = step(one, {}, bright)
+  assert (int(told["skipped"]), int(bad["skipped"]), int(two.step)) == (0, 1, 2)
+  assert equal((one.params, one.opt_state, one.usual_norm), (two.params, two.opt_state, two.usual_norm))
+  three, _ = step(two, {}, dark)
+  assert not equal(two.params, three.params)
+
+
+def test_f24_a_spike_may_be_left_out():
+  config = small.get_config()
+  tx, schedule = optim.make(config.optim, 16, 90.0, 20)
+  task = small.toy_task()
+  params = task.init(jax.random.key(0))
+  state = train.TrainState(jnp.int32(0), params, tx.init(params), jnp.float32(0))
+  usual = {"image": np.random.default_rng(0).integers(0, 40, (16, 32, 48, 3), np.uint8)}
+  for max_spike, skipped in ((0.0, 0), (100.0, 1)):
+    scaled = task._replace(loss=lambda p, f, b, k: jax.tree.map(lambda v: v * b["scale"], task.loss(p, f, b, k)))
+    step = jax.jit(train.make_train_step(scaled, tx, schedule, 0, max_spike=max_spike))
+    before, _ = step(state, {}, usual | {"scale": 1.0})
+    after, told = step(before, {}, usual | {"scale": 1e4})
+    assert int(told["skipped"]) == skipped and equal(before.params, after.params) == bool(skipped)
+    assert "more than optim.max_spike times" in nonfinite.reason({k: float(v) for k, v in told.items()})
+
+
+def test_f23_a_run_that_is_lost_leaves_a_bundle_that_replays(tmp_path, monkeypatch, capsys):
+  """From step 10 on every loss is nan: after three the run ends, and replay gives the same numbers in another process."""
+  from mrmae_jax.tools import replay
+  monkeypatch.chdir(ROOT)
+  config = small.get_config()
+  with config.unlocked():
+    config.optim.update(max_skips=3, blr=1e14)
+  config_lib.validate(config, jax.device_count())
+  from mrmae_jax.tasks import pretrain
+  with pytest.raises(nonfinite.NonFiniteError, match="3 updates in a row were left out.*tools.replay --bundle=") as error:
+    train.fit(config, pretrain.make(config), tmp_path)
+  bundle = Path(str(error.value).split("--bundle=")[1])
+  told = json.loads((bundle / "bundle.json").read_text())
+  said = capsys.readouterr().out
+  assert said.count("update left out") >= 3 and told["step"] >= 3 and told["state"] == "saved"
+  assert not any((tmp_path / "checkpoints").glob(str(told["step"])))
+  assert replay.main(["replay", f"--bundle={bundle}"]) == 0
+  printed = capsys.readouterr().out
+  assert "the same numbers, bit for bit" in printed and "not the same\n" not in printed, printed
+  assert "gradients that are not finite: " in printed and "encoder/" in printed
+  assert replay.main(["replay", f"--bundle={tmp_path}"]) == 2 and "is no bundle" in capsys.readouterr().err
+
+
+def test_f23_a_few_bad_batches_do_not_end_a_run(tmp_path, capsys):
+  task = small.toy_task(lambda x: jnp.where((x * 1e4).astype(int) % 5 == 0, jnp.inf, 0.0))
+  _, records = toy_run(tmp_path, task)
+  said = capsys.readouterr().out
+  count = said.count("update left out")
+  assert 1 <= count < 15 and records[-1]["evaluation_s"] >= 0
+  last = [r for r in records if "lr" in r][-1]
+  assert last["step"] == 20 and last["skipped"] == count
+  assert all(np.isfinite(v) for r in records for v in r.values())  # JSON knows no infinity
+
+
+def test_f38_a_logger_that_breaks_is_no_reason_to_stop(tmp_path, monkeypatch, capsys):
+  def broken(*args, **kwargs):
+    raise RuntimeError("the logger is down")
+  monkeypatch.setattr(metrics.tensorboardX.SummaryWriter, "add_scalar", broken)
+  _, records = toy_run(tmp_path)
+  assert [r["step"] for r in records if "loss" in r] == list(range(1, 21))
+  assert capsys.readouterr().out.count("the logger is down") == 1
+
+
+def test_f39_half_a_line_and_a_clock_that_jumps(tmp_path, monkeypatch):
+  toy_run(tmp_path / "whole")
+  toy_run(tmp_path / "run", checkpoint_every=1000.0)
+  shutil.rmtree(tmp_path / "run" / "checkpoints" / "20")  # step 1 is left
+  with open(tmp_path / "run" / "metrics.jsonl", "a", encoding="utf-8") as file:
+    file.write('{"step": 21, "lo')
+  now = time.time
+  monkeypatch.setattr(time, "time", lambda: now() - 1e6)
+  _, records = toy_run(tmp_path / "run", checkpoint_every=1000.0)
+  losses = lambda rows: {r["step"]: r["loss"].hex() for r in rows if "loss" in r}
+  assert losses(records) == losses(metrics.read(tmp_path / "whole")) and len(losses(records)) == 20
+
+
+def test_f21_two_runs_in_one_workdir(tmp_path):
+  with workdir.held(tmp_path) as note:
+    assert note == ""
+    told = json.loads((tmp_path / "lock").read_text())
+    assert told["pid"] == os.getpid()
+    with pytest.raises(workdir.WorkdirError, match=f"is in use by process {os.getpid()} on .* since 20"):
+      with workdir.held(tmp_path):
+        pass
+  with workdir.held(tmp_path) as note:
+    assert note == ""
+
+
+def test_f21_a_lock_ends_with_its_process(tmp_path):
+  code = f"from mrmae_jax import workdir\nimport os\nwith workdir.held({str(tmp_path)!r}):\n  os._exit(9)"
+  assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 9
+  with workdir.held(tmp_path) as note:
+    assert "the run before, process " in note and "ended without a word" in note
+
+
+def test_f37_out_of_memory_says_what_to_turn():
+  from mrmae_jax import main
+  config = small.get_config()
+  text = main.out_of_memory("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes. Largest program allocations: "
+                            "1. Size: 4.00G shape: bf16[1024,784,384]{2,1,0} 2. f32[1024,3136,256]", config)
+  assert "17179869184" in text and "bf16[1024,784,384], f32[1024,3136,256]" in text
+  assert "config.optim.accum_steps=2" in text and "config.encoder.remat=full" in text and "\n" not in text
+
+
+@pytest.mark.slow
+def test_f42_a_long_run_does_not_grow(tmp_path):
+  """2,000 steps: resident memory at the end against that after 500."""
+  resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+  seen, beat = {}, supervision.beat
+  def watching():
+    seen[len(seen)] = resident()
+    beat()
+  supervision.beat = watching
+  try:
+    toy_run(tmp_path, epochs=2000 * 16 / 1438, log_every=10, checkpoint_every=200 * 16 / 1438)
+  finally:
+    supervision.beat = beat
+  print(f"{seen[500]:.1f} MB after 500 steps, {seen[1999]:.1f} MB after 2,000")
+  assert len(seen) == 2000 and seen[1999] - seen[500] < 20

@@ -1,0 +1,264 @@
+"""What becomes of runs whose processes are stopped, killed, stuck, or disagree. Whole programs, on a model of a few weights."""
+
+import os
+from pathlib import Path
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mrmae_jax import metrics
+from tests.test_multihost import finish, free_port
+
+ROOT = Path(__file__).parent.parent.parent
+# Does what it is told at the end of a step, in a process that is otherwise that of a user.
+INJECT = """
+import os, signal, sys, time
+from mrmae_jax import supervision
+what, index, step = {what!r}, {index}, {step}
+beat, seen = supervision.beat, [0]
+def injected():
+  seen[0] += 1
+  time.sleep({pause})
+  if seen[0] == step:
+    if what == "raise":
+      raise RuntimeError("planted in process %d" % index)
+    if what == "hang":
+      time.sleep(1000)
+    if what == "kill":
+      os.kill(os.getpid(), signal.SIGKILL)
+  beat()
+supervision.beat = injected
+sys.argv = ["main"] + {arguments!r}
+from mrmae_jax import main
+main._command()
+"""
+
+
+def start(workdir, log, *arguments, index=0, count=1, port=None, what="", step=0, pause=0.0, argument="", devices=2):
+  """A process of a run; alone with count 1. `what` happens at the end of a step, each of which takes `pause` seconds longer."""
+  env = dict(os.environ, PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1",
+             XLA_FLAGS=f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0")
+  flags = [f"--config=tests/faults/small.py{argument}", f"--workdir={workdir}", *arguments]
+  if count > 1:
+    flags += ["--multihost", f"--coordinator_address=localhost:{port}", f"--num_processes={count}", f"--process_id={index}"]
+  code = INJECT.format(what=what, index=index, step=step, pause=pause, arguments=flags)
+  return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env, stdout=open(log, "w"), stderr=subprocess.STDOUT,
+                          start_new_session=True)
+
+
+def pair(folder, *arguments, what=("", ""), **options):
+  """Two processes of a run, and their logs."""
+  port, logs = free_port(), [folder / f"{i}.log" for i in range(2)]
+  return [start(folder / "run", logs[i], *arguments, index=i, count=2, port=port, what=what[i], devices=1, **options)
+          for i in range(2)], logs
+
+
+def wait_for(condition, process, log, timeout=120):
+  end = time.monotonic() + timeout
+  while not condition():
+    assert process.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
+    time.sleep(0.02)
+
+
+def losses(workdir):
+  """{step: loss as a hexadecimal float}; a step logged twice is an error."""
+  records = [r for r in metrics.read(workdir) if "loss" in r]
+  assert len({r["step"] for r in records}) == len(records)
+  return {r["step"]: r["loss"].hex() for r in records}
+
+
+def reached(workdir):
+  return max((r["step"] for r in metrics.read(workdir)), default=0)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  """The losses of a run of one process that nothing happened to."""
+  folder = tmp_path_factory.mktemp("whole")
+  process = start(folder / "run", folder / "log")
+  assert finish([process], 120) == [0], (folder / "log").read_text()[-3000:]
+  return losses(folder / "run")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_f6_stopped_by_a_signal_and_continued(tmp_path, whole, number):
+  log = tmp_path / "log"
+  process = start(tmp_path / "run", log, pause=0.1)
+  wait_for(lambda: reached(tmp_path / "run") >= 6, process, log)
+  process.send_signal(number)
+  began = time.monotonic()
+  assert finish([process], 60) == [75], log.read_text()[-3000:]
+  assert time.monotonic() - began < 30
+  said = re.search(r"stopped after step (\d+) of 20, which is saved; the same command goes on", log.read_text())
+  assert said and (tmp_path / "run" / "checkpoints" / said[1]).is_dir() and "Traceback" not in log.read_text()
+  assert (tmp_path / "run" / "lock").read_text() == ""
+  assert finish([start(tmp_path / "run", log)], 60) == [0]
+  assert losses(tmp_path / "run") == whole and f"continuing after step {said[1]}" in log.read_text()
+  assert not list((tmp_path / "run" / "checkpoints").glob("*tmp*"))
+
+
+def test_f4_stopped_while_compiling_and_while_evaluating(tmp_path):
+  log = tmp_path / "log"
+  code = INJECT.format(what="", index=0, step=0, pause=0.05, arguments=["--config=tests/tiny.py", f"--workdir={tmp_path}/run"])
+  env = dict(os.environ, PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1", JAX_ENABLE_COMPILATION_CACHE="false")
+  process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env, stdout=open(log, "w"), stderr=subprocess.STDOUT)
+  wait_for(lambda: "parameters: " in log.read_text(), process, log)
+  time.sleep(0.3)  # it compiles for seconds now
+  process.send_signal(signal.SIGTERM)
+  assert finish([process], 60) == [75], log.read_text()[-3000:]
+  assert "stopped during compile: nothing is lost" in log.read_text()
+  process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=dict(os.environ, PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1"),
+                             stdout=open(log, "w"), stderr=subprocess.STDOUT)
+  wait_for(lambda: "compiled the training step" in log.read_text(), process, log)
+  time.sleep(0.5)  # the first evaluation
+  process.send_signal(signal.SIGTERM)
+  assert finish([process], 60) == [75], log.read_text()[-3000:]
+  assert "stopped after step " in log.read_text()
+
+
+@pytest.mark.parametrize("whom", [(1,), (0, 1, 0)])
+def test_f3_both_stop_at_the_same_step(tmp_path, whole, whom):
+  processes, logs = pair(tmp_path, pause=0.1)
+  wait_for(lambda: reached(tmp_path / "run") >= 6, processes[0], logs[0])
+  for index in whom:
+    processes[index].send_signal(signal.SIGTERM)
+  assert finish(processes, 60) == [75, 75], logs[0].read_text()[-3000:] + logs[1].read_text()[-3000:]
+  said = re.search(r"stopped after step (\d+) of 20, which is saved", logs[0].read_text())
+  assert said and (tmp_path / "run" / "checkpoints" / said[1]).is_dir()
+  assert finish([start(tmp_path / "run", logs[0])], 60) == [0]  # one process of two devices has the numbers of two of one
+  assert losses(tmp_path / "run").keys() == whole.keys()
+  assert all(abs(float.fromhex(losses(tmp_path / "run")[i]) - float.fromhex(whole[i])) < 1e-5 for i in whole)
+
+
+def test_f8_a_process_that_raises_ends_all(tmp_path):
+  processes, logs = pair(tmp_path, what=("", "raise"), step=6, pause=0.1)
+  assert finish([processes[1]], 120) == [1]
+  began = time.monotonic()
+  assert finish([processes[0]], 60) == [1] and time.monotonic() - began < 15
+  assert logs[1].read_text().splitlines()[-1] == "error: RuntimeError: planted in process 1"
+  assert "process 1 has ended: RuntimeError: planted in process 1; this process ends too" in logs[0].read_text()
+
+
+def test_f9_a_process_that_hangs_says_where(tmp_path):
+  log = tmp_path / "log"
+  process = start(tmp_path / "run", log, "--config.hang_s=3", what="hang", step=6)
+  assert finish([process], 120) == [6]
+  said = log.read_text()
+  assert re.search(r"error: nothing has happened for [3-9] s in phase 'step' \(after 5 beats\); the stacks of all threads:", said)
+  assert "in injected" in said and said.count("Thread 0x") > 1
+
+
+@pytest.mark.slow
+def test_f7_a_process_that_is_killed_ends_all(tmp_path, whole):
+  for victim in (1, 0):
+    folder = tmp_path / str(victim)
+    folder.mkdir()
+    processes, logs = pair(folder, what=("kill", "") if victim == 0 else ("", "kill"), step=10, pause=0.1)
+    assert finish([processes[victim]], 120) == [-signal.SIGKILL]
+    began = time.monotonic()
+    codes = finish([processes[1 - victim]], 60)
+    assert codes[0] not in (0, None) and time.monotonic() - began < 35, codes
+    assert finish([start(folder / "run", logs[0])], 60) == [0]
+    assert losses(folder / "run").keys() == whole.keys()
+
+
+def test_f5_stopped_before_the_others_have_come(tmp_path):
+  processes, logs = pair(tmp_path, "--init_timeout=10")
+  time.sleep(0.3)
+  processes[1].send_signal(signal.SIGTERM)
+  codes = finish(processes, 60)
+  assert codes[1] == -signal.SIGTERM and codes[0] == 1
+  assert "error: process 0 of 2 waited 10 s for the others" in logs[0].read_text()
+
+
+def test_f21_a_second_run_in_the_same_workdir_is_refused(tmp_path, whole):
+  logs = [tmp_path / "0", tmp_path / "1"]
+  first = start(tmp_path / "run", logs[0], pause=0.2)
+  wait_for(lambda: reached(tmp_path / "run") >= 2, first, logs[0])
+  assert finish([start(tmp_path / "run", logs[1])], 60) == [2]
+  assert f"is in use by process {first.pid} on " in logs[1].read_text()
+  assert finish([first], 60) == [0] and losses(tmp_path / "run") == whole
+
+
+def test_f40_a_compilation_cache_full_of_rubbish(tmp_path, whole, monkeypatch):
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+  log = tmp_path / "log"
+  assert finish([start(tmp_path / "one", log)], 60) == [0]
+  entries = [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
+  assert entries
+  for path in entries:
+    path.write_bytes(os.urandom(100))
+  assert finish([start(tmp_path / "two", log)], 60) == [0], log.read_text()[-3000:]
+  assert losses(tmp_path / "two") == whole
+
+
+# A save every third of 60 steps, evaluations, an average of the parameters.
+KILLED = ("--config.epochs=0.668", "--config.checkpoint_every=0.034", "--config.eval_every=0.1")
+
+
+def killed_at_random(folder, count, kills, seed=0):
+  """Kills a run of `count` processes again and again, mostly in the middle of a save, lets it end, and compares every loss.
+
+  Returns how many kills came in the middle of a save.
+  """
+  def begin(name, pause):
+    port, logs = free_port(), [folder / f"{i}.log" for i in range(count)]
+    return [start(folder / name, logs[i], *KILLED, index=i, count=count, port=port, pause=pause, argument=":killed", devices=2 // count)
+            for i in range(count)], logs[0]
+
+  processes, log = begin("whole", 0.0)
+  assert finish(processes, 120) == [0] * count, log.read_text()[-3000:]
+  expected, rng, torn = losses(folder / "whole"), random.Random(seed), 0
+  unfinished = lambda: [p for p in (folder / "run" / "checkpoints").glob("*") if not p.name.isdigit()]
+  for _ in range(kills):
+    if reached(folder / "run") > 50:  # nearly at its end: once more from the beginning
+      shutil.rmtree(folder / "run")
+    before = max((int(p.name) for p in (folder / "run" / "checkpoints").glob("*") if p.name.isdigit()), default=-1)
+    processes, log = begin("run", 0.03)
+    wait_for(lambda: reached(folder / "run") > before + 1, processes[0], log)
+    end, inside = time.monotonic() + rng.uniform(0, 0.5), rng.random() < 0.8
+    while time.monotonic() < end or inside and not unfinished() and processes[0].poll() is None:
+      time.sleep(0.001)
+    for process in processes:
+      process.send_signal(signal.SIGKILL)
+    finish(processes, 60)
+    torn += bool(unfinished())
+  processes, log = begin("run", 0.0)
+  assert finish(processes, 120) == [0] * count, log.read_text()[-3000:]
+  assert losses(folder / "run") == expected and len(expected) == 60
+  left = sorted(p.name for p in (folder / "run" / "checkpoints").iterdir())
+  assert len(left) == 2 and "60" in left and not (folder / "run" / "damaged").exists(), left
+  return torn
+
+
+def test_f1_killed_in_the_middle_of_saves(tmp_path):
+  assert killed_at_random(tmp_path, 1, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count, kills", [(1, 25), (2, 25)])
+def test_f1_killed_fifty_times(tmp_path, count, kills):
+  torn = killed_at_random(tmp_path, count, kills, seed=count)
+  print(f"{torn} of {kills} kills left an unfinished checkpoint")
+  assert torn > kills / 4
+
+
+@pytest.mark.slow
+def test_f41_many_starts_and_stops(tmp_path):
+  """20 starts, each stopped by a signal: no more files, no processes left, and the run ends as one that was never stopped."""
+  log, files = tmp_path / "log", []
+  for _ in range(20):
+    process = start(tmp_path / "run", log, pause=0.05)
+    before = reached(tmp_path / "run")
+    wait_for(lambda: reached(tmp_path / "run") > before or process.poll() is not None, process, log)
+    process.send_signal(signal.SIGTERM)
+    assert finish([process], 60)[0] in (0, 75), log.read_text()[-2000:]
+    files.append(sum(not p.is_dir() for p in (tmp_path / "run").rglob("*") if "tensorboard" not in str(p)))
+    assert not subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True, text=True, check=False).stdout
+  assert max(files) <= files[2] + 40, files  # the second checkpoint is there by then
