@@ -7,11 +7,15 @@ import json
 import os
 from pathlib import Path
 import socket
+import time
 
 from etils import epath
 import jax
 
 from mrmae_jax import buckets
+
+
+PATIENCE_S = 40  # with a holder on another host: one whose run was put back into the queue may need so long to end
 
 
 class WorkdirError(ValueError):
@@ -65,13 +69,19 @@ def held(workdir: str | Path):
     yield ""
     return
   with open(Path(workdir).expanduser() / "lock", "a+", encoding="utf-8") as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise WorkdirError(f"{workdir} is in use by {_holder(file)}; stop that run, or choose another --workdir") from None
-    except OSError:  # no locks on this file system
-      yield ""
-      return
+    end = time.monotonic() + PATIENCE_S
+    while True:
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        break
+      except BlockingIOError:
+        before = _holder(file)
+        if f" on {socket.gethostname()} " in before or time.monotonic() > end:
+          raise WorkdirError(f"{workdir} is in use by {before}; stop that run, or choose another --workdir") from None
+        time.sleep(1)
+      except OSError:  # no locks on this file system
+        yield ""
+        return
     before = _holder(file)
     _write(file, json.dumps({"host": socket.gethostname(), "pid": os.getpid(),
                              "since": datetime.datetime.now().astimezone().isoformat(timespec="seconds")}))

@@ -388,6 +388,19 @@ def test_f21_two_runs_in_one_workdir(tmp_path):
     assert note == ""
 
 
+def test_f21_a_holder_elsewhere_is_given_time_to_end(tmp_path, monkeypatch):
+  with workdir.held(tmp_path):
+    monkeypatch.setattr(workdir.socket, "gethostname", lambda: "another")
+    monkeypatch.setattr(workdir, "PATIENCE_S", 0.1)
+    waited = []
+    monkeypatch.setattr(workdir.time, "sleep", waited.append)
+    monkeypatch.setattr(workdir.time, "monotonic", iter([0.0, 0.05, 0.09, 0.2]).__next__)
+    with pytest.raises(workdir.WorkdirError, match="is in use by process"):
+      with workdir.held(tmp_path):
+        pass
+    assert waited == [1, 1]
+
+
 def test_f21_a_lock_ends_with_its_process(tmp_path):
   code = f"from mrmae_jax import workdir\nimport os\nwith workdir.held({str(tmp_path)!r}):\n  os._exit(9)"
   assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 9

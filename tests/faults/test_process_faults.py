@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from mrmae_jax import metrics
+from mrmae_jax import metrics, supervision
 from tests.test_multihost import finish, free_port
 
 ROOT = Path(__file__).parent.parent.parent
@@ -120,6 +120,15 @@ def test_f4_stopped_while_compiling_and_while_evaluating(tmp_path):
   process.send_signal(signal.SIGTERM)
   assert finish([process], 60) == [75], log.read_text()[-3000:]
   assert "stopped after step " in log.read_text()
+
+
+def test_f4_stopped_while_features_are_computed(tmp_path, monkeypatch, capsys):
+  from mrmae_jax.tools import features
+  beats = iter(range(2))
+  monkeypatch.setattr(supervision, "beat", lambda: next(beats, None) is None and (_ for _ in ()).throw(supervision.Interrupted("SIGTERM")))
+  arguments = ["features", "--model=pixels", "--images=digits", "--image_size=16", "--batch_size=16", f"--out={tmp_path}/f.npz"]
+  assert features.main(arguments) == 75 and "stopped by a signal; nothing was written" in capsys.readouterr().err
+  assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("whom", [(1,), (0, 1, 0)])
