@@ -59,7 +59,7 @@ def metrics(workdir):
   return {row["step"]: row for row in rows if "loss" in row}, {row["step"]: row for row in rows if "loss" not in row}
 
 
-def test_one_run_on_any_hosts_and_after_a_kill(tmp_path):
+def test_f12_one_run_on_any_hosts_and_after_a_kill(tmp_path):
   """2 processes of 2 devices, killed after the first checkpoint, go on as 1 x 1, as 1 x 8 and as 4 x 1; all as if never cut."""
   longer = "--config.epochs=0.2"  # 18 steps: none of the processes is done before it is killed
   whole, evaluations = run(tmp_path, "whole", 1, 1, longer)
@@ -106,7 +106,7 @@ def mistake(tmp_path, *per_process, count=2, timeout=90):
   return codes, [[line for line in log.read_text().splitlines() if line.startswith("error:")] for log in logs]
 
 
-def test_a_host_with_another_configuration(tmp_path):
+def test_f10_a_host_with_another_configuration(tmp_path):
   codes, errors = mistake(tmp_path, (), ("--config.optim.blr=0.5",))
   assert codes == [2, 2]
   for lines in errors:

@@ -72,7 +72,7 @@ def reference(setup):
 
 
 @pytest.mark.parametrize("num_devices, fsdp, accum_steps", [(8, 1, 1), (8, 4, 1), (1, 1, 4), (4, 2, 2)])
-def test_five_steps_agree_on_any_devices(setup, reference, num_devices, fsdp, accum_steps):
+def test_f11_f14_five_steps_agree_on_any_devices(setup, reference, num_devices, fsdp, accum_steps):
   losses, params, shardings = five_steps(setup, num_devices, fsdp, accum_steps)
   np.testing.assert_allclose(losses, reference[0], rtol=1e-5)
 
@@ -203,7 +203,7 @@ def test_a_run_says_what_it_did(runs):
   assert "blocks1_0" in (folder / "whole" / "parameters.txt").read_text()
 
 
-def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(runs):
+def test_f2_killed_and_resumed_equals_uninterrupted_bit_for_bit(runs):
   folder, _ = runs
   resumed = shutil.copytree(folder / "killed", folder / "resumed")
   code, out, err = run(resumed, *LONG, devices=8)
@@ -231,7 +231,7 @@ def test_a_finished_run_says_so(runs):
   assert losses(folder / "whole") == before
 
 
-def test_a_different_run_in_the_workdir_is_refused(runs):
+def test_f13_a_different_run_in_the_workdir_is_refused(runs):
   folder, _ = runs
   code, _, err = run(folder / "whole", *LONG, "optim.blr=0.01", "log_every=3", devices=8)
   assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
@@ -256,7 +256,7 @@ def restore(workdir):
   return jax.device_get(found.state)
 
 
-def test_checkpoints_of_another_shape_or_type_are_refused(tmp_path):
+def test_f17_checkpoints_of_another_shape_or_type_are_refused(tmp_path):
   one = sharding.replicated(sharding.make_mesh(devices=jax.devices()[:1]))
   struct = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=one)
   checkpoints = Checkpoints(tmp_path, {"seed": 0})
