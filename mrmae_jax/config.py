@@ -6,6 +6,8 @@ Files in `configs/` start from `pretrain()` and override. Reading and changing a
 import json
 import math
 from pathlib import Path
+import re
+from typing import Any
 
 import ml_collections
 from ml_collections.config_dict import placeholder
@@ -25,6 +27,11 @@ VIT = {  # fields of models.vit.ViT (Dosovitskiy et al. 2021; S as in DeiT; H/14
     "huge": dict(patch_size=14, dim=1280, depth=32, num_heads=16, mlp_dim=5120),
 }
 
+DIMENSIONS = {  # what these fields are
+    "name": "kind: convvit or vit", "embed_dims": "widths of the three stages", "depths": "blocks of each stage",
+    "num_heads": "attention heads, which divide the width", "mlp_ratios": "hidden width of each stage's MLPs, relative to its width",
+    "patch_size": "side of a token in pixels", "dim": "width", "depth": "blocks", "mlp_dim": "hidden width of the MLPs",
+}
 
 CHOICES = {  # options that take one of a few words; the first is the default
     "encoder.remat": ("none", "dots", "full"),
@@ -136,14 +143,14 @@ def _common() -> ml_collections.ConfigDict:
   c.data.erase_prob = 0.0               # probability of random erasing
   c.data.eval_crop = 0.875              # central share of the resized image that evaluators see
   c.data.mean = IMAGENET_MEAN           # normalisation of the student's input, per channel, for pixels in [0, 1]
-  c.data.std = IMAGENET_STD
+  c.data.std = IMAGENET_STD             # likewise
   c.data.workers = 0                    # decoding processes per host; 0: threads of the main process
 
   c.optim = ml_collections.ConfigDict()
   c.optim.blr = 1.5e-4                  # base learning rate; the peak is blr * batch_size / 256
   c.optim.min_lr = 0.0                  # absolute rate at the end of the cosine
   c.optim.warmup_epochs = 40.0          # linear from 0
-  c.optim.b1, c.optim.b2, c.optim.eps = 0.9, 0.95, 1e-8
+  c.optim.b1, c.optim.b2, c.optim.eps = 0.9, 0.95, 1e-8  # of AdamW
   c.optim.weight_decay = 0.05           # on everything but biases and norms
   c.optim.accum_steps = 1               # micro-batches per update, for batches that do not fit
   c.optim.layer_decay = 1.0             # learning rate of each block relative to the next deeper one's
@@ -169,7 +176,7 @@ def pretrain() -> ml_collections.ConfigDict:
   """Pre-training with the published MAE/ConvMAE recipe at 224 px; ConvViT-B, no teacher chosen yet."""
   c = _common()
   c.task = "pretrain"
-  # transformer of the decoder
+  # the transformer of the decoder
   c.decoder = ml_collections.ConfigDict(dict(dim=512, depth=8, num_heads=16))
 
   c.method = ml_collections.ConfigDict()
@@ -247,6 +254,36 @@ def like(config: ml_collections.ConfigDict, workdir: str) -> None:
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise ConfigError(f"{workdir} is neither a size nor the workdir of a run: {error}") from None
   config.init_from = str(workdir)
+
+
+def describe(config: ml_collections.ConfigDict) -> list[tuple[str, Any, str]]:
+  """(key, value, meaning) of every key of a configuration; the meanings are the comments of this file."""
+  meanings, prefix, above = {f"{part}.{name}": what for part in ("encoder", "decoder") for name, what in DIMENSIONS.items()}, "", ""
+  names = []
+  for line in Path(__file__).read_text(encoding="utf-8").splitlines():
+    if line.startswith("def "):
+      prefix = {"encoder": "encoder.", "teacher": "teacher."}.get(line[4:line.index("(")], "")
+    elif found := re.fullmatch(r"\s+(c\.[\w.]+(?:, c\.[\w.]+)*) = .*?(?:\s+#\s*(.*))?", line):
+      names = [prefix + name for name in found[1].replace("c.", "").split(", ")]
+      for name in names:
+        meanings.setdefault(name, found[2] or above)
+    elif found := re.fullmatch(r"\s{30,}# (.*)", line):  # goes on
+      for name in names:
+        meanings[name] += f" {found[1]}"
+    above = line.strip()[2:] if line.strip().startswith("# ") else ""
+
+  def rows(node, prefix):
+    for key, value in node.items():
+      name = f"{prefix}{key}"
+      if hasattr(value, "items") and len(value):
+        yield from rows(value, f"{name}.")
+        continue
+      part = re.sub(r"^extra_teachers\.\w+", "teacher", name)
+      while part and not meanings.get(part):
+        part = part.rpartition(".")[0]
+      yield name, value.to_dict() if hasattr(value, "to_dict") else value, meanings.get(part, "")
+
+  return list(rows(config, ""))
 
 
 def validate(config: ml_collections.ConfigDict, num_devices: int) -> None:

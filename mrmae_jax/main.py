@@ -27,24 +27,26 @@ _PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes over all hos
 _PROCESS = flags.DEFINE_integer("process_id", None, "Number of this process, from 0, or MRMAE_PROCESS_ID.", lower_bound=0)
 _INIT_TIMEOUT = flags.DEFINE_integer("init_timeout", 300, "Seconds to wait for the other processes.", lower_bound=1)
 _said = ""  # the error that this process ends with
-FLAGS = (_CONFIG, _WORKDIR, _CHECK, _MULTIHOST, _COORDINATOR, _PROCESSES, _PROCESS, _INIT_TIMEOUT)
+_DEBUG = flags.DEFINE_bool("debug", False, "Show where in the code an error came from.")
+FLAGS = (_CONFIG, _WORKDIR, _DEBUG, _CHECK, _MULTIHOST, _COORDINATOR, _PROCESSES, _PROCESS, _INIT_TIMEOUT)
 
 USAGE_ERROR, DATA_ERROR, NON_FINITE, STORAGE_ERROR = 2, 3, 4, 5  # exit codes; supervision.py and distributed.py have others
 
 
-def main(argv: list[str] | None = None) -> int:
-  """Runs a command line (default: sys.argv); returns the exit code.
+def main(argv: list[str] | None = None, task: str | None = None) -> int:
+  """Runs a command line (default: sys.argv) for a configuration of `task` (None: of any); returns the exit code.
 
   0: done. 1: other processes did not come or are gone. 2: usage. 3: data. 4: losses that are not finite. 5: storage. 75: stopped by a
   signal, the same command goes on. (6, a hang, ends the process where it is.)
   """
   argv = sys.argv if argv is None else argv
   if {"-h", "--help", "--helpfull"}.intersection(argv[1:]):
-    print(__doc__, *(f"  --{flag.name}: {flags.FLAGS[flag.name].help}" for flag in FLAGS), sep="\n")
-    print("\nThe keys of a configuration, with defaults and meaning: mrmae_jax/config.py")
+    print(_help(argv, task))
     return 0
   try:
     config, workdir = parse(argv)
+    if task and config.task != task:
+      raise UsageError(f"this command needs a configuration of task {task!r}; that of --config has {config.task!r}")
   except UsageError as error:
     return _fail(error, USAGE_ERROR)
 
@@ -166,15 +168,34 @@ def _check_config(argv: list[str]) -> None:
 def _fail(error: Exception, code: int) -> int:
   global _said
   _said = str(error)
+  if flags.FLAGS.is_parsed() and _DEBUG.value:
+    traceback.print_exc()
   for line in _said.splitlines():
     print(f"error: {line}", file=sys.stderr, flush=True)
   return code
 
 
-def _command() -> None:
-  """`main`, and the end of the process."""
+def _help(argv: list[str], task: str | None) -> str:
+  """The options, and every key of the configuration with its value, from --config if that is given."""
+  from mrmae_jax import config as schema  # pylint: disable=g-import-not-at-top; answered fast
+  defaults = {"classify": schema.finetune, "probe": schema.probe}.get(task, schema.pretrain)
+  title = "Keys of a configuration (--config.KEY=VALUE), their defaults and meaning:"
   try:
-    code = main()
+    _check_config(argv)
+    flags.FLAGS([arg for arg in argv if arg not in ("-h", "--help", "--helpfull")])
+    config = _CONFIG.value or defaults()
+    title = "Keys of --config, with their values there and meaning:" if _CONFIG.value else title
+  except (UsageError, flags.Error):
+    config = defaults()
+  options = [f"  --{flag.name}: {flags.FLAGS[flag.name].help}" for flag in FLAGS]
+  keys = [f"  {name}={value!r}".ljust(46) + f"  {meaning}" for name, value, meaning in schema.describe(config)]
+  return "\n".join([__doc__, *options, "", title, *keys])
+
+
+def command(argv: list[str] | None = None, task: str | None = None) -> int:
+  """`main` as a whole process: with several of them it does not return when it fails, see distributed.leave."""
+  try:
+    code = main(argv, task)
   except Exception as error:
     if not _MULTIHOST.value:
       raise
@@ -186,8 +207,8 @@ def _command() -> None:
   if code and flags.FLAGS.is_parsed() and _MULTIHOST.value:
     from mrmae_jax import distributed  # pylint: disable=g-import-not-at-top; as above
     distributed.leave(code, _said)
-  sys.exit(code)
+  return code
 
 
 if __name__ == "__main__":
-  _command()
+  sys.exit(command())

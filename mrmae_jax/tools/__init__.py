@@ -1,6 +1,7 @@
 """What a user runs beside training: each a module with a command line of its own."""
 
 import sys
+import traceback
 from typing import Callable
 
 from absl import flags
@@ -23,8 +24,9 @@ def command_line(doc: str, own: flags.FlagValues, run: Callable[[flags.FlagValue
     The exit code: 0 done, 2 usage, 3 data, 75 stopped by a signal with nothing written.
   """
   argv = sys.argv if argv is None else argv
+  debug, argv = "--debug" in argv, [arg for arg in argv if arg != "--debug"]
   if {"--help", "-h", "--helpfull"}.intersection(argv[1:]):
-    print(f"{doc}\n{own.get_help()}")
+    print(f"{doc}\n{own.get_help()}\n\n--debug: show where in the code an error came from.")
     return 0
   from mrmae_jax.config import ConfigError  # pylint: disable=g-import-not-at-top; --help is answered without jax
   from mrmae_jax.data import DataError  # pylint: disable=g-import-not-at-top
@@ -35,6 +37,8 @@ def command_line(doc: str, own: flags.FlagValues, run: Callable[[flags.FlagValue
       raise UsageError(f"{rest[0]!r} is not an option; see --help")
     print(run(own), flush=True)
   except (flags.Error, UsageError, ConfigError, WeightsError, DataError, OSError) as error:
+    if debug:
+      traceback.print_exc()
     print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
     return 3 if isinstance(error, DataError) else 2
   except Interrupted:

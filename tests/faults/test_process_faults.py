@@ -36,7 +36,7 @@ def injected():
 supervision.beat = injected
 sys.argv = ["main"] + {arguments!r}
 from mrmae_jax import main
-main._command()
+sys.exit(main.command())
 """
 
 
