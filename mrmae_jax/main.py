@@ -149,6 +149,10 @@ def _command() -> None:
   if code and flags.FLAGS.is_parsed() and _MULTIHOST.value:
     from mrmae_jax import distributed  # pylint: disable=g-import-not-at-top; as above
     distributed.leave(code)
+  if code == DATA_ERROR:  # a thread whose image never comes would be waited for
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
   sys.exit(code)
 
 

@@ -4,8 +4,8 @@ The global batch of step s depends on (seed, s) alone: not on how many hosts
 share it, how many worker processes decode it, or where the run was resumed. No
 iterator state is ever saved; the step number is the state.
 
-That holds for images that cannot be read, too: with on_error="skip" the place of
-one is taken by another that is drawn with the generator of this place in the
+That holds for images that cannot be read, too: with on_error="skip" the place
+of one is taken by another that is drawn with the generator of this place in the
 stream. Worker processes are spawned, so the script that calls with
 `workers > 0` needs a `__main__` guard; they end with the process that they work
 for, however it ends.
@@ -119,8 +119,8 @@ def train_batches(
   # keeps the second epoch of seed 0 from being the first epoch of seed 1.
   shuffle_seed, augment_seed = np.random.SeedSequence(seed).generate_state(2)
   view = _TrainView(
-      source, on_error == "skip", image_size, crop_scale, flip, single_try, augment.resizer(resize),
-      randaugment.parse(randaug), erase_prob, mean, std,
+      source, on_error == "skip", image_size, crop_scale, flip, single_try,
+      augment.resizer(resize), randaugment.parse(randaug), erase_prob, mean, std,
   )
   order = (
       grain.MapDataset.range(len(source))
