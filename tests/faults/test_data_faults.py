@@ -9,6 +9,7 @@ import re
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -90,8 +91,23 @@ def test_f26_skip_replaces_bad_images_and_changes_no_other(folders):
     np.testing.assert_array_equal(got[key][~replaced], expected[key][~replaced])
   same = (got["image"] == expected["image"]).all((1, 2, 3))
   np.testing.assert_array_equal(same, ~replaced)
-  # Not one image for all: each place draws its own.
-  assert len({image.tobytes() for image in got["image"][replaced]}) == replaced.sum()
+
+
+class Unreadable(Numbered):
+  """Every fourth image cannot be read."""
+
+  def __getitem__(self, index):
+    if index % 4 == 3:
+      raise DataError(f"{index}: cannot be read")
+    return super().__getitem__(index)
+
+
+def test_f26_each_place_draws_its_own_substitute():
+  labels = joined(Unreadable(COUNT), 24, on_error="skip", max_skipped=1.0)["label"]  # eight epochs
+  index = joined(Numbered(COUNT), 24)["label"]
+  np.testing.assert_array_equal(labels != index, index % 4 == 3)
+  drawn = np.bincount(labels[index % 4 == 3], minlength=COUNT)  # 48 draws of 18 images
+  assert drawn[3::4].sum() == 0 and drawn.max() <= 10 and (drawn > 0).sum() >= 12
 
 
 @pytest.mark.parametrize("shards, workers, first", [(2, 0, 0), (1, 1, 0), (1, 2, 3), (2, 2, 1)])
@@ -220,6 +236,26 @@ def test_f26_options_that_do_not_fit(key, value):
     config_lib.validate(config, 8)
 
 
+# Formats whose rule is not "whatever Pillow does" alone; the others are in tests/test_data.py.
+
+
+@pytest.mark.parametrize("form, options", [("WEBP", {"lossless": True}), ("GIF", {}), ("PNG", {})])
+def test_f26_of_an_animation_the_first_frame_is_taken(form, options):
+  frames = [augment.Image.fromarray(np.full((20, 30, 3), colour, np.uint8)) for colour in (50, 200)]
+  image = augment.decode_image(encode(frames[0], form, save_all=True, append_images=frames[1:], **options), "x")
+  np.testing.assert_array_equal(image, np.full((20, 30, 3), 50))
+
+
+def test_f26_sixteen_bit_colour_keeps_its_high_byte():
+  values = np.random.default_rng(0).integers(0, 2**16, (5, 7, 3), np.uint16)
+  rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+  chunk = lambda kind, body: len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+  data = b"\x89PNG\r\n\x1a\n" + b"".join(map(chunk, (b"IHDR", b"IDAT", b"IEND"), (
+      struct.pack(">IIBBBBB", 7, 5, 16, 2, 0, 0, 0), zlib.compress(rows), b"")))
+  np.testing.assert_array_equal(augment.decode_image(data, "x"), values >> 8)
+  assert ("kind", "16-bit") in tool._about(data)
+
+
 # The tool.
 
 
@@ -302,6 +338,7 @@ def png_bomb(side):
 MEASURE = """
 import resource, sys, time
 from mrmae_jax.data import augment, DataError
+augment.Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which other libraries switch off
 with open(sys.argv[1], "rb") as file:
   data = file.read()
 before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
@@ -414,15 +451,21 @@ def test_f29_a_worker_that_crashes_is_reported():
     train_steps(Ends(9), 3, workers=1)
 
 
+BLACK = encode(np.zeros((4000, 4000, 3), np.uint8), "PNG")
+
+
 class Hungry(Numbered):
-  """A worker that gets 32 MB more than it has, and an image that takes 48."""
+  """A worker that gets 32 MB more than it has while it decodes an image that takes 48."""
 
   def __getitem__(self, index):
-    if index == 3 and multiprocessing.parent_process():
+    limit = resource.RLIM_INFINITY
+    if index == 3:
       with open("/proc/self/statm", encoding="ascii") as file:
         limit = int(file.read().split()[0]) * resource.getpagesize() + 2**25
-      resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-      return {"image": encode(np.zeros((4000, 4000, 3), np.uint8), "PNG"), "label": 3, "name": "3"}
+    if multiprocessing.parent_process():
+      resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+    if index == 3:
+      return {"image": BLACK, "label": 3, "name": "3"}
     return super().__getitem__(index)
 
 
@@ -559,6 +602,7 @@ def test_f31_workers_do_not_outlive_the_trainer(tmp_path):
 @pytest.mark.parametrize("shards", [1, 2])
 def test_f32_any_number_of_images_on_any_number_of_shards(count, shards):
   labels = joined(Numbered(count), count, shards=shards)["label"]
+  np.testing.assert_array_equal(labels, joined(Numbered(count), count)["label"])
   assert labels.shape == (8 * count,)
   np.testing.assert_array_equal(np.bincount(labels), np.full(count, 8))  # eight epochs, each image once in each
   parts = [list(eval_batches(Numbered(count), batch_size=8, image_size=SIZE, crop_pct=1.0, shard=i, num_shards=shards))
