@@ -102,7 +102,9 @@ def _decode_opened(
     return np.repeat(high_byte[:, :, None], 3, axis=2)
   if picture.mode in ("I", "F"):
     raise ValueError(f"pixels of mode {picture.mode!r} have no defined range")
-  return np.asarray(picture.convert("RGB"))
+  if picture.mode != "RGB":  # Else `convert` would copy all of it.
+    picture = picture.convert("RGB")
+  return np.asarray(picture)
 
 
 def crop_box(
