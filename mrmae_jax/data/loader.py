@@ -316,8 +316,9 @@ class Batches:
       raise DataError(
           f"waited {self._timeout_s:g} s for batch"
           f" {self._first_step + self._taken} (the first is 0) of"
-          f" {self._source.description}: reading or decoding an image hangs; look"
-          " at the storage, or give a larger timeout_s; the images of this batch:"
+          f" {self._source.description}: an image cannot be read or decoded to its"
+          f" end, or a worker has no memory{_memory()}; look at the storage, or"
+          " give a larger timeout_s; the images of this batch:"
           f" {', '.join(names)}"
       ) from None
     if error:

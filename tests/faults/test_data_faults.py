@@ -451,28 +451,25 @@ def test_f29_a_worker_that_crashes_is_reported():
     train_steps(Ends(9), 3, workers=1)
 
 
-BLACK = encode(np.zeros((4000, 4000, 3), np.uint8), "PNG")
-
-
 class Hungry(Numbered):
-  """A worker that gets 32 MB more than it has while it decodes an image that takes 48."""
+  """A worker that gets 128 MB more than it has while it decodes an image that takes 400."""
 
   def __getitem__(self, index):
     limit = resource.RLIM_INFINITY
     if index == 3:
       with open("/proc/self/statm", encoding="ascii") as file:
-        limit = int(file.read().split()[0]) * resource.getpagesize() + 2**25
+        limit = int(file.read().split()[0]) * resource.getpagesize() + 2**27
     if multiprocessing.parent_process():
       resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
     if index == 3:
-      return {"image": BLACK, "label": 3, "name": "3"}
+      return {"image": png_header(10000, 10000), "label": 3, "name": "3"}
     return super().__getitem__(index)
 
 
 @needs_proc
 def test_f36_a_worker_out_of_memory_is_reported_and_no_image_blamed():
   with pytest.raises(DataError, match=r"memory ran out .*of [0-9.]+ GiB on this machine [0-9.]+ are available now.*use fewer"):
-    train_steps(Hungry(9), 3, workers=1, on_error="skip", max_skipped=1.0)
+    train_steps(Hungry(9), 3, workers=1, on_error="skip", max_skipped=1.0, timeout_s=100.0)
 
 
 # F30: images that never come.
