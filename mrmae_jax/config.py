@@ -36,6 +36,7 @@ DIMENSIONS = {  # what these fields are
 CHOICES = {  # options that take one of a few words; the first is the default
     "encoder.remat": ("none", "dots", "full"),
     "data.resize": ("pillow", "cv2"),
+    "data.on_error": ("raise", "skip"),
     "method.masking": ("random", "focused"),
     "teacher.layer": ("raw", "normed", "proj"),
     "teacher.input_norm": ("teacher", "student"),
@@ -145,6 +146,11 @@ def _common() -> ml_collections.ConfigDict:
   c.data.mean = IMAGENET_MEAN           # normalisation of the student's input, per channel, for pixels in [0, 1]
   c.data.std = IMAGENET_STD             # likewise
   c.data.workers = 0                    # decoding processes per host; 0: threads of the main process
+  c.data.quarantine = ""                # a list of images to leave out, written by `tools.data verify --quarantine=FILE`; "": none
+  c.data.on_error = "raise"             # an image that cannot be read ends the run; "skip": another takes its place (in evaluations
+                                        # it is not counted), by a rule that depends on neither hosts nor workers, with a warning
+  c.data.max_skipped = 0.01             # share of the images that "skip" may skip before the run ends all the same
+  c.data.timeout_s = 600.0              # longest wait for a batch before the run ends and names its images; 0: no limit
 
   c.optim = ml_collections.ConfigDict()
   c.optim.blr = 1.5e-4                  # base learning rate; the peak is blr * batch_size / 256
@@ -251,6 +257,7 @@ def like(config: ml_collections.ConfigDict, workdir: str) -> None:
     config.update({key: stored[key] for key in ("image_size", "dtype")})
     config.data.update({key: stored["data"][key] for key in (
         "source", "train_split", "eval_split", "data_dir", "holdout_every", "flip", "eval_crop", "mean", "std")})
+    config.data.quarantine = stored["data"].get("quarantine", "")  # not there before it was an option
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise ConfigError(f"{workdir} is neither a size nor the workdir of a run: {error}") from None
   config.init_from = str(workdir)
@@ -317,8 +324,8 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> None:
     raise ConfigError("\n".join(problems))  # nothing below can be computed
   positive("batch_size", "epochs", "optim.blr", "optim.eps", "optim.accum_steps", "log_every", "eval_every",
            "checkpoint_every", "keep_checkpoints", "optim.max_skips", "data.eval_crop")
-  positive("optim.min_lr", "optim.warmup_epochs", "optim.weight_decay", "optim.clip_norm", "optim.max_spike", "hang_s", "data.holdout_every",
-           "data.workers", zero=True)
+  positive("optim.min_lr", "optim.warmup_epochs", "optim.weight_decay", "optim.clip_norm", "optim.max_spike", "hang_s",
+           "data.holdout_every", "data.workers", "data.max_skipped", "data.timeout_s", zero=True)
   for name in ("b1", "b2", "ema_decay"):
     need(0 <= config.optim[name] < 1, f"config.optim.{name}={config.optim[name]} must lie in [0, 1)")
   need(config.optim.warmup_epochs <= config.epochs,
@@ -456,6 +463,9 @@ def _validate_data(config, need):
         data.open_split(config.data, split)
       except data.DataError as error:
         need(False, f"config.data: {error}")
+  need(config.data.on_error in CHOICES["data.on_error"],
+       f"config.data.on_error={config.data.on_error!r} is not one of {', '.join(CHOICES['data.on_error'])}")
+  need(config.data.max_skipped <= 1, f"config.data.max_skipped={config.data.max_skipped} is a share of the images: at most 1")
   if need(config.data.resize in CHOICES["data.resize"],
           f"config.data.resize={config.data.resize!r} is not one of {', '.join(CHOICES['data.resize'])}"):
     try:

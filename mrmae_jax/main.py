@@ -207,6 +207,10 @@ def command(argv: list[str] | None = None, task: str | None = None) -> int:
   if code and flags.FLAGS.is_parsed() and _MULTIHOST.value:
     from mrmae_jax import distributed  # pylint: disable=g-import-not-at-top; as above
     distributed.leave(code, _said)
+  if code == DATA_ERROR:  # a thread whose image never comes would be waited for
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
   return code
 
 

@@ -212,7 +212,7 @@ def _fit(config, task: Task, workdir, check: bool, closing: contextlib.ExitStack
                                resize=config.data.resize, flip=config.data.flip, randaug=config.data.randaug,
                                erase_prob=config.data.erase_prob, mean=tuple(config.data.mean), std=tuple(config.data.std),
                                first_step=first_step, shard=jax.process_index(), num_shards=jax.process_count(),
-                               workers=config.data.workers)
+                               **data.loader_options(config.data))
   closing.callback(batches.close)
   batch = sharding.global_batch(next(batches), mesh)
   began = time.monotonic()
@@ -278,7 +278,7 @@ def _fit(config, task: Task, workdir, check: bool, closing: contextlib.ExitStack
         if last:
           raise StorageError(f"checkpoint {step} could not be saved: {problem}")
 
-  # 5. The loop. What a signal interrupts is saved as it is.
+  # 5. The loop. What a signal or an image that cannot be read interrupts is saved as it is.
   for record in read(workdir):
     rate(record["step"], record)
   clock.start(first_step)
@@ -306,7 +306,9 @@ def _fit(config, task: Task, workdir, check: bool, closing: contextlib.ExitStack
         if eval_now:
           evaluate(step)
         supervision.beat()
-  except supervision.Interrupted:
+  except (supervision.Interrupted, data.DataError) as error:
+    if isinstance(error, data.DataError) and jax.process_count() > 1:
+      raise  # the others are not at this step, and a save needs all
     if pending:
       report(*pending, pending[1])
     if step:
@@ -331,8 +333,8 @@ def identity(config, task: Task, source) -> dict[str, Any]:
 
   Teachers and pretrained weights count by their values, which the task names, not by where they lie.
   """
-  free = {"encoder.remat", "data.workers", "optim.accum_steps", "optim.max_skips", "log_every", "eval_every",
-          "checkpoint_every", "keep_checkpoints", "keep_best", "hang_s"}
+  free = {"encoder.remat", "data.workers", "data.on_error", "data.max_skipped", "data.timeout_s", "optim.accum_steps",
+          "optim.max_skips", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "keep_best", "hang_s"}
   flat = {name: value for name, value in _flat(config).items() if name not in free and not name.startswith(("mesh.", "evals."))}
   return flat | {"train images": source.fingerprint} | task.identity
 
@@ -353,7 +355,8 @@ def _flat(config) -> dict[str, Any]:
       name = f"{prefix}{key}"
       if isinstance(value, dict):
         walk(value, f"{name}.")
-      elif name not in ("init_from", "data.workers", "data.data_dir") and not ("teacher" in name and key in ("name", "path")):
+      elif name not in ("init_from", "data.workers", "data.data_dir", "data.quarantine") and not (
+          "teacher" in name and key in ("name", "path")):
         flat[name] = value
 
   walk(json.loads(config.to_json()), "")

@@ -2,6 +2,7 @@
 
 from mrmae_jax.data.augment import resizer
 from mrmae_jax.data.loader import eval_batches
+from mrmae_jax.data.loader import loader_options
 from mrmae_jax.data.loader import train_batches
 from mrmae_jax.data.sources import DataError
 from mrmae_jax.data.sources import open_source

@@ -35,7 +35,7 @@ def pixels(example: dict) -> np.ndarray:
   return decode_image(image, example["name"])
 
 
-def decode_image(data: bytes, name: str) -> np.ndarray:
+def decode_image(data: bytes, name: str, strict: bool = False) -> np.ndarray:
   """Decodes one image file to uint8 [H, W, 3].
 
   The result is that of Pillow's `convert("RGB")`, the field's convention: grey
@@ -50,9 +50,16 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
   two thirds of the time. What its strict mode refuses is Pillow's to decide,
   so that a file is good exactly when the reference implementations read it.
 
+  Args:
+    data: the file.
+    name: of it, for messages.
+    strict: refuse colour and grey JPEGs, too, which Pillow reads in spite of
+      damage that the decoder has noticed.
+
   Raises:
     DataError: not an image, damaged, or larger than MAX_PIXELS. The size is
       read from the header, before any pixel memory is allocated.
+    MemoryError: which says nothing about the file.
   """
   if not data:
     raise DataError(f"{name}: the file is empty; replace or remove it")
@@ -60,7 +67,7 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
     with Image.open(io.BytesIO(data)) as picture:
       width, height = picture.size
       if width * height <= MAX_PIXELS:
-        return _decode_opened(picture, data)
+        return _decode_opened(picture, data, strict)
     cause = (
         f"its header claims {width} x {height} pixels, at most {MAX_PIXELS:,} are"
         " decoded"
@@ -68,6 +75,8 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
     error = None
   except Image.UnidentifiedImageError as caught:
     cause, error = f"not an image Pillow knows, it begins {data[:16]!r}", caught
+  except MemoryError:
+    raise
   # Decoders meet hostile bytes here, and Pillow's raise nearly everything:
   # OSError, SyntaxError, EOFError, struct.error, zlib.error, KeyError, ...
   except Exception as caught:  # pylint: disable=broad-exception-caught
@@ -77,20 +86,25 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
   ) from error
 
 
-def _decode_opened(picture: Image.Image, data: bytes) -> np.ndarray:
+def _decode_opened(
+    picture: Image.Image, data: bytes, strict: bool
+) -> np.ndarray:
   """Pixels of an opened picture of acceptable size, uint8 [H, W, 3]."""
   # By mode, not by refusal: simplejpeg does read CMYK, to other colours.
   if data[:2] == b"\xff\xd8" and picture.mode in ("RGB", "L"):
     try:
       return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
     except ValueError:
-      pass
+      if strict:
+        raise
   if picture.mode.startswith("I;16"):
     high_byte = (np.asarray(picture) >> 8).astype(np.uint8)
     return np.repeat(high_byte[:, :, None], 3, axis=2)
   if picture.mode in ("I", "F"):
     raise ValueError(f"pixels of mode {picture.mode!r} have no defined range")
-  return np.asarray(picture.convert("RGB"))
+  if picture.mode != "RGB":  # Else `convert` would copy all of it.
+    picture = picture.convert("RGB")
+  return np.asarray(picture)
 
 
 def crop_box(

@@ -82,6 +82,8 @@ class PackedSource:
     try:
       head, _, image = self._records[int(index)].partition(b"\n")
       about = json.loads(head)
+    except MemoryError:
+      raise
     # The reader raises what its C++ has: RuntimeError, ValueError, IndexError.
     except Exception as error:
       raise DataError(
@@ -92,6 +94,9 @@ class PackedSource:
     if "shape" in about:
       image = np.frombuffer(image, np.uint8).reshape(about["shape"])
     return {"image": image, "label": about["label"], "name": about["name"]}
+
+  def name(self, index: int) -> str:
+    return f"{self._split}[{index}]"
 
 
 def write(

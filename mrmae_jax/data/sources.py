@@ -8,6 +8,7 @@ can have their own copy.
 import collections
 import functools
 import hashlib
+import json
 import os
 from typing import Protocol
 
@@ -50,6 +51,13 @@ class Source(Protocol):
   def __getitem__(self, index: int) -> dict:
     ...
 
+  def name(self, index: int) -> str:
+    """Of one image among those of the source, without reading it.
+
+    It does not say where the source lies, as the "name" of an example may.
+    """
+    ...
+
 
 def open_source(
     spec: str,
@@ -59,6 +67,7 @@ def open_source(
     eval_split: str = "test",
     data_dir: str = "",
     holdout_every: int = 10,
+    quarantine: str = "",
 ) -> Source:
   """Opens one split of a dataset.
 
@@ -76,6 +85,8 @@ def open_source(
     holdout_every: where the data has no split of its own, every k-th image
       (index % k == k - 1 in sorted order) is "eval" and the rest "train"; 0
       trains on everything.
+    quarantine: a file that lists images to be left out, see `Remaining`; the
+      split of the others is what it would be with them. "" for none.
 
   Raises:
     DataError: anything that keeps the images from being found.
@@ -87,6 +98,16 @@ def open_source(
         f"holdout_every={holdout_every} given; expected 0 (train on everything)"
         " or at least 2 (1 would leave nothing to train on)"
     )
+  source = _open_whole(
+      spec, split, train_split, eval_split, data_dir, holdout_every
+  )
+  return Remaining(source, split, quarantine) if quarantine else source
+
+
+def _open_whole(
+    spec, split, train_split, eval_split, data_dir, holdout_every
+) -> Source:
+  """`open_source` without a quarantine."""
   kind, _, rest = spec.partition(":")
   if spec == "digits":
     return DigitsSource(split, holdout_every)
@@ -115,7 +136,72 @@ def open_split(config, split: str) -> Source:
       eval_split=config.eval_split,
       data_dir=config.data_dir,
       holdout_every=config.holdout_every,
+      quarantine=config.quarantine,
   )
+
+
+class Remaining:
+  """A source without the images that a quarantine list names.
+
+  The list is JSON, `{"train": {NAME: REASON, ...}, "eval": {...}}`, as
+  `tools.data verify` writes it; lists of names will do in place of the inner
+  objects, and a split may be absent. Names are those of `Source.name`.
+  """
+
+  def __init__(self, source: Source, split: str, path: str):
+    """Finds the images of the list.
+
+    Args:
+      source: the split.
+      split: "train" or "eval".
+      path: of the list.
+
+    Raises:
+      DataError: no such list, a name that no image has, or nothing remains.
+    """
+    try:
+      with open(os.path.expanduser(path), encoding="utf-8") as file:
+        listed = json.load(file)
+      if not isinstance(listed, dict) or not listed.keys() <= {"train", "eval"}:
+        raise ValueError("expected an object with 'train' and 'eval'")
+      names = set(listed.get(split, ()))
+    except (OSError, ValueError, TypeError) as error:
+      raise DataError(
+          f"quarantine {path}: cannot be read ({error}); write it with python -m"
+          " mrmae_jax.tools.data verify --quarantine=FILE"
+      ) from error
+    out = {
+        name: i for i in range(len(source)) if (name := source.name(i)) in names
+    }
+    if absent := sorted(names - out.keys()):
+      raise DataError(
+          f"quarantine {path}: {len(absent)} of its {len(names)} {split!r} images"
+          f" are not in {source.description}: {', '.join(absent[:3])}"
+          f"{', ...' if len(absent) > 3 else ''}; write it again with python -m"
+          " mrmae_jax.tools.data verify and the options of this run"
+      )
+    if len(out) == len(source):
+      raise DataError(f"quarantine {path} leaves nothing of {source.description}")
+    self._source = source
+    self._indices = np.delete(np.arange(len(source)), list(out.values()))
+    self.class_names = source.class_names
+    self.description = (
+        f"{source.description}; without {len(out)} of these in quarantine"
+    )
+    digest = hashlib.sha256("\0".join(out).encode(errors="surrogateescape"))
+    self.fingerprint = (
+        f"{source.fingerprint}, without {len(out)}, names"
+        f" {digest.hexdigest()[:12]}"
+    )
+
+  def __len__(self) -> int:
+    return len(self._indices)
+
+  def __getitem__(self, index: int) -> dict:
+    return self._source[int(self._indices[index])]
+
+  def name(self, index: int) -> str:
+    return self._source.name(int(self._indices[index]))
 
 
 def _hold_out(count: int, split: str, every: int, what: str) -> np.ndarray:
@@ -188,8 +274,11 @@ class DigitsSource:
     return {
         "image": np.repeat(self._images[index][:, :, None], 3, axis=2),
         "label": int(self._labels[index]),
-        "name": f"digits/{self._indices[index]:04d}",
+        "name": self.name(index),
     }
+
+  def name(self, index: int) -> str:
+    return f"digits/{self._indices[index]:04d}"
 
 
 class FolderSource:
@@ -232,6 +321,9 @@ class FolderSource:
           " folder was listed, restore it or start again without it"
       ) from error
     return {"image": data, "label": int(self._labels[index]), "name": path}
+
+  def name(self, index: int) -> str:
+    return self._paths[index]
 
 
 def _open_folder(
@@ -507,14 +599,26 @@ class TfdsSource:
   def __getitem__(self, index: int) -> dict:
     if self._records is None:
       self._open()
-    example = self._features.deserialize_example_np(
-        self._records[index], decoders=self._decoders
-    )
+    try:
+      example = self._features.deserialize_example_np(
+          self._records[index], decoders=self._decoders
+      )
+    except MemoryError:
+      raise
+    # The reader raises what its C++ has: RuntimeError, ValueError, IndexError.
+    except Exception as error:
+      raise DataError(
+          f"{self.name(index)}: cannot be read from {self._directory}"
+          f" ({_first_line(error)}); copy or prepare the dataset again"
+      ) from error
     image = example["image"]
     if isinstance(image, np.ndarray) and image.shape[-1] == 1:
       image = np.repeat(image, 3, axis=2)
     return {
         "image": image,
         "label": int(example.get("label", -1)),
-        "name": f"tfds:{self._name}/{self._split}[{index}]",
+        "name": self.name(index),
     }
+
+  def name(self, index: int) -> str:
+    return f"tfds:{self._name}/{self._split}[{index}]"

@@ -38,7 +38,7 @@ class Evaluator:
     del step
     batches = data.eval_batches(self._source, batch_size=self._batch_size, image_size=tuple(self._config.image_size),
                                 crop_pct=self._config.data.eval_crop, shard=jax.process_index(),
-                                num_shards=jax.process_count(), workers=self._config.data.workers)
+                                num_shards=jax.process_count(), **data.loader_options(self._config.data))
     images, top1, top5 = 0, 0, 0
     for batch in batches:
       supervision.beat()

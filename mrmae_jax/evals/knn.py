@@ -67,7 +67,7 @@ class Evaluator:
     features, labels = [], []
     batches = data.eval_batches(source, batch_size=self._batch_size, image_size=tuple(self._config.image_size),
                                 crop_pct=self._config.data.eval_crop, shard=jax.process_index(),
-                                num_shards=jax.process_count(), workers=self._config.data.workers, limit=limit)
+                                num_shards=jax.process_count(), limit=limit, **data.loader_options(self._config.data))
     for batch in batches:
       supervision.beat()
       found, label, valid = jax.device_get(self._encode_batch(params, self._frozen, sharding.global_batch(batch, self._mesh)))

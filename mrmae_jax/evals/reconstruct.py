@@ -31,7 +31,7 @@ class Evaluator:
     count = -(-images // mesh.size) * mesh.size
     batches = data.eval_batches(source, batch_size=count, image_size=tuple(config.image_size),
                                 crop_pct=config.data.eval_crop, shard=jax.process_index(), num_shards=jax.process_count(),
-                                limit=images)
+                                limit=images, **data.loader_options(config.data) | {"workers": 0})
     self._batch = sharding.global_batch(next(batches), mesh)
     batches.close()
     keys = jax.random.split(jax.random.key(0), count)

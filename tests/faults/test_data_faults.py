@@ -1,0 +1,611 @@
+"""Data that is bad, changes or stalls, and workers that die: nothing is lost, nothing goes unsaid, nothing hangs."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import pathlib
+import re
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+
+import numpy as np
+import pytest
+
+from mrmae_jax import config as config_lib
+from mrmae_jax import main
+from mrmae_jax import train
+from mrmae_jax.data import augment
+from mrmae_jax.data import DataError
+from mrmae_jax.data import eval_batches
+from mrmae_jax.data import open_source
+from mrmae_jax.data import train_batches
+from mrmae_jax.data.sources import Remaining
+from mrmae_jax.tools import data as tool
+from mrmae_jax.tools import pack
+from tests.test_data import assert_same
+from tests.test_data import encode
+from tests.test_data import good_files
+from tests.test_data import lying_jpeg
+from tests.test_data import Numbered
+from tests.test_data import photo
+from tests.test_data import png_header
+from tests.test_data import SIZE
+from tests.test_data import train_steps
+from tests.test_data import write_images
+
+ROOT = pathlib.Path(__file__).parents[2]
+COUNT = 24
+VIEW = dict(seed=5, batch_size=8, image_size=SIZE, crop_scale=(0.2, 1.0), flip=True)
+JPEG = encode(photo(200, 300))
+BAD = {  # image of the folder below -> what is found in its place
+    3: b"", 4: b"<!DOCTYPE html><html>404</html>", 10: JPEG[:len(JPEG) // 2], 17: None}
+
+
+def name(i):
+  return f"{'ab'[i % 2]}/{i:02d}.jpg"
+
+
+def damage(root):
+  for i, content in BAD.items():
+    (root / name(i)).unlink()
+    if content is not None:
+      (root / name(i)).write_bytes(content)
+
+
+@pytest.fixture
+def folders(tmp_path):
+  """Two sources of 24 images: whole, and one whose files 3, 4, 10 and 17 went bad (17: missing) after it was opened."""
+  sources = []
+  for folder in ("whole", "bad"):
+    write_images(tmp_path / folder, map(name, range(COUNT)))
+    sources.append(open_source(f"folder:{tmp_path}/{folder}", "train", holdout_every=0))
+  damage(tmp_path / "bad")
+  order = sorted(range(COUNT), key=name)  # of the images in the source
+  return *sources, {order.index(i) for i in BAD}
+
+
+def joined(source, steps, **options):
+  return {key: np.concatenate([step[key] for step in train_steps(source, steps, **options)]) for key in ("image", "label")}
+
+
+# F26: images that cannot be read.
+
+
+SKIP = dict(on_error="skip", max_skipped=0.2)
+
+
+def test_f26_skip_replaces_bad_images_and_changes_no_other(folders):
+  whole, bad, places = folders
+  expected, got = joined(whole, 7), joined(bad, 7, **SKIP)
+  index = joined(Numbered(COUNT), 7)["label"]  # of the image at each place of the stream
+  replaced = np.isin(index, list(places))
+  assert 8 <= replaced.sum() <= 12  # two epochs and a part
+  for key in expected:
+    np.testing.assert_array_equal(got[key][~replaced], expected[key][~replaced])
+  same = (got["image"] == expected["image"]).all((1, 2, 3))
+  np.testing.assert_array_equal(same, ~replaced)
+
+
+class Unreadable(Numbered):
+  """Every fourth image cannot be read."""
+
+  def __getitem__(self, index):
+    if index % 4 == 3:
+      raise DataError(f"{index}: cannot be read")
+    return super().__getitem__(index)
+
+
+def test_f26_each_place_draws_its_own_substitute():
+  labels = joined(Unreadable(COUNT), 24, on_error="skip", max_skipped=1.0)["label"]  # eight epochs
+  index = joined(Numbered(COUNT), 24)["label"]
+  np.testing.assert_array_equal(labels != index, index % 4 == 3)
+  drawn = np.bincount(labels[index % 4 == 3], minlength=COUNT)  # 48 draws of 18 images
+  assert drawn[3::4].sum() == 0 and drawn.max() <= 10 and (drawn > 0).sum() >= 12
+
+
+@pytest.mark.parametrize("shards, workers, first", [(2, 0, 0), (1, 1, 0), (1, 2, 3), (2, 2, 1)])
+def test_f26_skip_does_not_depend_on_shards_workers_or_start(folders, shards, workers, first):
+  reference = train_steps(folders[1], 7, **SKIP)
+  got = train_steps(folders[1], 7 - first, shards=shards, workers=workers, first_step=first, **SKIP)
+  assert_same(got, reference[first:])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_f26_each_skipped_image_is_named_once(folders, capfd, workers):
+  _, bad, places = folders
+  with contextlib.closing(train_batches(bad, workers=workers, **VIEW, **SKIP)) as batches:
+    for _ in range(12):  # four epochs
+      assert next(batches).keys() == {"image", "label"}
+    assert batches.skipped.keys() == places
+  lines = [line for line in capfd.readouterr().err.splitlines() if "another image takes its place" in line]
+  assert len(lines) == len(BAD) and all(line.startswith("warning: ") for line in lines)
+  for i, cause in {3: "is empty", 4: "begins b'<!DOCTYPE html><'", 10: "truncated", 17: "No such file"}.items():
+    assert any(name(i) in line and cause in line for line in lines)
+  assert "(4 of 24 images skipped so far, at most 4)" in lines[-1]
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_f26_too_many_skipped_images_end_the_run(folders, shards):
+  options = VIEW | dict(on_error="skip", max_skipped=0.1, num_shards=shards, shard=shards - 1)
+  batches = train_batches(folders[1], **options)
+  with pytest.raises(DataError, match="3 of 24 images could not be read, max_skipped=0.1 allows 2; list them"):
+    for _ in range(20):
+      next(batches)
+  with pytest.raises(DataError, match="1 of 24 images could not be read, max_skipped=0.01 allows 0"):
+    train_steps(folders[1], 20, on_error="skip")  # the default is no licence
+
+
+def test_f26_a_source_without_a_readable_image_ends_the_run(tmp_path):
+  write_images(tmp_path, ["a.jpg", "b.jpg"])
+  source = open_source(f"folder:{tmp_path}", "train", holdout_every=0)
+  for path in tmp_path.iterdir():
+    path.unlink()
+  with pytest.raises(DataError, match="cannot be read.*of 99 others drawn in its place none"):
+    train_steps(source, 1, on_error="skip", max_skipped=1.0)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_f26_evaluation_does_not_count_bad_images_and_says_so(folders, shards, capsys):
+  whole, bad, places = folders
+  expected = list(eval_batches(whole, batch_size=8, image_size=SIZE, crop_pct=0.875))
+  parts = [list(eval_batches(bad, batch_size=8, image_size=SIZE, crop_pct=0.875, shard=i, num_shards=shards, **SKIP))
+           for i in range(shards)]
+  got = [{key: np.concatenate([part[key] for part in step]) for key in step[0]} for step in zip(*parts)]
+  got, expected = ({key: np.concatenate([step[key] for step in steps]) for key in steps[0]} for steps in (got, expected))
+  np.testing.assert_array_equal(np.flatnonzero(~got["valid"]), sorted(places))
+  for key in ("image", "label"):
+    np.testing.assert_array_equal(got[key][got["valid"]], expected[key][got["valid"]])
+  assert (got["label"][~got["valid"]] == -1).all() and not got["image"][~got["valid"]].any()
+  assert capsys.readouterr().err.count("it is not counted") == len(BAD)
+  with pytest.raises(DataError, match="cannot be"):
+    list(eval_batches(bad, batch_size=8, image_size=SIZE, crop_pct=0.875))
+
+
+def test_f26_a_run_with_a_quarantine_list_equals_one_without_these_files(folders, tmp_path, capsys):
+  report, listed = tmp_path / "report.json", tmp_path / "list.json"
+  (tmp_path / "bad" / name(17)).write_bytes(JPEG[:20])
+  source = f"folder:{tmp_path}/bad"
+  options = [f"--source={source}", "--holdout_every=0", "--splits=train", "--workers=2"]
+  assert tool.main(["data", "verify", *options, f"--json={report}", f"--quarantine={listed}"]) == 3
+  assert json.loads(listed.read_text())["train"].keys() == {name(i) for i in BAD}
+  assert "4 of 24 images are bad" in capsys.readouterr().err
+  left = open_source(source, "train", holdout_every=0, quarantine=str(listed))
+  shutil.copytree(tmp_path / "whole", tmp_path / "good")
+  for i in BAD:
+    (tmp_path / "good" / name(i)).unlink()
+  expected = open_source(f"folder:{tmp_path}/good", "train", holdout_every=0)
+  assert len(left) == 20 and "24 images, 2 classes; nothing held out; without 4 of these in quarantine" in left.description
+  assert_same(train_steps(left, 5, workers=1), train_steps(expected, 5))
+  assert left.fingerprint not in (expected.fingerprint, open_source(source, "train", holdout_every=0).fingerprint)
+  assert [left.name(i) for i in range(20)] == [expected.name(i) for i in range(20)]
+
+
+def test_f26_quarantine_keeps_the_split_of_the_others(tmp_path):
+  (tmp_path / "list.json").write_text(json.dumps({"train": ["digits/0000"], "eval": {"digits/0009": "cause"}}))
+  for split, gone in (("train", "digits/0000"), ("eval", "digits/0009")):
+    whole, left = (open_source("digits", split, quarantine=path) for path in ("", str(tmp_path / "list.json")))
+    names = [whole.name(i) for i in range(len(whole))]
+    assert names[0] == gone and [left.name(i) for i in range(len(left))] == names[1:]
+    assert left[3]["name"] == left.name(3)
+
+
+@pytest.mark.parametrize("content, message", [
+    ('{"train": ["digits/0000", "digits/9999"]}', "1 of its 2 'train' images are not in digits.*: digits/9999;"),
+    ('{"train": ["digits/0009"]}', "not in digits"),  # that one is held out
+    (None, "No such file"), ("[1]", "expected an object"), ('{"test": []}', "expected an object"), ("{", "cannot be read")])
+def test_f26_quarantine_lists_that_do_not_fit(tmp_path, content, message):
+  if content is not None:
+    (tmp_path / "list.json").write_text(content)
+  with pytest.raises(DataError, match=message):
+    open_source("digits", "train", quarantine=str(tmp_path / "list.json"))
+  config = config_lib.pretrain()
+  config.batch_size, config.teacher.path = 8, ""
+  config.data.update(source="digits", quarantine=str(tmp_path / "list.json"))
+  with pytest.raises(config_lib.ConfigError, match=f"config.data: quarantine .*{message}"):
+    config_lib.validate(config, 8)
+
+
+def test_f26_quarantine_of_everything(tmp_path):
+  (tmp_path / "list.json").write_text('{"train": ["0", "1"]}')
+  source = Numbered(2)
+  source.name = str
+  with pytest.raises(DataError, match="leaves nothing"):
+    Remaining(source, "train", str(tmp_path / "list.json"))
+
+
+def test_f26_the_policy_may_change_when_a_run_continues():
+  config, task = config_lib.pretrain(), train.Task(None, None, None, None, {})
+  before = train.identity(config, task, range(3))
+  config.data.update(on_error="skip", max_skipped=0.5, timeout_s=1.0, workers=3)
+  assert train.identity(config, task, range(3)) == before
+  assert train.identity(config, task, range(2)) != before  # what a quarantine does
+
+
+@pytest.mark.parametrize("key, value", [("on_error", "ignore"), ("max_skipped", 1.5), ("max_skipped", -0.1), ("timeout_s", -1.0)])
+def test_f26_options_that_do_not_fit(key, value):
+  config = config_lib.pretrain()
+  config.batch_size, config.teacher.path, config.data.source, config.data[key] = 8, "", "digits", value
+  with pytest.raises(config_lib.ConfigError, match=f"config.data.{key}={value!r}"):
+    config_lib.validate(config, 8)
+
+
+# Formats whose rule is not "whatever Pillow does" alone; the others are in tests/test_data.py.
+
+
+@pytest.mark.parametrize("form, options", [("WEBP", {"lossless": True}), ("GIF", {}), ("PNG", {})])
+def test_f26_of_an_animation_the_first_frame_is_taken(form, options):
+  frames = [augment.Image.fromarray(np.full((20, 30, 3), colour, np.uint8)) for colour in (50, 200)]
+  image = augment.decode_image(encode(frames[0], form, save_all=True, append_images=frames[1:], **options), "x")
+  np.testing.assert_array_equal(image, np.full((20, 30, 3), 50))
+
+
+def test_f26_sixteen_bit_colour_keeps_its_high_byte():
+  values = np.random.default_rng(0).integers(0, 2**16, (5, 7, 3), np.uint16)
+  rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+  chunk = lambda kind, body: len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+  data = b"\x89PNG\r\n\x1a\n" + b"".join(map(chunk, (b"IHDR", b"IDAT", b"IEND"), (
+      struct.pack(">IIBBBBB", 7, 5, 16, 2, 0, 0, 0), zlib.compress(rows), b"")))
+  np.testing.assert_array_equal(augment.decode_image(data, "x"), values >> 8)
+  assert ("kind", "16-bit") in tool._about(data)
+
+
+# The tool.
+
+
+def noticed_flip():
+  """A JPEG with one changed byte, which Pillow reads and whose damage the decoder notices."""
+  for i in range(len(JPEG) // 2, len(JPEG)):
+    data = JPEG[:i] + bytes([JPEG[i] ^ 255]) + JPEG[i + 1:]
+    with contextlib.suppress(DataError):
+      augment.decode_image(data, "x")
+      try:
+        augment.decode_image(data, "x", strict=True)
+      except DataError:
+        return data
+
+
+def test_f26_verify_counts_everything_and_finds_what_is_bad(tmp_path, capsys):
+  deep = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)
+  frames = [augment.Image.fromarray(photo(40, 50, i)) for i in range(2)]
+  good = {f"{i:02d}_{name}": data for i, (name, data) in enumerate(good_files().items())} | {
+      "deep.png": encode(deep, "PNG"),
+      "moves.webp": encode(frames[0], "WEBP", save_all=True, append_images=frames[1:])}
+  bad = {"empty.jpg": (b"", "is empty"), "page.jpg": (b"<html>", "not an image"), "short.jpg": (BAD[10], "Premature end|truncated"),
+         "flip.jpg": (noticed_flip(), "cannot be decoded"), "bomb.png": (png_header(60000, 60000), "3600000000|60000")}
+  folder, files = tmp_path / "images", good | {name: data for name, (data, _) in bad.items()}
+  folder.mkdir()
+  for file, data in files.items():
+    (folder / file).write_bytes(data)
+  (folder / "nobody.jpg").symlink_to(tmp_path / "gone.jpg")
+  assert tool.main(["data", "verify", f"--source=folder:{folder}", "--holdout_every=0", "--splits=train",
+                    f"--json={tmp_path}/report.json"]) == 3
+  printed = capsys.readouterr()
+  report = json.loads((tmp_path / "report.json").read_text())
+  assert json.loads(printed.out) == report
+  assert "6 of 22 images are bad, the first: bomb.png: " in printed.err
+  found = report["train"]
+  assert found["images"] == 22 and found["bad"] == 6
+  assert list(found["causes"]) == sorted([*bad, "nobody.jpg"])
+  for file, (_, cause) in bad.items():
+    assert re.search(cause, found["causes"][file])
+  assert "No such file" in found["causes"]["nobody.jpg"]
+  assert found["format"] == {"JPEG": 7, "PNG": 7, "WEBP": 2}
+  assert found["kind"] == {"grey": 4, "cmyk": 1, "alpha": 2, "16-bit": 1, "exif-turned": 1, "animated": 1}
+  assert found["short_side"] == {"32-63": 1, "64-127": 1, "128-255": 14}
+  pixels = np.concatenate([augment.decode_image(data, name).reshape(-1, 3) for name, data in good.items()]) / 255
+  assert found["pixels"] == len(pixels)
+  np.testing.assert_allclose(found["mean"], pixels.mean(0), rtol=1e-9)
+  np.testing.assert_allclose(found["std"], pixels.std(0), rtol=1e-9)
+
+
+def test_f26_verify_of_good_images(tmp_path, capsys):
+  listed = tmp_path / "list.json"
+  assert tool.main(["data", "verify", "--source=digits", "--splits=eval", "--workers=1", f"--quarantine={listed}"]) == 0
+  assert json.loads(listed.read_text()) == {"eval": {}}
+  out = capsys.readouterr().out
+  assert out.endswith("all 179 images are good\n") and '"pixels": 179' in out
+  assert len(open_source("digits", "eval", quarantine=str(listed))) == 179
+
+
+@pytest.mark.parametrize("options, message", [
+    ([], "is not verify"), (["look"], "'look' is not verify"), (["verify"], "--source is missing"),
+    (["verify", "--source=digits", "--splits=dev"], "--splits=dev must be")])
+def test_f26_command_lines_that_do_not_fit(options, message, capsys):
+  assert tool.main(["data", *options]) == 2
+  assert message in capsys.readouterr().err
+
+
+# F27: decompression bombs.
+
+
+def png_bomb(side):
+  """A black PNG of side x side pixels: megabytes that become gigabytes."""
+  small = png_header(side, side)
+  squeeze, row = zlib.compressobj(9), bytes(1 + 3 * side)
+  body = b"".join(squeeze.compress(row) for _ in range(side)) + squeeze.flush()
+  chunk = len(body).to_bytes(4, "big") + b"IDAT" + body + zlib.crc32(b"IDAT" + body).to_bytes(4, "big")
+  start, end = small.index(b"IDAT") - 4, small.index(b"IEND") - 4
+  return small[:start] + chunk + small[end:]
+
+
+MEASURE = """
+import resource, sys, time
+from mrmae_jax.data import augment, DataError
+augment.Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which other libraries switch off
+with open(sys.argv[1], "rb") as file:
+  data = file.read()
+before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+try:
+  augment.decode_image(data, "bomb")
+except DataError as error:
+  print(error)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def growth(path):
+  """What decoding a file says, and by how many MB it makes a process grow."""
+  done = subprocess.run([sys.executable, "-c", MEASURE, path], cwd=ROOT, capture_output=True, text=True, check=True)
+  *said, grown = done.stdout.splitlines()
+  return said, int(grown) / 1024
+
+
+@pytest.mark.parametrize("kind", ["png 14000", "png 20000", "jpeg 65500"])
+def test_f27_bombs_are_refused_from_their_header(tmp_path, kind):
+  (tmp_path / "bomb").write_bytes(lying_jpeg() if kind == "jpeg 65500" else png_bomb(int(kind.split()[1])))
+  said, grown = growth(tmp_path / "bomb")
+  assert len(said) == 1 and said[0].startswith("bomb: cannot be decoded: ") and grown < 200
+
+
+def test_f27_the_measure_sees_what_is_decoded(tmp_path):
+  (tmp_path / "image").write_bytes(png_bomb(7500))  # 169 MB, and Pillow's own 225, below the limit
+  said, grown = growth(tmp_path / "image")
+  assert not said and grown > 200
+
+
+# F28: data that changes during a run.
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_f28_a_file_that_goes_away_makes_no_epoch_shorter(tmp_path, shards):
+  write_images(tmp_path, map(name, range(COUNT)))
+  source = open_source(f"folder:{tmp_path}", "train", holdout_every=0)
+  expected = joined(source, 6)
+  (tmp_path / name(17)).unlink()
+  with pytest.raises(DataError, match=name(17) + ": cannot be read .No such file"):
+    train_steps(source, 6)
+  got = joined(source, 6, shards=shards, **SKIP)  # two epochs
+  assert (got["image"] == expected["image"]).all((1, 2, 3)).sum() == 2 * COUNT - 2
+  parts = [list(eval_batches(source, batch_size=6, image_size=SIZE, crop_pct=1.0, shard=i, num_shards=shards, **SKIP))
+           for i in range(shards)]
+  assert {len(part) for part in parts} == {4} and sum(int(b["valid"].sum()) for part in parts for b in part) == COUNT - 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_f28_a_packed_shard_that_is_cut_during_a_run(tmp_path, workers):
+  write_images(tmp_path / "whole", map(name, range(COUNT)))
+  assert pack.main(["pack", f"--source=folder:{tmp_path}/whole", f"--out={tmp_path}/packed", "--shards=4", "--splits=train",
+                    "--holdout_every=0"]) == 0
+  expected = joined(open_source(f"packed:{tmp_path}/packed", "train"), 3)
+  source = open_source(f"packed:{tmp_path}/packed", "train")
+  shard = tmp_path / "packed" / "train-00002-of-00004.array_record"
+  os.truncate(shard, shard.stat().st_size // 4)
+  with pytest.raises(DataError, match="packed:.*image 1[2-7] of 'train' cannot be read.*find the damaged shard.*--verify="):
+    train_steps(source, 3, workers=workers)
+  got = joined(source, 3, workers=workers, on_error="skip", max_skipped=0.3)
+  whole = (got["image"] == expected["image"]).all((1, 2, 3))
+  index = joined(Numbered(COUNT), 3)["label"]
+  assert len(got["label"]) == 24 and whole[(index < 12) | (index >= 18)].all() and not whole.all()
+
+
+# F29 and F36: workers that die.
+
+
+def workers_of(pid):
+  """Decoding processes among the descendants of a process."""
+  found = []
+  for path in pathlib.Path("/proc").glob("[0-9]*"):
+    with contextlib.suppress(OSError, IndexError):
+      parent = int((path / "stat").read_text().rsplit(")", 1)[1].split()[1])
+      if parent == pid and b"spawn_main" in (path / "cmdline").read_bytes():
+        found.append(int(path.name))
+  return found
+
+
+needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc")
+
+
+@needs_proc
+def test_f29_a_killed_worker_is_reported(tmp_path):
+  batches = train_batches(Numbered(9), workers=2, timeout_s=60.0, **VIEW)
+  next(batches)
+  os.kill(workers_of(os.getpid())[0], signal.SIGKILL)
+  began = time.monotonic()
+  with pytest.raises(DataError) as caught:
+    while time.monotonic() < began + 20:
+      next(batches)
+  assert time.monotonic() < began + 5
+  assert "killed by signal 9: probably out of memory (of " in str(caught.value)
+  assert "GiB on this machine" in str(caught.value) and "use fewer data.workers" in str(caught.value)
+  assert not multiprocessing.active_children() and "\n" not in str(caught.value)
+
+
+class Ends(Numbered):
+  """A decoder that crashes the process."""
+
+  def __getitem__(self, index):
+    if index == 3:
+      os.kill(os.getpid(), signal.SIGSEGV)
+    return super().__getitem__(index)
+
+
+def test_f29_a_worker_that_crashes_is_reported():
+  with pytest.raises(DataError, match="ended with signal 11; .*tools.data verify finds the image"):
+    train_steps(Ends(9), 3, workers=1)
+
+
+class Hungry(Numbered):
+  """A worker that gets 128 MB more than it has while it decodes an image that takes 400."""
+
+  def __getitem__(self, index):
+    limit = resource.RLIM_INFINITY
+    if index == 3:
+      with open("/proc/self/statm", encoding="ascii") as file:
+        limit = int(file.read().split()[0]) * resource.getpagesize() + 2**27
+    if multiprocessing.parent_process():
+      resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+    if index == 3:
+      return {"image": png_header(10000, 10000), "label": 3, "name": "3"}
+    return super().__getitem__(index)
+
+
+@needs_proc
+def test_f36_a_worker_out_of_memory_is_reported_and_no_image_blamed():
+  with pytest.raises(DataError, match=r"memory ran out .*of [0-9.]+ GiB on this machine [0-9.]+ are available now.*use fewer"):
+    train_steps(Hungry(9), 3, workers=1, on_error="skip", max_skipped=1.0, timeout_s=100.0)
+
+
+# F30: images that never come.
+
+
+class Slow(Numbered):
+  description = "slow"
+
+  def name(self, index):
+    return f"image {index}!"
+
+  def __getitem__(self, index):
+    if index == 7:
+      time.sleep(60 if multiprocessing.parent_process() else 4)  # a thread is waited for when the tests end
+    return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("workers, shards", [(0, 1), (0, 2), (2, 1)])
+def test_f30_a_stalled_image_is_named(workers, shards):
+  order = [step["label"].reshape(shards, -1) for step in train_steps(Numbered(40), 8, first_step=2)]
+  step, shard = next((i, s) for i, labels in enumerate(order) for s in range(shards) if 7 in labels[s])
+  batches = train_batches(Slow(40), workers=workers, first_step=2, timeout_s=100.0, shard=shard, num_shards=shards, **VIEW)
+  assert step  # so that the first batch, which waits for workers to start, is not the one
+  with pytest.raises(DataError, match="waited 1 s") as caught:
+    for i in range(8):
+      next(batches)
+      batches._timeout_s, began = 1.0, time.monotonic()
+  assert i == step and time.monotonic() - began < 10
+  assert f"for batch {2 + step} (the first is 0) of slow" in str(caught.value)
+  named = str(caught.value).split("the images of this batch: ")[1].split(", ")
+  assert named == [f"image {k}!" for k in order[step][shard]]
+  assert not multiprocessing.active_children()
+
+
+def test_f30_evaluation_too():
+  batches = eval_batches(Slow(10), batch_size=4, image_size=SIZE, crop_pct=1.0, timeout_s=1.0)
+  next(batches)
+  with pytest.raises(DataError, match="waited 1 s for batch 1 .*: image 4!, image 5!, image 6!, image 7!$"):
+    next(batches)
+
+
+def start(tmp_path, *arguments):
+  """A training run in a process of its own, on one device."""
+  env = dict(os.environ, PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1",
+             XLA_FLAGS="--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0")
+  command = [sys.executable, "-m", "mrmae_jax.main", "--config=tests/tiny.py", f"--workdir={tmp_path}/run",
+             f"--config.data.source=folder:{tmp_path}/images", "--config.data.holdout_every=0", "--config.teacher.path=",
+             "--config.optim.warmup_epochs=0", *arguments]
+  return subprocess.Popen(command, cwd=ROOT, env=env, stdout=open(tmp_path / "log", "w"), stderr=subprocess.STDOUT)
+
+
+def test_f30_a_run_ends_although_a_thread_waits_for_ever(tmp_path):
+  write_images(tmp_path / "images", [f"{i}.jpg" for i in range(16)])
+  os.mkfifo(tmp_path / "images" / "stalled.jpg")  # nobody ever writes to it
+  process = start(tmp_path, "--config.data.timeout_s=3", "--config.epochs=10")
+  try:
+    assert process.wait(100) == main.DATA_ERROR
+  finally:
+    process.kill()
+  errors = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("error: ")]
+  assert len(errors) == 1 and "waited 3 s for batch" in errors[0] and "stalled.jpg" in errors[0]
+
+
+# F31: a trainer that is killed.
+
+
+def outlived(pids):
+  """Those of the processes that are still there after five seconds; they are killed."""
+  end, alive = time.monotonic() + 5, pids
+  while alive and time.monotonic() < end:
+    time.sleep(0.1)
+    alive = [pid for pid in pids if os.path.exists(f"/proc/{pid}") and "State:\tZ" not in pathlib.Path(f"/proc/{pid}/status").read_text()]
+  for pid in alive:
+    os.kill(pid, signal.SIGKILL)
+  return alive
+
+
+LOOP = """
+import time
+from mrmae_jax.data import open_source, train_batches
+if __name__ == "__main__":
+  batches = train_batches(open_source("digits", "train"), seed=0, batch_size=8, image_size=(8, 8), crop_scale=(0.2, 1.0), flip=True,
+                          workers=2)
+  print(len(next(batches)["label"]), flush=True)
+  time.sleep(60)
+"""
+
+
+@needs_proc
+def test_f31_workers_do_not_outlive_their_parent(tmp_path):
+  (tmp_path / "loop.py").write_text(LOOP)
+  process = subprocess.Popen([sys.executable, tmp_path / "loop.py"], env=dict(os.environ, PYTHONPATH=str(ROOT)), stdout=subprocess.PIPE)
+  try:
+    assert process.stdout.readline() == b"8\n"
+    workers = workers_of(process.pid)
+  finally:
+    process.kill()
+    process.wait()
+  assert len(workers) == 2 and not outlived(workers)
+
+
+@pytest.mark.slow
+@needs_proc
+def test_f31_workers_do_not_outlive_the_trainer(tmp_path):
+  write_images(tmp_path / "images", [f"{i}.jpg" for i in range(16)])
+  (tmp_path / "images" / "bad.jpg").write_bytes(b"<html>")
+  process = start(tmp_path, "--config.data.workers=2", "--config.epochs=1000", "--config.data.on_error=skip",
+                  "--config.data.max_skipped=0.1", "--config.checkpoint_every=1000", "--config.eval_every=1000",
+                  "--config.evals.reconstruct.images=1")
+  try:
+    end, log = time.monotonic() + 100, tmp_path / "log"
+    while "step 5/" not in log.read_text() and time.monotonic() < end and process.poll() is None:
+      time.sleep(0.1)
+    workers = workers_of(process.pid)
+    assert len(workers) == 2, log.read_text()[-2000:]
+  finally:
+    process.kill()
+    process.wait()
+  assert not outlived(workers)
+  assert "bad.jpg: cannot be decoded: not an image Pillow knows" in log.read_text()  # a worker met it, the user is told
+
+
+# F32: fewer images than a batch.
+
+
+@pytest.mark.parametrize("count", [1, 7, 9])  # of batches of 8
+@pytest.mark.parametrize("shards", [1, 2])
+def test_f32_any_number_of_images_on_any_number_of_shards(count, shards):
+  labels = joined(Numbered(count), count, shards=shards)["label"]
+  np.testing.assert_array_equal(labels, joined(Numbered(count), count)["label"])
+  assert labels.shape == (8 * count,)
+  np.testing.assert_array_equal(np.bincount(labels), np.full(count, 8))  # eight epochs, each image once in each
+  parts = [list(eval_batches(Numbered(count), batch_size=8, image_size=SIZE, crop_pct=1.0, shard=i, num_shards=shards))
+           for i in range(shards)]
+  assert {len(part) for part in parts} == {-(-count // 8)}
+  predicted = lambda batch: batch["image"][:, 0, 0, 0] % 2  # whatever it is, it must not depend on the shards
+  hits = sum(int(((predicted(b) == b["label"] % 2) & b["valid"]).sum()) for part in parts for b in part)
+  alone = [augment.center_crop(photo(30, 30, i), SIZE, 1.0)[0, 0, 0] % 2 == i % 2 for i in range(count)]
+  assert hits == sum(alone) and sum(int(b["valid"].sum()) for part in parts for b in part) == count
