@@ -289,13 +289,12 @@ def _fit(config, task: Task, workdir, check: bool, closing: contextlib.ExitStack
     with supervision.phase("step"):
       for step in range(first_step + 1, total_steps + 1):
         state, metrics = step_fn(state, frozen, batch)
-        used = batch
+        earlier, pending = pending, (step, metrics, batch)
+        if earlier:
+          report(*earlier, metrics)
         if step < total_steps:
           with supervision.phase("data"):
             batch = sharding.global_batch(next(batches), mesh)
-        if pending:
-          report(*pending, metrics)
-        pending = (step, metrics, used)
         eval_now = due(step, config.eval_every * steps_per_epoch, total_steps)
         save_now = due(step, config.checkpoint_every * steps_per_epoch, total_steps) or step == 1
         if eval_now or save_now:  # nothing is saved or shown that was not checked

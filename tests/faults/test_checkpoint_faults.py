@@ -354,6 +354,32 @@ def test_f23_a_few_bad_batches_do_not_end_a_run(tmp_path, capsys):
   assert all(np.isfinite(v) for r in records for v in r.values())  # JSON knows no infinity
 
 
+def test_f26_what_was_trained_before_a_bad_image_is_saved(tmp_path, monkeypatch):
+  """The batch of step 8 cannot be read: 7 steps are saved, and with the image back the run is that of one where it never failed."""
+  _, whole = toy_run(tmp_path / "whole")
+  batches = train.data.train_batches
+
+  def failing(*args, **kwargs):
+    stream = batches(*args, **kwargs)
+    class Failing:
+      close = stream.close
+      count = 0
+      def __next__(self):
+        self.count += 1
+        if self.count == 8:
+          raise train.data.DataError("planted")
+        return next(stream)
+    return Failing()
+  monkeypatch.setattr(train.data, "train_batches", failing)
+  with pytest.raises(train.data.DataError, match="planted"):
+    toy_run(tmp_path / "run")
+  monkeypatch.undo()
+  assert (tmp_path / "run" / "checkpoints" / "7").is_dir()
+  _, records = toy_run(tmp_path / "run")
+  losses = lambda rows: {r["step"]: r["loss"].hex() for r in rows if "loss" in r}
+  assert losses(records) == losses(whole) and len(losses(whole)) == 20
+
+
 def test_f38_a_logger_that_breaks_is_no_reason_to_stop(tmp_path, monkeypatch, capsys):
   def broken(*args, **kwargs):
     raise RuntimeError("the logger is down")
