@@ -201,7 +201,8 @@ def _fit(config, task: Task, workdir, check: bool, closing: contextlib.ExitStack
     log.text("config.json", config.to_json(indent=2))
     log.text("parameters.txt", parameter_overview.get_parameter_overview(shapes.params, include_stats=False))
     log.say(start)
-  evaluated = check or any("evaluation_s" in record for record in read(workdir) if record["step"] == first_step)
+  evaluated = not config.evals or first_step and any(
+      "evaluation_s" in record for record in read(workdir) if record["step"] == first_step)
   if first_step >= total_steps and evaluated:
     log.say("\n  ".join([f"finished: {workdir} already holds all {total_steps} steps of this run", *summary(log.path.parent)]))
     return state
@@ -239,6 +240,8 @@ def _fit(config, task: Task, workdir, check: bool, closing: contextlib.ExitStack
   clock = Clock(step_fn, config.batch_size, config.optim.accum_steps, mesh)
 
   def evaluate(step):
+    if not evaluators:
+      return
     began, results = time.monotonic(), {}
     with supervision.phase("evaluation"):
       averaged = optim.averaged_params(state.opt_state)

@@ -32,11 +32,17 @@ def define_flags() -> flags.FlagValues:
   return own
 
 
-def look(config, images: np.ndarray):
-  """A configuration's teacher on images uint8 [B, H, W, 3]: its one-line description and TeacherOutput as numpy arrays."""
+def look(config, images: np.ndarray, options=None):
+  """A teacher on images uint8 [B, H, W, 3]: its one-line description and TeacherOutput as numpy arrays.
+
+  Args:
+    config: of a run.
+    images: see above.
+    options: which of its teachers, see config.teacher; None: the first.
+  """
   import jax  # pylint: disable=g-import-not-at-top; a mistyped command line is answered before jax is loaded
   from mrmae_jax import teachers
-  spec = teachers.configured_spec(config.teacher, config)
+  spec = teachers.configured_spec(options or config.teacher, config)
   teacher = teachers.load(spec)
   see = jax.jit(teacher.look)
   outputs = [jax.device_get(see(teacher.params, images[i:i + 32])) for i in range(0, len(images), 32)]

@@ -348,7 +348,7 @@ def test_f23_a_few_bad_batches_do_not_end_a_run(tmp_path, capsys):
   _, records = toy_run(tmp_path, task)
   said = capsys.readouterr().out
   count = said.count("update left out")
-  assert 1 <= count < 15 and records[-1]["evaluation_s"] >= 0
+  assert 1 <= count < 15
   last = [r for r in records if "lr" in r][-1]
   assert last["step"] == 20 and last["skipped"] == count
   assert all(np.isfinite(v) for r in records for v in r.values())  # JSON knows no infinity
