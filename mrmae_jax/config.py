@@ -3,6 +3,7 @@
 Files in `configs/` start from `pretrain()` and override. Reading and changing a configuration does not import jax.
 """
 
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -173,6 +174,7 @@ def _common() -> ml_collections.ConfigDict:
   c.checkpoint_every = 5.0              # epochs; besides, after the last step
   c.keep_checkpoints = 2                # newest ones that stay
   c.keep_best = ""                      # evaluation, e.g. "knn/accuracy", of which the checkpoint with the largest stays too
+  c.wandb = ""                          # project at Weights & Biases to log to as well (needs the wandb extra); "": none
   c.hang_s = 1800.0                     # seconds without a sign of life after which a process ends (exit code 6); 0: never
   c.evals = ml_collections.ConfigDict()  # options of each evaluator of mrmae_jax.evals
   return c
@@ -338,6 +340,8 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> None:
   need(len(config.data.mean) == 3 == len(config.data.std) and min(config.data.std) > 0,
        f"config.data.mean={config.data.mean} and std={config.data.std} must hold 3 numbers each, std > 0")
 
+  need(not config.wandb or importlib.util.find_spec("wandb"),
+       f"config.wandb={config.wandb!r} needs the wandb extra: pip install 'mrmae_jax[wandb]', or leave it empty")
   need(not config.keep_best or config.keep_best.split("/")[0] in config.evals,
        f"config.keep_best={config.keep_best!r} is no result of an evaluation; config.evals has {', '.join(config.evals) or 'none'}: "
        "knn/accuracy, say")

@@ -1,9 +1,14 @@
 """What a run says: console lines with a progress bar, metrics.jsonl, TensorBoard. Host 0 alone speaks."""
 
 import collections
+import datetime
+import hashlib
+import importlib.metadata
 import json
 import os
 from pathlib import Path
+import platform
+import shlex
 import sys
 import tempfile
 import time
@@ -45,13 +50,16 @@ def of_device(table: dict[str, Any], device: jax.Device) -> Any:
 class Log:
   """Writes metrics and shows progress."""
 
-  def __init__(self, workdir: epath.Path, total_steps: int, first_step: int = 0):
+  def __init__(self, workdir: epath.Path, total_steps: int, first_step: int = 0, settings: dict[str, Any] | None = None,
+               wandb: str = ""):
     """Opens the logs of `workdir`; records past `first_step`, which a resumed run computes again, are dropped.
 
     Args:
-      workdir: of the run, on disk or in a bucket; see checkpoint.open_workdir.
+      workdir: of the run, on disk or in a bucket; see workdir.open_workdir.
       total_steps: of the run.
       first_step: updates already done.
+      settings: flat, for TensorBoard's page of hyperparameters and for Weights & Biases.
+      wandb: a project there, to which numbers and pictures go as well; "": none.
     """
     self._folder, self._uploaded = workdir, time.time()
     self.tensorboard = self._folder / "tensorboard"
@@ -65,14 +73,28 @@ class Log:
     self._unwritten = ""  # records that the disk did not take
     self.goodput = Goodput(workdir, first_step)
     if self._active:
+      self._note_start(first_step)
       kept = [r for r in read(workdir) if r["step"] <= first_step and first_step > 0]
       temporary = self.path.with_suffix(".tmp")
       temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
       os.replace(temporary, self.path)
       self._file = open(self.path, "a", encoding="utf-8")
       self._writer = tensorboardX.SummaryWriter(str(spool / "tensorboard"), purge_step=first_step + 1 if first_step else 0)
+      self._settings, self._last = settings or {}, {}
+      self._wandb = _wandb(wandb, workdir, self._settings) if wandb else None
       if sys.stderr.isatty():
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step", smoothing=0.05, dynamic_ncols=True)
+
+  def _note_start(self, first_step: int) -> None:
+    """WORKDIR/starts.jsonl: when, with which command, on what the run began and went on."""
+    devices = jax.devices()
+    starts = [*read(self._folder, "starts.jsonl"), {
+        "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), "first_step": first_step,
+        "command": shlex.join(["python", "-m", "mrmae_jax.main", *sys.argv[1:]]),
+        "devices": f"{len(devices)} x {devices[0].device_kind}, {jax.process_count()} processes",
+        "versions": f"python {platform.python_version()}, " + ", ".join(
+            f"{name} {importlib.metadata.version(name)}" for name in ("mrmae_jax", "jax", "flax", "optax", "orbax-checkpoint"))}]
+    (self._folder / "starts.jsonl").write_text("".join(json.dumps(start) + "\n" for start in starts))
 
   def say(self, text: str) -> None:
     """One line on the console."""
@@ -99,8 +121,10 @@ class Log:
       self._upload()
     except OSError as error:  # a full disk is no reason to stop a run that may find room by its next checkpoint
       self.say(f"warning: {self.path} cannot be written ({error}); what it lacks is kept and tried again")
+    self._last |= {name: value for name, value in finite.items() if name not in NOT_RESULTS}
     for name, value in finite.items():
-      self._tensorboard("add_scalar", name, value, step)
+      self._draw("_writer", "add_scalar", name, value, step)
+    self._draw("_wandb", "log", finite, step=step)
     shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
     self.say(f"step {step}/{self._total}  {shown}" + (f"  eta {hms(eta)}" if eta else ""))
 
@@ -112,24 +136,31 @@ class Log:
   def image(self, step: int, name: str, picture: np.ndarray) -> None:
     """Writes a picture, uint8 [H, W, 3], to TensorBoard."""
     if self._active:
-      self._tensorboard("add_image", name, picture, step, dataformats="HWC")
-      self._tensorboard("flush")
+      self._draw("_writer", "add_image", name, picture, step, dataformats="HWC")
+      self._draw("_writer", "flush")
+      if self._wandb:
+        import wandb  # pylint: disable=g-import-not-at-top; of the wandb extra
+        self._draw("_wandb", "log", {name: wandb.Image(picture)}, step=step)
 
-  def _tensorboard(self, method: str, *args, **kwargs) -> None:
-    """A picture of the run is not the run: what TensorBoard's writer raises ends the writer, and nothing else."""
-    if self._writer is None:
+  def _draw(self, writer: str, method: str, *args, **kwargs) -> None:
+    """A picture of the run is not the run: what TensorBoard or W&B raise ends that writer, and nothing else."""
+    if getattr(self, writer) is None:
       return
     try:
-      getattr(self._writer, method)(*args, **kwargs)
+      getattr(getattr(self, writer), method)(*args, **kwargs)
     except Exception as error:  # pylint: disable=broad-exception-caught; whatever it may be
-      self._writer = None
-      self.say(f"warning: nothing more is written to {self.tensorboard} ({type(error).__name__}: {error}); metrics.jsonl has "
-               "everything")
+      setattr(self, writer, None)
+      self.say(f"warning: nothing more is written to {'TensorBoard' if writer == '_writer' else 'Weights & Biases'} "
+               f"({type(error).__name__}: {error}); metrics.jsonl has everything")
 
   def close(self) -> None:
     if self._active:
       self._file.close()
-      self._tensorboard("close")
+      plain = {name: value if isinstance(value, (bool, int, float, str)) else str(value) for name, value in self._settings.items()}
+      if plain and self._last:
+        self._draw("_writer", "add_hparams", plain, self._last, name="hparams")
+      self._draw("_writer", "close")
+      self._draw("_wandb", "finish")
       self._upload(every_s=0)
     if self._bar:
       self._bar.close()
@@ -138,13 +169,21 @@ class Log:
     """Copies to the bucket, if the workdir is in one, what has changed since the last time."""
     if not self._bucket or time.time() - self._uploaded < every_s:
       return
-    self._tensorboard("flush")
+    self._draw("_writer", "flush")
     for path in self.path.parent.rglob("*"):
       if path.is_file() and (path.stat().st_mtime >= self._uploaded - 1 or not every_s):
         target = self._folder / str(path.relative_to(self.path.parent))
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())
     self._uploaded = time.time()
+
+
+def _wandb(project: str, workdir: epath.Path, settings: dict[str, Any]):
+  """A run at Weights & Biases, the same one when the workdir's run goes on."""
+  import wandb  # pylint: disable=g-import-not-at-top; of the wandb extra
+  local = "://" not in str(workdir)
+  return wandb.init(project=project, name=workdir.name, id=hashlib.sha256(str(workdir).encode()).hexdigest()[:16], resume="allow",
+                    config=settings, dir=str(workdir) if local else None)
 
 
 class Goodput:
@@ -241,9 +280,9 @@ def hms(seconds: float) -> str:
   return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
 
-def read(workdir: str | Path) -> list[dict]:
+def read(workdir: str | Path, name: str = "metrics.jsonl") -> list[dict]:
   """Records of a run's metrics.jsonl in order; a torn last line, left by a killed run, is skipped."""
-  path = epath.Path(workdir) / "metrics.jsonl"
+  path = epath.Path(workdir) / name
   records = []
   for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
     try:

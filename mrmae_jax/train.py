@@ -196,7 +196,7 @@ def _fit(config, task: Task, workdir, check: bool, closing: contextlib.ExitStack
   if check:
     print(start, flush=True)
   else:
-    log = Log(workdir, total_steps, first_step)
+    log = Log(workdir, total_steps, first_step, _flat(config), config.wandb)
     closing.callback(log.close)
     log.text("config.json", config.to_json(indent=2))
     log.text("parameters.txt", parameter_overview.get_parameter_overview(shapes.params, include_stats=False))
@@ -336,7 +336,8 @@ def identity(config, task: Task, source) -> dict[str, Any]:
   Teachers and pretrained weights count by their values, which the task names, not by where they lie.
   """
   free = {"encoder.remat", "data.workers", "data.on_error", "data.max_skipped", "data.timeout_s", "optim.accum_steps",
-          "optim.max_skips", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "keep_best", "hang_s"}
+          "optim.max_skips", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "keep_best", "hang_s",
+          "wandb"}
   flat = {name: value for name, value in _flat(config).items() if name not in free and not name.startswith(("mesh.", "evals."))}
   return flat | {"train images": source.fingerprint} | task.identity
 

@@ -4,17 +4,28 @@ import fcntl
 import json
 import os
 from pathlib import Path
+import sys
 
+from absl import flags
 import numpy as np
 from PIL import Image
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mrmae_jax import __main__ as entry, config as schema
+from mrmae_jax import __main__ as entry, config as schema, main as training
 from mrmae_jax.tools import doctor
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
+
+
+def forget():
+  """A process parses one command line; these tests parse many."""
+  for name in [name for name in flags.FLAGS if name.startswith("config.")]:
+    delattr(flags.FLAGS, name)
+  for flag in training.FLAGS:
+    flags.FLAGS[flag.name].unparse()
+  flags.FLAGS.unparse_flags()
 
 
 @pytest.fixture
@@ -23,8 +34,11 @@ def examine(tmp_path, capsys, monkeypatch):
   monkeypatch.chdir(ROOT)
 
   def run(*arguments, workdir=tmp_path / "run"):
+    forget()
     words = [f"--config.{word}" if "=" in word and not word.startswith("--") else word for word in arguments]
-    code = doctor.main(["doctor", "--config=tests/tiny.py", *([f"--workdir={workdir}"] if workdir else []), "--nocompile", *words])
+    monkeypatch.setattr(sys, "argv", ["doctor", "--config=tests/tiny.py", *([f"--workdir={workdir}"] if workdir else []),
+                                      "--nocompile", *words])
+    code = doctor.main()
     printed = capsys.readouterr()
     assert "Traceback" not in printed.err
     return code, printed.out
@@ -56,7 +70,9 @@ def test_a_sound_run(examine, tmp_path):
 
 def test_the_step_is_compiled_and_timed(capsys, monkeypatch):
   monkeypatch.chdir(ROOT)
-  assert doctor.main(["doctor", "--config=tests/tiny.py:vit", "--config.teacher.path="]) == 0
+  forget()
+  monkeypatch.setattr(sys, "argv", ["doctor", "--config=tests/tiny.py:vit", "--config.teacher.path="])
+  assert doctor.main() == 0
   out = capsys.readouterr().out
   assert "ms a step, " in out and "for 8 steps" in out and "GiB a device" in out
   assert "look  no teacher: this is MAE or ConvMAE" in out
@@ -144,6 +160,7 @@ def test_planted_teachers(examine, tmp_path):
 
 
 def test_every_command_answers_help(capsys):
+  forget()
   assert entry.main(["mrmae"]) == 0
   listing = capsys.readouterr().out
   assert all(f"  {name} " in listing for name in entry.COMMANDS)
@@ -153,6 +170,7 @@ def test_every_command_answers_help(capsys):
 
 
 def test_mistakes_are_answered(capsys, monkeypatch):
+  forget()
   monkeypatch.chdir(ROOT)
   for arguments, said in ((["pretrian"], "did you mean pretrain?"), (["finetune", "--config=tests/tiny.py", "--workdir=/tmp/x"],
                                                                      "needs a configuration of task 'classify'"),
