@@ -51,7 +51,7 @@ class Rule(NamedTuple):
   words: str
 
 
-LARGEST = 1e9  # any number above is a slip
+LARGEST = 1e20  # any number above is a slip
 _POSITIVE = Rule(lambda x: 0 < x <= LARGEST, f"be a finite number > 0, at most {LARGEST:g}")
 _NOT_NEGATIVE = Rule(lambda x: 0 <= x <= LARGEST, f"be a finite number >= 0, at most {LARGEST:g}")
 _SHARE = Rule(lambda x: 0 <= x <= 1, "lie in [0, 1]")
@@ -65,13 +65,15 @@ def _between(smallest: int, largest: int) -> Rule:
 
 
 RULES = {name: rule for rule, names in (  # of each number; of each one in a tuple
-    (_POSITIVE, "epochs log_every eval_every checkpoint_every keep_checkpoints optim.blr optim.eps optim.grid encoder.mlp_ratios "
+    (_POSITIVE, "epochs eval_every checkpoint_every optim.blr optim.eps optim.grid encoder.mlp_ratios "
                 "method.attention_temperature evals.knn.temperature"),
-    (_NOT_NEGATIVE, "optim.min_lr optim.warmup_epochs optim.weight_decay optim.clip_norm data.holdout_every method.pixel_weight "
-                    "mix.mixup_alpha mix.cutmix_alpha teacher.weight evals.knn.bank"),
+    (_NOT_NEGATIVE, "optim.min_lr optim.warmup_epochs optim.weight_decay optim.clip_norm method.pixel_weight "
+                    "mix.mixup_alpha mix.cutmix_alpha teacher.weight"),
     (_SHARE, "data.erase_prob data.mean method.mask_ratio method.attention_mix mix.prob mix.switch_prob"),
     (_BELOW_1, "optim.b1 optim.b2 optim.ema_decay encoder.drop_path mix.smoothing"),
     (_PART, "data.crop_scale data.eval_crop data.std optim.layer_decay teacher.salient_share"),
+    (_between(1, 10 ** 9), "log_every keep_checkpoints"),
+    (_between(0, 10 ** 9), "data.holdout_every evals.knn.bank"),
     (_between(1, 2 ** 24), "batch_size"),
     (_between(1, 2 ** 17), "encoder.embed_dims encoder.dim encoder.mlp_dim decoder.dim evals.knn.batch_size evals.knn.k "
                            "evals.classify.batch_size"),
