@@ -14,11 +14,14 @@ def folder(address: str | Path) -> epath.Path:
   """A folder on disk or in a bucket (gs://BUCKET/FOLDER), there or not, as a path that can be read and written either way.
 
   Raises:
-    ValueError: a bucket that cannot be reached, or another kind of address.
+    ValueError: a bucket that cannot be reached, the home of a user who is unknown, or another kind of address.
   """
   text = str(address)
   if "://" not in text:
-    return epath.Path(Path(text).expanduser().absolute())
+    try:
+      return epath.Path(Path(text).expanduser().absolute())
+    except RuntimeError as error:
+      raise ValueError(f"{text}: {error}") from None
   if not text.startswith("gs://"):
     raise ValueError(f"{text}: folders on disk and gs:// buckets are supported")
   path, answers = epath.Path(text), queue.SimpleQueue()

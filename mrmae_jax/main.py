@@ -117,16 +117,18 @@ def parse(argv: list[str]):
     UsageError: unknown or misspelt flags and keys, values of the wrong type, leftover words, a missing flag, a
       configuration file that cannot be loaded.
   """
-  _check_config(argv)
+  config = _check_config(argv)
   try:
     rest = flags.FLAGS(argv)[1:]
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-    raise UsageError(" ".join(str(error.args[0] if error.args else error).split())) from error
+  except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+    hint = _meant(error.flagname, config) if isinstance(error, flags.UnrecognizedFlagError) else ""
+    raise UsageError(" ".join(str(error.args[0] if error.args else error).split()) + hint) from error
   if rest:
-    hint = f"; did you mean --{rest[0]}?" if "=" in rest[0] and not rest[0].startswith("-") else ""
-    raise UsageError(f"{rest[0]!r} is not an option{hint}")
+    name = rest[0].split("=")[0]
+    forgotten = f"; did you mean --{rest[0]}?" if "=" in rest[0] and not name.startswith("-") else ""
+    raise UsageError(f"{rest[0]!r} is not an option{_meant(name, config) or forgotten}")
   for flag in (_CONFIG, *(() if _CHECK.value else (_WORKDIR,))):
-    if flag.value is None:
+    if flag.value is None or flag.value == "":  # an empty workdir would be the current folder
       raise UsageError(f"--{flag.name} is missing: {flags.FLAGS[flag.name].help} Example: python -m mrmae_jax.main "
                        "--config=configs/demo.py --workdir=/tmp/demo")
   given = [flag.name for flag in (_COORDINATOR, _PROCESSES, _PROCESS) if flag.value is not None]
@@ -135,8 +137,19 @@ def parse(argv: list[str]):
   return _CONFIG.value, _WORKDIR.value
 
 
-def _check_config(argv: list[str]) -> None:
+def _meant(name: str, config) -> str:
+  """What to say about a word that is a key of the configuration, or the end of one; "" about others."""
+  from mrmae_jax.config import flatten  # pylint: disable=g-import-not-at-top; not before there is a mistake
+  keys = flatten(config) if hasattr(config, "items") else {}
+  meant = [key for key in keys if key == name or key.endswith(f".{name}")]
+  return f"; did you mean --config.{meant[0]}=VALUE?" if meant else ""
+
+
+def _check_config(argv: list[str]):
   """Loads the configuration and looks up every override in it: absl would answer these mistakes with a traceback.
+
+  Returns:
+    What the file says; None without one.
 
   Raises:
     UsageError: no such file, one that fails, or a key it does not have, with the nearest one that it has.
@@ -144,7 +157,7 @@ def _check_config(argv: list[str]) -> None:
   values = [argv[i + 1] if arg == "--config" else arg.split("=", 1)[1] for i, arg in enumerate(argv)
             if arg.startswith("--config=") or (arg == "--config" and i + 1 < len(argv))]
   if not values:
-    return
+    return None
   path, *argument = values[-1].split(":", 1)
   if not os.path.isfile(path):
     raise UsageError(f"--config={values[-1]}: no such file; the project's own are in configs/")
@@ -163,6 +176,7 @@ def _check_config(argv: list[str]) -> None:
         hint = f"did you mean {where}.{near[0]}?" if near else f"{where} has {', '.join(known) or 'no keys'}"
         raise UsageError(f"{arg}: {where} has no key {key!r}; {hint}")
       node, where = node[key], f"{where}.{key}"
+  return config
 
 
 def _fail(error: Exception, code: int) -> int:
@@ -178,7 +192,7 @@ def _fail(error: Exception, code: int) -> int:
 def _help(argv: list[str], task: str | None) -> str:
   """The options, and every key of the configuration with its value, from --config if that is given."""
   from mrmae_jax import config as schema  # pylint: disable=g-import-not-at-top; answered fast
-  defaults = {"classify": schema.finetune, "probe": schema.probe}.get(task, schema.pretrain)
+  defaults = schema.TASKS[task or "pretrain"]
   title = "Keys of a configuration (--config.KEY=VALUE), their defaults and meaning:"
   try:
     _check_config(argv)

@@ -7,8 +7,8 @@ input normalisation. Loading is strict: a teacher with a missing, unknown or mis
 
 import functools
 import hashlib
-import json
 import math
+import os
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
@@ -23,7 +23,7 @@ from mrmae_jax.models import make_encoder
 from mrmae_jax.models.tower import ACTIVATIONS, Tower
 from mrmae_jax.mrmae import TeacherOutput, normalise, normalise_features
 from mrmae_jax.weights import files, positions, towers
-from mrmae_jax.weights.table import WeightsError, convert
+from mrmae_jax.weights.table import WeightsError, check_fields, convert
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _HALF = ((0.5,) * 3, (0.5,) * 3)
@@ -181,7 +181,7 @@ def read_spec(*, name: str = "", path: str | Path = "", image_size: tuple[int, i
   if str(path).startswith("checkpoint:"):
     if name or num_heads or activation:
       raise WeightsError(f"teacher.path={path} says all by itself; leave teacher.name, num_heads and activation empty")
-    weights, family, prefix, table_grid = Path(str(path).removeprefix("checkpoint:")).expanduser(), None, "", None
+    weights, family, prefix, table_grid = Path(os.path.expanduser(str(path).removeprefix("checkpoint:"))), None, "", None
     module, stored = _trained_encoder(weights, dtype)
     source, proj_dim, probe, described = f"{weights}", 0, False, f"encoder of {weights}"
   elif str(path) == "random":
@@ -190,9 +190,12 @@ def read_spec(*, name: str = "", path: str | Path = "", image_size: tuple[int, i
     module, stored = Tower(**fields, dtype=jnp.dtype(dtype)), _normalisation(None, family.name)
     proj_dim, probe, described = module.proj_dim, module.probe, f"{family.name} {_size(module)} with random weights"
   else:
-    weights = Path(path).expanduser() if path else None
+    weights = Path(os.path.expanduser(path)) if path else None
+    if weights is not None:
+      files.weight_files(weights)  # there is something
     folder = _fetch(name, _CONFIG_FILES) if weights is None else weights if weights.is_dir() else weights.parent
     family, prefix, fields, table_grid = _tower(weights, folder, name, num_heads, activation)
+    check_fields(Tower, fields, str(weights or folder))
     module, source = Tower(**fields, dtype=jnp.dtype(dtype)), str(weights or folder)
     if name:
       _check_preset(name, module, table_grid, source)
@@ -281,9 +284,11 @@ def _trained_encoder(workdir: Path, dtype: str):
   """The encoder module of the run in a workdir, and the mean and deviation of its input."""
   try:
     config = checkpoint.read_config(workdir)
+    return make_encoder(config["encoder"], jnp.dtype(dtype)), (tuple(config["data"]["mean"]), tuple(config["data"]["std"]))
   except (checkpoint.StorageError, checkpoint.WorkdirError) as error:
     raise WeightsError(f"teacher.path=checkpoint:{error}") from None
-  return make_encoder(config["encoder"], jnp.dtype(dtype)), (tuple(config["data"]["mean"]), tuple(config["data"]["std"]))
+  except (ValueError, KeyError, TypeError, RecursionError) as error:
+    raise WeightsError(f"teacher.path=checkpoint:{workdir}: config.json there is not that of a run: {error!r}") from None
 
 
 def _read_encoder(workdir: Path) -> tuple[Any, str]:
@@ -327,7 +332,7 @@ def _to_grid(x: jax.Array, old: tuple[int, int], new: tuple[int, int]) -> jax.Ar
 def _tower(weights: Path | None, folder: Path, name: str, num_heads: int, activation: str):
   """Family, prefix, fields of Tower and grid of the position table, from config.json and the shapes, where they are there."""
   source = str(weights or folder)
-  config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+  config = files.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
   asked = PRESETS[name].family if name else None
   if "model_type" in config:
     family, fields, grid = towers.tower_config(config, str(folder / "config.json"))
@@ -410,22 +415,7 @@ def _check_preset(name: str, module: Tower, table_grid, source: str) -> None:
 
 def _normalisation(path: Path | None, family: str):
   """Mean and deviation: the stored ones, where there are any, else the family's."""
-  mean, std = _NORMALISATION.get(family, (IMAGENET_MEAN, IMAGENET_STD))
-  stored = _read_json(path) if path and path.is_file() else {}
-  mean, std = tuple(stored.get("image_mean", mean)), tuple(stored.get("image_std", std))
-  if len(mean) != 3 or len(std) != 3 or not min(std) > 0:
-    raise WeightsError(f"{path}: image_mean {mean} and image_std {std} must hold 3 numbers each, std > 0; or give mean and std")
-  return mean, std
-
-
-def _read_json(path: Path) -> dict:
-  try:
-    content = json.loads(path.read_text())
-  except (ValueError, OSError) as error:
-    raise WeightsError(f"{path} is not JSON: {error}") from None
-  if not isinstance(content, dict):
-    raise WeightsError(f"{path} is not a configuration: {str(content)[:60]}")
-  return content
+  return files.image_statistics(path, *_NORMALISATION.get(family, (IMAGENET_MEAN, IMAGENET_STD)))
 
 
 def _input_size(image_size, token_size: int, patch: int, resolution: int):

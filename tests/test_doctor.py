@@ -91,7 +91,7 @@ def test_the_step_is_compiled_and_timed(capsys, monkeypatch):
     (["teacher.path=/no/such/teacher"], 2, "/no/such/teacher"),                                        # 7 no teacher
     (["method.mask_ratio=0.99"], 2, "leaves 0 of 24 tokens visible"),                                  # 8 nothing to see
     (["optim.blr=2.5"], 0, "far above the recipes'"),                                                  # 9 a rate that was absolute
-    (["data.mean=(123.7, 116.3, 103.5)", "data.std=(58.4, 57.1, 57.4)"], 0, "divide by 255"),          # 10 pixels of 0 to 255
+    (["data.mean=(123.7, 116.3, 103.5)", "data.std=(58.4, 57.1, 57.4)"], 2, "config.data.mean"),       # 10 pixels of 0 to 255
     (["batch_size=2000"], 0, "holds each of the 1438 images more than once"),                          # 11 more than there is
     (["data.holdout_every=0"], 0, "nothing is held out"),                                              # 12 nothing to measure on
     (["image_size=(256, 384)", "teacher.resolution=32"], 0, "most crops are enlarged"),                # 13 small images

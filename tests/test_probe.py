@@ -144,7 +144,8 @@ def test_a_run_with_a_break(tmp_path):
 
 
 @pytest.mark.parametrize("values, message", [
-    (dict(optim__grid=()), r"config.optim.grid=\(\) must hold"), (dict(optim__grid=(0.0,)), "must hold one or more factors > 0"),
+    (dict(optim__grid=()), r"config.optim.grid=\(\) must hold"),
+    (dict(optim__grid=(0.0,)), r"config.optim.grid=\(0.0,\) must be a finite number > 0"),
     (dict(optim__ema_decay=0.5), "config.optim.ema_decay=0.5 has no meaning for a probe; leave it at 0"),
     (dict(pool="max"), "config.pool='max'"), (dict(init_from=None), "config.init_from is not set")])
 def test_mistakes_are_named(values, message):

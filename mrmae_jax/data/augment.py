@@ -14,9 +14,16 @@ import simplejpeg
 
 from mrmae_jax.data.sources import DataError
 
+# Of photographs. Pillow knows 40 more, by content and not by name, some of
+# which run other programs (EPS: Ghostscript).
+FORMATS = (
+    "JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF"
+)
 # Where Pillow starts to refuse, 537 MB as RGB. Checked here too, because
 # Pillow's limit is a global which other libraries switch off.
 MAX_PIXELS = 178_956_970
+# Solid black is the smallest that a PNG can be, at 8,256.
+MAX_PIXELS_PER_BYTE = 10_000
 CROP_TRIES = 10
 ERASE_TRIES = 10
 ERASE_AREA = (0.02, 1 / 3)  # Relative to the image.
@@ -57,33 +64,38 @@ def decode_image(data: bytes, name: str, strict: bool = False) -> np.ndarray:
       damage that the decoder has noticed.
 
   Raises:
-    DataError: not an image, damaged, or larger than MAX_PIXELS. The size is
-      read from the header, before any pixel memory is allocated.
+    DataError: no image of FORMATS, damaged, or larger than MAX_PIXELS or than
+      its bytes can hold. The size is read from the header, before any pixel
+      memory is allocated.
     MemoryError: which says nothing about the file.
   """
   if not data:
     raise DataError(f"{name}: the file is empty; replace or remove it")
   try:
-    with Image.open(io.BytesIO(data)) as picture:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
       width, height = picture.size
-      if width * height <= MAX_PIXELS:
+      most = min(MAX_PIXELS, MAX_PIXELS_PER_BYTE * len(data))
+      if width * height <= most:
         return _decode_opened(picture, data, strict)
     cause = (
-        f"its header claims {width} x {height} pixels, at most {MAX_PIXELS:,} are"
-        " decoded"
+        f"its header claims {width} x {height} pixels, at most {most:,} of"
+        f" {len(data):,} bytes are decoded"
     )
     error = None
   except Image.UnidentifiedImageError as caught:
-    cause, error = f"not an image Pillow knows, it begins {data[:16]!r}", caught
+    cause, error = f"not an image that is read, it begins {data[:16]!r}", caught
   except MemoryError:
     raise
   # Decoders meet hostile bytes here, and Pillow's raise nearly everything:
   # OSError, SyntaxError, EOFError, struct.error, zlib.error, KeyError, ...
   except Exception as caught:  # pylint: disable=broad-exception-caught
     cause, error = f"{caught or type(caught).__name__}", caught
-  raise DataError(
-      f"{name}: cannot be decoded: {cause}; replace or remove it"
-  ) from error
+  try:
+    raise DataError(
+        f"{name}: cannot be decoded: {cause}; replace or remove it"
+    ) from error
+  finally:
+    del error  # It knows this frame, and would keep half-decoded pixels.
 
 
 def _decode_opened(

@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import shutil
 
 from array_record.python import array_record_data_source
@@ -48,7 +49,7 @@ class PackedSource:
       DataError: no packed folder, no such split, or a shard that is missing or
         has another size than it was written with.
     """
-    root = pathlib.Path(root).expanduser().absolute()
+    root = pathlib.Path(os.path.expanduser(root)).absolute()
     index = _read_index(root)
     self._root, self._split = root, split
     if split not in index["splits"]:
@@ -82,6 +83,11 @@ class PackedSource:
     try:
       head, _, image = self._records[int(index)].partition(b"\n")
       about = json.loads(head)
+      example = {"label": int(about["label"]), "name": str(about["name"])}
+      if "shape" in about:
+        image = np.frombuffer(image, np.uint8).reshape(about["shape"])
+        if image.ndim != 3 or image.shape[2] != 3 or not image.size:
+          raise ValueError(f"pixels of shape {image.shape}")
     except MemoryError:
       raise
     # The reader raises what its C++ has: RuntimeError, ValueError, IndexError.
@@ -91,9 +97,7 @@ class PackedSource:
           f" read ({' '.join(str(error).split())}); find the damaged shard with"
           f" python -m mrmae_jax.tools.pack --verify={self._root}"
       ) from error
-    if "shape" in about:
-      image = np.frombuffer(image, np.uint8).reshape(about["shape"])
-    return {"image": image, "label": about["label"], "name": about["name"]}
+    return {"image": image, **example}
 
   def name(self, index: int) -> str:
     return f"{self._split}[{index}]"
@@ -137,7 +141,7 @@ def write(
         + ", ".join(f"{k} {len(s.class_names)}" for k, s in sources.items())
         + "; pack them one by one with --splits"
     )
-  root = pathlib.Path(root).expanduser().absolute()
+  root = pathlib.Path(os.path.expanduser(root)).absolute()
   with _whole_folder(root) as unfinished:
     splits = {}
     for split, source in sources.items():
@@ -193,7 +197,7 @@ def verify(
     DataError: no packed folder; or the first shard that is missing or whose
       size or sha256 is another than when it was written.
   """
-  root = pathlib.Path(root).expanduser().absolute()
+  root = pathlib.Path(os.path.expanduser(root)).absolute()
   shards = [s for split in _read_index(root)["splits"].values() for s in split]
   for shard in shards:
     _check_size(root, shard)
@@ -209,16 +213,37 @@ def verify(
 
 def count_images(root: str | os.PathLike) -> int:
   """Images in all splits of a packed folder, by its index."""
-  splits = _read_index(pathlib.Path(root).expanduser())["splits"]
+  splits = _read_index(pathlib.Path(os.path.expanduser(root)))["splits"]
   return sum(shard["images"] for split in splits.values() for shard in split)
 
 
 def _read_index(root: pathlib.Path) -> dict:
+  """The index of a packed folder, every value of the kind that it must be.
+
+  The folder may come from a stranger: its shards are files in it.
+  """
   try:
     index = json.loads((root / INDEX).read_text())
     if index["format"] != FORMAT:
       raise ValueError(f"format {index['format']!r}, expected {FORMAT!r}")
-  except (OSError, ValueError, TypeError, KeyError) as error:
+    if not all(isinstance(name, str) for name in index["class_names"]):
+      raise ValueError("class_names are no names")
+    str(index["options"]["source"])
+    for name, shards in index["splits"].items():
+      if not isinstance(shards, list) or not shards:
+        raise ValueError(f"{name} has no shards")
+      for shard in shards:
+        file, counts = shard["file"], (shard["images"], shard["bytes"])
+        if not re.fullmatch(r"\w[\w.-]*", file, re.ASCII):
+          raise ValueError(f"{name} is in {file!r}, no file of its own")
+        whole = all(type(count) is int for count in counts)
+        if not whole or not 0 < counts[0] <= counts[1]:
+          raise ValueError(f"{file} has images and bytes {counts}")
+        if not re.fullmatch("[0-9a-f]{64}", shard["sha256"]):
+          raise ValueError(f"{file} has no sha256")
+  except (
+      OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError
+  ) as error:
     raise DataError(
         f"packed:{root}: no packed folder ({INDEX}: {error}); make one with"
         " python -m mrmae_jax.tools.pack --source=SOURCE --out=DIR"

@@ -14,6 +14,7 @@ from mrmae_jax.data.sources import DataError
 
 BICUBIC = Image.Resampling.BICUBIC
 MAX_MAGNITUDE = 10.0
+MAX_COUNT = 100
 APPLIED = 0.5  # probability of each drawn operation
 
 
@@ -107,12 +108,13 @@ def parse(text: str) -> Policy | None:
       values[match[1]] = float(match[2])
     else:
       values["unknown"] = part
-  policy = Policy(values.get("m", MAX_MAGNITUDE), values.get("mstd", 0.0), int(values.get("n", 2)))
-  if (name != "rand" or "unknown" in values or values.get("inc") != 1 or policy.count != values.get("n", 2)
+  count = values.get("n", 2.0)
+  policy = Policy(values.get("m", MAX_MAGNITUDE), values.get("mstd", 0.0), int(min(count, MAX_COUNT)))
+  if (name != "rand" or "unknown" in values or values.get("inc") != 1 or policy.count != count
       or policy.count < 1 or policy.magnitude > MAX_MAGNITUDE or policy.magnitude_std > MAX_MAGNITUDE):
     raise DataError(
         f"randaug={text!r} is not understood; expected '' or 'rand-inc1' with, once each, m0 to m10 (magnitude, 10 if left"
-        " out), mstd0 to mstd10 (its deviation, 0), n1 and more (operations, 2), e.g. 'rand-m9-mstd0.5-inc1'")
+        f" out), mstd0 to mstd10 (its deviation, 0), n1 to n{MAX_COUNT} (operations, 2), e.g. 'rand-m9-mstd0.5-inc1'")
   return policy
 
 

@@ -105,7 +105,7 @@ def examine(config, workdir: str | None, report: Report, out: str, compiled: boo
 def differences(config, report: Report) -> None:
   """Settings that are not the defaults of the task."""
   from mrmae_jax import config as schema  # pylint: disable=g-import-not-at-top
-  base = {"classify": schema.finetune, "probe": schema.probe}.get(config.task, schema.pretrain)()
+  base = schema.TASKS.get(config.task, schema.pretrain)()
   if config.encoder.name == "vit":
     base.encoder = schema.encoder("vit", "base")
   standard = {name: value for name, value, _ in schema.describe(base)}
@@ -172,13 +172,10 @@ def images(config, report: Report, out: str):
     report.look("some of them are of one colour: with config.method.norm_pix there is nothing to reconstruct in these")
   if short * max(config.data.crop_scale[1], 1e-9) ** 0.5 < 0.75 * min(config.image_size):
     report.look(f"they are smaller (median {short:g}) than config.image_size={tuple(config.image_size)}: most crops are enlarged")
-  if max(config.data.mean) > 1 or max(config.data.std) > 1:
-    report.look(f"config.data.mean={tuple(config.data.mean)}, std={tuple(config.data.std)} are for pixels in [0, 1]; divide by 255")
-  else:
-    normal = (batch["image"] / 255 - np.array(config.data.mean)) / np.array(config.data.std)
-    if abs(normal.mean()) > 1.5 or not 0.25 < normal.std() < 3:
-      report.look(f"normalised pixels have mean {normal.mean():.2f} and deviation {normal.std():.2f}, not near 0 and 1: "
-                  "`mrmae data verify` prints the mean and std of the images")
+  normal = (batch["image"] / 255 - np.array(config.data.mean)) / np.array(config.data.std)
+  if abs(normal.mean()) > 1.5 or not 0.25 < normal.std() < 3:
+    report.look(f"normalised pixels have mean {normal.mean():.2f} and deviation {normal.std():.2f}, not near 0 and 1: "
+                "`mrmae data verify` prints the mean and std of the images")
   try:
     report.ok(f"eval: {data.open_split(config.data, 'eval').description}")
   except data.DataError as error:

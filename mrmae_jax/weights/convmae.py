@@ -5,7 +5,7 @@ from typing import Any
 
 from mrmae_jax.models.convvit import ConvViT
 from mrmae_jax.models.decoder import Decoder
-from mrmae_jax.weights.table import Entry, WeightsError, conv, dense, depthwise, norm, same, timm_block
+from mrmae_jax.weights.table import Entry, WeightsError, conv, count_blocks, dense, depthwise, norm, same, timm_block
 
 # No other family has all of these.
 MARKERS = ("patch_embed1.proj.weight", "patch_embed4.weight", "blocks1.0.conv1.weight", "blocks3.0.attn.qkv.weight")
@@ -62,7 +62,7 @@ def fields(shapes: dict[str, tuple[int, ...]], source: str) -> dict[str, Any]:
   dims = tuple(shape[0] for shape in projections)
   hidden = [shape_of(shapes, f"blocks{stage}.0.mlp.fc1.weight", 2 if stage == 3 else 4, source)[0] for stage in (1, 2, 3)]
   return dict(name="convvit", patch_sizes=tuple(shape[-1] for shape in projections), embed_dims=dims,
-              depths=tuple(depth(shapes, f"blocks{stage}") for stage in (1, 2, 3)),
+              depths=tuple(depth(shapes, f"blocks{stage}", source) for stage in (1, 2, 3)),
               mlp_ratios=tuple(map(mlp_ratio, hidden, dims)), cls_token="cls_token" in shapes,
               fuse_stages="stage1_output_decode.weight" in shapes)
 
@@ -72,7 +72,7 @@ def decoder_fields(shapes: dict[str, tuple[int, ...]], source: str) -> dict[str,
   if "decoder_embed.weight" not in shapes:
     return {}
   dim = shape_of(shapes, "decoder_embed.weight", 2, source)[0]
-  return dict(out_dim=shape_of(shapes, "decoder_pred.weight", 2, source)[0], dim=dim, depth=depth(shapes, "decoder_blocks"),
+  return dict(out_dim=shape_of(shapes, "decoder_pred.weight", 2, source)[0], dim=dim, depth=depth(shapes, "decoder_blocks", source),
               mlp_ratio=mlp_ratio(shape_of(shapes, "decoder_blocks.0.mlp.fc1.weight", 2, source)[0], dim))
 
 
@@ -85,9 +85,9 @@ def shape_of(shapes, name: str, rank: int, source: str) -> tuple[int, ...]:
   return shapes[name]
 
 
-def depth(shapes, blocks: str) -> int:
+def depth(shapes, blocks: str, source: str) -> int:
   """How many blocks there are; holes show as missing tensors."""
-  return 1 + max((int(found[1]) for found in (re.match(rf"{blocks}\.(\d+)\.", name) for name in shapes) if found), default=-1)
+  return count_blocks((found[1] for found in (re.match(rf"{blocks}\.([0-9]+)\.", name) for name in shapes) if found), blocks, source)
 
 
 def mlp_ratio(hidden: int, width: int) -> float:

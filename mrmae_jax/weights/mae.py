@@ -29,7 +29,7 @@ def fields(shapes: dict[str, tuple[int, ...]], source: str) -> dict[str, Any]:
     WeightsError: a tensor that would tell is missing or has another rank.
   """
   patch_embed = shape_of(shapes, "patch_embed.proj.weight", 4, source)
-  return dict(name="vit", patch_size=patch_embed[-1], dim=patch_embed[0], depth=depth(shapes, "blocks"),
+  return dict(name="vit", patch_size=patch_embed[-1], dim=patch_embed[0], depth=depth(shapes, "blocks", source),
               mlp_dim=shape_of(shapes, "blocks.0.mlp.fc1.weight", 2, source)[0])
 
 
@@ -72,7 +72,7 @@ def hf_fields(config: dict[str, Any], source: str) -> tuple[dict[str, Any], dict
   """What config.json tells: fields of ViT, fields of Decoder, grid of the position tables, {"mask_ratio", "norm_pix"}.
 
   Raises:
-    WeightsError: another model, another activation, or patches that are not square.
+    WeightsError: another model, another activation, patches that are not square, or sizes that are none.
   """
   if config.get("model_type") != "vit_mae":
     raise WeightsError(f"{source}: model_type is {config.get('model_type')!r}, expected 'vit_mae'; other models load as "
@@ -80,15 +80,18 @@ def hf_fields(config: dict[str, Any], source: str) -> tuple[dict[str, Any], dict
   c = _DEFAULTS | config
   if c["hidden_act"] != "gelu":
     raise WeightsError(f"{source}: hidden_act is {c['hidden_act']!r}, expected 'gelu', which MAE has")
-  patch, side = (tuple(x) if isinstance(x, list) else (x, x) for x in (c["patch_size"], c["image_size"]))
-  if patch[0] != patch[1]:
-    raise WeightsError(f"{source}: patches of {patch[0]}x{patch[1]} pixels are not supported; they must be square")
-  encoder_fields = dict(name="vit", patch_size=patch[0], dim=c["hidden_size"], depth=c["num_hidden_layers"],
-                        num_heads=c["num_attention_heads"], mlp_dim=c["intermediate_size"], eps=c["layer_norm_eps"])
-  width, hidden = c["decoder_hidden_size"], c["decoder_intermediate_size"]
-  found = dict(out_dim=patch[0] ** 2 * c["num_channels"], dim=width, depth=c["decoder_num_hidden_layers"],
-               num_heads=c["decoder_num_attention_heads"], mlp_ratio=mlp_ratio(hidden, width), eps=c["layer_norm_eps"])
-  grid, method = (side[0] // patch[0], side[1] // patch[0]), dict(mask_ratio=c["mask_ratio"], norm_pix=c["norm_pix_loss"])
+  try:
+    patch, side = (tuple(x) if isinstance(x, list) else (x, x) for x in (c["patch_size"], c["image_size"]))
+    if patch[0] != patch[1]:
+      raise WeightsError(f"{source}: patches of {patch[0]}x{patch[1]} pixels are not supported; they must be square")
+    encoder_fields = dict(name="vit", patch_size=patch[0], dim=c["hidden_size"], depth=c["num_hidden_layers"],
+                          num_heads=c["num_attention_heads"], mlp_dim=c["intermediate_size"], eps=c["layer_norm_eps"])
+    width, hidden = c["decoder_hidden_size"], c["decoder_intermediate_size"]
+    found = dict(out_dim=patch[0] ** 2 * c["num_channels"], dim=width, depth=c["decoder_num_hidden_layers"],
+                 num_heads=c["decoder_num_attention_heads"], mlp_ratio=mlp_ratio(hidden, width), eps=c["layer_norm_eps"])
+    grid, method = (side[0] // patch[0], side[1] // patch[0]), dict(mask_ratio=c["mask_ratio"], norm_pix=c["norm_pix_loss"])
+  except (TypeError, ArithmeticError, LookupError) as error:
+    raise WeightsError(f"{source} holds a size that is none: {error}") from None
   return encoder_fields, found, grid, method
 
 

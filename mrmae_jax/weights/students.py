@@ -12,6 +12,7 @@ nothing that is done with a trained student needs them.
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
@@ -24,7 +25,7 @@ from mrmae_jax.config import IMAGENET_MEAN, IMAGENET_STD
 from mrmae_jax.models import ConvViT, Decoder, ViT, make_decoder, make_encoder
 from mrmae_jax.models.layers import Mask, sincos_2d
 from mrmae_jax.weights import convmae, files, mae, positions
-from mrmae_jax.weights.table import Entry, WeightsError, convert, dense, export, leaves, norm, same
+from mrmae_jax.weights.table import MAX_SIZE, Entry, WeightsError, check_fields, convert, dense, export, leaves, norm, same
 
 FORMATS = ("convmae", "timm", "hf")
 NOTES = "mrmae_jax"  # key of a file's metadata under which `write` notes what tensors do not tell
@@ -89,8 +90,8 @@ def read(path: str | Path, *, num_heads: int = 0, decoder_heads: int = 0, grid: 
   """
   if "://" in str(path):  # a bucket, which holds runs alone
     return _read_run(path, decoder, learned_positions, dtype)
-  path = Path(path).expanduser()
-  if (path / "checkpoints").is_dir():
+  path = Path(os.path.expanduser(path))
+  if os.path.isdir(path / "checkpoints"):
     return _read_run(path, decoder, learned_positions, dtype)
   return _read_files(path, num_heads, decoder_heads, grid, decoder, learned_positions, dtype)
 
@@ -141,12 +142,12 @@ def _identify(path: Path, tensors: dict[str, files.Tensor]) -> _Source:
   source, shapes = str(path), {name: tensor.shape for name, tensor in tensors.items()}
   if {"vit.embeddings.cls_token", "embeddings.cls_token"}.intersection(shapes):
     folder = path if path.is_dir() else path.parent
-    fields, decoder, grid, method = mae.hf_fields(_read_json(folder / "config.json"), str(folder / "config.json"))
-    stored = _read_json(folder / "preprocessor_config.json") if (folder / "preprocessor_config.json").is_file() else {}
+    fields, decoder, grid, method = mae.hf_fields(_read_config(folder / "config.json"), str(folder / "config.json"))
+    statistics = files.image_statistics(folder / "preprocessor_config.json", IMAGENET_MEAN, IMAGENET_STD)
     prefix = "vit." if "vit.embeddings.cls_token" in shapes else ""
     blocks = next((b for b in mae.DECODER_BLOCKS if any(name.startswith(b) for name in shapes)), mae.DECODER_BLOCKS[0])
-    return _Source("transformers' names", lambda entry: mae.to_hf(entry, prefix, blocks), fields, decoder, grid,
-                   stored.get("image_mean", IMAGENET_MEAN), stored.get("image_std", IMAGENET_STD), method)
+    return _Source("transformers' names", lambda entry: mae.to_hf(entry, prefix, blocks), fields, decoder, grid, *statistics,
+                   method)
   for family, names in ((convmae, "ConvMAE's names"), (mae, "MAE's names")):
     if not shapes.keys() >= set(family.MARKERS):
       continue
@@ -154,13 +155,36 @@ def _identify(path: Path, tensors: dict[str, files.Tensor]) -> _Source:
     if not notes:
       return _Source(names, lambda entry: entry, family.fields(shapes, source), family.decoder_fields(shapes, source), None)
     try:
-      found = _Source(names, lambda entry: entry, **json.loads(notes))
-      make_encoder(found.encoder, jnp.float32)
-      return found
-    except (ValueError, TypeError, KeyError):
+      return _Source(names, lambda entry: entry, **json.loads(notes))
+    except (ValueError, TypeError, RecursionError):
       raise WeightsError(f"{source} is damaged: what it notes of its model cannot be read; write it again") from None
   raise WeightsError(f"{source} is no student (found {', '.join(sorted(shapes)[:3])}); expected ConvMAE or MAE in their "
                      "authors' names, a ViTMAE folder or a run's workdir; CLIP, DINO and the like load as teachers")
+
+
+def _check(found: _Source, num_tensors: int, source: str) -> None:
+  """WeightsError if what a source says of itself is no network, or holds a number of the wrong kind."""
+  kinds = {"convvit": ConvViT, "vit": ViT}
+  try:
+    fields = dict(found.encoder)
+    check_fields(kinds[fields.pop("name")], fields, source)
+    depth = sum(fields.get("depths", (fields.get("depth", 1),)))
+    if found.decoder:
+      check_fields(Decoder, dict(found.decoder), source)
+      depth += found.decoder["depth"]
+    if depth > num_tensors:  # shapes of so many blocks alone take minutes
+      raise WeightsError(f"{source} does not fit the model: {depth} blocks, of which it holds {num_tensors} tensors")
+    files.check_statistics(found.mean, found.std, source)
+    grid, ratio, norm_pix = found.grid or (1, 1), found.method["mask_ratio"], found.method["norm_pix"]
+    ok = {"dim", "patch_size"} <= fields.keys() or {"embed_dims", "patch_sizes"} <= fields.keys()
+    ok &= len(grid) == 2 and all(type(side) is int and 0 < side <= MAX_SIZE for side in grid)
+    ok &= type(ratio) in (int, float) and 0 <= ratio <= 1 and type(norm_pix) is bool
+  except WeightsError:
+    raise
+  except (ValueError, TypeError, KeyError):
+    ok = False
+  if not ok:
+    raise WeightsError(f"{source} is damaged: what it notes of its model cannot be read; write it again")
 
 
 def _with_heads(fields: dict[str, Any], given: int, width: int, usual: int, option: str, source: str) -> dict[str, Any]:
@@ -169,8 +193,9 @@ def _with_heads(fields: dict[str, Any], given: int, width: int, usual: int, opti
   if not heads:
     raise WeightsError(f"{source} does not tell the number of heads for width {width}, which no published model has; give "
                        f"{option}")
-  if width % heads:
-    raise WeightsError(f"{source}: width {width} does not divide into {heads} heads; check {option}")
+  if width % heads or width % 4:  # 4: of the sine-cosine table
+    raise WeightsError(f"{source}: width {width} does not divide into {heads} heads"
+                       f"{'; check ' + option if width % heads else ', or not by 4'}")
   return fields | {"num_heads": heads}
 
 
@@ -178,6 +203,7 @@ def _read_files(path, num_heads, decoder_heads, grid, with_decoder, learned_posi
   """Weights under foreign names. A tensor that is dropped leaves `tensors`; all that are left must be used."""
   source, tensors = str(path), dict(files.open_weights(path))
   found, loaded, new, dropped = _identify(path, tensors), [], [], []
+  _check(found, len(tensors), source)
   theirs = lambda name: found.rename(Entry("", (name,), same)).theirs[0]
 
   def drop(names, what):
@@ -196,6 +222,8 @@ def _read_files(path, num_heads, decoder_heads, grid, with_decoder, learned_posi
   elif not with_decoder:
     drop(of_decoder, "decoder (not asked for)")
   else:
+    if "dim" not in (found.decoder or {}):
+      raise WeightsError(f"{source} is damaged: it holds a decoder, of which it notes nothing; write it again")
     width = found.decoder["dim"]
     fields = _with_heads(found.decoder, decoder_heads, width, 16 if width == 512 else 0, "decoder_heads", source)
     decoder = Decoder(**fields, dtype=jnp.dtype(dtype))
@@ -206,7 +234,7 @@ def _read_files(path, num_heads, decoder_heads, grid, with_decoder, learned_posi
 
   def settle(module, name, cls_token, keep):
     """The module with constant positions if the stored table is that constant, and `keep` does not say otherwise."""
-    difference = _difference(tensors, name, constant_positions(module, grid, cls_token), source)
+    difference = _difference(tensors, name, module, grid, cls_token, source)
     learned = bool(keep or module.learned_positions or not difference <= SAME_TABLE)
     if learned:
       loaded.append(f"{name} ({grid[0]}x{grid[1]} tokens)")
@@ -258,12 +286,13 @@ def _fold_cls_row(tensors, grid: tuple[int, int]) -> bool:
   return bool(cls.any())
 
 
-def _difference(tensors, name: str, table: np.ndarray, source: str) -> float:
-  """Largest difference of a stored position table from `table` [1, T, D]; not a number if it holds such."""
-  if name not in tensors or tensors[name].shape != table.shape:
+def _difference(tensors, name: str, module, grid: tuple[int, int], cls_token: bool, source: str) -> float:
+  """Largest difference of a stored position table from the sine-cosine one; not a number if it holds such."""
+  expected = (1, cls_token + math.prod(grid), module.dim)
+  if name not in tensors or tensors[name].shape != expected:
     found = f"has shape {tuple(tensors[name].shape)}" if name in tensors else "is missing"
-    raise WeightsError(f"{source} does not fit the model: {name} {found}, expected {table.shape}")
-  return float(np.abs(np.asarray(tensors[name], np.float32) - table).max())
+    raise WeightsError(f"{source} does not fit the model: {name} {found}, expected {expected}")
+  return float(np.abs(np.asarray(tensors[name], np.float32) - constant_positions(module, grid, cls_token)).max())
 
 
 def param_shapes(encoder, decoder, grid: tuple[int, int], classifier: tuple[str, ...] = (), classes: int = 0) -> dict[str, Any]:
@@ -324,14 +353,12 @@ def _counted(params) -> tuple[str, ...]:
                for name, part in ((name, leaves(part)) for name, part in params.items()))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> dict[str, Any]:
   try:
-    content = json.loads(path.read_text())
-    content.keys()
-  except (OSError, ValueError, AttributeError) as error:
-    raise WeightsError(f"{path}: {error}; transformers' names come with a config.json, which tells heads and eps: fetch it "
-                       "from the same place") from None
-  return content
+    return files.read_json(path)
+  except WeightsError as error:
+    raise WeightsError(f"{error}; transformers' names come with a config.json, which tells heads and eps: fetch it from the same "
+                       "place") from None
 
 
 def write(student: Student, out: str | Path, form: str) -> None:

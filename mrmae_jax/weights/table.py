@@ -5,11 +5,19 @@ A name table is a list of `Entry`: one of our parameters, the tensors it is made
 forwards, `export` backwards, and the second undoes the first bit for bit.
 """
 
+import dataclasses
 import re
+import typing
 from typing import Any, Callable, NamedTuple
 
 import jax
 import numpy as np
+
+from mrmae_jax.config import CHOICES
+
+
+MAX_SIZE, MAX_DEPTH = 2 ** 17, 200  # of a network that a file describes: several times the largest ever published
+_MAY_BE_ZERO = ("num_registers", "proj_dim", "fuse_layers", "drop_path")
 
 
 class WeightsError(ValueError):
@@ -80,6 +88,55 @@ def timm_block(ours: str, theirs: str) -> list[Entry]:
   return [*norm(f"{ours}/norm1", f"{theirs}.norm1"), *dense(f"{ours}/attn/qkv", f"{theirs}.attn.qkv"),
           *dense(f"{ours}/attn/proj", f"{theirs}.attn.proj"), *norm(f"{ours}/norm2", f"{theirs}.norm2"),
           *dense(f"{ours}/fc1", f"{theirs}.mlp.fc1"), *dense(f"{ours}/fc2", f"{theirs}.mlp.fc2")]
+
+
+def check_fields(module, fields: dict[str, Any], source: str) -> None:
+  """Makes sure that a network can be what a file says of it: the shapes of 10^9 blocks alone would take for ever.
+
+  Args:
+    module: the class of the network.
+    fields: of it, as they were read.
+    source: for the message.
+
+  Raises:
+    WeightsError: a field of another type, or a size that no network has.
+  """
+  known = dataclasses.fields(module)
+  types = {field.name: field.type for field in known}
+  if lost := [field.name for field in known if field.default is dataclasses.MISSING and field.name not in fields]:
+    raise WeightsError(f"{source} holds no {', '.join(lost)}")
+  for name, value in fields.items():
+    usual = getattr(module, name, None)
+    several = typing.get_args(types.get(name))
+    if several:
+      ok = isinstance(value, (tuple, list)) and (len(value) == len(usual) or not usual) and all(
+          _possible(name, x, several[0]) for x in value)
+    else:
+      ok = _possible(name, value, types.get(name))
+    if not ok:
+      raise WeightsError(f"{source} holds a size that is none: {name}={str(value)[:60]}")
+
+
+def _possible(name: str, value, kind) -> bool:
+  if kind is int:
+    return type(value) is int and (name not in _MAY_BE_ZERO) <= value <= (MAX_DEPTH if name.startswith("depth") else MAX_SIZE)
+  if kind is float:
+    return type(value) in (int, float) and 0 <= value < 1e6 and (value > 0 or name in _MAY_BE_ZERO)
+  return kind in (bool, str) and isinstance(value, kind) and (name != "remat" or value in CHOICES["encoder.remat"])
+
+
+def count_blocks(numbers: typing.Iterable[str], what: str, source: str) -> int:
+  """How many blocks there are, by the numbers in the names of their tensors.
+
+  Raises:
+    WeightsError: most numbers are left out, or too many blocks.
+  """
+  found = set(numbers)
+  last = max(found, key=lambda number: (len(number), number), default="0")
+  if len(last) > 4 or int(last) >= min(MAX_DEPTH, 4 * len(found) + 1):  # a few that are left out show as missing tensors
+    raise WeightsError(f"{source} does not fit the model: {what} are numbered up to {last[:20]}, but {len(found)} are there (of at "
+                       f"most {MAX_DEPTH})")
+  return int(last) + 1 if found else 0
 
 
 def leaves(params) -> dict[str, Any]:

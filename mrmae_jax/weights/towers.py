@@ -11,7 +11,8 @@ import numpy as np
 
 from mrmae_jax.models.tower import Tower
 from mrmae_jax.weights import positions
-from mrmae_jax.weights.table import Entry, Layout, WeightsError, conv, dense, linear, norm, pack, qkv, same, tokens
+from mrmae_jax.weights.table import (MAX_SIZE, Entry, Layout, WeightsError, check_fields, conv, count_blocks, dense, linear, norm,
+                                     pack, qkv, same, tokens)
 
 
 class Names(NamedTuple):
@@ -198,8 +199,8 @@ def tower_shapes(family: Family, prefix: str, shapes: dict[str, tuple[int, ...]]
   registers = shape(names.registers, 3)[1] if names.registers else 0
   table = shape(names.pos_embed, 2, 3)[-2] - bool(names.cls_token) if names.pos_embed else 0
   projection = shapes.get(_projection(names, prefix), (0, 0))
-  blocks = re.compile(re.escape(prefix) + names.block.replace(".", r"\.").format(r"(\d+)") + r"\..*")
-  depth = 1 + max(int(found[1]) for found in map(blocks.fullmatch, shapes) if found)
+  blocks = re.compile(re.escape(prefix) + names.block.replace(".", r"\.").format(r"([0-9]+)") + r"\..*")
+  depth = count_blocks((found[1] for found in map(blocks.fullmatch, shapes) if found), names.block.format("N").rstrip(".N"), source)
   return dict(patch_size=patch, dim=width, depth=depth, mlp_dim=mlp_dim, gated=gated, num_registers=registers,
               proj_dim=projection[1 if names.proj == "proj" else 0],
               probe=f"{prefix}{names.head}.probe" in shapes), table
@@ -214,19 +215,20 @@ def tower_config(config: dict[str, Any], source: str) -> tuple[Family, dict[str,
   Raises:
     WeightsError: an unsupported model, or values that make no sense.
   """
-  kind = config["model_type"]
-  if kind not in MODEL_TYPES:
-    raise WeightsError(f"{source}: model_type {kind!r} is not supported; supported: {', '.join(MODEL_TYPES)}")
-  family = MODEL_TYPES[kind]
-  proj = kind == "clip" or "CLIPVisionModelWithProjection" in config.get("architectures", ())
-  proj_dim = config.get("projection_dim", 512) if proj else 0
-  if kind in ("clip", "siglip", "siglip2"):  # text and vision; in old CLIP files vision_config_dict, where it is, wins
-    config = config.get("vision_config_dict") or config.get("vision_config") or {}
-  c = family.model_types[kind] | config
-  activation = _ACTIVATIONS.get(c["hidden_act"])
-  if activation is None:
-    raise WeightsError(f"{source}: hidden_act {c['hidden_act']!r} is not supported; supported: {', '.join(_ACTIVATIONS)}")
   try:
+    kind = config["model_type"]
+    if kind not in MODEL_TYPES:
+      raise WeightsError(f"{source}: model_type {str(kind)[:40]!r} is not supported; supported: {', '.join(MODEL_TYPES)}")
+    family = MODEL_TYPES[kind]
+    proj = kind == "clip" or "CLIPVisionModelWithProjection" in config.get("architectures", ())
+    proj_dim = config.get("projection_dim", 512) if proj else 0
+    if kind in ("clip", "siglip", "siglip2"):  # text and vision; in old CLIP files vision_config_dict, where it is, wins
+      config = config.get("vision_config_dict") or config.get("vision_config") or {}
+    c = family.model_types[kind] | config
+    activation = _ACTIVATIONS.get(c["hidden_act"])
+    if activation is None:
+      raise WeightsError(f"{source}: hidden_act {str(c['hidden_act'])[:40]!r} is not supported; supported: "
+                         f"{', '.join(_ACTIVATIONS)}")
     patch, side = (x if isinstance(x, (list, tuple)) else (x, x) for x in (c["patch_size"], c["image_size"]))
     if patch[0] != patch[1]:
       raise WeightsError(f"{source}: patches of {patch[0]}x{patch[1]} pixels are not supported; they must be square")
@@ -239,11 +241,17 @@ def tower_config(config: dict[str, Any], source: str) -> tuple[Family, dict[str,
         mlp_dim=mlp_dim, eps=c["layer_norm_eps"], activation=activation, gated=gated, proj_dim=proj_dim,
         num_registers=c.get("num_register_tokens", 0), probe=bool(c.get("vision_use_head")))
     if "rope_theta" in c:
-      return family, fields | dict(rope_theta=float(c["rope_theta"])), None
-    grid = (math.isqrt(c["num_patches"]),) * 2 if "num_patches" in c else (side[0] // patch[0], side[1] // patch[0])
-    return family, fields, grid
-  except (TypeError, ZeroDivisionError, IndexError) as error:
+      grid, fields["rope_theta"] = None, float(c["rope_theta"])
+    else:
+      grid = (math.isqrt(c["num_patches"]),) * 2 if "num_patches" in c else (side[0] // patch[0], side[1] // patch[0])
+  except WeightsError:
+    raise
+  except (TypeError, ValueError, ArithmeticError, LookupError) as error:
     raise WeightsError(f"{source} holds a size that is none: {error}") from None
+  check_fields(Tower, fields, source)
+  if grid and not all(type(side) is int and 0 < side <= MAX_SIZE for side in grid):
+    raise WeightsError(f"{source} holds a size that is none: a grid of {str(grid)[:60]} patches")
+  return family, fields, grid
 
 
 def _projection(names: Names, prefix: str) -> str:
