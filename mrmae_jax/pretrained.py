@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mrmae_jax import mrmae
-from mrmae_jax.models import encode
+from mrmae_jax.models import encode, head_attention
 from mrmae_jax.models.layers import layer_norm
 from mrmae_jax.weights import students
 from mrmae_jax.weights.table import WeightsError
@@ -40,6 +40,7 @@ class Pretrained:
     self._model = mrmae.Model(student.encoder, student.decoder, (), student.mean, student.std)
     self._params = {}  # grid -> parameters on the device
     self._encode, self._classify = jax.jit(self._features), jax.jit(self._logits)
+    self._attention = jax.jit(self._weights)
     self._reconstruct = jax.jit(self._pictures, static_argnums=(3, 4))
 
   @property
@@ -60,6 +61,10 @@ class Pretrained:
     """
     return self._encode(*self._ready(images))
 
+  def attention(self, images) -> jax.Array:
+    """What each token attends to in each head of the last block, nothing masked: see `models.head_attention`."""
+    return self._attention(*self._ready(images))
+
   def classify(self, images) -> jax.Array:
     """Logits float32 [B, classes] of a fine-tuned model.
 
@@ -75,15 +80,17 @@ class Pretrained:
 
     Args:
       images: see above.
-      mask_ratio, norm_pix: of pre-training; None: what the source tells, else MAE's 0.75 and True.
-      seed: of the mask.
+      mask_ratio, norm_pix: of pre-training; None: what the source tells, else MAE's 0.75 and True. The weights behind MAE's
+        own pictures, mae_visualize_*.pth, predict plain pixels and do not tell: they need norm_pix=False.
+      seed: of the mask; visible at a high ratio is a part of what is visible at a lower one.
 
     Raises:
       WeightsError: the model has no decoder.
     """
     if self.student.decoder is None:
       raise WeightsError(f"{self.report.source} was loaded without a decoder and cannot reconstruct; most published files hold "
-                         "the encoder alone: give a full pre-training checkpoint, or a run's workdir")
+                         "the encoder alone: give a run's workdir, or a full pre-training checkpoint, as of MAE the folders "
+                         "facebook/vit-mae-* or the files mae_pretrain_*_full.pth and mae_visualize_*.pth")
     method = self.student.method
     ratio = method["mask_ratio"] if mask_ratio is None else mask_ratio
     params, images = self._ready(images)
@@ -108,6 +115,9 @@ class Pretrained:
   def _features(self, params, images):
     pixels = mrmae.normalise(images, *self._model[-2:])
     return encode(self.student.encoder, params["encoder"], pixels, None if self.student.has_norm else False)
+
+  def _weights(self, params, images):
+    return head_attention(self.student.encoder, params["encoder"], mrmae.normalise(images, *self._model[-2:]))
 
   def _logits(self, params, images):
     pixels, classifier = mrmae.normalise(images, *self._model[-2:]), params["classifier"]

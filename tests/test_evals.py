@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mrmae_jax import mrmae, sharding
-from mrmae_jax.evals import knn, reconstruct
+from mrmae_jax import mrmae, pictures, sharding
+from mrmae_jax.evals import knn
 from mrmae_jax.tasks import pretrain
 from tests import tiny
 
@@ -124,7 +124,7 @@ def test_a_perfect_prediction_is_drawn_as_the_original(monkeypatch, norm_pix):
 
 def test_grid_of_pictures():
   red, blue = (np.broadcast_to(np.float32(c), (2, 16, 24, 3)) for c in ([1, 0, 0], [0, 0, 1]))
-  grid = reconstruct.draw_grid([red, blue], ["left", "right"], "a note")
+  grid = pictures.draw_grid([red, blue], ["left", "right"], "a note")
   assert grid.dtype == np.uint8
   columns = np.flatnonzero((grid == [255, 0, 0]).all(-1).any(0)), np.flatnonzero((grid == [0, 0, 255]).all(-1).any(0))
   assert columns[0].max() < columns[1].min() and len(columns[0]) == len(columns[1]) >= 128

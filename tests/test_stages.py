@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from mrmae_jax import config as config_lib, mrmae, teachers
+from mrmae_jax import config as config_lib, mrmae, pictures, teachers
 from mrmae_jax.checkpoint import Checkpoints
 from mrmae_jax.config import ConfigError, validate
 from mrmae_jax.tasks import pretrain
@@ -150,7 +150,7 @@ def test_constant_share():
 def test_principal_colours_follow_the_largest_differences():
   features = np.zeros((1, 4, 6), np.float32)
   features[0, 2:, 3] = 5
-  colours = show_teacher.principal_colours(features)
+  colours = pictures.principal_colours(features)
   assert colours.shape == (1, 4, 3) and abs(colours[0, 0, 0] - colours[0, 3, 0]) == 1 and (colours[0, 0] == colours[0, 1]).all()
 
 

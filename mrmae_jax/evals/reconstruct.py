@@ -3,15 +3,14 @@
 import io
 
 import jax
-import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from mrmae_jax import data, sharding
+from mrmae_jax.pictures import draw_grid
 
 COLUMNS = {"original": "original", "masked": "encoder sees", "reconstruction": "decoder output*",
            "pasted": "visible + output*"}
 NOTE = "* drawn with the mean and contrast of each true patch, which normalised predictions lack"
-MIN_WIDTH = 128  # of one picture, so that digits can be looked at
 
 
 class Evaluator:
@@ -54,31 +53,3 @@ class Evaluator:
       Image.fromarray(picture).save(encoded, "PNG")
       path.write_bytes(encoded.getvalue())
     return {"pictures": {path: picture}}
-
-
-def draw_grid(columns: list[np.ndarray], titles: list[str], note: str = "") -> np.ndarray:
-  """A table of pictures with a title per column.
-
-  Args:
-    columns: float [R, H, W, 3] in [0, 1] each.
-    titles: one per column.
-    note: a line below; "" for none.
-
-  Returns:
-    uint8 [height, width, 3].
-  """
-  rows, height, width, _ = columns[0].shape
-  zoom, gap, line = -(-MIN_WIDTH // width), 4, 16
-  cell_h, cell_w = height * zoom + gap, width * zoom + gap
-  size = (len(columns) * cell_w + gap, rows * cell_h + gap + line + (line if note else 0))
-  canvas = Image.new("RGB", size, "white")
-  draw = ImageDraw.Draw(canvas)
-  for c, (column, title) in enumerate(zip(columns, titles)):
-    draw.text((gap + c * cell_w, 2), title, fill="black")
-    for r, image in enumerate(column):
-      tile = Image.fromarray(np.round(np.clip(image, 0, 1) * 255).astype(np.uint8))
-      canvas.paste(tile.resize((width * zoom, height * zoom), Image.Resampling.NEAREST),
-                   (gap + c * cell_w, line + gap + r * cell_h))
-  if note:
-    draw.text((gap, size[1] - line), note, fill="black")
-  return np.asarray(canvas)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from mrmae_jax.models.convvit import ConvViT
 from mrmae_jax.models.decoder import Decoder
+from mrmae_jax.models.layers import attention_weights
 from mrmae_jax.models.vit import ViT
 
 
@@ -44,3 +45,22 @@ def encode(encoder, params, pixels: jax.Array, normed: bool | None = None) -> di
   tokens = x[:, int(encoder.cls_token):]
   found = {"tokens": tokens, "pooled": tokens.mean(1)} | ({"cls": x[:, 0]} if encoder.cls_token else {})
   return found | {name: out[name].astype(jnp.float32) for name in ("stage1", "stage2") if name in out}
+
+
+def head_attention(encoder, params, pixels: jax.Array) -> jax.Array:
+  """What each token of whole images attends to in each head of an encoder's last block, nothing masked.
+
+  Computed again from the block's queries and keys, so that training, which needs no such array, does not carry it.
+
+  Args:
+    encoder, params, pixels: as in `encode`.
+
+  Returns:
+    float32 [B, heads, T, T], rows (queries) add up to 1; T = N tokens, row by row, with CLS before them where there is one.
+  """
+  block = f"{'blocks' if isinstance(encoder, ViT) else 'blocks3'}_{encoder.depth - 1}"
+  wanted = lambda module, _: module.path == (block, "attn", "qkv")
+  _, found = encoder.apply({"params": params}, pixels, capture_intermediates=wanted, mutable=["intermediates"])
+  qkv, = found["intermediates"][block]["attn"]["qkv"]["__call__"]
+  q, k, _ = (y.reshape(*y.shape[:2], encoder.num_heads, -1).swapaxes(1, 2) for y in jnp.split(qkv, 3, axis=-1))
+  return attention_weights(q, k)

@@ -17,6 +17,7 @@ from ml_collections import config_flags
 import numpy as np
 from PIL import Image
 
+from mrmae_jax.pictures import draw_grid, enlarge, overlay, principal_colours
 from mrmae_jax.tools import command_line
 
 
@@ -56,40 +57,39 @@ def constant_share(features: np.ndarray, how: str) -> float:
   return float(np.square(targets.mean((0, 1))).sum() / np.square(targets).sum(-1).mean())
 
 
-def principal_colours(features: np.ndarray) -> np.ndarray:
-  """The first three principal components of tokens [B, N, D], over all of them, as colours in [0, 1]: [B, N, 3]."""
-  flat = features.reshape(-1, features.shape[-1]).astype(np.float64)
-  flat = flat - flat.mean(0)
-  _, _, axes = np.linalg.svd(flat, full_matrices=False)
-  scores = flat @ axes[:3].T
-  low, high = np.percentile(scores, [2, 98], axis=0)
-  return np.clip((scores - low) / np.maximum(high - low, 1e-12), 0, 1).reshape(*features.shape[:2], -1)
+def attention_columns(images: np.ndarray, output, config) -> dict[str, np.ndarray]:
+  """What a teacher's CLS token attends to, and the tokens that focused and random masking would show.
+
+  Args:
+    images: uint8 [B, H, W, 3].
+    output: TeacherOutput of these.
+    config: its `method` and `seed` decide on the masks; the token size is that of its `encoder`.
+
+  Returns:
+    {title: float [B, H, W, 3]}; a teacher without attention leaves random masking alone.
+  """
+  import jax  # pylint: disable=g-import-not-at-top; likewise
+  from mrmae_jax import mrmae
+  from mrmae_jax.config import token_size
+  size, pixels = token_size(config), images / np.float32(255)
+  grid = images.shape[1] // size, images.shape[2] // size
+  noise = jax.random.uniform(jax.random.key(config.seed), output.features.shape[:2])
+  method, masks, columns = config.method, {}, {"image": pixels}
+  if output.attention is not None:
+    columns["CLS attention"] = overlay(pixels, output.attention, grid)
+    masks["focused"] = mrmae.sample_mask(noise, method.mask_ratio, 1, output.attention, method.attention_temperature,
+                                         method.attention_mix)
+  masks["random"] = mrmae.sample_mask(noise, method.mask_ratio)
+  return columns | {f"{name}: visible": np.where(enlarge(mask.removed, grid, size), 0.5, pixels) for name, mask in masks.items()}
 
 
 def draw(images: np.ndarray, output, config) -> np.ndarray:
   """The picture: uint8 [height, width, 3] of images uint8 [B, H, W, 3] and what the teacher makes of them."""
-  import jax  # pylint: disable=g-import-not-at-top; likewise
-  from mrmae_jax import mrmae
-  from mrmae_jax.config import token_size
-  from mrmae_jax.evals.reconstruct import draw_grid
-  size, pixels = token_size(config), images / np.float32(255)
+  from mrmae_jax.config import token_size  # pylint: disable=g-import-not-at-top; likewise
+  from mrmae_jax.mrmae import normalise_features
+  size, columns = token_size(config), attention_columns(images, output, config)
   grid = images.shape[1] // size, images.shape[2] // size
-  enlarge = lambda x: x.reshape(len(x), *grid, -1).repeat(size, 1).repeat(size, 2)  # [B, N, c] -> [B, H, W, c]
-
-  noise = jax.random.uniform(jax.random.key(config.seed), output.features.shape[:2])
-  method, masks = config.method, {}
-  if output.attention is not None:
-    masks["focused"] = mrmae.sample_mask(noise, method.mask_ratio, 1, output.attention, method.attention_temperature,
-                                         method.attention_mix)
-  masks["random"] = mrmae.sample_mask(noise, method.mask_ratio)
-
-  columns = {"image": pixels}
-  if output.attention is not None:
-    heat = output.attention / output.attention.max(1, keepdims=True)
-    columns["CLS attention"] = 0.25 * pixels + 0.75 * enlarge(heat) * np.float32([1, 0.85, 0.3])
-  for name, mask in masks.items():
-    columns[f"{name}: visible"] = np.where(enlarge(np.asarray(mask.removed)), 0.5, pixels)
-  columns["features (PCA)"] = enlarge(principal_colours(np.asarray(mrmae.normalise_features(output.features, "layer_norm"))))
+  columns["features (PCA)"] = enlarge(principal_colours(normalise_features(output.features, "layer_norm")), grid, size)
   return draw_grid(list(columns.values()), list(columns), "attention relative to each image's largest; PCA over all images shown")
 
 

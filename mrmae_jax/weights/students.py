@@ -5,8 +5,8 @@ by design. Sizes come from what the source says of itself (config.json, a run's 
 here), else from the shapes of its tensors. `write` is the way back; read(write(x)) gives the parameters of x bit for bit.
 
 The names are those of Alpha-VL/ConvMAE for a ConvViT, of facebookresearch/mae (timm) or transformers for a ViT. Fused layers,
-which no published model has, stand under "fusion." beside them. Mimic heads stay behind: they belong to one teacher, and
-nothing that is done with a trained student needs them.
+which no published model has, stand under "fusion." beside them. Mimic heads stay behind unless asked for: they belong to one
+teacher, and only a comparison with that needs them.
 """
 
 import dataclasses
@@ -52,8 +52,9 @@ class Student(NamedTuple):
   Attributes:
     encoder: its module.
     decoder: its module; None if the source has none, or it was not asked for.
-    params: {"encoder", "decoder" where there is one, "classifier" where it was fine-tuned}, float32 numpy arrays. A
-      classifier is {"head"} on the normed first token, or {"fc_norm", "head"} on the mean token of the last block.
+    params: {"encoder", "decoder" where there is one, "classifier" where it was fine-tuned, "mimic_heads" if asked for},
+      float32 numpy arrays. A classifier is {"head"} on the normed first token, or {"fc_norm", "head"} on the mean token of the
+      last block.
     grid: (rows, columns) of its position tables.
     mean, std: of its input.
     method: {"mask_ratio", "norm_pix"} of its pre-training; MAE's where the source does not tell.
@@ -73,7 +74,7 @@ class Student(NamedTuple):
 
 
 def read(path: str | Path, *, num_heads: int = 0, decoder_heads: int = 0, grid: tuple[int, int] | None = None,
-         decoder: bool = True, learned_positions: bool = False, dtype: str = "float32") -> Student:
+         decoder: bool = True, mimic_heads: bool = False, learned_positions: bool = False, dtype: str = "float32") -> Student:
   """Reads a trained student.
 
   Args:
@@ -82,6 +83,7 @@ def read(path: str | Path, *, num_heads: int = 0, decoder_heads: int = 0, grid: 
       heads at width 512, as all published models have them.
     grid: (rows, columns) of the position tables, for files that do not tell; None: square.
     decoder: whether the decoder is wanted, where there is one.
+    mimic_heads: whether the heads of a run that mimics are wanted: {name of the loss: parameters}.
     learned_positions: keep the encoder's position table as a parameter, e.g. to train it, even if it is the sine-cosine one.
     dtype: of the modules' computation.
 
@@ -89,20 +91,20 @@ def read(path: str | Path, *, num_heads: int = 0, decoder_heads: int = 0, grid: 
     WeightsError: nothing there, another model, or tensors missing, unknown, misshapen or not finite.
   """
   if "://" in str(path):  # a bucket, which holds runs alone
-    return _read_run(path, decoder, learned_positions, dtype)
+    return _read_run(path, decoder, mimic_heads, learned_positions, dtype)
   path = Path(os.path.expanduser(path))
   if os.path.isdir(path / "checkpoints"):
-    return _read_run(path, decoder, learned_positions, dtype)
+    return _read_run(path, decoder, mimic_heads, learned_positions, dtype)
   return _read_files(path, num_heads, decoder_heads, grid, decoder, learned_positions, dtype)
 
 
-def _read_run(path: str | Path, with_decoder: bool, learned_positions: bool, dtype: str) -> Student:
+def _read_run(path: str | Path, with_decoder: bool, with_heads: bool, learned_positions: bool, dtype: str) -> Student:
   """The newest checkpoint of a run."""
   try:
     config = checkpoint.read_config(path)
     if config["task"] == "probe":
       raise WeightsError(f"{path} probes {config['init_from'] or 'random weights'} and holds no encoder; load that instead")
-    wanted = ("encoder", "fc_norm", "head") + (("decoder",) if with_decoder else ())
+    wanted = ("encoder", "fc_norm", "head") + ("decoder",) * with_decoder + ("mimic_heads",) * with_heads
     params, others, step = checkpoint.read_params(path, *wanted)
   except (checkpoint.StorageError, checkpoint.WorkdirError) as error:
     raise WeightsError(str(error)) from None
