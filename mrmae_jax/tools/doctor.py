@@ -184,7 +184,7 @@ def images(config, report: Report, out: str):
     report.look("no k-NN evaluation: the images have no labels (folders as classes)")
   if out:
     from PIL import Image  # pylint: disable=g-import-not-at-top
-    from mrmae_jax.evals.reconstruct import draw_grid  # pylint: disable=g-import-not-at-top
+    from mrmae_jax.pictures import draw_grid  # pylint: disable=g-import-not-at-top
     views = batch["image"].astype(np.float32) / 255
     columns = [views[i::4] for i in range(min(4, len(views)))]
     columns = [column[:len(columns[-1])] for column in columns]
