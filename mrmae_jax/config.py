@@ -373,11 +373,13 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> None:
   if fine("data.crop_scale"):
     low, high = config.data.crop_scale
     need(low <= high, f"config.data.crop_scale={config.data.crop_scale} must satisfy 0 < low <= high <= 1")
-  need(not config.wandb or importlib.util.find_spec("wandb"),
-       f"config.wandb={config.wandb!r} needs the wandb extra: pip install 'mrmae_jax[wandb]', or leave it empty")
-  need(not config.keep_best or config.keep_best.split("/")[0] in config.evals,
-       f"config.keep_best={config.keep_best!r} is no result of an evaluation; config.evals has {', '.join(config.evals) or 'none'}: "
-       "knn/accuracy, say")
+  if fine("wandb"):
+    need(not config.wandb or importlib.util.find_spec("wandb"),
+         f"config.wandb={config.wandb!r} needs the wandb extra: pip install 'mrmae_jax[wandb]', or leave it empty")
+  if fine("keep_best", "evals"):
+    need(not config.keep_best or config.keep_best.split("/")[0] in config.evals,
+         f"config.keep_best={config.keep_best!r} is no result of an evaluation; config.evals has {', '.join(config.evals) or 'none'}: "
+         "knn/accuracy, say")
   encoder_fits = fine("encoder", "image_size") and _validate_encoder(config, need)
   if fine("mesh", "batch_size", "optim.accum_steps"):
     _validate_devices(config, num_devices, need)
