@@ -101,6 +101,7 @@ def teacher() -> ml_collections.ConfigDict:
   c.layer = "raw"                       # stream after the last block; "normed": after the last norm; "proj": CLIP's space
   c.last_k = 1                          # with "raw": mean over so many last blocks
   c.input_norm = "teacher"              # whose mean and deviation normalise its input; "student": those of config.data
+  c.bands = ()                          # which channels (from 0) it sees as red, green, blue; (): all of RGB, or the one of grey
   c.resolution = 0                      # height of its input in pixels; 0: the one that gives the student's grid
   c.tokens = "visible"                  # that mimic; "visible+cls"; "masked": the decoder's, what the paper argues against
   c.source = "fused"                    # the encoder's output that the decoder reads; "last_block": before fusion and norm
@@ -141,10 +142,11 @@ def _common() -> ml_collections.ConfigDict:
   c.data.single_try = False             # crop by the rule of MAE's linear probe: one draw, squeezed into the image
   c.data.resize = "pillow"              # of training crops, pixel for pixel the references' bicubic; "cv2": faster, aliased
   c.data.flip = True                    # horizontal flips
-  c.data.randaug = ""                   # RandAugment in timm's words, e.g. "rand-m9-mstd0.5-inc1"; "": none
+  c.data.randaug = ""                   # RandAugment in timm's words, e.g. "rand-m9-mstd0.5-inc1", of RGB alone; "": none
   c.data.erase_prob = 0.0               # probability of random erasing
   c.data.eval_crop = 0.875              # central share of the resized image that evaluators see
-  c.data.mean = IMAGENET_MEAN           # normalisation of the student's input, per channel, for pixels in [0, 1]
+  c.data.mean = IMAGENET_MEAN           # normalisation of the student's input, for pixels in [0, 1]: a number for each channel of
+                                        # the images, which decides how many they have
   c.data.std = IMAGENET_STD             # likewise
   c.data.workers = 0                    # decoding processes per host; 0: threads of the main process
   c.data.quarantine = ""                # a list of images to leave out, written by `tools.data verify --quarantine=FILE`; "": none
@@ -337,8 +339,11 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> None:
   low, high = config.data.crop_scale
   need(0 < low <= high <= 1, f"config.data.crop_scale={config.data.crop_scale} must satisfy 0 < low <= high <= 1")
   need(config.data.eval_crop <= 1, f"config.data.eval_crop={config.data.eval_crop} must be at most 1")
-  need(len(config.data.mean) == 3 == len(config.data.std) and min(config.data.std) > 0,
-       f"config.data.mean={config.data.mean} and std={config.data.std} must hold 3 numbers each, std > 0")
+  mean, std = config.data.mean, config.data.std
+  need(len(mean) == len(std) > 0 and all(map(math.isfinite, (*mean, *std))) and min(std) > 0,
+       f"config.data.mean={mean} and std={std} must hold a number each for every channel of the images, std > 0")
+  need(not config.data.randaug or len(mean) == 3, f"config.data.randaug={config.data.randaug!r} is for RGB; leave it empty for "
+       f"images of {len(mean)} channels (config.data.mean): --config.data.randaug=")
 
   need(not config.wandb or importlib.util.find_spec("wandb"),
        f"config.wandb={config.wandb!r} needs the wandb extra: pip install 'mrmae_jax[wandb]', or leave it empty")
