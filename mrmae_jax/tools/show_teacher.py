@@ -33,7 +33,7 @@ def define_flags() -> flags.FlagValues:
 
 
 def look(config, images: np.ndarray, options=None):
-  """A teacher on images uint8 [B, H, W, 3]: its one-line description and TeacherOutput as numpy arrays.
+  """A teacher on images uint8 [B, H, W, C]: its one-line description and TeacherOutput as numpy arrays.
 
   Args:
     config: of a run.
@@ -67,12 +67,13 @@ def principal_colours(features: np.ndarray) -> np.ndarray:
 
 
 def draw(images: np.ndarray, output, config) -> np.ndarray:
-  """The picture: uint8 [height, width, 3] of images uint8 [B, H, W, 3] and what the teacher makes of them."""
+  """The picture: uint8 [height, width, 3] of images uint8 [B, H, W, C] and what the teacher makes of them."""
   import jax  # pylint: disable=g-import-not-at-top; likewise
   from mrmae_jax import mrmae
   from mrmae_jax.config import token_size
-  from mrmae_jax.evals.reconstruct import draw_grid
-  size, pixels = token_size(config), images / np.float32(255)
+  from mrmae_jax.evals.reconstruct import bands_shown, draw_grid
+  bands, caption = bands_shown(config)
+  size, pixels = token_size(config), images[..., bands] / np.float32(255)
   grid = images.shape[1] // size, images.shape[2] // size
   enlarge = lambda x: x.reshape(len(x), *grid, -1).repeat(size, 1).repeat(size, 2)  # [B, N, c] -> [B, H, W, c]
 
@@ -90,7 +91,8 @@ def draw(images: np.ndarray, output, config) -> np.ndarray:
   for name, mask in masks.items():
     columns[f"{name}: visible"] = np.where(enlarge(np.asarray(mask.removed)), 0.5, pixels)
   columns["features (PCA)"] = enlarge(principal_colours(np.asarray(mrmae.normalise_features(output.features, "layer_norm"))))
-  return draw_grid(list(columns.values()), list(columns), "attention relative to each image's largest; PCA over all images shown")
+  note = "attention relative to each image's largest; PCA over all images shown"
+  return draw_grid(list(columns.values()), list(columns), f"{caption}; {note}" if caption else note)
 
 
 def show(options) -> str:
@@ -101,7 +103,7 @@ def show(options) -> str:
   config.data.holdout_every = 0
   limit = max(count, options.statistics)
   batches = data.eval_batches(data.open_split(config.data, "train"), batch_size=limit, image_size=tuple(config.image_size),
-                              crop_pct=config.data.eval_crop, limit=limit)
+                              crop_pct=config.data.eval_crop, limit=limit, channels=len(config.data.mean))
   batch = next(batches)
   batches.close()
   images = batch["image"][batch["valid"]]
