@@ -89,7 +89,7 @@ RULES = {name: rule for rule, names in (  # of each number; of each one in a tup
     (_between(0, 2 ** 14), "teacher.resolution"),
     (_between(1, 1000), "encoder.depths encoder.depth encoder.num_heads encoder.patch_sizes encoder.patch_size decoder.depth "
                         "decoder.num_heads teacher.last_k evals.reconstruct.images"),
-    (_between(0, 1000), "encoder.fuse_layers teacher.num_heads data.workers"),
+    (_between(0, 1000), "encoder.fuse_layers teacher.num_heads teacher.bands data.workers"),
     (_between(0, 2 ** 32 - 1), "seed"),
     (_ANY, "mesh.data mesh.fsdp method.complementary_masks"),  # depend on others, see `validate`
 ) for name in names.split()}
@@ -147,6 +147,7 @@ def teacher() -> ml_collections.ConfigDict:
   c.layer = "raw"                       # stream after the last block; "normed": after the last norm; "proj": CLIP's space
   c.last_k = 1                          # with "raw": mean over so many last blocks
   c.input_norm = "teacher"              # whose mean and deviation normalise its input; "student": those of config.data
+  c.bands = ()                          # which channels (from 0) it sees as red, green, blue; (): all of RGB, or the one of grey
   c.resolution = 0                      # height of its input in pixels; 0: the one that gives the student's grid
   c.tokens = "visible"                  # that mimic; "visible+cls"; "masked": the decoder's, what the paper argues against
   c.source = "fused"                    # the encoder's output that the decoder reads; "last_block": before fusion and norm
@@ -187,10 +188,11 @@ def _common() -> ml_collections.ConfigDict:
   c.data.single_try = False             # crop by the rule of MAE's linear probe: one draw, squeezed into the image
   c.data.resize = "pillow"              # of training crops, pixel for pixel the references' bicubic; "cv2": faster, aliased
   c.data.flip = True                    # horizontal flips
-  c.data.randaug = ""                   # RandAugment in timm's words, e.g. "rand-m9-mstd0.5-inc1"; "": none
+  c.data.randaug = ""                   # RandAugment in timm's words, e.g. "rand-m9-mstd0.5-inc1", of RGB alone; "": none
   c.data.erase_prob = 0.0               # probability of random erasing
   c.data.eval_crop = 0.875              # central share of the resized image that evaluators see
-  c.data.mean = IMAGENET_MEAN           # normalisation of the student's input, per channel, for pixels in [0, 1]
+  c.data.mean = IMAGENET_MEAN           # normalisation of the student's input, for pixels in [0, 1]: a number for each channel of
+                                        # the images, which decides how many they have
   c.data.std = IMAGENET_STD             # likewise
   c.data.workers = 0                    # decoding processes per host; 0: threads of the main process
   c.data.quarantine = ""                # a list of images to leave out, written by `tools.data verify --quarantine=FILE`; "": none
@@ -383,6 +385,12 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> None:
   encoder_fits = fine("encoder", "image_size") and _validate_encoder(config, need)
   if fine("mesh", "batch_size", "optim.accum_steps"):
     _validate_devices(config, num_devices, need)
+  if fine("data.mean", "data.std"):
+    mean, std = config.data.mean, config.data.std
+    need(len(mean) == len(std) > 0,
+         f"config.data.mean={mean} and std={std} must hold a number each for every channel of the images, std > 0")
+    need(not config.data.randaug or len(mean) == 3, f"config.data.randaug={config.data.randaug!r} is for RGB; leave it empty for "
+         f"images of {len(mean)} channels (config.data.mean): --config.data.randaug=")
   if fine("data"):
     _validate_data(config, need)
   if config.task == "pretrain":
@@ -465,7 +473,7 @@ def _mistake(name: str, value, default) -> str:
   if not isinstance(default, tuple):
     value, element = (value,), default
   else:
-    free = name in ("encoder.fuse_layers", "optim.no_decay", "optim.grid")  # in their number
+    free = name in ("encoder.fuse_layers", "optim.no_decay", "optim.grid", "data.mean", "data.std") or name.endswith(".bands")
     if not isinstance(value, (tuple, list)) or not (free or len(value) == len(default)):
       return f"hold {({2: 'two numbers', 3: 'three numbers'}).get(len(default), 'several values')}, e.g. {default}"
     element = "" if name == "optim.no_decay" else default[0] if default else 0

@@ -27,8 +27,9 @@ def load(path: str | Path, **options) -> "Pretrained":
 class Pretrained:
   """A trained student that takes images.
 
-  Images are [B, H, W, 3], uint8 or float in [0, 1], both sides multiples of the token size; they are normalised here. Learned
-  position tables are interpolated for images of another grid than theirs. Every shape is compiled once.
+  Images are [B, H, W, C], uint8 or float in [0, 1], with the channels of its training (3: RGB), both sides multiples of the
+  token size; they are normalised here. Learned position tables are interpolated for images of another grid than theirs. Every
+  shape is compiled once.
 
   Attributes:
     student: modules and parameters (`weights.students.Student`).
@@ -98,10 +99,10 @@ class Pretrained:
 
   def _ready(self, images):
     """Parameters for the images' grid, and the images; ValueError for what is no batch of images."""
-    patch = self.student.encoder.patch_size
-    if images.ndim != 4 or images.shape[3] != 3 or not len(images) or any(n % patch or not n for n in images.shape[1:3]):
-      raise ValueError(f"images of shape {tuple(images.shape)} given; expected [B, H, W, 3] with B > 0, H and W multiples of "
-                       f"the token size {patch}")
+    patch, channels = self.student.encoder.patch_size, len(self.student.mean)
+    if images.ndim != 4 or images.shape[3] != channels or not len(images) or any(n % patch or not n for n in images.shape[1:3]):
+      raise ValueError(f"images of shape {tuple(images.shape)} given; expected [B, H, W, {channels}] with B > 0, H and W multiples "
+                       f"of the token size {patch}")
     if not (images.dtype == np.uint8 or jnp.issubdtype(images.dtype, jnp.floating)):
       raise ValueError(f"images of type {images.dtype} given; expected uint8, or float in [0, 1]")
     if isinstance(images, np.ndarray) and images.dtype != np.uint8 and not -1e-3 <= images.min() <= images.max() <= 1.001:

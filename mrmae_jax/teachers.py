@@ -94,6 +94,7 @@ class TeacherSpec(NamedTuple):
     table_grid: of the stored position table; None: rotary or fixed positions.
     image_size, grid: (height, width) of the student's images in pixels, and in tokens.
     input_size, tokens: the same of what the teacher sees.
+    bands: the student's channels that it sees, in its order.
     mean, std: of the teacher's input.
     layer, last_k: see `read_spec`.
     family, prefix: how its tensors are called; family None: the encoder of a run.
@@ -111,6 +112,7 @@ class TeacherSpec(NamedTuple):
   grid: tuple[int, int]
   input_size: tuple[int, int]
   tokens: tuple[int, int]
+  bands: tuple[int, ...]
   mean: tuple[float, ...]
   std: tuple[float, ...]
   layer: str
@@ -128,7 +130,7 @@ class Teacher(NamedTuple):
   """A frozen teacher.
 
   Attributes:
-    look: (params, images [B, H, W, 3], uint8 or float in [0, 1]) -> TeacherOutput on the student's grid.
+    look: (params, the student's images [B, H, W, C], uint8 or float in [0, 1]) -> TeacherOutput on the student's grid.
     params: kernels in the compute dtype, the rest float32; numpy until the caller places them.
     grid: (rows, columns) of the student's tokens.
     dim: width of the features.
@@ -143,7 +145,8 @@ class Teacher(NamedTuple):
 
 
 def read_spec(*, name: str = "", path: str | Path = "", image_size: tuple[int, int], token_size: int, dtype: str = "bfloat16",
-              layer: str = "raw", last_k: int = 1, mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None,
+              layer: str = "raw", last_k: int = 1, channels: int = 3, bands: tuple[int, ...] = (),
+              mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None,
               resolution: int = 0, num_heads: int = 0, activation: str = "") -> TeacherSpec:
   """Finds a teacher and checks that it fits, without reading weights.
 
@@ -160,7 +163,11 @@ def read_spec(*, name: str = "", path: str | Path = "", image_size: tuple[int, i
       tokens, where the model has one.
     last_k: with "raw", the mean over so many last blocks, each normalised token by token as their scales differ
       (data2vec, Baevski et al. 2022, arXiv 2202.03555).
-    mean, std: of the teacher's input; None: preprocessor_config.json, else the family's.
+    channels: of the student's images.
+    bands: those of them that the teacher sees, three for a published one; (): all if it has as many, and the one of grey images
+      in the place of each of its own.
+    mean, std: of the student's images, for each channel, to be used for the teacher's input too; None: what its
+      preprocessor_config.json says, else the family's.
     resolution: height of the teacher's input in pixels, the width in proportion. 0: the student's images as they are if
       the teacher's patches divide its tokens, else resized to one patch per token.
     num_heads, activation: for files that do not tell (`models.tower.ACTIVATIONS`); they overrule those that do.
@@ -208,7 +215,8 @@ def read_spec(*, name: str = "", path: str | Path = "", image_size: tuple[int, i
   if last_k != 1 and (layer != "raw" or not 1 <= last_k <= module.depth):
     raise WeightsError(f"last_k={last_k} needs layer 'raw' (not {layer!r}) and 1 to {module.depth} blocks of {source}")
 
-  mean, std = (tuple(given) if given else default for given, default in zip((mean, std), stored))
+  bands = _bands(tuple(bands), channels, len(stored[0]), source)
+  mean, std = (tuple(given[band] for band in bands) if given else default for given, default in zip((mean, std), stored))
   grid, input_size = _input_size(image_size, token_size, module.patch_size, resolution)
   tokens = tuple(side // module.patch_size for side in input_size)
   by = "{0[0]}x{0[1]}".format
@@ -220,8 +228,10 @@ def read_spec(*, name: str = "", path: str | Path = "", image_size: tuple[int, i
     description += f" brought to {by(grid)}"
   if table_grid not in (None, tokens):
     description += f", position table {by(table_grid)} resized ({family.rule.description})"
-  return TeacherSpec(weights, module, table_grid, tuple(image_size), grid, input_size, tokens, mean, std, layer, last_k, family,
-                     prefix, request, proj_dim if layer == "proj" else module.dim, module.cls_token, module.cls_token or probe,
+  if bands != tuple(range(channels)):
+    description += f", of channels {', '.join(map(str, bands))}"
+  return TeacherSpec(weights, module, table_grid, tuple(image_size), grid, input_size, tokens, bands, mean, std, layer, last_k,
+                     family, prefix, request, proj_dim if layer == "proj" else module.dim, module.cls_token, module.cls_token or probe,
                      description)
 
 
@@ -230,8 +240,8 @@ def configured_spec(options, config) -> TeacherSpec:
   own = options.input_norm == "teacher"
   fields = ("layer", "last_k", "resolution", "num_heads", "activation", "dtype")
   return read_spec(name=options.name or "", path=options.path or "", image_size=tuple(config.image_size),
-                   token_size=student_token_size(config), mean=None if own else tuple(config.data.mean),
-                   std=None if own else tuple(config.data.std),
+                   token_size=student_token_size(config), channels=len(config.data.mean), bands=tuple(options.bands),
+                   mean=None if own else tuple(config.data.mean), std=None if own else tuple(config.data.std),
                    **{field: options[field] for field in fields})
 
 
@@ -305,7 +315,9 @@ def _read_encoder(workdir: Path) -> tuple[Any, str]:
 
 
 def _look(spec: TeacherSpec, params, images: jax.Array) -> TeacherOutput:
-  """Images [B, H, W, 3] through the tower, and to the student's grid."""
+  """The student's images [B, H, W, C] through the tower, and to the student's grid."""
+  if spec.bands != tuple(range(images.shape[-1])):
+    images = images[..., np.array(spec.bands)]
   if images.dtype == jnp.uint8:
     images = images.astype(jnp.float32) / 255
   if images.shape[1:3] != spec.input_size:
@@ -416,6 +428,17 @@ def _check_preset(name: str, module: Tower, table_grid, source: str) -> None:
 def _normalisation(path: Path | None, family: str):
   """Mean and deviation: the stored ones, where there are any, else the family's."""
   return files.image_statistics(path, *_NORMALISATION.get(family, (IMAGENET_MEAN, IMAGENET_STD)))
+
+
+def _bands(bands: tuple[int, ...], channels: int, wanted: int, source: str) -> tuple[int, ...]:
+  """The student's channels that a teacher of `wanted` channels sees: the given ones, else those that can only be meant."""
+  if not bands and channels in (1, wanted):
+    return tuple(range(channels)) if channels == wanted else (0,) * wanted
+  if len(bands) != wanted or not all(band in range(channels) for band in bands):
+    raise WeightsError(f"bands={bands} given; images have {channels} channels (config.data.mean), {source} sees {wanted}: give "
+                       f"the {wanted} that it sees, from 0 to {channels - 1}"
+                       + (", those of red, green and blue, e.g. bands=(2, 1, 0)" if wanted == 3 else ""))
+  return tuple(map(int, bands))
 
 
 def _input_size(image_size, token_size: int, patch: int, resolution: int):

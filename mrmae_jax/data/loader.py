@@ -45,7 +45,7 @@ REASON_BYTES = 400
 def loader_options(config) -> dict:
   """What both functions below take from a run's `config.data`, by name."""
   names = ("workers", "on_error", "max_skipped", "timeout_s")
-  return {name: config[name] for name in names}
+  return {name: config[name] for name in names} | {"channels": len(config.mean)}
 
 
 def train_batches(
@@ -60,8 +60,9 @@ def train_batches(
     resize: str = "pillow",
     randaug: str = "",
     erase_prob: float = 0.0,
-    mean: tuple[float, float, float] = IMAGENET_MEAN,
-    std: tuple[float, float, float] = IMAGENET_STD,
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
+    channels: int = 3,
     first_step: int = 0,
     shard: int = 0,
     num_shards: int = 1,
@@ -84,9 +85,11 @@ def train_batches(
     flip: whether half of the images are mirrored.
     single_try: crops by the rule of MAE's linear probe, see `augment.crop_box`.
     resize: "pillow", the exact one, or "cv2", see `augment.resizer`.
-    randaug: RandAugment after that, see `randaugment.parse`; "" for none.
+    randaug: RandAugment after that, see `randaugment.parse`; "" for none. RGB
+      alone.
     erase_prob: of erasing a part after that, see `augment.random_erase`.
     mean, std: which will normalise the images; `randaug` and erasing use them.
+    channels: C of the output, see `augment.with_channels`.
     first_step: step of the first batch.
     shard: which part of each batch, of num_shards; joined in this order the
       parts are the same global batch for any num_shards.
@@ -99,7 +102,7 @@ def train_batches(
     timeout_s: longest wait for a batch in seconds; 0 for no limit.
 
   Returns:
-    Iterator of {"image": uint8 [b, H, W, 3], "label": int32 [b]} with
+    Iterator of {"image": uint8 [b, H, W, C], "label": int32 [b]} with
     b = batch_size / num_shards; label -1 where the source has none.
 
   Raises:
@@ -115,12 +118,17 @@ def train_batches(
     )
   if not 0 <= erase_prob <= 1:
     raise DataError(f"erase_prob={erase_prob} given; expected 0 to 1")
+  if randaug and channels != 3:
+    raise DataError(
+        f"randaug={randaug!r} given; of {channels} channels expected ''"
+    )
   # Grain reshuffles epoch e with (shuffle seed + e): hashing the seed first
   # keeps the second epoch of seed 0 from being the first epoch of seed 1.
   shuffle_seed, augment_seed = np.random.SeedSequence(seed).generate_state(2)
   view = _TrainView(
-      source, on_error == "skip", image_size, crop_scale, flip, single_try,
-      augment.resizer(resize), randaugment.parse(randaug), erase_prob, mean, std,
+      source, channels, on_error == "skip", image_size, crop_scale, flip,
+      single_try, augment.resizer(resize), randaugment.parse(randaug),
+      erase_prob, mean, std,
   )
   order = (
       grain.MapDataset.range(len(source))
@@ -145,6 +153,7 @@ def eval_batches(
     batch_size: int,
     image_size: tuple[int, int],
     crop_pct: float,
+    channels: int = 3,
     shard: int = 0,
     num_shards: int = 1,
     workers: int = 0,
@@ -160,6 +169,7 @@ def eval_batches(
     batch_size: images per batch over all shards.
     image_size: (H, W) of the output.
     crop_pct: see `augment.center_crop`.
+    channels: C of the output, see `augment.with_channels`.
     shard: which part of each batch, of num_shards.
     num_shards: parts that a global batch is cut into, one per host.
     workers: decoding processes; 0 decodes in threads of this process.
@@ -169,7 +179,7 @@ def eval_batches(
     max_skipped, timeout_s: as in `train_batches`.
 
   Returns:
-    Iterator of {"image": uint8 [b, H, W, 3], "label": int32 [b],
+    Iterator of {"image": uint8 [b, H, W, C], "label": int32 [b],
     "valid": bool [b]} with b = batch_size / num_shards. The last global batch
     is filled up with black images, label -1, valid False, so that all shards
     see the same number of batches.
@@ -184,7 +194,7 @@ def eval_batches(
     raise DataError(f"crop_pct={crop_pct} given; expected 0 < crop_pct <= 1")
   count = min(limit, len(source)) if limit > 0 else len(source)
   padded = -(-count // batch_size) * batch_size
-  view = _EvalView(source, on_error == "skip", image_size, crop_pct)
+  view = _EvalView(source, channels, on_error == "skip", image_size, crop_pct)
   order = grain.MapDataset.range(padded).map(_Spaced(len(source), count))
 
   def mine(stream):
@@ -438,6 +448,7 @@ class _TrainView:
   """
 
   source: Source
+  channels: int
   skip: bool
   image_size: tuple[int, int]
   crop_scale: tuple[float, float]
@@ -446,8 +457,8 @@ class _TrainView:
   resize: Callable
   policy: randaugment.Policy | None
   erase_prob: float
-  mean: tuple[float, float, float]
-  std: tuple[float, float, float]
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
 
   def __call__(self, index: int, rng: np.random.Generator) -> dict:
     image, label, skipped = self._read(index, rng)
@@ -473,7 +484,7 @@ class _TrainView:
     for _ in range(MAX_DRAWS):
       try:
         example = self.source[index]
-        image = augment.pixels(example)
+        image = augment.pixels(example, self.channels)
         return image, np.int32(example["label"]), _reason(reason)
       except DataError as error:
         if not self.skip:
@@ -502,6 +513,7 @@ class _EvalView:
   """Index of an image -> the evaluation view of it, black for -1."""
 
   source: Source
+  channels: int
   skip: bool
   image_size: tuple[int, int]
   crop_pct: float
@@ -511,9 +523,8 @@ class _EvalView:
     if index >= 0:
       try:
         example = self.source[index]
-        image = augment.center_crop(
-            augment.pixels(example), self.image_size, self.crop_pct
-        )
+        image = augment.pixels(example, self.channels)
+        image = augment.center_crop(image, self.image_size, self.crop_pct)
         return {
             "image": image,
             "label": np.int32(example["label"]),
@@ -525,7 +536,7 @@ class _EvalView:
           raise
         reason = error
     return {
-        "image": np.zeros((*self.image_size, 3), np.uint8),
+        "image": np.zeros((*self.image_size, self.channels), np.uint8),
         "label": np.int32(-1),
         "valid": np.bool_(False),
         "skipped": _reason(reason),

@@ -86,7 +86,7 @@ class PackedSource:
       example = {"label": int(about["label"]), "name": str(about["name"])}
       if "shape" in about:
         image = np.frombuffer(image, np.uint8).reshape(about["shape"])
-        if image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        if image.ndim != 3 or not image.size:
           raise ValueError(f"pixels of shape {image.shape}")
     except MemoryError:
       raise
@@ -118,7 +118,8 @@ def write(
   Every image is decoded once, to know that it can be. What is written are the
   bytes of the source; with `short_side` images larger than that are resized, by
   the same filter and rounding as the evaluation view (Pillow's bicubic, the
-  longer side rounded down), and encoded as JPEG with 4:2:0 chroma.
+  longer side rounded down), and encoded as JPEG with 4:2:0 chroma. Images that
+  are not RGB stay pixels.
 
   Args:
     sources: the splits by name, "train" and "eval" or one of them.
@@ -294,17 +295,20 @@ class _Record:
     image, pixels = example["image"], augment.pixels(example)
     if self._short_side and min(pixels.shape[:2]) > self._short_side:
       image = self._shrink(pixels, example["name"])
-    elif isinstance(image, np.ndarray):
+    if isinstance(image, np.ndarray):
       about["shape"], image = image.shape, image.tobytes()
     return json.dumps(about).encode() + b"\n" + image
 
-  def _shrink(self, pixels: np.ndarray, name: str) -> bytes:
-    height, width = pixels.shape[:2]
+  def _shrink(self, pixels: np.ndarray, name: str) -> bytes | np.ndarray:
+    """A JPEG of the resized image, or its pixels if it is not RGB."""
+    height, width, channels = pixels.shape
     short = min(height, width)
     size = height * self._short_side // short, width * self._short_side // short
-    buffer = io.BytesIO()
+    resized, buffer = augment.resize_pillow(pixels, size), io.BytesIO()
+    if channels != 3:
+      return resized
     try:
-      Image.fromarray(augment.resize_pillow(pixels, size)).save(
+      Image.fromarray(resized).save(
           buffer, "JPEG", quality=self._quality, subsampling="4:2:0"
       )
     except OSError as error:  # More than 65,500 pixels on a side.

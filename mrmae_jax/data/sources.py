@@ -9,6 +9,7 @@ import collections
 import functools
 import hashlib
 import json
+import math
 import os
 from typing import Protocol
 
@@ -17,7 +18,10 @@ from PIL import Image
 
 from mrmae_jax import buckets
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+ARRAY_SUFFIX = ".npy"
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ARRAY_SUFFIX, ".png", ".webp")
+# Of the pixels in a .npy file: what the largest RGB image takes, too.
+MAX_ARRAY_BYTES = 512 * 2**20
 # Tried in this order when the requested evaluation folder is absent.
 EVAL_FOLDERS = ("val", "validation", "test")
 DIGITS_SIZE = 32
@@ -31,7 +35,7 @@ class Source(Protocol):
   """What the loader needs of a dataset.
 
   `source[i]` is `{"image", "label", "name"}`: the encoded bytes of one image or
-  its pixels (uint8 [H, W, 3]); an int label, -1 when there is none; and a name
+  its pixels (uint8 [H, W, C]); an int label, -1 when there is none; and a name
   by which a person can find the image.
 
   Attributes:
@@ -282,7 +286,10 @@ class DigitsSource:
 
 
 class FolderSource:
-  """Image files under one directory, read when they are asked for."""
+  """Image files under one directory, read when they are asked for.
+
+  Of .npy files, for images of any number of channels, examples hold the pixels.
+  """
 
   def __init__(
       self,
@@ -312,18 +319,68 @@ class FolderSource:
 
   def __getitem__(self, index: int) -> dict:
     path = os.path.join(self._root, self._paths[index])
+    read = _read_array if path.lower().endswith(ARRAY_SUFFIX) else _read_bytes
     try:
-      with open(path, "rb") as file:
-        data = file.read()
+      image = read(path)
     except OSError as error:
       raise DataError(
           f"{path}: cannot be read ({error.strerror}); it was there when the"
           " folder was listed, restore it or start again without it"
       ) from error
-    return {"image": data, "label": int(self._labels[index]), "name": path}
+    return {"image": image, "label": int(self._labels[index]), "name": path}
 
   def name(self, index: int) -> str:
     return self._paths[index]
+
+
+def _read_bytes(path: str) -> bytes:
+  with open(path, "rb") as file:
+    return file.read()
+
+
+def _read_array(path: str) -> np.ndarray:
+  """The image in a .npy file, uint8 [H, W, C]; [H, W] is one channel.
+
+  No pickle is read, and no memory taken for pixels before the header is known.
+
+  Raises:
+    DataError: another array, one of more than MAX_ARRAY_BYTES, or damaged.
+    OSError: the file cannot be read.
+  """
+  with open(path, "rb") as file:
+    try:
+      version = np.lib.format.read_magic(file)
+      header = {
+          (1, 0): np.lib.format.read_array_header_1_0,
+          (2, 0): np.lib.format.read_array_header_2_0,
+      }[version]
+      shape, _, dtype = header(file)
+    except OSError:
+      raise
+    # It is parsed as Python; what hostile text raises there is not listed.
+    except Exception as error:
+      raise DataError(
+          f"{path}: no array ({_first_line(error)}); write it with"
+          " numpy.save, or remove it"
+      ) from error
+    if dtype != np.uint8 or len(shape) not in (2, 3) or min(shape) < 1:
+      raise DataError(
+          f"{path}: holds {dtype} of shape {shape}; expected uint8 [H, W, C], or"
+          " [H, W] of one channel; bring it to 0..255 and this order"
+      )
+    if math.prod(shape) > MAX_ARRAY_BYTES:
+      raise DataError(
+          f"{path}: its header claims the shape {shape}, at most"
+          f" {MAX_ARRAY_BYTES:,} values are read; cut it into parts"
+      )
+    file.seek(0)
+    try:
+      image = np.load(file, allow_pickle=False)
+    except ValueError as error:
+      raise DataError(
+          f"{path}: is damaged ({_first_line(error)}); replace or remove it"
+      ) from error
+  return image.reshape(*shape[:2], -1)
 
 
 def _open_folder(

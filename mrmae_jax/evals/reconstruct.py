@@ -25,7 +25,8 @@ class Evaluator:
     """
     self.note = ""  # always has something to show
     self._frozen, self._folder = frozen, workdir / "reconstructions"
-    self._images, self._norm_pix = images, config.method.norm_pix
+    self._images, (self._bands, caption) = images, bands_shown(config)
+    self._note = "; ".join(filter(None, (caption, NOTE if config.method.norm_pix else "")))
     source = data.open_split(config.data, "eval" if config.data.holdout_every else "train")
     count = -(-images // mesh.size) * mesh.size
     batches = data.eval_batches(source, batch_size=count, image_size=tuple(config.image_size),
@@ -44,8 +45,7 @@ class Evaluator:
   def run(self, params, step: int) -> dict:
     """{"pictures": {path of the PNG: uint8 [H, W, 3]}}; host 0 writes it."""
     columns = jax.device_get(self._predict(params, self._frozen, self._batch))
-    picture = draw_grid([columns[name][:self._images] for name in COLUMNS], list(COLUMNS.values()),
-                        NOTE if self._norm_pix else "")
+    picture = draw_grid([columns[name][:self._images, ..., self._bands] for name in COLUMNS], list(COLUMNS.values()), self._note)
     path = self._folder / f"step_{step:07d}.png"
     if jax.process_index() == 0:
       self._folder.mkdir(parents=True, exist_ok=True)
@@ -53,3 +53,14 @@ class Evaluator:
       Image.fromarray(picture).save(encoded, "PNG")
       path.write_bytes(encoded.getvalue())
     return {"pictures": {path: picture}}
+
+
+def bands_shown(config) -> tuple[list[int], str]:
+  """The three channels that pictures of a run show as red, green and blue, and a caption that says so.
+
+  RGB and grey are shown as they are, without a caption; of other images the channels that the teacher sees, else the first ones.
+  """
+  channels, teacher = len(config.data.mean), config.get("teacher")
+  seen = list(teacher.bands) if teacher and channels != 3 else []
+  bands = seen if len(seen) == 3 else [min(i, channels - 1) for i in range(3)]
+  return bands, "" if channels in (1, 3) else f"channels {', '.join(map(str, bands))} as RGB"

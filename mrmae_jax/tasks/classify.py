@@ -37,7 +37,7 @@ def make(config) -> Task:
   pretrained, notes = read_pretrained(config, model)
 
   def init(key):
-    return model.init(key, jnp.zeros((1, *size, 3)))["params"]
+    return model.init(key, jnp.zeros((1, *size, len(config.data.mean))))["params"]
 
   def loss(params, frozen, batch, keys):
     del frozen
@@ -80,6 +80,10 @@ def read_pretrained(config, model: Classifier) -> tuple[dict[str, np.ndarray], t
     return {}, ("starting from random weights",)
   student = students.read(config.init_from, num_heads=config.encoder.num_heads, decoder=False,
                           learned_positions=model.encoder.learned_positions)
+  if len(student.mean) != len(config.data.mean):
+    raise WeightsError(f"config.init_from={config.init_from} takes images of {len(student.mean)} channels, config.data.mean has "
+                       f"{len(config.data.mean)}; weights of the one are not turned into weights of the other: give images, mean "
+                       "and std of as many channels, or config.init_from= (empty) to start from random weights")
   ours, theirs = (students.module_fields(encoder) for encoder in (model.encoder, student.encoder))
   free = {"sparse", "drop_path", "remat", "fuse_stages", "fuse_layers", "eps"}  # change no parameter that is taken
   different = [f"{key} {theirs.get(key)!r} there, {ours.get(key)!r} here"

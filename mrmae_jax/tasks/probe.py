@@ -27,7 +27,7 @@ def make(config) -> Task:
   # The features of fine-tuning before its first step: with "mean", fc_norm is a LayerNorm that has learnt nothing.
   model = classify.make_model(config, 1)
   pretrained, notes = classify.read_pretrained(config, model)
-  fresh = jax.jit(lambda: model.init(jax.random.key(config.seed), jnp.zeros((1, *size, 3)))["params"])()
+  fresh = jax.jit(lambda: model.init(jax.random.key(config.seed), jnp.zeros((1, *size, len(config.data.mean))))["params"])()
   frozen = replaced(jax.device_get(fresh), pretrained)  # on the host: where they go is the loop's business
 
   def features(frozen, batch):

@@ -6,10 +6,11 @@
 
 verify decodes every image of the splits and prints a report in JSON: how many images, which are bad and why, how large they are
 (shorter side), how many are grey, CMYK, 16-bit, with alpha, animated, or turned by their EXIF orientation (which training ignores),
-and the mean and deviation of each channel over all pixels at full size, in [0, 1], for config.data.mean and std. Bad is what training
-cannot read, and besides a JPEG that it would read in spite of damage that its decoder notices. Not all damage can be seen: of
-random changes of one byte in JPEGs about one in six is, in PNGs all are. --quarantine writes the list of bad images that
-runs leave out; give verify the source and split options of the run. Exit code: 0 all images are good, 3 some are bad (the report and the list are written), 2 usage.
+and the mean and deviation of each channel over all pixels at full size, in [0, 1], for config.data.mean and std. --channels says how
+many there are: 3 for RGB, 1 for grey, others in .npy files. Bad is what training cannot read, and besides a JPEG that it would read
+in spite of damage that its decoder notices. Not all damage can be seen: of random changes of one byte in JPEGs about one in six is,
+in PNGs all are. --quarantine writes the list of bad images that runs leave out; give verify the source and split options of the run.
+Exit code: 0 all images are good, 3 some are bad (the report and the list are written), 2 usage.
 """
 
 import collections
@@ -43,6 +44,7 @@ def define_flags() -> flags.FlagValues:
   flags.DEFINE_string("data_dir", "", "Where tfds looks for prepared data sets.", flag_values=own)
   flags.DEFINE_integer("holdout_every", 10, "Images without splits: every k-th is for evaluation; 0: all are for training.",
                        flag_values=own)
+  flags.DEFINE_integer("channels", 3, "Of the images: as many as the run's config.data.mean has numbers.", lower_bound=1, flag_values=own)
   flags.DEFINE_integer("workers", 0, "Decoding processes; 0: one per core.", lower_bound=0, flag_values=own)
   flags.DEFINE_string("json", "", "A file for the report, too.", flag_values=own)
   flags.DEFINE_string("quarantine", "", "A file for the list of bad images, for config.data.quarantine.", flag_values=own)
@@ -55,7 +57,7 @@ class Found(NamedTuple):
   Attributes:
     bad: {name: cause}.
     counts: of ("format", "JPEG"), ("mode", "RGB"), ("kind", "grey"), ("short_side", 128) for 128 to 255, ...
-    values: how often each channel has each value, int64 [3, 256].
+    values: how often each channel has each value, int64 [C, 256].
   """
 
   bad: dict[str, str]
@@ -66,27 +68,29 @@ class Found(NamedTuple):
     return Found(self.bad | other.bad, self.counts + other.counts, self.values + other.values)
 
 
-NOTHING = Found({}, collections.Counter(), np.zeros((3, 256), np.int64))
+def nothing(channels: int) -> Found:
+  """What no images of so many channels are."""
+  return Found({}, collections.Counter(), np.zeros((channels, 256), np.int64))
 
 
-def inspect(source, indices) -> Found:
+def inspect(source, channels: int, indices) -> Found:
   """Reads and decodes some images of a source."""
   from mrmae_jax.data import DataError  # pylint: disable=g-import-not-at-top; --help is answered first
-  from mrmae_jax.data.augment import decode_image  # pylint: disable=g-import-not-at-top
-  from PIL import Image  # pylint: disable=g-import-not-at-top
-  found = NOTHING
+  from mrmae_jax.data import augment  # pylint: disable=g-import-not-at-top
+  found = nothing(channels)
   for i in indices:
     try:
       image, counts = source[i]["image"], [("format", "pixels")]
       if not isinstance(image, np.ndarray):
-        data, image = image, decode_image(image, source.name(i), strict=True)
+        data, image = image, augment.decode_image(image, source.name(i), strict=True)
         counts = _about(data)
+      image = augment.with_channels(image, channels, source.name(i))
     except DataError as error:
       name = source.name(i)
-      found += Found({name: str(error).removeprefix(f"{name}: ")}, collections.Counter(), 0)
+      found += nothing(channels)._replace(bad={name: str(error).removeprefix(f"{name}: ")})
       continue
     counts.append(("short_side", 1 << (min(image.shape[:2]).bit_length() - 1)))
-    values = np.array(Image.fromarray(image).histogram()).reshape(3, 256)
+    values = np.array([picture.histogram() for picture in augment.pictures(image)]).reshape(channels, 256)
     found += Found({}, collections.Counter(counts), values)
   return found
 
@@ -123,11 +127,12 @@ def summary(found: Found, images: int) -> dict:
   return {"images": images, "bad": len(found.bad), "pixels": number, "mean": mean, "std": std, **table, "causes": found.bad}
 
 
-def verify(source, workers: int, progress) -> Found:
+def verify(source, channels: int, workers: int, progress) -> Found:
   """Inspects every image of a source in processes.
 
   Args:
     source: of `mrmae_jax.data`.
+    channels: that its images should have.
     workers: number of processes.
     progress: called with the number of images done since the last call.
 
@@ -136,9 +141,9 @@ def verify(source, workers: int, progress) -> Found:
   """
   from mrmae_jax.data import DataError  # pylint: disable=g-import-not-at-top
   chunks = iter([range(i, min(i + CHUNK, len(source))) for i in range(0, len(source), CHUNK)])
-  total = NOTHING
+  total = nothing(channels)
   with futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-    running = {pool.submit(inspect, source, chunk): chunk for chunk in itertools.islice(chunks, 2 * workers)}
+    running = {pool.submit(inspect, source, channels, chunk): chunk for chunk in itertools.islice(chunks, 2 * workers)}
     while running:
       for future in futures.wait(running, return_when=futures.FIRST_COMPLETED).done:
         chunk = running.pop(future)
@@ -149,7 +154,7 @@ def verify(source, workers: int, progress) -> Found:
                           "had: it crashed, or memory ran out; try --workers=1") from None
         progress(len(chunk))
         for chunk in itertools.islice(chunks, 1):
-          running[pool.submit(inspect, source, chunk)] = chunk
+          running[pool.submit(inspect, source, channels, chunk)] = chunk
   order = {source.name(i): i for i in range(len(source))} if total.bad else {}
   return total._replace(bad=dict(sorted(total.bad.items(), key=lambda item: order[item[0]])))
 
@@ -171,7 +176,8 @@ def run(options) -> str:
   sources = {split: data.open_source(options.source, split, **{name: options[name].value for name in opened})
              for split in options.splits}
   with tqdm(total=sum(map(len, sources.values())), unit="image", smoothing=0.05) as bar:  # shows rate and time left
-    found = {split: verify(source, options.workers or os.cpu_count() or 1, bar.update) for split, source in sources.items()}
+    found = {split: verify(source, options.channels, options.workers or os.cpu_count() or 1, bar.update)
+             for split, source in sources.items()}
   report = {"source": options.source, **{split: summary(one, len(sources[split])) for split, one in found.items()}}
   print(json.dumps(report, indent=2), flush=True)
   for path, content in ((options.json, report), (options.quarantine, {split: one.bad for split, one in found.items()})):

@@ -97,7 +97,8 @@ def examine(config, workdir: str | None, report: Report, out: str, compiled: boo
     report.stop(str(error), 2)
     return
   if config.task == "pretrain":
-    first = next(iter(data.eval_batches(source, batch_size=COUNT, image_size=tuple(config.image_size), crop_pct=1.0, limit=COUNT)))
+    first = next(iter(data.eval_batches(source, batch_size=COUNT, image_size=tuple(config.image_size), crop_pct=1.0, limit=COUNT,
+                                   channels=len(config.data.mean))))
     teachers(config, first["image"][first["valid"]], report)
   step(config, task, len(source), workdir, compiled, report)
 
@@ -154,7 +155,7 @@ def images(config, report: Report, out: str):
     report.ok(f"train: {source.description}")
     sizes, kinds = [], set()
     for i in np.linspace(0, len(source) - 1, min(COUNT, len(source))).astype(int):
-      pixels = augment.pixels(source[int(i)])
+      pixels = augment.pixels(source[int(i)], len(config.data.mean))
       sizes.append(min(pixels.shape[:2]))
       kinds.add("constant" if pixels.min() == pixels.max() else "grey" if (pixels == pixels[..., :1]).all() else "colour")
     options = data.loader_options(config.data) | {"workers": 0}
@@ -184,11 +185,13 @@ def images(config, report: Report, out: str):
     report.look("no k-NN evaluation: the images have no labels (folders as classes)")
   if out:
     from PIL import Image  # pylint: disable=g-import-not-at-top
+    from mrmae_jax.evals.reconstruct import bands_shown  # pylint: disable=g-import-not-at-top
     from mrmae_jax.pictures import draw_grid  # pylint: disable=g-import-not-at-top
-    views = batch["image"].astype(np.float32) / 255
+    bands, caption = bands_shown(config)
+    views = batch["image"][..., bands].astype(np.float32) / 255
     columns = [views[i::4] for i in range(min(4, len(views)))]
     columns = [column[:len(columns[-1])] for column in columns]
-    Image.fromarray(draw_grid(columns, ["as training", "sees them"] + [""] * (len(columns) - 2))).save(out)
+    Image.fromarray(draw_grid(columns, ["as training", "sees them"] + [""] * (len(columns) - 2), caption)).save(out)
     report.ok(f"{out} shows {sum(map(len, columns))} of the first images as training sees them")
   return source
 

@@ -56,7 +56,7 @@ def run(options) -> str:
   logits, labels = [], None
   for path, model in models.items():
     batches = extract(model.classify, source, image_size=model.config["image_size"], crop=options.crop,
-                      batch_size=options.batch_size)
+                      batch_size=options.batch_size, channels=len(model.student.mean))
     with tqdm(total=len(source), unit="image", desc=path, smoothing=0.05) as progress:
       parts = []
       for _, label, found in batches:

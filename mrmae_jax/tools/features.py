@@ -59,15 +59,16 @@ class _Named:
     return example
 
 
-def extract(encode, source, *, image_size: tuple[int, int], crop: float, batch_size: int):
+def extract(encode, source, *, image_size: tuple[int, int], crop: float, batch_size: int, channels: int = 3):
   """Yields (names, labels int32 [B], features float32 [B, D]) of a source's images, batch by batch, in order, each once.
 
   Args:
-    encode: uint8 [B, H, W, 3] -> [B, D].
+    encode: uint8 [B, H, W, C] -> [B, D].
     source: of `mrmae_jax.data`.
     image_size: (height, width).
     crop: see `data.augment.center_crop`.
     batch_size: images at a time; the last batch holds what is left.
+    channels: C.
 
   Raises:
     DataError: an image cannot be read.
@@ -75,7 +76,7 @@ def extract(encode, source, *, image_size: tuple[int, int], crop: float, batch_s
   from mrmae_jax import data  # pylint: disable=g-import-not-at-top; a mistyped command line is answered before jax is loaded
   named, done = _Named(source), 0
   # In threads of this process: the names are remembered here.
-  batches = data.eval_batches(named, batch_size=batch_size, image_size=image_size, crop_pct=crop, workers=0)
+  batches = data.eval_batches(named, batch_size=batch_size, image_size=image_size, crop_pct=crop, channels=channels)
   try:
     for batch in batches:
       valid = batch["valid"]
@@ -137,9 +138,9 @@ def run(options) -> str:
   from tqdm import tqdm  # pylint: disable=g-import-not-at-top
   source = data.open_source(options.images, options.split, train_split=options.train_split, eval_split=options.eval_split,
                             data_dir=options.data_dir, holdout_every=options.holdout_every)
-  encode, size, report = _encoder(options)
+  encode, size, channels, report = _encoder(options)
   print(f"{report}\n{source.description}", flush=True)
-  batches = extract(encode, source, image_size=size, crop=options.crop, batch_size=options.batch_size)
+  batches = extract(encode, source, image_size=size, crop=options.crop, batch_size=options.batch_size, channels=channels)
   about = {"model": options.model, "untrained": options.untrained, "feature": options.feature, "image_size": size,
            "crop": options.crop, "dtype": options.dtype, "report": report, "images": source.description}
 
@@ -155,13 +156,13 @@ def run(options) -> str:
 
 
 def _encoder(options):
-  """What `extract` takes of --model: the function, the size of its images, and what to say of it."""
+  """What `extract` takes of --model: the function, size and channels of its images, and what to say of it."""
   from mrmae_jax import config, mrmae, pretrained  # pylint: disable=g-import-not-at-top; likewise
   from mrmae_jax.weights import students  # pylint: disable=g-import-not-at-top
   square = (options.image_size,) * 2
   if options.model == "pixels":
     pixels = lambda images: mrmae.normalise(images, config.IMAGENET_MEAN, config.IMAGENET_STD).reshape(len(images), -1)
-    return pixels, square if options.image_size else (32, 32), "pixels, normalised"
+    return pixels, square if options.image_size else (32, 32), 3, "pixels, normalised"
   model = pretrained.load(options.model, num_heads=options.num_heads, decoder=False, dtype=options.dtype)
   report = str(model.report)
   if options.untrained:
@@ -172,7 +173,7 @@ def _encoder(options):
     raise UsageError(f"--image_size={options.image_size} is not a multiple of the model's token size {encoder.patch_size}")
   if options.feature == "cls" and not encoder.cls_token:
     raise UsageError("--feature=cls: the model has no CLS token; use pooled")
-  return lambda images: model.encode(images)[options.feature], size, report
+  return lambda images: model.encode(images)[options.feature], size, len(model.student.mean), report
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -34,7 +34,7 @@ def define_flags() -> flags.FlagValues:
 
 
 def look(config, images: np.ndarray, options=None):
-  """A teacher on images uint8 [B, H, W, 3]: its one-line description and TeacherOutput as numpy arrays.
+  """A teacher on images uint8 [B, H, W, C]: its one-line description and TeacherOutput as numpy arrays.
 
   Args:
     config: of a run.
@@ -84,13 +84,16 @@ def attention_columns(images: np.ndarray, output, config) -> dict[str, np.ndarra
 
 
 def draw(images: np.ndarray, output, config) -> np.ndarray:
-  """The picture: uint8 [height, width, 3] of images uint8 [B, H, W, 3] and what the teacher makes of them."""
+  """The picture: uint8 [height, width, 3] of images uint8 [B, H, W, C] and what the teacher makes of them."""
   from mrmae_jax.config import token_size  # pylint: disable=g-import-not-at-top; likewise
   from mrmae_jax.mrmae import normalise_features
-  size, columns = token_size(config), attention_columns(images, output, config)
+  from mrmae_jax.evals.reconstruct import bands_shown
+  bands, caption = bands_shown(config)
+  size, columns = token_size(config), attention_columns(images[..., bands], output, config)
   grid = images.shape[1] // size, images.shape[2] // size
   columns["features (PCA)"] = enlarge(principal_colours(normalise_features(output.features, "layer_norm")), grid, size)
-  return draw_grid(list(columns.values()), list(columns), "attention relative to each image's largest; PCA over all images shown")
+  note = "attention relative to each image's largest; PCA over all images shown"
+  return draw_grid(list(columns.values()), list(columns), f"{caption}; {note}" if caption else note)
 
 
 def show(options) -> str:
@@ -101,7 +104,7 @@ def show(options) -> str:
   config.data.holdout_every = 0
   limit = max(count, options.statistics)
   batches = data.eval_batches(data.open_split(config.data, "train"), batch_size=limit, image_size=tuple(config.image_size),
-                              crop_pct=config.data.eval_crop, limit=limit)
+                              crop_pct=config.data.eval_crop, limit=limit, channels=len(config.data.mean))
   batch = next(batches)
   batches.close()
   images = batch["image"][batch["valid"]]

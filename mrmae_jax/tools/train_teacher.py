@@ -211,10 +211,7 @@ def view_batches(source, options, steps_per_epoch: int, total_steps: int):
   size, scale = (options.image_size,) * 2, (options.scale_min, 1.0)
 
   def views(index, step, row):
-    example = source[index]
-    image = example["image"]
-    if not isinstance(image, np.ndarray):
-      image = augment.decode_image(image, example["name"])
+    image = augment.pixels(source[index], 3)
     rng = np.random.default_rng((options.seed, 1, step, row))
     crops = [augment.random_resized_crop(image, rng, size, scale) for _ in range(2)]
     return [augment.random_flip(crop, rng) if options.flip else crop for crop in crops]

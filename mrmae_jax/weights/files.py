@@ -116,26 +116,28 @@ def read_json(path: Path) -> dict[str, Any]:
   return content
 
 
-def image_statistics(path: Path | None, mean: tuple[float, ...], std: tuple[float, ...]):
+def image_statistics(path: Path | None, mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None,
+                     channels: int | None = 3):
   """image_mean and image_std of a preprocessor_config.json; the given ones where there is none, or it does not say.
 
   Raises:
     WeightsError: see `check_statistics`; or the file is no JSON.
   """
   stored = read_json(path) if path and path.is_file() else {}
-  return check_statistics(stored.get("image_mean", mean), stored.get("image_std", std), str(path))
+  mean, std = stored.get("image_mean", mean), stored.get("image_std", std)
+  return (None, None) if mean is None and std is None else check_statistics(mean, std, str(path), channels)
 
 
-def check_statistics(mean, std, source: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def check_statistics(mean, std, source: str, channels: int | None = 3) -> tuple[tuple[float, ...], tuple[float, ...]]:
   """The mean and deviation by which a network's input is normalised, as tuples.
 
   Raises:
-    WeightsError: they are not 3 numbers each for pixels in [0, 1], std > 0.
+    WeightsError: they are not `channels` numbers each (None: as many of one as of the other) for pixels in [0, 1], std > 0.
   """
-  fits = lambda x: isinstance(x, (list, tuple)) and len(x) == 3 and all(type(n) in (int, float) and 0 <= n <= 1 for n in x)
-  if not (fits(mean) and fits(std) and min(std) > 0):
-    raise WeightsError(f"{source}: image_mean {str(mean)[:80]} and image_std {str(std)[:80]} must hold 3 numbers each, for "
-                       "pixels in [0, 1], std > 0; or give mean and std")
+  fits = lambda x: isinstance(x, (list, tuple)) and len(x) and all(type(n) in (int, float) and 0 <= n <= 1 for n in x)
+  if not (fits(mean) and fits(std) and min(std) > 0 and len(mean) == len(std) and channels in (None, len(mean))):
+    raise WeightsError(f"{source}: image_mean {str(mean)[:80]} and image_std {str(std)[:80]} must hold "
+                       f"{channels or 'equally many'} numbers each, for pixels in [0, 1], std > 0; or give mean and std")
   return tuple(mean), tuple(std)
 
 

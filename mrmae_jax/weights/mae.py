@@ -95,14 +95,16 @@ def hf_fields(config: dict[str, Any], source: str) -> tuple[dict[str, Any], dict
   return encoder_fields, found, grid, method
 
 
-def hf_config(module: ViT, decoder_module: Decoder | None, grid: tuple[int, int], method: dict[str, Any]) -> dict[str, Any]:
+def hf_config(module: ViT, decoder_module: Decoder | None, grid: tuple[int, int], channels: int,
+              method: dict[str, Any]) -> dict[str, Any]:
   """config.json of a model; `hf_fields` backwards."""
   rows, columns = (side * module.patch_size for side in grid)
   c = {"architectures": ["ViTMAEModel"], "model_type": "vit_mae", "hidden_size": module.dim, "num_hidden_layers": module.depth,
        "num_attention_heads": module.num_heads, "intermediate_size": module.mlp_dim, "hidden_act": "gelu",
        "layer_norm_eps": module.eps, "image_size": rows if rows == columns else [rows, columns],
-       "patch_size": module.patch_size, "num_channels": 3, "qkv_bias": True, "mask_ratio": method["mask_ratio"],
-       "norm_pix_loss": method["norm_pix"], "attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0, "initializer_range": 0.02}
+       "patch_size": module.patch_size, "num_channels": channels, "qkv_bias": True, "mask_ratio": method["mask_ratio"],
+       "norm_pix_loss": method["norm_pix"], "attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0,
+       "initializer_range": 0.02}
   if decoder_module is None:
     return c
   return c | {"architectures": ["ViTMAEForPreTraining"], "decoder_hidden_size": decoder_module.dim,

@@ -56,7 +56,7 @@ class Student(NamedTuple):
       float32 numpy arrays. A classifier is {"head"} on the normed first token, or {"fc_norm", "head"} on the mean token of the
       last block.
     grid: (rows, columns) of its position tables.
-    mean, std: of its input.
+    mean, std: of its input, a number for each of its channels.
     method: {"mask_ratio", "norm_pix"} of its pre-training; MAE's where the source does not tell.
     has_norm: False where fine-tuning has put fc_norm in the place of the last norm; that of `params` is then a fresh one.
     report: what was loaded, and what was not.
@@ -74,7 +74,8 @@ class Student(NamedTuple):
 
 
 def read(path: str | Path, *, num_heads: int = 0, decoder_heads: int = 0, grid: tuple[int, int] | None = None,
-         decoder: bool = True, mimic_heads: bool = False, learned_positions: bool = False, dtype: str = "float32") -> Student:
+         decoder: bool = True, mimic_heads: bool = False, learned_positions: bool = False, dtype: str = "float32",
+         mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None) -> Student:
   """Reads a trained student.
 
   Args:
@@ -86,6 +87,7 @@ def read(path: str | Path, *, num_heads: int = 0, decoder_heads: int = 0, grid: 
     mimic_heads: whether the heads of a run that mimics are wanted: {name of the loss: parameters}.
     learned_positions: keep the encoder's position table as a parameter, e.g. to train it, even if it is the sine-cosine one.
     dtype: of the modules' computation.
+    mean, std: of the input, per channel, for files that do not tell; None: ImageNet's, of three channels.
 
   Raises:
     WeightsError: nothing there, another model, or tensors missing, unknown, misshapen or not finite.
@@ -95,7 +97,7 @@ def read(path: str | Path, *, num_heads: int = 0, decoder_heads: int = 0, grid: 
   path = Path(os.path.expanduser(path))
   if os.path.isdir(path / "checkpoints"):
     return _read_run(path, decoder, mimic_heads, learned_positions, dtype)
-  return _read_files(path, num_heads, decoder_heads, grid, decoder, learned_positions, dtype)
+  return _read_files(path, num_heads, decoder_heads, grid, decoder, learned_positions, dtype, (mean, std))
 
 
 def _read_run(path: str | Path, with_decoder: bool, with_heads: bool, learned_positions: bool, dtype: str) -> Student:
@@ -134,8 +136,8 @@ class _Source(NamedTuple):
   encoder: dict[str, Any]
   decoder: dict[str, Any]
   grid: tuple[int, int] | None  # None: the position table is square
-  mean: tuple[float, ...] = IMAGENET_MEAN
-  std: tuple[float, ...] = IMAGENET_STD
+  mean: tuple[float, ...] | None = None
+  std: tuple[float, ...] | None = None
   method: dict[str, Any] = {"mask_ratio": 0.75, "norm_pix": True}
 
 
@@ -145,7 +147,7 @@ def _identify(path: Path, tensors: dict[str, files.Tensor]) -> _Source:
   if {"vit.embeddings.cls_token", "embeddings.cls_token"}.intersection(shapes):
     folder = path if path.is_dir() else path.parent
     fields, decoder, grid, method = mae.hf_fields(_read_config(folder / "config.json"), str(folder / "config.json"))
-    statistics = files.image_statistics(folder / "preprocessor_config.json", IMAGENET_MEAN, IMAGENET_STD)
+    statistics = files.image_statistics(folder / "preprocessor_config.json", channels=None)
     prefix = "vit." if "vit.embeddings.cls_token" in shapes else ""
     blocks = next((b for b in mae.DECODER_BLOCKS if any(name.startswith(b) for name in shapes)), mae.DECODER_BLOCKS[0])
     return _Source("transformers' names", lambda entry: mae.to_hf(entry, prefix, blocks), fields, decoder, grid, *statistics,
@@ -176,7 +178,8 @@ def _check(found: _Source, num_tensors: int, source: str) -> None:
       depth += found.decoder["depth"]
     if depth > num_tensors:  # shapes of so many blocks alone take minutes
       raise WeightsError(f"{source} does not fit the model: {depth} blocks, of which it holds {num_tensors} tensors")
-    files.check_statistics(found.mean, found.std, source)
+    if (found.mean, found.std) != (None, None):
+      files.check_statistics(found.mean, found.std, source, channels=None)
     grid, ratio, norm_pix = found.grid or (1, 1), found.method["mask_ratio"], found.method["norm_pix"]
     ok = {"dim", "patch_size"} <= fields.keys() or {"embed_dims", "patch_sizes"} <= fields.keys()
     ok &= len(grid) == 2 and all(type(side) is int and 0 < side <= MAX_SIZE for side in grid)
@@ -201,7 +204,17 @@ def _with_heads(fields: dict[str, Any], given: int, width: int, usual: int, opti
   return fields | {"num_heads": heads}
 
 
-def _read_files(path, num_heads, decoder_heads, grid, with_decoder, learned_positions, dtype) -> Student:
+def _statistics(given, found: _Source, channels: int, source: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+  """Mean and deviation of the input of so many channels: the given ones, else what the source tells, else ImageNet's."""
+  usual = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((), ())
+  mean, std = (tuple(next(x for x in known if x is not None)) for known in zip(given, (found.mean, found.std), usual))
+  if not len(mean) == len(std) == channels:
+    raise WeightsError(f"{source} takes images of {channels} channels and tells of mean {mean} and std {std}; give both, a number "
+                       "for each channel: mrmae_jax.load(path, mean=(...), std=(...))")
+  return mean, std
+
+
+def _read_files(path, num_heads, decoder_heads, grid, with_decoder, learned_positions, dtype, statistics) -> Student:
   """Weights under foreign names. A tensor that is dropped leaves `tensors`; all that are left must be used."""
   source, tensors = str(path), dict(files.open_weights(path))
   found, loaded, new, dropped = _identify(path, tensors), [], [], []
@@ -231,6 +244,9 @@ def _read_files(path, num_heads, decoder_heads, grid, with_decoder, learned_posi
     decoder = Decoder(**fields, dtype=jnp.dtype(dtype))
 
   grid = _find_grid(tensors, theirs("pos_embed"), encoder, grid or found.grid, source)
+  first = theirs("patch_embed1.proj.weight" if isinstance(encoder, ConvViT) else "patch_embed.proj.weight")
+  channels = convmae.shape_of({name: tensor.shape for name, tensor in tensors.items()}, first, 4, source)[1]
+  mean, std = _statistics(statistics, found, channels, source)
   if isinstance(encoder, ConvViT) and encoder.cls_token and _fold_cls_row(tensors, grid):
     loaded.append("CLS's row of the position table (as a part of cls_token)")
 
@@ -254,7 +270,8 @@ def _read_files(path, num_heads, decoder_heads, grid, with_decoder, learned_posi
     drop([name for name in tensors if name.startswith("fc_norm.")], "fc_norm (of a classifier that is not there)")
   if isinstance(encoder, ConvViT) and not encoder.fuse_stages:
     new.append("no fusion of the convolutional stages (the source does not hold its layers)")
-  expected = param_shapes(encoder, decoder, grid, classifier, tensors["head.weight"].shape[0] if classifier else 0)
+  expected = param_shapes(encoder, decoder, grid, classifier, tensors["head.weight"].shape[0] if classifier else 0,
+                          channels)
   fresh = {} if has_norm else {"norm": expected["encoder"].pop("norm")}
   table = [found.rename(entry) for entry in name_table(encoder, decoder, classifier, has_norm)]
   params = convert(tensors, table, expected, source=source)
@@ -262,7 +279,7 @@ def _read_files(path, num_heads, decoder_heads, grid, with_decoder, learned_posi
     params["encoder"]["norm"] = {"scale": np.ones(encoder.dim, np.float32), "bias": np.zeros(encoder.dim, np.float32)}
     new.append("norm (fine-tuning replaces the last norm by fc_norm)")
   report = Report(source, f"{describe(encoder)}, {found.names}", (*_counted(params), *loaded), tuple(new), tuple(dropped))
-  return Student(encoder, decoder, params, grid, tuple(found.mean), tuple(found.std), found.method, has_norm, report)
+  return Student(encoder, decoder, params, grid, mean, std, found.method, has_norm, report)
 
 
 def _find_grid(tensors, name: str, encoder, given, source: str) -> tuple[int, int]:
@@ -297,10 +314,11 @@ def _difference(tensors, name: str, module, grid: tuple[int, int], cls_token: bo
   return float(np.abs(np.asarray(tensors[name], np.float32) - constant_positions(module, grid, cls_token)).max())
 
 
-def param_shapes(encoder, decoder, grid: tuple[int, int], classifier: tuple[str, ...] = (), classes: int = 0) -> dict[str, Any]:
+def param_shapes(encoder, decoder, grid: tuple[int, int], classifier: tuple[str, ...] = (), classes: int = 0,
+                 channels: int = 3) -> dict[str, Any]:
   """The shapes of all parameters of a student; `decoder` None for none, `classifier` names its parts."""
   tokens, key = math.prod(grid), jax.random.key(0)
-  pixels = jax.ShapeDtypeStruct((1, *(side * encoder.patch_size for side in grid), 3), jnp.float32)
+  pixels = jax.ShapeDtypeStruct((1, *(side * encoder.patch_size for side in grid), channels), jnp.float32)
   shapes = {"encoder": jax.eval_shape(encoder.init, key, pixels)["params"]}
   if decoder is not None:
     seen = jax.ShapeDtypeStruct((1, 1 + encoder.cls_token, encoder.dim), jnp.float32)
@@ -401,7 +419,7 @@ def write(student: Student, out: str | Path, form: str) -> None:
     preprocessor = {"image_processor_type": "ViTImageProcessor", "do_resize": True, "resample": 3,
                     "size": {"height": size[0], "width": size[1]}, "do_rescale": True, "rescale_factor": 1 / 255,
                     "do_normalize": True, "image_mean": student.mean, "image_std": student.std}
-    config = mae.hf_config(student.encoder, student.decoder, student.grid, student.method)
+    config = mae.hf_config(student.encoder, student.decoder, student.grid, len(student.mean), student.method)
     for name, content in (("config", config), ("preprocessor_config", preprocessor)):
       with files.whole(out / f"{name}.json") as unfinished:
         unfinished.write_text(json.dumps(content, indent=2) + "\n")
@@ -415,7 +433,7 @@ def write(student: Student, out: str | Path, form: str) -> None:
 
 def untrained(student: Student, seed: int = 0) -> Student:
   """The encoder of a student with fresh weights, for comparison."""
-  pixels = jnp.zeros((1, *(side * student.encoder.patch_size for side in student.grid), 3))
+  pixels = jnp.zeros((1, *(side * student.encoder.patch_size for side in student.grid), len(student.mean)))
   fresh = jax.jit(student.encoder.init)(jax.random.key(seed), pixels)["params"]
   return student._replace(decoder=None, params={"encoder": fresh})
 

@@ -115,7 +115,7 @@ def _against_torch(options, model, names: dict[str, bool], write, call):
   with tempfile.TemporaryDirectory() as folder:
     student = students.read(write(model(), Path(folder)), dtype=config.dtype)
   network = mrmae.Model(student.encoder, student.decoder, (), config.data.mean, config.data.std)
-  images = rng.integers(0, 256, (config.batch_size, *config.image_size, 3), np.uint8)
+  images = rng.integers(0, 256, (config.batch_size, *config.image_size, len(config.data.mean)), np.uint8)
   tokens = math.prod(side // student.encoder.patch_size for side in config.image_size)
   noise = rng.random((config.batch_size, tokens), np.float32)
 
