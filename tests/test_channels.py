@@ -196,11 +196,11 @@ def test_verify_counts_channels(folder, tmp_path, capsys):
 
 @pytest.mark.parametrize("values, message", [
     (dict(data__std=STD[:3]), "must hold a number each for every channel"), (dict(data__mean=(), data__std=()), "must hold a number each"),
-    (dict(data__std=(0.2, 0.2, 0.0, 0.2)), "std > 0"), (dict(data__mean=(0.1, 0.2, float("nan"), 0.4)), "must hold a number each"),
+    (dict(data__std=(0.2, 0.2, 0.0, 0.2)), "must satisfy 0 < x <= 1"), (dict(data__mean=(0.1, 0.2, float("nan"), 0.4)), r"must lie in \[0, 1\]"),
     (dict(data__randaug="rand-m9-inc1"), "config.data.randaug='rand-m9-inc1' is for RGB; leave it empty for images of 4 channels"),
     (dict(teacher__bands=()), r"config.teacher: bands=\(\) given; images have 4 channels \(config.data.mean\), .*hf_clip_full sees 3: give"),
     (dict(teacher__bands=(0, 1)), r"bands=\(0, 1\) given.*from 0 to 3, those of red, green and blue"),
-    (dict(teacher__bands=(0, 1, 4)), "from 0 to 3"), (dict(teacher__bands=(-1, 1, 2)), "from 0 to 3"),
+    (dict(teacher__bands=(0, 1, 4)), "from 0 to 3"), (dict(teacher__bands=(-1, 1, 2)), "must be from 0 to 1000"),
     (dict(data__mean=(0.5, 0.5), data__std=(0.2, 0.2), teacher__bands=()), "images have 2 channels")])
 def test_configurations_that_do_not_fit(folder, values, message):
   validate(bands_config(folder), 8)
