@@ -16,7 +16,7 @@ from mrmae_jax.data import augment, DataError, packed
 from mrmae_jax.evals import reconstruct
 from mrmae_jax.models import ConvViT, Decoder, ViT
 from mrmae_jax.tasks import classify, pretrain, probe
-from mrmae_jax.tools import convert, data as data_tool, features, show_teacher
+from mrmae_jax.tools import convert, data as data_tool, features, show_teacher, visualise
 from mrmae_jax.weights import files, students
 from mrmae_jax.weights.table import WeightsError, leaves
 from tests import tiny
@@ -351,6 +351,14 @@ def test_four_channels_from_the_files_to_the_features(folder, tmp_path):
   views = [augment.center_crop(augment.pixels(held_out[i]), (160, 224)) for i in range(2)]
   picture = np.asarray(Image.open(run / "reconstructions" / "step_0000002.png"))
   np.testing.assert_array_equal(picture[20:180, 4:228], views[0][..., BANDS])  # the first picture of the first column
+
+  assert visualise.main(["visualise", f"--model={run}", "--count=2", f"--out={tmp_path}/look",
+                         "--panels=reconstruction,attention,pca,cosine,neighbours"]) == 0
+  picture = np.asarray(Image.open(tmp_path / "look" / "reconstruction.png"))
+  whole = augment.center_crop(augment.pixels(held_out[0]), (160, 224), 1.0)
+  shown = [y for y in range(len(picture) - 160) if (picture[y:y + 160, 4:228] == whole[..., BANDS]).all()]
+  assert len(shown) == 1  # the first image, as it is
+  assert "channels 2, 1, 0 as RGB" in (tmp_path / "look" / "index.html").read_text()
 
   tuning = config_lib.finetune()
   config_lib.like(tuning, str(run))

@@ -79,7 +79,7 @@ class Subject(NamedTuple):
 
   Attributes:
     model: `pretrained.Pretrained`, with the mimic heads of a run that has some.
-    images: uint8 [C, H, W, 3], those of the source at `places`.
+    images: uint8 [B, H, W, C], those of the source at `places`.
     source, places: where they come from.
     config: image size, encoder, masking and teacher, in the shape of `config.pretrain()`.
     seen: the teacher's TeacherOutput of the images; None without one.
@@ -112,9 +112,15 @@ class Subject(NamedTuple):
     return self.grid[0] * self.grid[1]
 
   @property
+  def bands(self) -> list[int]:
+    """The channels that are shown as red, green and blue."""
+    from mrmae_jax.evals.reconstruct import bands_shown  # pylint: disable=g-import-not-at-top; a mistyped command is answered before
+    return bands_shown(self.config)[0]
+
+  @property
   def pixels(self) -> np.ndarray:
-    """The images, float32 in [0, 1]."""
-    return self.images / np.float32(255)
+    """The images as they are shown, float32 [B, H, W, 3] in [0, 1]."""
+    return self.images[..., self.bands] / np.float32(255)
 
   @property
   def norm_pix(self) -> bool:
@@ -166,7 +172,7 @@ def focused(subject: Subject) -> Panel:
   _need_teacher(subject)
   if subject.seen.attention is None:
     raise LeftOut(f"{subject.teacher} has no CLS token, and so no attention to focus by")
-  columns, method = show_teacher.attention_columns(subject.images, subject.seen, subject.config), subject.config.method
+  columns, method = show_teacher.attention_columns(subject.images[..., subject.bands], subject.seen, subject.config), subject.config.method
   share = subject.seen.attention / subject.seen.attention.sum(1, keepdims=True)
   spread = np.exp(-(share * np.log(share + 1e-12)).sum(1)).mean()
   return Panel(draw_grid(list(columns.values()), list(columns)),
@@ -267,7 +273,7 @@ def neighbours(subject: Subject) -> Panel:
   places = [[bank[index[i, j]] for j in row] for i, row in enumerate(kept)]
   wanted = sorted({place for row in places for place in row})
   shown = dict(zip(wanted, np.concatenate(list(_batches(source, wanted, subject.images)))))
-  columns = [subject.pixels] + [np.stack([shown[row[j]] for row in places]) / np.float32(255) for j in range(count)]
+  columns = [subject.pixels] + [np.stack([shown[row[j]] for row in places])[..., subject.bands] / np.float32(255) for j in range(count)]
   return Panel(draw_grid(columns, ["image"] + [f"neighbour {j + 1}" for j in range(count)]),
                f"{len(subject.images)} images, each with the {count} that are most similar to it.",
                f"The {count} nearest of {len(bank)} images of the source by cosine of the mean patch feature, most similar first; "
@@ -323,7 +329,7 @@ def _reconstruct(subject: Subject, ratio: float) -> dict[str, np.ndarray]:
     drawn = subject.model.reconstruct(subject.images, ratio, subject.norm_pix, subject.options.seed)
   except WeightsError as error:
     raise LeftOut(str(error)) from None
-  return {name: np.asarray(x) for name, x in drawn.items()}
+  return {name: np.asarray(x)[..., subject.bands] for name, x in drawn.items()}
 
 
 def _visible(subject: Subject, ratio: float) -> int:
@@ -363,7 +369,8 @@ class _Chosen:
 def _batches(source, places: list[int], like: np.ndarray):
   """uint8 [b, H, W, 3] of the images at `places`, of the size of `like`."""
   from mrmae_jax import data, supervision  # pylint: disable=g-import-not-at-top; likewise
-  batches = data.eval_batches(_Chosen(source, places), batch_size=min(BATCH, len(places)), image_size=like.shape[1:3], crop_pct=1.0)
+  batches = data.eval_batches(_Chosen(source, places), batch_size=min(BATCH, len(places)), image_size=like.shape[1:3], crop_pct=1.0,
+                              channels=like.shape[3])
   try:
     for batch in batches:
       supervision.beat()
@@ -479,7 +486,7 @@ def visualise(options) -> str:
       stored = {}
     size, source = _image_size(options, model), _source(options, stored)
     places = _spaced(len(source), options.count)
-    images = np.concatenate(list(_batches(source, places, np.zeros((1, *size)))))
+    images = np.concatenate(list(_batches(source, places, np.zeros((1, *size, len(model.student.mean))))))
     config = _configuration(options, model, size, stored)
     print(f"{model.report}\n{source.description}", flush=True)
     wanted = options.panels or list(PANELS)
@@ -500,6 +507,7 @@ def visualise(options) -> str:
 
 def _write(subject: Subject, drawn: dict[str, Panel], missing: dict[str, str]) -> str:
   """The files; returns what to say of them."""
+  from mrmae_jax.evals.reconstruct import bands_shown  # pylint: disable=g-import-not-at-top; likewise
   from mrmae_jax.weights import files  # pylint: disable=g-import-not-at-top; likewise
   out, report, (height, width) = Path(subject.options.out).expanduser(), subject.model.report, subject.images.shape[1:3]
   for name, panel in drawn.items():
@@ -508,7 +516,7 @@ def _write(subject: Subject, drawn: dict[str, Panel], missing: dict[str, str]) -
   found = page.Page(report.source.rstrip("/").rpartition("/")[2], report.model)
   found.section("What is shown", f"{subject.source.description}.\n\nEach image is scaled until it covers {height} x {width} pixels, "
                 f"and its middle is cut out: {subject.grid[0]} x {subject.grid[1]} patches of {subject.size} pixels. Masks: seed "
-                f"{subject.options.seed}.\n\n" + str(report).replace("\n", "\n\n"))
+                f"{subject.options.seed}. {bands_shown(subject.config)[1]}\n\n" + str(report).replace("\n", "\n\n"))
   found.table(["row", "image"], [[i + 1, _name(subject.source, place)] for i, place in enumerate(subject.places)])
   for name, panel in drawn.items():
     found.section(PANELS[name][0])

@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import time
+import types
 import zlib
 
 import numpy as np
@@ -222,10 +223,11 @@ def test_f26_quarantine_of_everything(tmp_path):
 
 def test_f26_the_policy_may_change_when_a_run_continues():
   config, task = config_lib.pretrain(), train.Task(None, None, None, None, {})
-  before = train.identity(config, task, range(3))
+  images = lambda count: types.SimpleNamespace(fingerprint=f"{count} files")
+  before = train.identity(config, task, images(3))
   config.data.update(on_error="skip", max_skipped=0.5, timeout_s=1.0, workers=3)
-  assert train.identity(config, task, range(3)) == before
-  assert train.identity(config, task, range(2)) != before  # what a quarantine does
+  assert train.identity(config, task, images(3)) == before
+  assert train.identity(config, task, images(2)) != before  # what a quarantine does
 
 
 @pytest.mark.parametrize("key, value", [("on_error", "ignore"), ("max_skipped", 1.5), ("max_skipped", -0.1), ("timeout_s", -1.0)])
