@@ -184,7 +184,7 @@ def test_f33_every_number_has_a_range():
       c.encoder = config_lib.encoder(size, "base")
       names |= {name for name, value in flatten(c).items() for x in (value if isinstance(value, tuple) else (value,))
                 if type(x) in (int, float)}
-  assert names | {"encoder.fuse_layers"} == set(config_lib.RULES)
+  assert names | {"encoder.fuse_layers", "teacher.bands"} == set(config_lib.RULES)
 
 
 def _no_section(c):
@@ -317,7 +317,7 @@ def test_f34_notes_of_a_model_are_checked(tmp_path, notes):
   students.read(path, decoder=False)  # without the change it is one
   files.write_safetensors(path, tensors, {students.NOTES: json.dumps(good | notes)})
   with pytest.raises(WeightsError,
-                     match="is damaged: what it notes|holds a size that is none|must hold 3 numbers|does not fit") as error:
+                     match="is damaged: what it notes|holds a size that is none|must hold equally many numbers|does not fit") as error:
     students.read(path, decoder=False)
   assert "\n" not in str(error.value)
 
@@ -524,7 +524,7 @@ def test_f34_packed_shards_lie_in_their_folder(tmp_path, photos):
 @pytest.mark.parametrize("about",
                          [b"", b"3", b"[]", b"{}", b'{"name": "x", "label": "x"}', b'{"name": "x", "label": 0, "shape": [9, 9, 3]}',
                                    b'{"name": "x", "label": 0, "shape": [2, 6]}', b'{"name": "x", "label": 0, "shape": [-1, 0, 3]}',
-                                   b'{"name": "x", "label": 0, "shape": [12, 1, 1]}', b"[" * 100_000])
+                                   b'{"name": "x", "label": 0, "shape": [12, 1]}', b"[" * 100_000])
 def test_f34_packed_records_are_checked(tmp_path, photos, about):
   packed.write({"train": open_source(photos, "train")}, tmp_path / "packed", {"source": "photos"})
   source = packed.PackedSource(str(tmp_path / "packed"), "train")
@@ -583,11 +583,11 @@ def test_the_fuzzer_finds(tmp_path):
   first = [number for number in range(1000, 3000) if fuzz.make_case(make, number).files["what"] in (b"result",
                                                                                                     b"refused")][:fuzz.WARM_UP]
   order = [*first, *(numbers[what] for what in ("raises", "two lines", "dies", "is slow", "hangs"))]
-  outcome = fuzz.run("itself", order, tmp_path, hang_s=25)
+  outcome = fuzz.run("itself", order, tmp_path, hang_s=45)
   found = {what: outcome.findings.pop(numbers[what]) for what in ("raises", "two lines", "dies", "is slow", "hangs")}
   assert not outcome.findings and outcome.results + outcome.refused == len(first) and min(outcome.results, outcome.refused) > 20
   assert "KeyError: 'raises'" in found["raises"] and "several lines" in found["two lines"] and "died with -6" in found["dies"]
-  assert "s of computing" in found["is slow"] and "no answer for 25 s" in found["hangs"]
+  assert "s of computing" in found["is slow"] and "no answer for 45 s" in found["hangs"]
   assert (tmp_path / f"itself-{numbers['dies']}" / "what").read_bytes() == b"dies"
   outcome = fuzz.run("itself", [*first, numbers["takes memory"]], tmp_path)
   assert "memory has grown by" in outcome.findings[numbers["takes memory"]] and len(outcome.findings) == 1
