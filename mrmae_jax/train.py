@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mrmae_jax import data, distributed, nonfinite, optim, sharding, supervision
+from mrmae_jax import data, nonfinite, optim, sharding, supervision
 from mrmae_jax.checkpoint import Checkpoints, StorageError
 from mrmae_jax.metrics import Clock, Log, read, summary
 from mrmae_jax.workdir import open_workdir

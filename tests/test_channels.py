@@ -4,7 +4,6 @@ import io
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest

@@ -12,7 +12,7 @@ from PIL import Image
 import pytest
 
 import mrmae_jax
-from mrmae_jax import config as config_lib, mrmae, pictures
+from mrmae_jax import mrmae, pictures
 from mrmae_jax.checkpoint import Checkpoints
 from mrmae_jax.models import ConvViT, ViT, encode, head_attention
 from mrmae_jax.tasks import pretrain
