@@ -149,17 +149,17 @@ class Checkpoints:
     Raises:
       StorageError: with several processes, when a save failed on some: those that wait for it must end too.
     """
-    error = self._settle() if wait else self._error()
+    error = self._error(wait)
     facts = {"error": error, "busy": self._manager.is_saving_in_progress(), "lacks": _lacking_space(self.directory, state)}
     found = [json.loads(text) for text in distributed.exchange(f"saving step {step}", json.dumps(facts), TIMEOUT_S)]
     if errors := [f"process {i}: {one['error']}" for i, one in enumerate(found) if one["error"]]:
       self._failed("a checkpoint before: " + "; ".join(errors))
     if any(one["busy"] for one in found):
       return "the save before is still under way"
-    if found[0]["lacks"]:
-      return found[0]["lacks"]
     if step in self._manager.all_steps():
       return ""
+    if found[0]["lacks"]:
+      return found[0]["lacks"]
     record = {"format": FORMAT, "identity": self.identity, "arrays": _describe(state),
               "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")}}
     try:
@@ -167,21 +167,13 @@ class Checkpoints:
           {"record": record, "sha256": _digest(record)})))
     except Exception as caught:  # pylint: disable=broad-exception-caught; of any storage
       return self._failed(_line(caught))
-    error = self._settle() if wait else ""
+    error = self._error(wait) if wait else ""
     return self._failed(error) if error else ""
 
-  def _error(self) -> str:
-    """Of a save in the background that has ended."""
+  def _error(self, wait: bool) -> str:
+    """Of a save in the background that has ended; with `wait`, of the one under way."""
     try:
-      self._manager.check_for_errors()
-      return ""
-    except Exception as error:  # pylint: disable=broad-exception-caught; likewise
-      return _line(error)
-
-  def _settle(self) -> str:
-    """Waits for a save under way; returns its error."""
-    try:
-      self._manager.wait_until_finished()
+      (self._manager.wait_until_finished if wait else self._manager.check_for_errors)()
       return ""
     except Exception as error:  # pylint: disable=broad-exception-caught; likewise
       return _line(error)
