@@ -46,7 +46,7 @@ def test_figures_of_the_devices_that_are_here(config_file, tmp_path, monkeypatch
   assert found["collectives"]["all-reduce"]["count"] > 0 and "exchanged a device and step: all-reduce" in printed
   assert "8 x cpu, mesh data=4 x fsdp=2, batch 32 (4 a device, 1 micro-batches), float32" in printed
   parts = {row["part"] for row in found["shards"]}
-  assert parts == {"state/step", "state/params", "state/opt_state", "frozen/mimic"}
+  assert parts == {"state/step", "state/params", "state/opt_state", "state/usual_norm", "frozen/mimic"}
 
 
 def test_memory_a_device_falls_as_the_rule_says():

@@ -464,7 +464,7 @@ class Hungry(Numbered):
     if multiprocessing.parent_process():
       resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
     if index == 3:
-      return {"image": png_header(10000, 10000), "label": 3, "name": "3"}
+      return {"image": png_header(10000, 10000) + bytes(20_000), "label": 3, "name": "3"}
     return super().__getitem__(index)
 
 
