@@ -385,7 +385,7 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> None:
   encoder_fits = fine("encoder", "image_size") and _validate_encoder(config, need)
   if fine("mesh", "batch_size", "optim.accum_steps"):
     _validate_devices(config, num_devices, need)
-  if fine("data.mean", "data.std"):
+  if fine("data.mean", "data.std", "data.randaug"):
     mean, std = config.data.mean, config.data.std
     need(len(mean) == len(std) > 0,
          f"config.data.mean={mean} and std={std} must hold a number each for every channel of the images, std > 0")
