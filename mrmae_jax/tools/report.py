@@ -43,7 +43,9 @@ class Run(NamedTuple):
 
 def read(folder) -> Run:
   """Reads a workdir; what a run that is going on has not written yet is left out."""
-  from mrmae_jax import metrics  # pylint: disable=g-import-not-at-top; a mistyped command line is answered before jax is loaded
+  from ml_collections import ConfigDict  # pylint: disable=g-import-not-at-top; a mistyped command line is answered before jax is loaded
+  from mrmae_jax import metrics  # pylint: disable=g-import-not-at-top; likewise
+  from mrmae_jax.config import flatten  # pylint: disable=g-import-not-at-top; likewise
   series = {}
   for record in metrics.read(folder):
     for name, value in record.items():
@@ -55,14 +57,7 @@ def read(folder) -> Run:
       return json.loads((folder / name).read_text())
     except (OSError, ValueError):
       return {}
-  return Run(folder.name, folder, series, _flat(content("config.json")), content("goodput.json"), metrics.read(folder, "starts.jsonl"))
-
-
-def _flat(node, prefix="") -> dict[str, Any]:
-  flat = {}
-  for key, value in node.items():
-    flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-  return flat
+  return Run(folder.name, folder, series, flatten(ConfigDict(content("config.json"))), content("goodput.json"), metrics.read(folder, "starts.jsonl"))
 
 
 def find(paths: list[str]) -> list[Run]:
