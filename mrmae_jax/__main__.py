@@ -36,6 +36,8 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
   """Runs a command line (default: sys.argv); returns the exit code of the sub-command, see there."""
   argv = sys.argv if argv is None else argv
+  if not {"", str(Path.cwd())}.intersection(sys.path):  # as python -m has it: configurations import their neighbours
+    sys.path.insert(0, str(Path.cwd()))
   name = argv[1] if len(argv) > 1 else "--help"
   if name in ("-h", "--help", "--helpfull", "help"):
     print(__doc__, *(f"  {command:<13} {what}" for command, (_, what) in COMMANDS.items()), sep="\n")

@@ -169,6 +169,17 @@ def test_every_command_answers_help(capsys):
     assert len(capsys.readouterr().out) > 200, name
 
 
+def test_the_script_finds_configurations_that_import_each_other(tmp_path, monkeypatch, capsys):
+  """An installed script has the folder of scripts on its path, where `python -m` has the current one."""
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(sys, "path", [str(ROOT), *(p for p in sys.path if p)])
+  (tmp_path / "neighbour_of_mine.py").write_text("from tests.tiny import get_config")
+  (tmp_path / "mine.py").write_text("from neighbour_of_mine import get_config")
+  forget()
+  assert entry.main(["mrmae", "finetune", f"--config={tmp_path}/mine.py", "--workdir=/tmp/x"]) == 2
+  assert "needs a configuration of task 'classify'" in capsys.readouterr().err  # so it was read
+
+
 def test_mistakes_are_answered(capsys, monkeypatch):
   forget()
   monkeypatch.chdir(ROOT)
