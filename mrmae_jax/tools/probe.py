@@ -93,7 +93,8 @@ def run(options) -> str:
   if different:
     raise UsageError(f"--train and --eval were not made alike: {'; '.join(different)}")
   if blrs and len(train["features"]) < options.batch_size:
-    raise UsageError(f"--batch_size={options.batch_size} is more than the {len(train['features'])} training images")
+    raise UsageError(f"--batch_size={options.batch_size} is more than the {len(train['features'])} training images; give "
+                     "fewer, or --blr= to leave the linear probe out")
 
   from mrmae_jax.evals import knn, probe  # pylint: disable=g-import-not-at-top; mistakes are answered before jax is loaded
   from mrmae_jax import sharding  # pylint: disable=g-import-not-at-top
