@@ -160,7 +160,7 @@ class Checkpoints:
       return ""
     if found[0]["lacks"]:
       return found[0]["lacks"]
-    record = {"format": FORMAT, "identity": self.identity, "arrays": _describe(state),
+    record = {"format": FORMAT, "identity": self.identity, "arrays": checksums(state),
               "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")}}
     try:
       self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(
@@ -302,8 +302,8 @@ def _digest(record: dict[str, Any]) -> str:
   return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def _describe(tree) -> dict[str, list]:
-  """{name: [dtype, shape, checksum]} of every array, the same on all processes."""
+def checksums(tree) -> dict[str, list]:
+  """{name: [dtype, shape, checksum]} of every array of a tree, the same on all processes; computed where the arrays are."""
   sums = jax.device_get(jax.tree.map(_checksum, tree))
   return {name: [str(leaf.dtype), list(leaf.shape), int(total)]
           for (name, leaf), total in zip(_named(tree).items(), jax.tree.leaves(sums))}
@@ -311,7 +311,7 @@ def _describe(tree) -> dict[str, list]:
 
 def _verify(record: dict[str, Any], tree) -> None:
   """Raises _Damaged unless the arrays of `tree` are those of the record, which may have more."""
-  bad = [name for name, entry in _describe(tree).items() if record["arrays"].get(name) != entry]
+  bad = [name for name, entry in checksums(tree).items() if record["arrays"].get(name) != entry]
   if bad:
     raise _Damaged(f"{len(bad)} arrays are not what was written, the first {bad[0]}")
 

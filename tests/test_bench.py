@@ -12,7 +12,7 @@ from configs import convmae, mae, mrmae
 from mrmae_jax import sharding, train
 from mrmae_jax.models.classifier import Classifier
 from mrmae_jax.models.vit import ViT
-from mrmae_jax.tools import program
+from mrmae_jax.tools import bench, program
 from mrmae_jax.tools.bench import SUBCOMMANDS, __main__ as command, step as bench_step
 from tests import tiny
 
@@ -124,6 +124,18 @@ def test_both_is_the_real_loop(run, config_file, tmp_path):
   code, out, _ = run("both", f"--config={config_file}", "--steps=3", f"--json={tmp_path}/x.json")
   found = json.loads((tmp_path / "x.json").read_text())
   assert code == 0 and len(found["seconds"]) == 3 and 0 <= found["data_wait"] <= 1 and "waiting for data" in out
+
+
+def test_guards_measures_the_step_beside_one_without(run, config_file, tmp_path):
+  code, out, err = run("guards", f"--config={config_file}", "--rounds=1", f"--json={tmp_path}/x.json")
+  assert code == 0, err
+  assert set(json.loads((tmp_path / "x.json").read_text())["seconds"]) == {"update", "step", "checksums", "watch"}
+  assert "left out if it is not finite" in out and "% with a save in" in out
+  config, metrics = tiny.get_config(), []
+  for safeguards in (True, False):
+    metrics.append(bench.make_step(config, safeguards=safeguards).run())
+  assert metrics[0].keys() - metrics[1].keys() == {"skipped"}  # one leaves updates out, the other does not
+  assert all(float(metrics[0][name]) == pytest.approx(float(value), rel=1e-6) for name, value in metrics[1].items())
 
 
 @pytest.mark.parametrize("pair, ways", [("visible", ["visible blocks", "dense"]),

@@ -15,6 +15,7 @@ SUBCOMMANDS = {"step": "the training step of a configuration: images/s, work by 
                "loader": "images/s of the input pipeline, beside a torch DataLoader",
                "both": "the real loop, loader and step together: what the step waits for",
                "compare": "pairs in alternation: visible and dense, views, memory for time, transformers, the original ConvMAE",
+               "guards": "what it costs that nothing is lost: updates left out, signals, the watch, checksums",
                "forms": "depthwise convolution, gathers and attention written in several ways, here or for a TPU that is not here"}
 
 
@@ -23,6 +24,7 @@ class Step(NamedTuple):
 
   Attributes:
     run: does one update and waits for it.
+    state: () -> the newest state.
     program: the compiled step.
     plan: of `train.plan`.
     compile_s: seconds of tracing and compiling.
@@ -30,6 +32,7 @@ class Step(NamedTuple):
   """
 
   run: Callable[[], Any]
+  state: Callable[[], Any]
   program: Any
   plan: Any
   compile_s: float
@@ -50,19 +53,20 @@ def make_task(config):
   return importlib.import_module(f"mrmae_jax.tasks.{config.task}").make(config)
 
 
-def make_step(config, task=None, batch=None) -> Step:
+def make_step(config, task=None, batch=None, safeguards: bool = True) -> Step:
   """Compiles the training step of a configuration for the devices that are here; see `make_task` for what it raises.
 
   Args:
     config: what to train.
     task: if it is not that of the configuration.
     batch: arrays to train on, by name; those that are not given are random.
+    safeguards: see train.plan.
   """
   import jax  # pylint: disable=g-import-not-at-top
   import numpy as np  # pylint: disable=g-import-not-at-top
   from mrmae_jax import sharding, train  # pylint: disable=g-import-not-at-top
   task = make_task(config) if task is None else task
-  plan = train.plan(config, task, sharding.make_mesh(**config.mesh), 1_281_167)
+  plan = train.plan(config, task, sharding.make_mesh(**config.mesh), 1_281_167, safeguards)
   placed = lambda shapes: jax.tree.map(lambda x: x.sharding, shapes)
   state = jax.jit(plan.init, out_shardings=placed(plan.state))(jax.random.key(0), task.pretrained)
   frozen, rng = jax.device_put(task.frozen, placed(plan.frozen)), np.random.default_rng(0)
@@ -75,7 +79,7 @@ def make_step(config, task=None, batch=None) -> Step:
   def run():
     held[0], metrics = program(held[0], frozen, batch)
     return jax.block_until_ready(metrics)
-  return Step(run, program, plan, compile_s, config.batch_size)
+  return Step(run, lambda: held[0], program, plan, compile_s, config.batch_size)
 
 
 def alternate(variants: dict[str, Callable[[], Any]], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
