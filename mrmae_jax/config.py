@@ -126,7 +126,7 @@ def encoder(name: str, size: str) -> ml_collections.ConfigDict:
       raise ConfigError(f"{what} {given!r} is not one of {', '.join(known)}")
   c = ml_collections.ConfigDict(dict(name=name, **sizes[name][size]))
   c.learned_positions = False           # train the position table; it starts as the fixed sine-cosine one
-  c.drop_path = 0.0                     # of the last block, rising linearly from 0 (stochastic depth)
+  c.drop_path = 0.0                     # of the last block, rising linearly from 0 (stochastic depth); in fine-tuning alone
   c.remat = "none"                      # what the backward pass computes again to save memory: norms and activations ("dots"),
                                         # or all but the inputs of the blocks ("full"); of the decoder too
   c.fuse_layers = ()                    # blocks (from 0) fused with the last one's output, with learned weights; () for none
@@ -528,8 +528,8 @@ def _validate_method(config, need):
          f"must be a whole number from 1 to {tokens // visible}")
   need(method.masking in CHOICES["method.masking"],
        f"config.method.masking={method.masking!r} is not one of {', '.join(CHOICES['method.masking'])}")
-  need(not config.encoder.drop_path or method.complementary_masks == 1,
-       f"config.encoder.drop_path={config.encoder.drop_path} does not go with complementary masks; set it to 0")
+  need(not config.encoder.drop_path, f"config.encoder.drop_path={config.encoder.drop_path} is for fine-tuning; pre-training drops "
+       "nothing, as in the published recipes: leave it at 0")
   _validate_width(config, "decoder", decoder.dim, decoder.num_heads, need)
 
 

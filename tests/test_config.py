@@ -225,6 +225,7 @@ def changed(**overrides):
     (dict(method__pixel_weight=0.0, teacher__path=""), r"leaves nothing to learn"),
     (dict(method__complementary_masks=5), r"complementary_masks=5 sets of 6 visible tokens do not fit 24; it must be a whole number from 1 to 4"),
     (dict(method__complementary_masks=0), r"complementary_masks=0 sets of"),
+    (dict(encoder__drop_path=0.1), r"encoder.drop_path=0.1 is for fine-tuning"),
     (dict(method__attention_temperature=0.0), r"attention_temperature=0\.0 must be a finite number > 0"),
     (dict(method__attention_mix=1.5), r"attention_mix=1\.5 must lie in \[0, 1\]"),
     (dict(encoder__fuse_layers=(0, 1)), r"fuse_layers=\(0, 1\) must be different blocks from 0 to 0; the last, 1,"),
