@@ -17,10 +17,17 @@ from typing import Any
 from etils import epath
 import jax
 import numpy as np
-import tensorboardX
 from tqdm import tqdm
 
 from mrmae_jax import supervision
+
+# tensorboardX imports torch where it is installed, seconds and hundreds of megabytes for nothing: it does without.
+if "torch" in sys.modules:
+  import tensorboardX
+else:
+  sys.modules["torch"] = None  # "import torch" is an ImportError now
+  import tensorboardX
+  del sys.modules["torch"]
 
 # bfloat16 peak of one device in FLOP/s: data sheets of NVIDIA and Google Cloud, dense. A v2/v3/v4/v5p/v6e/7x "device" is a
 # chip as JAX counts it, except v2/v3/7x, where it is one of two cores.

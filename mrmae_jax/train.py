@@ -61,11 +61,16 @@ def sample_keys(seed: int, step, batch_size: int) -> jax.Array:
   return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(batch_size))
 
 
-def make_update(task: Task, tx: optax.GradientTransformation, schedule, seed: int, accum_steps: int = 1, whole=None):
-  """(state, frozen, batch) -> (state, metrics): one update of the optimiser, whatever its numbers are like.
+def make_train_step(task: Task, tx: optax.GradientTransformationExtraArgs, schedule, seed: int, accum_steps: int = 1, whole=None,
+                    max_spike: float = 0.0, safeguards: bool = True):
+  """(state, frozen, batch) -> (state, metrics), to be jitted with the state donated; `tx` and `schedule` as of `optim.make`.
 
   Arrays that fsdp divides are gathered where they are used, as `whole`, a replicated sharding, says; None leaves it to XLA, which
   then divides the activations of small batches as it has found the parameters, and exchanges those instead.
+
+  A step whose loss or gradient is not finite changes nothing but the step number; with `max_spike` > 0 nor does one whose gradient's
+  norm is more than so many times its running mean. "skipped" in the metrics is then 1. Without `safeguards` every update is made:
+  what they cost is the difference.
   """
   gathered = lambda tree: tree if whole is None else jax.lax.with_sharding_constraint(tree, whole)
 
@@ -74,7 +79,7 @@ def make_update(task: Task, tx: optax.GradientTransformation, schedule, seed: in
     (loss, terms), grads = jax.value_and_grad(loss, has_aux=True)(params, frozen, batch, keys)
     return grads, {"loss": loss, **terms}
 
-  def update(state: TrainState, frozen, batch):
+  def train_step(state: TrainState, frozen, batch):
     inputs = (batch, sample_keys(seed, state.step, len(batch["image"])))
     if accum_steps == 1:
       grads, metrics = gradients(state.params, frozen, *inputs)
@@ -85,35 +90,18 @@ def make_update(task: Task, tx: optax.GradientTransformation, schedule, seed: in
                            jax.eval_shape(gradients, state.params, frozen, *jax.tree.map(lambda x: x[0], inputs)))
       total, _ = jax.lax.scan(accumulate, zeros, inputs)
       grads, metrics = jax.tree.map(lambda x: x / accum_steps, total)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    metrics |= {"lr": schedule(state.step), "grad_norm": optax.global_norm(grads),
-                "param_norm": optax.global_norm(params), "update_norm": optax.global_norm(updates)}
-    return TrainState(state.step + 1, params, opt_state, state.usual_norm), metrics
-
-  return update
-
-
-def make_train_step(task: Task, tx: optax.GradientTransformation, schedule, seed: int, accum_steps: int = 1, whole=None,
-                    max_spike: float = 0.0):
-  """(state, frozen, batch) -> (state, metrics), to be jitted with the state donated: `make_update`, if its numbers are sound.
-
-  A step whose loss or norms are not finite changes nothing but the step number; with `max_spike` > 0 nor does one whose gradient's
-  norm is more than so many times its running mean. "skipped" in the metrics is then 1.
-  """
-  update = make_update(task, tx, schedule, seed, accum_steps, whole)
-
-  def train_step(state: TrainState, frozen, batch):
-    new, metrics = update(state, frozen, batch)
-    norm, usual = metrics["grad_norm"], state.usual_norm
-    bad = ~jnp.isfinite(metrics["loss"] + norm)
-    if max_spike:
-      bad |= (usual > 0) & (norm > max_spike * usual)
-    # An update that cannot be good is left out, and the state, moments and all, stays as it was, bit for bit.
-    params, opt_state = jax.tree.map(lambda after, before: jnp.where(bad, before, after), (new.params, new.opt_state),
-                                     (state.params, state.opt_state))
-    usual = jnp.where(bad, usual, jnp.where(usual > 0, 0.98 * usual + 0.02 * norm, norm))
-    return TrainState(new.step, params, opt_state, usual), metrics | {"skipped": bad.astype(jnp.int32)}
+    norm, usual, bad = optax.global_norm(grads), state.usual_norm, False
+    if safeguards:  # an update that cannot be good is left out, and the state, moments and all, stays as it was, bit for bit
+      bad = ~jnp.isfinite(metrics["loss"] + norm)
+      if max_spike:
+        bad |= (usual > 0) & (norm > max_spike * usual)
+      usual = jnp.where(bad, usual, jnp.where(usual > 0, 0.98 * usual + 0.02 * norm, norm))
+      metrics["skipped"] = bad.astype(jnp.int32)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params, bad=bad)
+    params = jax.tree.map(lambda new, old: jnp.where(bad, old, new), optax.apply_updates(state.params, updates), state.params)
+    metrics |= {"lr": schedule(state.step), "grad_norm": norm, "param_norm": optax.global_norm(params),
+                "update_norm": optax.global_norm(updates)}
+    return TrainState(state.step + 1, params, opt_state, usual), metrics
 
   return train_step
 
@@ -140,7 +128,7 @@ class Plan(NamedTuple):
 def plan(config, task: Task, mesh, num_images: int, safeguards: bool = True) -> Plan:
   """The plan of a configuration on a mesh, whose devices need not be there, for so many training images.
 
-  Without `safeguards` its step makes every update, finite or not: what they cost is the difference.
+  `safeguards`: see make_train_step.
   """
   steps_per_epoch = num_images / config.batch_size
   total_steps = max(1, round(config.epochs * steps_per_epoch))
@@ -158,8 +146,8 @@ def plan(config, task: Task, mesh, num_images: int, safeguards: bool = True) -> 
   rows = {"image": ((*config.image_size, len(config.data.mean)), jnp.uint8), "label": ((), jnp.int32)}
   batch = {name: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=sharding.batch_sharding(mesh))
            for name, (shape, dtype) in rows.items()}
-  arguments = (task, tx, schedule, config.seed, config.optim.accum_steps, sharding.replicated(mesh))
-  train_step = make_train_step(*arguments, config.optim.max_spike) if safeguards else make_update(*arguments)
+  train_step = make_train_step(task, tx, schedule, config.seed, config.optim.accum_steps, sharding.replicated(mesh),
+                               config.optim.max_spike, safeguards)
   step = jax.jit(train_step, donate_argnums=0,
                  out_shardings=(jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh)))
   return Plan(steps_per_epoch, total_steps, init, step, state, frozen, batch)

@@ -129,7 +129,7 @@ def test_both_is_the_real_loop(run, config_file, tmp_path):
 def test_guards_measures_the_step_beside_one_without(run, config_file, tmp_path):
   code, out, err = run("guards", f"--config={config_file}", "--rounds=1", f"--json={tmp_path}/x.json")
   assert code == 0, err
-  assert set(json.loads((tmp_path / "x.json").read_text())["seconds"]) == {"update", "step", "checksums", "watch"}
+  assert set(json.loads((tmp_path / "x.json").read_text())["seconds"]) == {"bare", "step", "checksums", "watch"}
   assert "left out if it is not finite" in out and "% with a save in" in out
   config, metrics = tiny.get_config(), []
   for safeguards in (True, False):

@@ -2,8 +2,8 @@
 
   python -m mrmae_jax.tools.bench guards --config=configs/convmae.py:base --config.batch_size=8 --config.dtype=float32
 
-Measured in alternation: the update alone; the training step, which leaves out an update that is not finite; the checksums of the
-whole state, which each save takes on the devices. And, on the host, what the loop does besides in each step: it looks for signals,
+Measured in alternation: the training step without safeguards and with them, which leaves out an update that is not finite; the
+checksums of the whole state, which each save takes on the devices. And, on the host, what the loop does besides in each step: it looks for signals,
 tells the watching thread that it is alive, keeps the account of time, and reads whether the update was made.
 """
 
@@ -39,7 +39,7 @@ def run(options) -> str:
   config, about = options.config, bench.machine()
   print(json.dumps(about), flush=True)
   guarded, bare = bench.make_step(config), bench.make_step(config, safeguards=False)
-  seconds = bench.alternate({"update": bare.run, "step": guarded.run, "checksums": lambda: checkpoint.checksums(guarded.state())},
+  seconds = bench.alternate({"bare": bare.run, "step": guarded.run, "checksums": lambda: checkpoint.checksums(guarded.state())},
                             options.rounds)
   metrics, skips = jax.device_get(guarded.run()), nonfinite.Skips(config.optim.max_skips)
   with supervision.supervised(config.hang_s), supervision.phase("step"):
@@ -51,11 +51,11 @@ def run(options) -> str:
       supervision.beat()
     seconds["watch"] = [(time.perf_counter() - began) / CALLS]
 
-  whole = statistics.median(seconds["update"])
+  whole = statistics.median(seconds["bare"])
   share = lambda values: bench.spread([100 * value / whole for value in values])
-  extra = [step - update for step, update in zip(seconds["step"], seconds["update"])]
-  rows = [["", "s", "% of an update"],
-          ["an update without safeguards", bench.spread(seconds["update"], 3), ""],
+  extra = [step - bare for step, bare in zip(seconds["step"], seconds["bare"])]
+  rows = [["", "s", "% of that step"],
+          ["a step without safeguards", bench.spread(seconds["bare"], 3), ""],
           ["left out if it is not finite", bench.spread(extra, 3), share(extra)],
           ["the loop's watch", f"{seconds['watch'][0]:.6f}", f"{100 * seconds['watch'][0] / whole:.3f}"],
           ["checksums, of a save", bench.spread(seconds["checksums"], 3), share(seconds["checksums"])]]
