@@ -21,6 +21,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 
 from absl import flags
 import grain
@@ -40,6 +41,8 @@ MAX_THREADS = 8
 MAX_DRAWS = 100
 # Of the reason why an image was skipped, as it travels with a batch.
 REASON_BYTES = 400
+# Longest wait, in seconds, for the thread that fetches batches, at the end.
+CLOSE_S = 1.0
 
 
 def loader_options(config) -> dict:
@@ -274,6 +277,8 @@ class Batches:
     self._taken = 0
     self._other_processes = set(multiprocessing.active_children())
     self._batches = _iterate(batches, workers)
+    self._requests = self._results = self._fetcher = None  # see _ask
+    self._asked = False  # whether a batch is on its way
 
   def __iter__(self):
     return self
@@ -302,21 +307,18 @@ class Batches:
     return batch
 
   def close(self) -> None:
+    if self._fetcher:
+      self._requests.put(False)
+      self._fetcher.join(CLOSE_S)  # it may be stuck
     self._batches.close()
 
   def _wait(self) -> dict:
     """The next batch; DataError if it does not come in time."""
-    results = queue.SimpleQueue()
-
-    def fetch():
-      try:
-        results.put((next(self._batches), None))
-      except BaseException as error:  # pylint: disable=broad-exception-caught; it is raised below
-        results.put((None, error))
-
-    threading.Thread(target=fetch, daemon=True).start()
+    if not self._asked:
+      self._ask()
+    self._asked = False
     try:
-      batch, error = results.get(timeout=self._timeout_s)
+      batch, error = self._results.get(timeout=self._timeout_s)
     except queue.Empty:
       # Grain would wait for its workers to end by themselves.
       for process in multiprocessing.active_children():
@@ -332,8 +334,26 @@ class Batches:
           f" {', '.join(names)}"
       ) from None
     if error:
+      self._fetcher = None  # it has ended, too
       raise error
+    self._ask()
     return batch
+
+  def _ask(self) -> None:
+    """Lets a thread fetch a batch, whose coming can be waited for with a limit.
+
+    It is the same thread each time, and asked one batch ahead: while the step
+    keeps all cores busy, a new one takes a fifth of a second to begin.
+    """
+    if not self._fetcher:
+      self._requests, self._results = queue.SimpleQueue(), queue.SimpleQueue()
+      self._fetcher = threading.Thread(
+          target=_fetch, args=(self._batches, self._requests, self._results), daemon=True
+      )
+      self._fetcher.start()
+      weakref.finalize(self, self._requests.put, False)  # it ends with this object
+    self._requests.put(True)
+    self._asked = True
 
   def _indices(self) -> np.ndarray:
     """Of the images in the next batch, int [b]."""
@@ -411,6 +431,16 @@ def _end_with_parent(worker: int, workers: int) -> None:
     os._exit(1)  # pylint: disable=protected-access; nobody is left to clean up for
 
   threading.Thread(target=watch, daemon=True).start()
+
+
+def _fetch(batches, requests: queue.SimpleQueue, results: queue.SimpleQueue) -> None:
+  """Puts a batch, or why there is none, into `results` for each request, until the first error or a request that is False."""
+  error = None
+  while not error and requests.get():
+    try:
+      results.put((next(batches), None))
+    except BaseException as caught:  # pylint: disable=broad-exception-caught; it is raised where the batch is waited for
+      results.put((None, error := caught))
 
 
 def _iterate(batches: grain.MapDataset, workers: int) -> grain.DatasetIterator:
