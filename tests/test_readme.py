@@ -243,5 +243,5 @@ def test_it_runs(place, number):
     text = text.replace("=DIR", "=/tmp/finetuned", 1)
   elif heading == "Nothing lost":
     (place.path / "photos" / "class0" / "broken.png").write_bytes(b"<html>404</html>")
-    text = text.replace("step_1200", "step_*")
+    text = text.replace("step_1200", "step_4")  # the first has no rate, the second spoils the weights
   place.run(text)
