@@ -93,7 +93,7 @@ def test_images_in_a_bucket(server, tmp_path):
   """A prepared dataset is the same from a bucket, also in worker processes; what is not there is named."""
   rows = [{"image": test_data.encode(test_data.photo(seed=i)), "label": i % 3} for i in range(11)]
   features = {"image": tfds.features.Image(encoding_format="jpeg"), "label": tfds.features.ClassLabel(names=["x", "y", "z"])}
-  test_data.prepare_tfds("test_photos", tmp_path, features, {"train": rows[:8], "test": rows[8:]})
+  test_data.prepare_tfds("bucket_photos", tmp_path, features, {"train": rows[:8], "test": rows[8:]})
   for path in tmp_path.rglob("*"):
     if path.is_file():
       server.objects["bucket", f"tfds/{path.relative_to(tmp_path)}"] = (1, path.read_bytes())
@@ -101,9 +101,9 @@ def test_images_in_a_bucket(server, tmp_path):
 from mrmae_jax.data import DataError, open_source
 from tests import test_data
 if __name__ == "__main__":
-  open_it = lambda where: open_source("tfds:test_photos", "train", data_dir=where)
+  open_it = lambda where: open_source("tfds:bucket_photos", "train", data_dir=where)
   here = open_it("{tmp_path}")
-  for where in ("gs://bucket/tfds", "gs://bucket/tfds/test_photos/1.0.0"):
+  for where in ("gs://bucket/tfds", "gs://bucket/tfds/bucket_photos/1.0.0"):
     there = open_it(where)
     assert there.fingerprint == here.fingerprint and [there[i] for i in range(8)] == [here[i] for i in range(8)]
   test_data.assert_same(test_data.train_steps(there, 2, workers=1), test_data.train_steps(here, 2))
