@@ -98,7 +98,7 @@ def make_train_step(task: Task, tx: optax.GradientTransformationExtraArgs, sched
       usual = jnp.where(bad, usual, jnp.where(usual > 0, 0.98 * usual + 0.02 * norm, norm))
       metrics["skipped"] = bad.astype(jnp.int32)
     updates, opt_state = tx.update(grads, state.opt_state, state.params, bad=bad)
-    params = jax.tree.map(lambda new, old: jnp.where(bad, old, new), optax.apply_updates(state.params, updates), state.params)
+    params = optim.keep_if(bad, state.params, optax.apply_updates(state.params, updates))
     metrics |= {"lr": schedule(state.step), "grad_norm": norm, "param_norm": optax.global_norm(params),
                 "update_norm": optax.global_norm(updates)}
     return TrainState(state.step + 1, params, opt_state, usual), metrics

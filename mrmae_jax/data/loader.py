@@ -278,7 +278,6 @@ class Batches:
     self._other_processes = set(multiprocessing.active_children())
     self._batches = _iterate(batches, workers)
     self._requests = self._results = self._fetcher = None  # see _ask
-    self._asked = False  # whether a batch is on its way
 
   def __iter__(self):
     return self
@@ -310,13 +309,13 @@ class Batches:
     if self._fetcher:
       self._requests.put(False)
       self._fetcher.join(CLOSE_S)  # it may be stuck
+      self._fetcher = None
     self._batches.close()
 
   def _wait(self) -> dict:
     """The next batch; DataError if it does not come in time."""
-    if not self._asked:
+    if not self._fetcher:
       self._ask()
-    self._asked = False
     try:
       batch, error = self._results.get(timeout=self._timeout_s)
     except queue.Empty:
@@ -353,7 +352,6 @@ class Batches:
       self._fetcher.start()
       weakref.finalize(self, self._requests.put, False)  # it ends with this object
     self._requests.put(True)
-    self._asked = True
 
   def _indices(self) -> np.ndarray:
     """Of the images in the next batch, int [b]."""
