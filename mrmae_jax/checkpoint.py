@@ -223,14 +223,27 @@ def read_config(workdir: str | Path) -> dict[str, Any]:
     raise WorkdirError(f"{folder}/config.json cannot be read ({error}); the run writes it anew when it goes on") from None
 
 
-def read_params(workdir: str | Path, *wanted: str) -> tuple[dict[str, Any], tuple[str, ...], int]:
+class Stored(NamedTuple):
+  """Parameters of a run.
+
+  Attributes:
+    params: {entry: tree of numpy arrays}.
+    others: names of the entries that were not read.
+    step: updates done.
+    identity: of the run, see `Checkpoints`.
+  """
+
+  params: dict[str, Any]
+  others: tuple[str, ...]
+  step: int
+  identity: dict[str, Any]
+
+
+def read_params(workdir: str | Path, *wanted: str) -> Stored:
   """The newest parameters of the run in `workdir` that are whole; of a run that averages them (`optim.ema_decay`), the average.
 
   Args:
     wanted: entries, e.g. "encoder"; the first must be there, others are left out if they are not.
-
-  Returns:
-    {entry: tree of numpy arrays}, the names of the entries that were not read, and the number of updates done.
 
   Raises:
     WorkdirError: there is no such checkpoint, or it has not the first entry.
@@ -241,16 +254,14 @@ def read_params(workdir: str | Path, *wanted: str) -> tuple[dict[str, Any], tupl
   with _open(directory, ocp.PyTreeCheckpointHandler(), create=False) as manager:
     for step in sorted(manager.all_steps(), reverse=True):
       try:
-        params, others = _read_params(manager, step, wanted, averaged)
+        return _read_params(manager, step, wanted, averaged)
       except _Damaged as error:
         damaged.append(f"checkpoint {step} is damaged: {error}")
         logging.warning("%s: %s", directory, damaged[-1])
-      else:
-        return params, others, step
   raise StorageError(f"no checkpoint in {directory} is whole ({'; '.join(damaged)})")
 
 
-def _read_params(manager, step: int, wanted: tuple[str, ...], averaged: float):
+def _read_params(manager, step: int, wanted: tuple[str, ...], averaged: float) -> Stored:
   record = _read_record(manager, step)
   entries = dict.fromkeys(name.split("/")[1] for name in record["arrays"] if name.startswith("params/"))
   if wanted[0] not in entries:
@@ -267,7 +278,8 @@ def _read_params(manager, step: int, wanted: tuple[str, ...], averaged: float):
     raise _Damaged(f"it cannot be read ({_line(error)})") from None
   _verify(record, found)
   params = found["opt_state"][-1]["average"] if averaged else found["params"]
-  return {name: params[name] for name in names}, tuple(name for name in entries if name not in names)
+  others = tuple(name for name in entries if name not in names)
+  return Stored({name: params[name] for name in names}, others, step, record["identity"])
 
 
 def _open(directory, state_handler, **options) -> ocp.CheckpointManager:

@@ -34,10 +34,11 @@ class Pretrained:
   Attributes:
     student: modules and parameters (`weights.students.Student`).
     report: str() of it lists what was loaded, what is new and what was dropped, both by design.
+    class_names: of a fine-tuned model, in the order of its logits; () where its source does not tell.
   """
 
   def __init__(self, student: students.Student):
-    self.student, self.report = student, student.report
+    self.student, self.report, self.class_names = student, student.report, student.classes
     self._model = mrmae.Model(student.encoder, student.decoder, (), student.mean, student.std)
     self._params = {}  # grid -> parameters on the device
     self._encode, self._classify = jax.jit(self._features), jax.jit(self._logits)
@@ -67,7 +68,7 @@ class Pretrained:
     return self._attention(*self._ready(images))
 
   def classify(self, images) -> jax.Array:
-    """Logits float32 [B, classes] of a fine-tuned model.
+    """Logits float32 [B, classes] of a fine-tuned model, in the order of `class_names`.
 
     Raises:
       WeightsError: it has no classifier.

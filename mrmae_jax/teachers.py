@@ -304,11 +304,11 @@ def _trained_encoder(workdir: Path, dtype: str):
 def _read_encoder(workdir: Path) -> tuple[Any, str]:
   """Parameters of the encoder of a run, and their digest."""
   try:
-    found, _, step = checkpoint.read_params(workdir, "encoder")
+    stored = checkpoint.read_params(workdir, "encoder")
   except (checkpoint.StorageError, checkpoint.WorkdirError) as error:
     raise WeightsError(f"teacher.path=checkpoint:{error}") from None
-  logging.info("teacher: encoder of %s after %d steps", workdir, step)
-  params, digest = found["encoder"], hashlib.sha256()
+  logging.info("teacher: encoder of %s after %d steps", workdir, stored.step)
+  params, digest = stored.params["encoder"], hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape}".encode() + np.ascontiguousarray(leaf).tobytes())
   return params, digest.hexdigest()

@@ -171,9 +171,10 @@ def test_a_run_from_start_to_end(tmp_path):
   assert "already holds all" in main().stdout
 
   model = mrmae_jax.load(tmp_path / "run")  # logits as the task gives them
+  assert model.class_names == tuple("0123456789")
   images = np.random.default_rng(0).integers(0, 256, (3, 32, 48, 3), np.uint8)
   config = finetune_config()
-  own, _, _ = read_params(tmp_path / "run", "encoder", "fc_norm", "head")
+  own = read_params(tmp_path / "run", "encoder", "fc_norm", "head").params
   expected = classify.make(config).predict(own, {}, {"image": jnp.asarray(images)}, None)["logits"]
   np.testing.assert_allclose(model.classify(images), expected, atol=1e-5)
   refused = main("--config.init_from=")

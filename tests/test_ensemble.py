@@ -33,11 +33,13 @@ def test_averages_by_definition():
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-  """Files of three fine-tuned ViTs, two for three classes and one for five; and images of three classes."""
+  """Files of fine-tuned ViTs, two for the classes of the images, one for five, one for another order; and the images."""
   root, rng = tmp_path_factory.mktemp("ensemble"), np.random.default_rng(0)
   for seed, (name, classes, patch) in enumerate((("a", 3, 4), ("b", 3, 8), ("five", 5, 4))):
     student = make(ViT(patch, 16, 1, 2, 32, learned_positions=True), None, classes=classes, has_norm=False, seed=seed)
-    students.write(student, root / f"{name}.safetensors", "timm")
+    students.write(student._replace(classes=tuple("xyzuv"[:classes])), root / f"{name}.safetensors", "timm")
+  order = make(ViT(4, 16, 1, 2, 32, learned_positions=True), None, classes=3, has_norm=False)._replace(classes=("x", "z", "y"))
+  students.write(order, root / "order.safetensors", "timm")
   for split, count in (("train", 1), ("validation", 7)):
     for name in "xyz":
       (root / "photos" / split / name).mkdir(parents=True)
@@ -70,6 +72,7 @@ def test_mistakes(models, capsys):
       ((f"--models={a}", f"--images={photos}"), 2, "--models needs two or more different ones"),
       ((f"--models={a},{a}", f"--images={photos}"), 2, "--models needs two or more different ones"),
       ((f"--models={a},{five}", f"--images={photos}"), 2, "tells 5 classes apart (0: it is not fine-tuned); the images have 3"),
+      ((f"--models={a},{models}/order.safetensors", f"--images={photos}"), 2, "class 1 is 'z' there and 'y' in the images (2 differ)"),
       ((f"--models={a},{five}", f"--images={photos}/train/x", "--holdout_every=0"), 3, "has no evaluation split"),
       ((f"--models={a},{models}/none", f"--images={photos}"), 2, "no such file or folder")):
     assert tool.main(["ensemble", *options]) == code

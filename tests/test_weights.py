@@ -33,7 +33,7 @@ def make(encoder, decoder=DECODER, classes=0, fc_norm=True, has_norm=True, seed=
   shapes = students.param_shapes(encoder, decoder, GRID, classifier, classes)
   params = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32) * 0.3 + 0.1, shapes)
   return students.Student(encoder, decoder, params, GRID, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6),
-                          {"mask_ratio": 0.6, "norm_pix": False}, has_norm, None)
+                          {"mask_ratio": 0.6, "norm_pix": False}, has_norm, None, tuple("zyxwvut"[:classes]))
 
 
 def same(actual, expected):
@@ -278,6 +278,9 @@ def test_a_file_that_lost_blocks_since_it_was_written_here(tmp_path):
     students.read(path)
   files.write_safetensors(path, load_file(path), {students.NOTES: '{"encoder": {"name": "swin"}}'})
   with pytest.raises(WeightsError, match="is damaged: what it notes of its model"):
+    students.read(path)
+  students.write(make(CONVVIT, None, classes=3)._replace(classes=("x", "y")), path, "convmae")
+  with pytest.raises(WeightsError, match="is damaged: it names 2 classes and holds 3"):
     students.read(path)
 
 

@@ -3,7 +3,7 @@
   python -m mrmae_jax.tools.ensemble --models=/tmp/from_clip,/tmp/from_dino --images=folder:/my/photos
 
 Models are workdirs of configs/finetune.py or fine-tuned files of weights; each sees the images at its own size. Their classes must
-be those of the images, in the same order.
+be those of the images, in the same order; files that others wrote name none, of these only the number is compared.
 """
 
 import json
@@ -53,6 +53,9 @@ def run(options) -> str:
     if model.config["classes"] != len(source.class_names):
       raise UsageError(f"{path} tells {model.config['classes']} classes apart (0: it is not fine-tuned); the images have "
                        f"{len(source.class_names)} ({source.description})")
+    if other := [(i, *names) for i, names in enumerate(zip(model.class_names, source.class_names)) if names[0] != names[1]]:
+      raise UsageError(f"{path} was fine-tuned on other classes, or in another order: class {other[0][0]} is {other[0][1]!r} there and "
+                       f"{other[0][2]!r} in the images ({len(other)} differ); give images with its classes")
   logits, labels = [], None
   for path, model in models.items():
     batches = extract(model.classify, source, image_size=model.config["image_size"], crop=options.crop,

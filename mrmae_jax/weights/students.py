@@ -60,6 +60,7 @@ class Student(NamedTuple):
     method: {"mask_ratio", "norm_pix"} of its pre-training; MAE's where the source does not tell.
     has_norm: False where fine-tuning has put fc_norm in the place of the last norm; that of `params` is then a fresh one.
     report: what was loaded, and what was not.
+    classes: names of the classifier's classes, in the order of the logits; () where the source does not tell.
   """
 
   encoder: ConvViT | ViT
@@ -71,6 +72,7 @@ class Student(NamedTuple):
   method: dict[str, Any]
   has_norm: bool
   report: Report
+  classes: tuple[str, ...] = ()
 
 
 def read(path: str | Path, *, num_heads: int = 0, decoder_heads: int = 0, grid: tuple[int, int] | None = None,
@@ -107,7 +109,7 @@ def _read_run(path: str | Path, with_decoder: bool, with_heads: bool, learned_po
     if config["task"] == "probe":
       raise WeightsError(f"{path} probes {config['init_from'] or 'random weights'} and holds no encoder; load that instead")
     wanted = ("encoder", "fc_norm", "head") + ("decoder",) * with_decoder + ("mimic_heads",) * with_heads
-    params, others, step = checkpoint.read_params(path, *wanted)
+    params, others, step, identity = checkpoint.read_params(path, *wanted)
   except (checkpoint.StorageError, checkpoint.WorkdirError) as error:
     raise WeightsError(str(error)) from None
   classifier = {part: params.pop(part) for part in ("fc_norm", "head") if part in params}
@@ -125,7 +127,7 @@ def _read_run(path: str | Path, with_decoder: bool, with_heads: bool, learned_po
   report = Report(f"{path} after {step} steps", describe(encoder), _counted(params), (), dropped)
   return Student(encoder, decoder, params, grid, tuple(data["mean"]), tuple(data["std"]),
                  {"mask_ratio": method.get("mask_ratio", 0.75), "norm_pix": method.get("norm_pix", True)},
-                 "fc_norm" not in classifier, report)
+                 "fc_norm" not in classifier, report, tuple(identity.get("classes", ())))
 
 
 class _Source(NamedTuple):
@@ -139,6 +141,7 @@ class _Source(NamedTuple):
   mean: tuple[float, ...] | None = None
   std: tuple[float, ...] | None = None
   method: dict[str, Any] = {"mask_ratio": 0.75, "norm_pix": True}
+  classes: tuple[str, ...] = ()
 
 
 def _identify(path: Path, tensors: dict[str, files.Tensor]) -> _Source:
@@ -184,6 +187,7 @@ def _check(found: _Source, num_tensors: int, source: str) -> None:
     ok = {"dim", "patch_size"} <= fields.keys() or {"embed_dims", "patch_sizes"} <= fields.keys()
     ok &= len(grid) == 2 and all(type(side) is int and 0 < side <= MAX_SIZE for side in grid)
     ok &= type(ratio) in (int, float) and 0 <= ratio <= 1 and type(norm_pix) is bool
+    ok &= type(found.classes) in (tuple, list) and all(type(name) is str for name in found.classes)
   except WeightsError:
     raise
   except (ValueError, TypeError, KeyError):
@@ -270,8 +274,10 @@ def _read_files(path, num_heads, decoder_heads, grid, with_decoder, learned_posi
     drop([name for name in tensors if name.startswith("fc_norm.")], "fc_norm (of a classifier that is not there)")
   if isinstance(encoder, ConvViT) and not encoder.fuse_stages:
     new.append("no fusion of the convolutional stages (the source does not hold its layers)")
-  expected = param_shapes(encoder, decoder, grid, classifier, tensors["head.weight"].shape[0] if classifier else 0,
-                          channels)
+  num_classes = tensors["head.weight"].shape[0] if classifier else 0
+  if found.classes and len(found.classes) != num_classes:
+    raise WeightsError(f"{source} is damaged: it names {len(found.classes)} classes and holds {num_classes}; write it again")
+  expected = param_shapes(encoder, decoder, grid, classifier, num_classes, channels)
   fresh = {} if has_norm else {"norm": expected["encoder"].pop("norm")}
   table = [found.rename(entry) for entry in name_table(encoder, decoder, classifier, has_norm)]
   params = convert(tensors, table, expected, source=source)
@@ -279,7 +285,7 @@ def _read_files(path, num_heads, decoder_heads, grid, with_decoder, learned_posi
     params["encoder"]["norm"] = {"scale": np.ones(encoder.dim, np.float32), "bias": np.zeros(encoder.dim, np.float32)}
     new.append("norm (fine-tuning replaces the last norm by fc_norm)")
   report = Report(source, f"{describe(encoder)}, {found.names}", (*_counted(params), *loaded), tuple(new), tuple(dropped))
-  return Student(encoder, decoder, params, grid, mean, std, found.method, has_norm, report)
+  return Student(encoder, decoder, params, grid, mean, std, found.method, has_norm, report, tuple(found.classes))
 
 
 def _find_grid(tensors, name: str, encoder, given, source: str) -> tuple[int, int]:
@@ -427,7 +433,7 @@ def write(student: Student, out: str | Path, form: str) -> None:
   else:
     decoder = student.decoder and module_fields(student.decoder)
     notes = {"encoder": module_fields(student.encoder), "decoder": decoder, "grid": student.grid, "mean": student.mean,
-             "std": student.std, "method": student.method}
+             "std": student.std, "method": student.method, "classes": student.classes}
     files.write_safetensors(out, tensors, {NOTES: json.dumps(notes)})
 
 
@@ -435,9 +441,9 @@ def untrained(student: Student, seed: int = 0) -> Student:
   """The encoder of a student with fresh weights, for comparison."""
   pixels = jnp.zeros((1, *(side * student.encoder.patch_size for side in student.grid), len(student.mean)))
   fresh = jax.jit(student.encoder.init)(jax.random.key(seed), pixels)["params"]
-  return student._replace(decoder=None, params={"encoder": fresh})
+  return student._replace(decoder=None, params={"encoder": fresh}, classes=())
 
 
 def encoder_only(student: Student) -> Student:
   """A student without decoder and classifier."""
-  return student._replace(decoder=None, params={"encoder": student.params["encoder"]})
+  return student._replace(decoder=None, params={"encoder": student.params["encoder"]}, classes=())
