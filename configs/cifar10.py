@@ -1,6 +1,6 @@
 """The paper's ladder in an hour on two CPU cores: MAE, ConvMAE and MR-MAE on CIFAR-10 with one compute budget.
 
-Command:   python -m mrmae_jax.main --config=configs/cifar10.py:mrmae --workdir=DIR --config.data.source=folder:/path/to/cifar10
+Command:   python -m mrmae_jax.cli.train --config=configs/cifar10.py:mrmae --workdir=DIR --config.data.source=folder:/path/to/cifar10
                --config.teacher.path=TEACHER
            The folder has train/ and test/ with a sub-folder per class. The teacher is trained on train/ without labels:
            see the section "CIFAR-10" of README.md, which has every command and the results.
@@ -12,6 +12,7 @@ Expected:  with a tenth of the labels, k-NN (k = 20), linear and fine-tuned accu
 """
 
 from mrmae_jax import config
+from mrmae_jax.errors import ConfigError
 
 # FLOPs of the forward and backward pass for one image in units of ConvMAE's 75 million, counted by XLA; MR-MAE: with the
 # forward pass of a ViT teacher of width 64 and depth 6.
@@ -21,7 +22,7 @@ COST = {"mae": 0.89, "convmae": 1.0, "mrmae": 1.63}
 def get_config(arguments: str = "mrmae"):
   a = config.arguments(arguments, method="mrmae", epochs=2.0)
   if a.method not in COST:
-    raise config.ConfigError(f"method {a.method!r} is not one of {', '.join(COST)}")
+    raise ConfigError(f"method {a.method!r} is not one of {', '.join(COST)}")
   c = config.pretrain()
   if a.method == "mae":
     c.encoder = config.encoder("vit", "base")

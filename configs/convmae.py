@@ -1,6 +1,6 @@
 """ConvMAE: masked auto-encoding with the convolutional-stage ViT, no teacher (arXiv 2205.03892).
 
-Command:   python -m mrmae_jax.main --config=configs/convmae.py:base --workdir=DIR --config.data.data_dir=TFDS
+Command:   python -m mrmae_jax.cli.train --config=configs/convmae.py:base --workdir=DIR --config.data.data_dir=TFDS
            (or --config.data.source=folder:/path/to/imagenet)
 Sizes:     small, base, large, huge
 Hardware:  one TPU v4-32 slice, or 8 GPUs of 80 GB; fewer devices with --config.optim.accum_steps=K
@@ -16,6 +16,8 @@ def get_config(size: str = "base"):
   c.teacher.path = ""
   c.data.source = "tfds:imagenet2012"
   c.encoder = encoder("convvit", size)
-  c.batch_size = 2048  # the author's number (Alpha-VL/ConvMAE#6); PRETRAIN.md prints a command with 3072
+  c.batch_size = (
+    2048  # the author's number (Alpha-VL/ConvMAE#6); PRETRAIN.md prints a command with 3072
+  )
   c.epochs = 1600.0
   return c

@@ -1,13 +1,13 @@
 """The demo: MR-MAE on scikit-learn's 1,797 handwritten digits, with the bundled teacher. Needs no download, no GPU.
 
-Command:   python -m mrmae_jax.main --config=configs/demo.py --workdir=/tmp/mrmae_demo
+Command:   python -m mrmae_jax.cli.train --config=configs/demo.py --workdir=/tmp/mrmae_demo
 Hardware:  2 CPU cores
 Cost:      under 4 minutes (measured: 2 min 33 s)
 Expected:  mimic loss 2.20 to 0.15, pixel loss 1.78 to 0.57, k-NN accuracy of the frozen encoder on 359 held-out digits 0.74
            to 0.89
 
 The teacher in configs/demo_teacher was trained without labels on the training split by self-distillation:
-python -m mrmae_jax.tools.train_teacher --source=digits --out=configs/demo_teacher
+mrmae teacher --source=digits --out=configs/demo_teacher
 """
 
 from pathlib import Path
@@ -21,7 +21,9 @@ def get_config():
   c.batch_size = 64
   c.epochs = 16.0
   c.dtype = "float32"  # CPUs gain nothing from bfloat16
-  c.encoder.update(patch_sizes=(1, 2, 2), embed_dims=(32, 64, 96), depths=(1, 1, 3), num_heads=4)  # 8 x 8 tokens of 4 pixels
+  c.encoder.update(
+    patch_sizes=(1, 2, 2), embed_dims=(32, 64, 96), depths=(1, 1, 3), num_heads=4
+  )  # 8 x 8 tokens of 4 pixels
   c.decoder.update(dim=64, depth=2, num_heads=4)
   c.teacher.path = str(Path(__file__).parent / "demo_teacher")
   c.teacher.dtype = "float32"

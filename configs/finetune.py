@@ -1,6 +1,6 @@
 """Fine-tuning on labelled images: the MAE/ConvMAE recipe.
 
-Command:   python -m mrmae_jax.main --config=configs/finetune.py:base --workdir=DIR --config.init_from=PRETRAINED
+Command:   python -m mrmae_jax.cli.train --config=configs/finetune.py:base --workdir=DIR --config.init_from=PRETRAINED
            --config.data.source=folder:/path/to/imagenet (or tfds with --config.data.data_dir=TFDS)
            PRETRAINED is a workdir of pre-training, an exported file or a published checkpoint; "" starts from random weights
 Arguments: configs/finetune.py:SIZE,encoder=convvit (or vit); SIZE is base, large or huge. Or configs/finetune.py:PRETRAINED with the
@@ -14,9 +14,9 @@ Expected:  ConvMAE-B after 1600 epochs of pre-training: 85.0 % top-1 (Alpha-VL/C
 from mrmae_jax import config
 
 RECIPES = {  # of facebookresearch/mae FINETUNE.md; the base size's is ConvMAE's too
-    "base": dict(epochs=100.0, blr=5e-4, layer_decay=0.65, drop_path=0.1),
-    "large": dict(epochs=50.0, blr=1e-3, layer_decay=0.75, drop_path=0.2),
-    "huge": dict(epochs=50.0, blr=1e-3, layer_decay=0.75, drop_path=0.3),
+  "base": dict(epochs=100.0, blr=5e-4, layer_decay=0.65, drop_path=0.1),
+  "large": dict(epochs=50.0, blr=1e-3, layer_decay=0.75, drop_path=0.2),
+  "huge": dict(epochs=50.0, blr=1e-3, layer_decay=0.75, drop_path=0.3),
 }
 
 

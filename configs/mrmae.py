@@ -2,7 +2,7 @@
 
 The full recipe: convolutional stages, focused mimicking, multi-layer fusion. Each trick can be switched by an argument.
 
-Command:   python -m mrmae_jax.main --config=configs/mrmae.py:base --workdir=DIR --config.data.data_dir=TFDS
+Command:   python -m mrmae_jax.cli.train --config=configs/mrmae.py:base --workdir=DIR --config.data.data_dir=TFDS
            (or --config.data.source=folder:/path/to/imagenet). CLIP-B/16 is fetched from the Hugging Face hub; where there is
            no network give --config.teacher.path=FOLDER
 Arguments: configs/mrmae.py:SIZE,NAME=VALUE,...
@@ -20,23 +20,34 @@ Expected:  base after 400 epochs fine-tunes to 85.8 % top-1 (abstract of the pap
 """
 
 from mrmae_jax import config
+from mrmae_jax.errors import ConfigError
 
 
 def get_config(arguments: str = "base"):
-  a = config.arguments(arguments, size="base", encoder="convvit", teacher="clip_vit_b16", masking="focused",
-                       fusion="stages+layers", tokens="visible", masks=1)
+  a = config.arguments(
+    arguments,
+    size="base",
+    encoder="convvit",
+    teacher="clip_vit_b16",
+    masking="focused",
+    fusion="stages+layers",
+    tokens="visible",
+    masks=1,
+  )
   c = config.pretrain()
   c.data.source = "tfds:imagenet2012"
   c.encoder = config.encoder(a.encoder, a.size)
 
   fusion = set(a.fusion.split("+"))
   if not fusion <= {"stages", "layers", "none"}:
-    raise config.ConfigError(f"fusion={a.fusion} must be stages+layers, stages, layers or none")
+    raise ConfigError(f"fusion={a.fusion} must be stages+layers, stages, layers or none")
   if a.encoder == "convvit":
     c.encoder.fuse_stages = "stages" in fusion
   if "layers" in fusion:
     depth = c.encoder.depths[2] if a.encoder == "convvit" else c.encoder.depth
-    c.encoder.fuse_layers = tuple(depth * i // 4 for i in (1, 2, 3))  # 2, 5, 8 of the base size's 11, and the last
+    c.encoder.fuse_layers = tuple(
+      depth * i // 4 for i in (1, 2, 3)
+    )  # 2, 5, 8 of the base size's 11, and the last
 
   first, *others = a.teacher.split("+")
   c.teacher.name = first

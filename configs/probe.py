@@ -1,9 +1,9 @@
 """Linear probing of a frozen encoder: the MAE/ConvMAE protocol, a whole grid of learning rates in one run.
 
-Command:   python -m mrmae_jax.main --config=configs/probe.py:base --workdir=DIR --config.init_from=PRETRAINED
+Command:   python -m mrmae_jax.cli.train --config=configs/probe.py:base --workdir=DIR --config.init_from=PRETRAINED
            --config.data.source=folder:/path/to/imagenet (or tfds with --config.data.data_dir=TFDS)
            PRETRAINED is a workdir of pre-training, an exported file or a published checkpoint; "" probes random weights.
-           Minutes instead of hours, without augmentation: python -m mrmae_jax.tools.probe --help
+           Minutes instead of hours, without augmentation: mrmae knn --help
 Arguments: configs/probe.py:SIZE,encoder=convvit (or vit); SIZE is small, base, large or huge. Or configs/probe.py:PRETRAINED with
            the workdir of a run, whose encoder, image size and data are taken
 Hardware:  one TPU v4-32 slice, or 8 GPUs of 80 GB; fewer devices with --config.optim.accum_steps=K

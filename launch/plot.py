@@ -15,7 +15,10 @@ def line_plot(series: dict[str, list[tuple[float, float]]], title: str) -> Image
 
   Points that are not finite are left out. ValueError if nothing is left.
   """
-  series = {name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)] for name, points in series.items()}
+  series = {
+    name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+    for name, points in series.items()
+  }
   everything = [point for points in series.values() for point in points]
   if not everything:
     raise ValueError(f"{title}: there is nothing to draw")
@@ -31,7 +34,12 @@ def line_plot(series: dict[str, list[tuple[float, float]]], title: str) -> Image
     return MARGIN + across * (right - MARGIN), bottom - up * (bottom - MARGIN)
 
   def line(points, colour, width):
-    draw.line([value * SCALE for point in points for value in point], fill=colour, width=round(width * SCALE), joint="curve")
+    draw.line(
+      [value * SCALE for point in points for value in point],
+      fill=colour,
+      width=round(width * SCALE),
+      joint="curve",
+    )
 
   def text(x, y, words, anchor):
     draw.text((x * SCALE, y * SCALE), words, fill=BLACK, font=font, anchor=anchor)
@@ -52,7 +60,10 @@ def line_plot(series: dict[str, list[tuple[float, float]]], title: str) -> Image
       line(spots, colour, 1.8)
     for x, y in spots if len(spots) < 20 else ():
       draw.ellipse([value * SCALE for value in (x - 2.5, y - 2.5, x + 2.5, y + 2.5)], fill=colour)
-    left, top = MARGIN + (i % columns) * (right - MARGIN) / columns, HEIGHT + LEGEND_ROW * (i // columns)
+    left, top = (
+      MARGIN + (i % columns) * (right - MARGIN) / columns,
+      HEIGHT + LEGEND_ROW * (i // columns),
+    )
     line([(left, top), (left + 24, top)], colour, 3)
     text(left + 32, top, name, "lm")
   return picture.resize((WIDTH, height), Image.Resampling.LANCZOS)
@@ -69,4 +80,6 @@ def _ticks(low: float, high: float) -> list[float]:
 
 def _colour(index: int, count: int) -> tuple[int, int, int]:
   """Around the circle of hues, every second one darker."""
-  return tuple(round(255 * part) for part in colorsys.hsv_to_rgb(index / count, 0.85, (0.85, 0.6)[index % 2]))
+  return tuple(
+    round(255 * part) for part in colorsys.hsv_to_rgb(index / count, 0.85, (0.85, 0.6)[index % 2])
+  )

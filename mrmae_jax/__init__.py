@@ -3,6 +3,7 @@
 
 def __getattr__(name: str):
   if name == "load":
-    from mrmae_jax.pretrained import load  # pylint: disable=g-import-not-at-top; jax is loaded when it is needed
+    from mrmae_jax.pretrained import load  # jax is loaded when it is needed
+
     return load
   raise AttributeError(f"module 'mrmae_jax' has no attribute {name!r}")

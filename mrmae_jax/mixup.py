@@ -18,8 +18,19 @@ def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
   return optax.softmax_cross_entropy(logits.astype(jnp.float32), targets).mean()
 
 
-def mix(key: jax.Array, images: jax.Array, labels: jax.Array, num_classes: int, *, mixup_alpha: float, cutmix_alpha: float,
-        prob: float = 1.0, switch_prob: float = 0.5, smoothing: float = 0.0, groups: int = 1) -> tuple[jax.Array, jax.Array]:
+def mix(
+  key: jax.Array,
+  images: jax.Array,
+  labels: jax.Array,
+  num_classes: int,
+  *,
+  mixup_alpha: float,
+  cutmix_alpha: float,
+  prob: float = 1.0,
+  switch_prob: float = 0.5,
+  smoothing: float = 0.0,
+  groups: int = 1,
+) -> tuple[jax.Array, jax.Array]:
   """Mixes each image and its target with those of its mirror place in the batch: i with B - 1 - i.
 
   The batch as a whole is either blended (mixup: lambda x + (1 - lambda) partner) or given a rectangle of the partner (cutmix:
@@ -75,15 +86,19 @@ def _own_share(key, height, width, mixup_alpha, cutmix_alpha, prob, switch_prob)
   blend = jnp.where(on, draw(mixup_key, mixup_alpha), 1.0)
   cut = jnp.where(on, draw(cutmix_key, cutmix_alpha), 1.0)
   outside = 1.0 - _box(box_key, height, width, cut)
-  return jnp.where(is_cutmix, outside, blend)[..., None], jnp.where(is_cutmix, outside.mean(), blend)
+  return jnp.where(is_cutmix, outside, blend)[..., None], jnp.where(
+    is_cutmix, outside.mean(), blend
+  )
 
 
 def _box(key, height, width, lam):
   """float32 [H, W], 1 in a box of the image's aspect around a uniform pixel, cut at the border; its sides are even numbers."""
+
   def side(key, length):
     half = jnp.floor(length * jnp.sqrt(1 - lam)).astype(int) // 2
     centre = jax.random.randint(key, (), 0, length)
     place = jnp.arange(length)
     return ((centre - half <= place) & (place < centre + half)).astype(jnp.float32)
+
   rows, columns = jax.random.split(key)
   return side(rows, height)[:, None] * side(columns, width)

@@ -22,14 +22,16 @@ class Mimic(NamedTuple):
   """How one teacher is mimicked. The paper's choices are not published; the defaults are those of its closest relative,
   OpenDriveLab/maskalign, where that has one."""
 
-  name: str                          # of the loss term
-  head: Any                          # module: student tokens -> [..., Dt]
+  name: str  # of the loss term
+  head: Any  # module: student tokens -> [..., Dt]
   weight: float = 1.0
-  tokens: str = "visible"            # "visible+cls", or "masked": the decoder predicts the features of the masked tokens
-  source: str = "fused"              # or "last_block": before fusion and the last norm
-  target_norm: str = "layer_norm"    # see `normalise_features`
-  loss: str = "mse"                  # a key of DISTANCES
-  salient_share: float = 1.0         # share of the visible tokens, by the teacher's attention, that counts
+  tokens: str = (
+    "visible"  # "visible+cls", or "masked": the decoder predicts the features of the masked tokens
+  )
+  source: str = "fused"  # or "last_block": before fusion and the last norm
+  target_norm: str = "layer_norm"  # see `normalise_features`
+  loss: str = "mse"  # a key of DISTANCES
+  salient_share: float = 1.0  # share of the visible tokens, by the teacher's attention, that counts
 
 
 class Model(NamedTuple):
@@ -45,14 +47,28 @@ class Model(NamedTuple):
 class TeacherOutput(NamedTuple):
   """What a frozen teacher makes of whole images, on the student's grid of N tokens; float32."""
 
-  features: jax.Array          # [B, N, Dt]
-  cls: jax.Array | None        # [B, Dt], of its CLS token; None if it has none
-  attention: jax.Array | None  # [B, N], what CLS attends to in the last block, mean over the heads; None likewise
+  features: jax.Array  # [B, N, Dt]
+  cls: jax.Array | None  # [B, Dt], of its CLS token; None if it has none
+  attention: (
+    jax.Array | None
+  )  # [B, N], what CLS attends to in the last block, mean over the heads; None likewise
 
 
-def pretrain_loss(params, images, noise, model: Model, teachers: dict[str, Callable[[jax.Array], TeacherOutput]], *,
-                  mask_ratio: float, masking: str = "random", attention_temperature: float = 1.0, attention_mix: float = 0.0,
-                  complementary_masks: int = 1, norm_pix: bool = True, pixel_weight: float = 1.0):
+def pretrain_loss(
+  params,
+  images,
+  noise,
+  model: Model,
+  teachers: dict[str, Callable[[jax.Array], TeacherOutput]],
+  *,
+  mask_ratio: float,
+  masking: str = "random",
+  attention_temperature: float = 1.0,
+  attention_mix: float = 0.0,
+  complementary_masks: int = 1,
+  norm_pix: bool = True,
+  pixel_weight: float = 1.0,
+):
   """The training objective.
 
   Args:
@@ -72,9 +88,13 @@ def pretrain_loss(params, images, noise, model: Model, teachers: dict[str, Calla
     loss, and its unweighted terms {"pixel", and the name of each mimic}: float32 scalars.
   """
   pixels = normalise(images, model.mean, model.std)
-  seen = {name: jax.lax.stop_gradient(look(images)) for name, look in teachers.items()}  # the teachers see the whole image
+  seen = {
+    name: jax.lax.stop_gradient(look(images)) for name, look in teachers.items()
+  }  # the teachers see the whole image
   attention = seen[model.mimics[0].name].attention if masking == "focused" else None
-  mask = sample_mask(noise, mask_ratio, complementary_masks, attention, attention_temperature, attention_mix)
+  mask = sample_mask(
+    noise, mask_ratio, complementary_masks, attention, attention_temperature, attention_mix
+  )
   streams, prediction = encode_decode(params, pixels, mask, model, everywhere=False)
 
   loss, terms = 0.0, {}
@@ -95,8 +115,14 @@ def normalise(images: jax.Array, mean, std) -> jax.Array:
   return (images - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
 
 
-def sample_mask(noise: jax.Array, mask_ratio: float, complementary_masks: int = 1, attention: jax.Array | None = None,
-                temperature: float = 1.0, mix: float = 0.0) -> Mask:
+def sample_mask(
+  noise: jax.Array,
+  mask_ratio: float,
+  complementary_masks: int = 1,
+  attention: jax.Array | None = None,
+  temperature: float = 1.0,
+  mix: float = 0.0,
+) -> Mask:
   """Chooses the V = int(N * (1 - mask_ratio)) visible tokens, for each of k masks.
 
   Random masking (MAE, models_mae.py) keeps the tokens of least noise. Focused masking draws without replacement with
@@ -124,8 +150,10 @@ def sample_mask(noise: jax.Array, mask_ratio: float, complementary_masks: int = 
     order = jnp.log(-jnp.log1p(-noise)) - log_p
   ids_shuffle = jnp.argsort(order, axis=1)
   ids_restore = jnp.argsort(ids_shuffle, axis=1)
-  ids_keep = ids_shuffle[:, :k * visible].reshape(batch * k, visible)
-  ids_restore = (ids_restore[:, None] - visible * jnp.arange(k)[:, None]) % tokens  # mask i starts i * V places further on
+  ids_keep = ids_shuffle[:, : k * visible].reshape(batch * k, visible)
+  ids_restore = (
+    ids_restore[:, None] - visible * jnp.arange(k)[:, None]
+  ) % tokens  # mask i starts i * V places further on
   return Mask(ids_keep, ids_restore.reshape(batch * k, tokens))
 
 
@@ -139,8 +167,14 @@ def encode_decode(params, pixels: jax.Array, mask: Mask, model: Model, everywher
   """
   grid = tuple(side // model.encoder.patch_size for side in pixels.shape[1:3])
   tokens, encoded = model.encoder.apply({"params": params["encoder"]}, pixels, mask)
-  prediction, decoded = model.decoder.apply({"params": params["decoder"]}, tokens, mask, grid, everywhere)
-  return {"fused": tokens, "last_block": encoded["layers"][-1], "decoder": decoded["tokens"]}, prediction
+  prediction, decoded = model.decoder.apply(
+    {"params": params["decoder"]}, tokens, mask, grid, everywhere
+  )
+  return {
+    "fused": tokens,
+    "last_block": encoded["layers"][-1],
+    "decoder": decoded["tokens"],
+  }, prediction
 
 
 def pixel_targets(pixels: jax.Array, patch_size: int, norm_pix: bool):
@@ -151,7 +185,9 @@ def pixel_targets(pixels: jax.Array, patch_size: int, norm_pix: bool):
   Returns:
     targets [B, N, p*p*C], and the mean and scale [B, N, 1] that turn predictions back into normalised pixels.
   """
-  patches = patchify(pixels, patch_size).reshape(pixels.shape[0], -1, patch_size ** 2 * pixels.shape[-1])
+  patches = patchify(pixels, patch_size).reshape(
+    pixels.shape[0], -1, patch_size**2 * pixels.shape[-1]
+  )
   if not norm_pix:
     return patches, jnp.zeros_like(patches[..., :1]), jnp.ones_like(patches[..., :1])
   mean = patches.mean(-1, keepdims=True)
@@ -159,13 +195,17 @@ def pixel_targets(pixels: jax.Array, patch_size: int, norm_pix: bool):
   return (patches - mean) / scale, mean, scale
 
 
-def pixel_loss(prediction: jax.Array, pixels: jax.Array, mask: Mask, patch_size: int, norm_pix: bool) -> jax.Array:
+def pixel_loss(
+  prediction: jax.Array, pixels: jax.Array, mask: Mask, patch_size: int, norm_pix: bool
+) -> jax.Array:
   """Mean squared error on the masked patches: prediction of these [B * k, M, p*p*C] against normalised images [B, H, W, C]."""
   targets, _, _ = pixel_targets(pixels, patch_size, norm_pix)
   return jnp.square(prediction - take_visible(targets, mask.masked)).mean()
 
 
-def mimic_loss(head_params, streams: dict[str, jax.Array], seen: TeacherOutput, mask: Mask, mimic: Mimic) -> jax.Array:
+def mimic_loss(
+  head_params, streams: dict[str, jax.Array], seen: TeacherOutput, mask: Mask, mimic: Mimic
+) -> jax.Array:
   """Mean distance of one teacher's features from what the student makes of its tokens, over the tokens that count.
 
   Args:
@@ -175,20 +215,32 @@ def mimic_loss(head_params, streams: dict[str, jax.Array], seen: TeacherOutput, 
     mask: [B * k, ...].
     mimic: which tokens count, and how they are compared.
   """
-  features, cls = (None if x is None else normalise_features(x, mimic.target_norm) for x in (seen.features, seen.cls))
-  (rows, visible), head = mask.ids_keep.shape, lambda x: mimic.head.apply({"params": head_params}, x)
+  features, cls = (
+    None if x is None else normalise_features(x, mimic.target_norm)
+    for x in (seen.features, seen.cls)
+  )
+  (rows, visible), head = (
+    mask.ids_keep.shape,
+    lambda x: mimic.head.apply({"params": head_params}, x),
+  )
   k = rows // len(features)
   if mimic.tokens == "masked":
-    return DISTANCES[mimic.loss](head(streams["decoder"]), take_visible(features, mask.masked)).mean()
+    return DISTANCES[mimic.loss](
+      head(streams["decoder"]), take_visible(features, mask.masked)
+    ).mean()
 
-  tokens, targets, counts = streams[mimic.source], take_visible(features, mask), jnp.ones((rows, visible))
+  tokens, targets, counts = (
+    streams[mimic.source],
+    take_visible(features, mask),
+    jnp.ones((rows, visible)),
+  )
   if mimic.salient_share < 1:
     rank = jnp.argsort(jnp.argsort(-take_visible(seen.attention, mask), axis=1), axis=1)
     counts = rank < max(1, round(visible * mimic.salient_share))
   if mimic.tokens == "visible+cls":
     targets = jnp.concatenate([cls.repeat(k, 0)[:, None], targets], axis=1)
     counts = jnp.pad(counts, ((0, 0), (1, 0)), constant_values=1)
-  error = DISTANCES[mimic.loss](head(tokens[:, tokens.shape[1] - targets.shape[1]:]), targets)
+  error = DISTANCES[mimic.loss](head(tokens[:, tokens.shape[1] - targets.shape[1] :]), targets)
   return jnp.sum(error * counts) / counts.sum()
 
 
@@ -209,7 +261,9 @@ def normalise_features(x: jax.Array, how: str) -> jax.Array:
   return (x - mean) * jax.lax.rsqrt(variance + 1e-5)
 
 
-def _smooth_l1(d):  # twice torch's with beta 1, as in OpenDriveLab/maskalign: the squared error of small differences
+def _smooth_l1(
+  d,
+):  # twice torch's with beta 1, as in OpenDriveLab/maskalign: the squared error of small differences
   return jnp.where(jnp.abs(d) < 1, jnp.square(d), 2 * jnp.abs(d) - 1)
 
 
@@ -219,8 +273,8 @@ def _cosine(a, b):
 
 
 DISTANCES = {  # [..., Dt], [..., Dt] -> [...]
-    "mse": lambda a, b: jnp.square(a - b).mean(-1),
-    "smooth_l1": lambda a, b: _smooth_l1(a - b).mean(-1),
-    "l1": lambda a, b: jnp.abs(a - b).mean(-1),
-    "cosine": _cosine,
+  "mse": lambda a, b: jnp.square(a - b).mean(-1),
+  "smooth_l1": lambda a, b: _smooth_l1(a - b).mean(-1),
+  "l1": lambda a, b: jnp.abs(a - b).mean(-1),
+  "cosine": _cosine,
 }

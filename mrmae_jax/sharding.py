@@ -5,7 +5,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp")
 
@@ -23,7 +24,10 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices=None) -> Mesh:
     ValueError: the product is not the number of devices, or an fsdp group does not fit into a slice.
   """
   slice_of = lambda device: getattr(device, "slice_index", 0) or 0
-  devices = sorted(jax.devices() if devices is None else devices, key=lambda d: (slice_of(d), d.process_index, d.id))
+  devices = sorted(
+    jax.devices() if devices is None else devices,
+    key=lambda d: (slice_of(d), d.process_index, d.id),
+  )
   shape = [data, fsdp]
   if -1 in shape:
     shape[shape.index(-1)] = len(devices) // -math.prod(shape)
@@ -31,8 +35,10 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices=None) -> Mesh:
     raise ValueError(f"mesh data={data} x fsdp={fsdp} does not fit {len(devices)} devices")
   slices = len({slice_of(device) for device in devices})
   if len(devices) // slices % shape[1]:
-    raise ValueError(f"mesh fsdp={shape[1]} does not divide the {len(devices) // slices} devices of each of {slices} slices; "
-                     "parameters would be exchanged over the slow network between them")
+    raise ValueError(
+      f"mesh fsdp={shape[1]} does not divide the {len(devices) // slices} devices of each of {slices} slices; "
+      "parameters would be exchanged over the slow network between them"
+    )
   return Mesh(np.array(devices, dtype=object).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 2)
 
 
@@ -45,7 +51,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
-def fsdp_shardings(tree, mesh: Mesh, min_size: int = 2 ** 14):
+def fsdp_shardings(tree, mesh: Mesh, min_size: int = 2**14):
   """Shardings for a tree of arrays or shapes: the largest axis that the fsdp axis divides; small arrays replicated.
 
   Args:
@@ -53,12 +59,14 @@ def fsdp_shardings(tree, mesh: Mesh, min_size: int = 2 ** 14):
     mesh: of `make_mesh`.
     min_size: arrays with fewer elements are replicated, the collectives would cost more than the memory saved.
   """
+
   def rule(leaf):
     axes = sorted(range(len(leaf.shape)), key=lambda axis: -leaf.shape[axis])
     axis = next((axis for axis in axes if leaf.shape[axis] % mesh.shape["fsdp"] == 0), None)
     if mesh.shape["fsdp"] == 1 or axis is None or math.prod(leaf.shape) < min_size:
       return replicated(mesh)
     return NamedSharding(mesh, P(*(None,) * axis, "fsdp"))
+
   return jax.tree.map(rule, tree)
 
 
@@ -76,7 +84,9 @@ def table(trees: dict[str, Any], depth: int = 2) -> list[dict[str, Any]]:
   for path, leaf in jax.tree_util.tree_leaves_with_path(trees):
     part = "/".join(jax.tree_util.keystr((key,), simple=True) for key in path[:depth])
     kind = "replicated" if leaf.sharding.is_fully_replicated else "sharded"
-    row = rows.setdefault((part, kind), {"part": part, "sharding": kind, "arrays": 0, "bytes": 0, "bytes_per_device": 0})
+    row = rows.setdefault(
+      (part, kind), {"part": part, "sharding": kind, "arrays": 0, "bytes": 0, "bytes_per_device": 0}
+    )
     size = leaf.dtype.itemsize
     row["arrays"] += 1
     row["bytes"] += size * math.prod(leaf.shape)
@@ -87,4 +97,6 @@ def table(trees: dict[str, Any], depth: int = 2) -> list[dict[str, Any]]:
 def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
   """This host's rows -> arrays of the global batch, hosts in order of their index."""
   sharding = batch_sharding(mesh)
-  return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+  return {
+    name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
+  }

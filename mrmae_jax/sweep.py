@@ -25,7 +25,9 @@ def paired(axes: dict[str, Sequence]) -> Iterator[Point]:
     yield dict(zip(axes, values))
 
 
-def sampled(count: int, seed: int, axes: dict[str, Sequence | Callable[[random.Random], Any]]) -> Iterator[Point]:
+def sampled(
+  count: int, seed: int, axes: dict[str, Sequence | Callable[[random.Random], Any]]
+) -> Iterator[Point]:
   """`count` random points, the same each time: an axis is a list to choose from, or a function such as log_uniform(a, b).
 
   A larger `count` keeps the points of a smaller one and adds others.
@@ -49,4 +51,6 @@ def name(point: Point) -> str:
   """A folder's name that says what the point changes, and depends on nothing else: "teacher.weight=0.5-seed=1"."""
   parts = [str(value) if key == "argument" else f"{key}={value}" for key, value in point.items()]
   text = re.sub(r"[^\w.=+-]+", "-", "-".join(parts), flags=re.ASCII).strip("-.") or "default"
-  return text if len(text) <= 120 else f"{text[:107]}-{hashlib.sha1(text.encode()).hexdigest()[:12]}"
+  return (
+    text if len(text) <= 120 else f"{text[:107]}-{hashlib.sha1(text.encode()).hexdigest()[:12]}"
+  )

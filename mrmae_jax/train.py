@@ -5,20 +5,21 @@ import hashlib
 import importlib
 import json
 import math
-from pathlib import Path
 import time
+from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
-from clu import parameter_overview
 import jax
 import jax.numpy as jnp
 import optax
+from clu import parameter_overview
 
-from mrmae_jax import data, nonfinite, optim, sharding, supervision
-from mrmae_jax.checkpoint import Checkpoints, StorageError
-from mrmae_jax.metrics import Clock, Log, read, summary
-from mrmae_jax.workdir import open_workdir
-
+from mrmae_jax import data, optim, sharding
+from mrmae_jax.errors import DataError, Interrupted, NonFiniteError, StorageError
+from mrmae_jax.runs import nonfinite, supervision
+from mrmae_jax.runs.checkpoint import Checkpoints
+from mrmae_jax.runs.log import Clock, Log, read, summary
+from mrmae_jax.runs.workdir import open_workdir
 
 HINT = "try a lower optim.blr, a longer warm-up, optim.clip_norm, or dtype=float32"
 
@@ -48,7 +49,7 @@ class Task(NamedTuple):
 class TrainState(NamedTuple):
   """Everything that a run needs to continue, besides its configuration."""
 
-  step: jax.Array        # steps done, int32
+  step: jax.Array  # steps done, int32
   params: Any
   opt_state: Any
   usual_norm: jax.Array  # running mean of the gradient's norm, float32; 0 before the first step
@@ -61,8 +62,16 @@ def sample_keys(seed: int, step, batch_size: int) -> jax.Array:
   return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(batch_size))
 
 
-def make_train_step(task: Task, tx: optax.GradientTransformationExtraArgs, schedule, seed: int, accum_steps: int = 1, whole=None,
-                    max_spike: float = 0.0, safeguards: bool = True):
+def make_train_step(
+  task: Task,
+  tx: optax.GradientTransformationExtraArgs,
+  schedule,
+  seed: int,
+  accum_steps: int = 1,
+  whole=None,
+  max_spike: float = 0.0,
+  safeguards: bool = True,
+):
   """(state, frozen, batch) -> (state, metrics), to be jitted with the state donated; `tx` and `schedule` as of `optim.make`.
 
   Arrays that fsdp divides are gathered where they are used, as `whole`, a replicated sharding, says; None leaves it to XLA, which
@@ -84,10 +93,17 @@ def make_train_step(task: Task, tx: optax.GradientTransformationExtraArgs, sched
     if accum_steps == 1:
       grads, metrics = gradients(state.params, frozen, *inputs)
     else:  # micro-batch i takes every accum_steps-th image, so that each device keeps its own rows
-      inputs = jax.tree.map(lambda x: x.reshape(-1, accum_steps, *x.shape[1:]).swapaxes(0, 1), inputs)
-      accumulate = lambda total, micro: (jax.tree.map(jnp.add, total, gradients(state.params, frozen, *micro)), None)
-      zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype),
-                           jax.eval_shape(gradients, state.params, frozen, *jax.tree.map(lambda x: x[0], inputs)))
+      inputs = jax.tree.map(
+        lambda x: x.reshape(-1, accum_steps, *x.shape[1:]).swapaxes(0, 1), inputs
+      )
+      accumulate = lambda total, micro: (
+        jax.tree.map(jnp.add, total, gradients(state.params, frozen, *micro)),
+        None,
+      )
+      zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype),
+        jax.eval_shape(gradients, state.params, frozen, *jax.tree.map(lambda x: x[0], inputs)),
+      )
       total, _ = jax.lax.scan(accumulate, zeros, inputs)
       grads, metrics = jax.tree.map(lambda x: x / accum_steps, total)
     norm, usual, bad = optax.global_norm(grads), state.usual_norm, False
@@ -99,8 +115,12 @@ def make_train_step(task: Task, tx: optax.GradientTransformationExtraArgs, sched
       metrics["skipped"] = bad.astype(jnp.int32)
     updates, opt_state = tx.update(grads, state.opt_state, state.params, bad=bad)
     params = optim.keep_if(bad, state.params, optax.apply_updates(state.params, updates))
-    metrics |= {"lr": schedule(state.step), "grad_norm": norm, "param_norm": optax.global_norm(params),
-                "update_norm": optax.global_norm(updates)}
+    metrics |= {
+      "lr": schedule(state.step),
+      "grad_norm": norm,
+      "param_norm": optax.global_norm(params),
+      "update_norm": optax.global_norm(updates),
+    }
     return TrainState(state.step + 1, params, opt_state, usual), metrics
 
   return train_step
@@ -139,17 +159,41 @@ def plan(config, task: Task, mesh, num_images: int, safeguards: bool = True) -> 
     return TrainState(jnp.int32(0), params, tx.init(params), jnp.float32(0))
 
   def placed(shapes):
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes,
-                        sharding.fsdp_shardings(shapes, mesh))
+    return jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      shapes,
+      sharding.fsdp_shardings(shapes, mesh),
+    )
 
-  state, frozen = placed(jax.eval_shape(init, jax.random.key(config.seed), task.pretrained)), placed(task.frozen)
-  rows = {"image": ((*config.image_size, len(config.data.mean)), jnp.uint8), "label": ((), jnp.int32)}
-  batch = {name: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=sharding.batch_sharding(mesh))
-           for name, (shape, dtype) in rows.items()}
-  train_step = make_train_step(task, tx, schedule, config.seed, config.optim.accum_steps, sharding.replicated(mesh),
-                               config.optim.max_spike, safeguards)
-  step = jax.jit(train_step, donate_argnums=0,
-                 out_shardings=(jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh)))
+  state, frozen = (
+    placed(jax.eval_shape(init, jax.random.key(config.seed), task.pretrained)),
+    placed(task.frozen),
+  )
+  rows = {
+    "image": ((*config.image_size, len(config.data.mean)), jnp.uint8),
+    "label": ((), jnp.int32),
+  }
+  batch = {
+    name: jax.ShapeDtypeStruct(
+      (config.batch_size, *shape), dtype, sharding=sharding.batch_sharding(mesh)
+    )
+    for name, (shape, dtype) in rows.items()
+  }
+  train_step = make_train_step(
+    task,
+    tx,
+    schedule,
+    config.seed,
+    config.optim.accum_steps,
+    sharding.replicated(mesh),
+    config.optim.max_spike,
+    safeguards,
+  )
+  step = jax.jit(
+    train_step,
+    donate_argnums=0,
+    out_shardings=(jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh)),
+  )
   return Plan(steps_per_epoch, total_steps, init, step, state, frozen, batch)
 
 
@@ -174,7 +218,9 @@ def fit(config, task: Task, workdir: str | Path, check: bool = False) -> TrainSt
     DataError, WorkdirError, StorageError, NonFiniteError: with a message for the user.
     Interrupted: a signal came; the state is saved.
   """
-  with contextlib.ExitStack() as closing:  # whatever ends the run: a save under way is finished, workers and logs are closed
+  with (
+    contextlib.ExitStack() as closing
+  ):  # whatever ends the run: a save under way is finished, workers and logs are closed
     return _fit(config, task, workdir, check, closing)
 
 
@@ -184,39 +230,74 @@ def _fit(config, task: Task, workdir, check: bool, closing: contextlib.ExitStack
   source = data.open_split(config.data, "train")
 
   # 2. Shapes first, then where every array lies, then the arrays, created in place or restored.
-  steps_per_epoch, total_steps, init, step_fn, shapes, frozen_shapes, _ = plan(config, task, mesh, len(source))
+  steps_per_epoch, total_steps, init, step_fn, shapes, frozen_shapes, _ = plan(
+    config, task, mesh, len(source)
+  )
   place = lambda shapes: jax.tree.map(lambda x: x.sharding, shapes)
   frozen = jax.device_put(task.frozen, place(frozen_shapes))
   found, scores = None, {}
   if not check:
     workdir = open_workdir(workdir)
-    checkpoints = Checkpoints(workdir, identity(config, task, source), config.keep_checkpoints, scores)
+    checkpoints = Checkpoints(
+      workdir, identity(config, task, source), config.keep_checkpoints, scores
+    )
     closing.callback(checkpoints.close)
     with supervision.phase("restore"):
       found = checkpoints.restore(shapes)
-  first_step, state, notes = found or (0, jax.jit(init, out_shardings=place(shapes))(jax.random.key(config.seed), task.pretrained), [])
-  start = "\n".join([describe(config, mesh, source, total_steps, first_step, shapes.params), *notes, *task.notes])
+  first_step, state, notes = found or (
+    0,
+    jax.jit(init, out_shardings=place(shapes))(jax.random.key(config.seed), task.pretrained),
+    [],
+  )
+  start = "\n".join(
+    [describe(config, mesh, source, total_steps, first_step, shapes.params), *notes, *task.notes]
+  )
   if check:
     print(start, flush=True)
   else:
     log = Log(workdir, total_steps, first_step, _flat(config), config.wandb)
     closing.callback(log.close)
     log.text("config.json", config.to_json(indent=2))
-    log.text("parameters.txt", parameter_overview.get_parameter_overview(shapes.params, include_stats=False))
+    log.text(
+      "parameters.txt",
+      parameter_overview.get_parameter_overview(shapes.params, include_stats=False),
+    )
     log.say(start)
-  evaluated = not config.evals or first_step and any(
-      "evaluation_s" in record for record in read(workdir) if record["step"] == first_step)
+  evaluated = (
+    not config.evals
+    or first_step
+    and any("evaluation_s" in record for record in read(workdir) if record["step"] == first_step)
+  )
   if first_step >= total_steps and evaluated:
-    log.say("\n  ".join([f"finished: {workdir} already holds all {total_steps} steps of this run", *summary(log.path.parent)]))
+    log.say(
+      "\n  ".join(
+        [
+          f"finished: {workdir} already holds all {total_steps} steps of this run",
+          *summary(log.path.parent),
+        ]
+      )
+    )
     return state
 
   # 3. One program, compiled before the first batch is used.
-  batches = data.train_batches(source, seed=config.seed, batch_size=config.batch_size, image_size=tuple(config.image_size),
-                               crop_scale=tuple(config.data.crop_scale), single_try=config.data.single_try,
-                               resize=config.data.resize, flip=config.data.flip, randaug=config.data.randaug,
-                               erase_prob=config.data.erase_prob, mean=tuple(config.data.mean), std=tuple(config.data.std),
-                               first_step=first_step, shard=jax.process_index(), num_shards=jax.process_count(),
-                               **data.loader_options(config.data))
+  batches = data.train_batches(
+    source,
+    seed=config.seed,
+    batch_size=config.batch_size,
+    image_size=tuple(config.image_size),
+    crop_scale=tuple(config.data.crop_scale),
+    single_try=config.data.single_try,
+    resize=config.data.resize,
+    flip=config.data.flip,
+    randaug=config.data.randaug,
+    erase_prob=config.data.erase_prob,
+    mean=tuple(config.data.mean),
+    std=tuple(config.data.std),
+    first_step=first_step,
+    shard=jax.process_index(),
+    num_shards=jax.process_count(),
+    **data.loader_options(config.data),
+  )
   closing.callback(batches.close)
   batch = sharding.global_batch(next(batches), mesh)
   began = time.monotonic()
@@ -227,15 +308,22 @@ def _fit(config, task: Task, workdir, check: bool, closing: contextlib.ExitStack
   if check:
     state, metrics = step_fn(state, frozen, batch)
     if skips.count(1, metrics := jax.device_get(metrics)):
-      raise nonfinite.NonFiniteError(f"step 1: {nonfinite.reason(metrics)}; {HINT}")
-    print(f"{compiled}; one step gave {', '.join(f'{k} {v:.4g}' for k, v in metrics.items())}. Nothing was written.", flush=True)
+      raise NonFiniteError(f"step 1: {nonfinite.reason(metrics)}; {HINT}")
+    print(
+      f"{compiled}; one step gave {', '.join(f'{k} {v:.4g}' for k, v in metrics.items())}. Nothing was written.",
+      flush=True,
+    )
     return state
   log.say(compiled)
 
   # 4. Evaluators, and what is done with the numbers of a step. They are fetched one step behind, so that the device never waits.
   with supervision.phase("evaluation"):
-    evaluators = {name: importlib.import_module(f"mrmae_jax.evals.{name}").Evaluator(task, frozen, config, mesh, workdir, **options)
-                  for name, options in config.evals.items()}
+    evaluators = {
+      name: importlib.import_module(f"mrmae_jax.evals.{name}").Evaluator(
+        task, frozen, config, mesh, workdir, **options
+      )
+      for name, options in config.evals.items()
+    }
   for evaluator in evaluators.values():
     if evaluator.note:
       log.say(evaluator.note)
@@ -268,14 +356,20 @@ def _fit(config, task: Task, workdir, check: bool, closing: contextlib.ExitStack
       log.say(left_out)
       if skips.enough and newest["skipped"]:  # else the run has just found its way back
         folder = nonfinite.keep(workdir, config, checkpoints.identity, step, state, batch, metrics)
-        raise nonfinite.NonFiniteError(f"step {step}: {nonfinite.reason(metrics)}, and {config.optim.max_skips} updates in a row were "
-                                       f"left out; {HINT}. To look at it: python -m mrmae_jax.tools.replay --bundle={folder}")
+        raise NonFiniteError(
+          f"step {step}: {nonfinite.reason(metrics)}, and {config.optim.max_skips} updates in a row were "
+          f"left out; {HINT}. To look at it: mrmae replay --bundle={folder}"
+        )
     del metrics["skipped"]
     log.advance(step)
     if due(step, config.log_every, total_steps) or step == first_step + 1:
       speed = clock.read(step)
       counts = {"skipped": skips.total} if skips.total else {}
-      log.scalars(step, metrics | counts | speed, eta=(total_steps - step) * config.batch_size / speed["images_per_s"])
+      log.scalars(
+        step,
+        metrics | counts | speed,
+        eta=(total_steps - step) * config.batch_size / speed["images_per_s"],
+      )
 
   def save(step, last=False):
     with supervision.phase("saving"):
@@ -290,7 +384,11 @@ def _fit(config, task: Task, workdir, check: bool, closing: contextlib.ExitStack
   clock.start(first_step)
   step, pending = first_step, None
   try:
-    if first_step == 0 or not evaluated and due(first_step, config.eval_every * steps_per_epoch, total_steps):
+    if (
+      first_step == 0
+      or not evaluated
+      and due(first_step, config.eval_every * steps_per_epoch, total_steps)
+    ):
       evaluate(first_step)
     with supervision.phase("step"):
       for step in range(first_step + 1, total_steps + 1):
@@ -311,19 +409,29 @@ def _fit(config, task: Task, workdir, check: bool, closing: contextlib.ExitStack
         if eval_now:
           evaluate(step)
         supervision.beat()
-  except (supervision.Interrupted, data.DataError) as error:
-    if isinstance(error, data.DataError) and jax.process_count() > 1:
+  except (Interrupted, DataError) as error:
+    if isinstance(error, DataError) and jax.process_count() > 1:
       raise  # the others are not at this step, and a save needs all
     if pending:
       report(*pending, pending[1])
     if step:
       save(step, last=True)
-    log.say(f"stopped after step {step} of {total_steps}{', which is saved' if step else ''}; the same command goes on from there")
+    log.say(
+      f"stopped after step {step} of {total_steps}{', which is saved' if step else ''}; the same command goes on from there"
+    )
     raise
-  log.say("\n  ".join([
-      f"done: {total_steps} steps", *summary(log.path.parent), *(f"{name}: {path}" for name, path in pictures.items()),
-      f"TensorBoard log: {log.tensorboard}", f"checkpoint: {checkpoints.directory / str(total_steps)}",
-      log.goodput.line(total_steps)]))
+  log.say(
+    "\n  ".join(
+      [
+        f"done: {total_steps} steps",
+        *summary(log.path.parent),
+        *(f"{name}: {path}" for name, path in pictures.items()),
+        f"TensorBoard log: {log.tensorboard}",
+        f"checkpoint: {checkpoints.directory / str(total_steps)}",
+        log.goodput.line(total_steps),
+      ]
+    )
+  )
   return state
 
 
@@ -338,18 +446,41 @@ def identity(config, task: Task, source) -> dict[str, Any]:
 
   Teachers and pretrained weights count by their values, which the task names, not by where they lie.
   """
-  free = {"encoder.remat", "data.workers", "data.on_error", "data.max_skipped", "data.timeout_s", "optim.accum_steps",
-          "optim.max_skips", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "keep_best", "hang_s",
-          "wandb"}
-  flat = {name: value for name, value in _flat(config).items() if name not in free and not name.startswith(("mesh.", "evals."))}
+  free = {
+    "encoder.remat",
+    "data.workers",
+    "data.on_error",
+    "data.max_skipped",
+    "data.timeout_s",
+    "optim.accum_steps",
+    "optim.max_skips",
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "keep_best",
+    "hang_s",
+    "wandb",
+  }
+  flat = {
+    name: value
+    for name, value in _flat(config).items()
+    if name not in free and not name.startswith(("mesh.", "evals."))
+  }
   return flat | {"train images": source.fingerprint} | task.identity
 
 
 def agreed(config, task: Task) -> dict[str, Any]:
   """What must be the same on all hosts of a run: its configuration, its images and the code."""
-  code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py"))))
+  code = hashlib.sha256(
+    b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py")))
+  )
   images = data.open_split(config.data, "train").fingerprint
-  return _flat(config) | {"images": images, "code": code.hexdigest()[:12], "jax": jax.__version__} | task.identity
+  return (
+    _flat(config)
+    | {"images": images, "code": code.hexdigest()[:12], "jax": jax.__version__}
+    | task.identity
+  )
 
 
 def _flat(config) -> dict[str, Any]:
@@ -362,7 +493,8 @@ def _flat(config) -> dict[str, Any]:
       if isinstance(value, dict):
         walk(value, f"{name}.")
       elif name not in ("init_from", "data.workers", "data.data_dir", "data.quarantine") and not (
-          "teacher" in name and key in ("name", "path")):
+        "teacher" in name and key in ("name", "path")
+      ):
         flat[name] = value
 
   walk(json.loads(config.to_json()), "")
@@ -373,11 +505,14 @@ def describe(config, mesh, source, total_steps: int, first_step: int, params) ->
   """The first lines of a run: what runs where, from which data, how long, how large."""
   devices = mesh.devices.flatten()
   sizes = {name: sum(x.size for x in jax.tree.leaves(part)) / 1e6 for name, part in params.items()}
-  return "\n".join([
+  return "\n".join(
+    [
       f"process {jax.process_index()} of {jax.process_count()}: {len(devices)} x {devices[0].device_kind}, "
       f"mesh data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}",
       f"data: {source.description}",
       f"parameters: {sum(sizes.values()):.2f} M ({', '.join(f'{name} {size:.2f} M' for name, size in sizes.items())})",
       f"batch {config.batch_size}, learning rate {config.optim.blr * config.batch_size / 256:.3g} at its peak, "
       f"{config.epochs:g} epochs = {total_steps} steps"
-      + (f"; continuing after step {first_step}" if first_step else "")])
+      + (f"; continuing after step {first_step}" if first_step else ""),
+    ]
+  )

@@ -33,13 +33,15 @@ class Server(http.server.ThreadingHTTPServer):
     self.lock, self.numbers = threading.RLock(), itertools.count(1)
     url = f"http://127.0.0.1:{self.server_port}"
     self.environment = {
-        "STORAGE_EMULATOR_HOST": url,                                   # gcsfs and google.cloud
-        "TENSORSTORE_GCS_HTTP_URL": url,
-        "CLOUD_STORAGE_EMULATOR_ENDPOINT": url,                         # array_record
-        "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",                       # tensorstore would look for credentials
-        "NO_GCE_CHECK": "true",                                         # google.auth would look for a cloud machine around it,
-        "GOOGLE_APPLICATION_CREDENTIALS": "", "CLOUDSDK_CONFIG": "/none",  # or find those of whoever runs the tests
-        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}                   # gcsfs would ask for the kind of bucket by gRPC
+      "STORAGE_EMULATOR_HOST": url,  # gcsfs and google.cloud
+      "TENSORSTORE_GCS_HTTP_URL": url,
+      "CLOUD_STORAGE_EMULATOR_ENDPOINT": url,  # array_record
+      "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",  # tensorstore would look for credentials
+      "NO_GCE_CHECK": "true",  # google.auth would look for a cloud machine around it,
+      "GOOGLE_APPLICATION_CREDENTIALS": "",
+      "CLOUDSDK_CONFIG": "/none",  # or find those of whoever runs the tests
+      "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+    }  # gcsfs would ask for the kind of bucket by gRPC
     threading.Thread(target=self.serve_forever, daemon=True).start()
 
   def __exit__(self, *_):
@@ -92,7 +94,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     if bucket not in self.server.buckets:
       return self._error(404, "The specified bucket does not exist.")
     if bucket == "private" and "Authorization" not in self.headers:
-      return self._error(401, "Anonymous caller does not have storage.objects.get access to the Google Cloud Storage object.")
+      return self._error(
+        401,
+        "Anonymous caller does not have storage.objects.get access to the Google Cloud Storage object.",
+      )
     if kind == "upload/":
       return self._upload(bucket, query, body)
     if url.path.endswith("/o"):
@@ -110,7 +115,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       return self._error(404, f"No such object: {bucket}/{source}")
     if target:
       target_bucket, _, target_name = target.partition("/o/")
-      return self._json({"done": True, "resource": self._store(target_bucket, unquote(target_name), found[1])})
+      return self._json(
+        {"done": True, "resource": self._store(target_bucket, unquote(target_name), found[1])}
+      )
     if method == "DELETE":
       del self.server.objects[bucket, source]
       return 204, {}, b""
@@ -119,8 +126,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     return self._json(self._describe(bucket, source))
 
   def _media(self, generation, content):
-    headers = {"X-Goog-Generation": str(generation), "X-Goog-Stored-Content-Length": str(len(content)),
-               "Content-Type": "application/octet-stream"}
+    headers = {
+      "X-Goog-Generation": str(generation),
+      "X-Goog-Stored-Content-Length": str(len(content)),
+      "Content-Type": "application/octet-stream",
+    }
     wanted = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
     if not wanted:
       return 200, headers, content
@@ -128,7 +138,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     last = min(int(wanted[2]), len(content) - 1) if wanted[1] and wanted[2] else len(content) - 1
     if first > last:
       return self._error(416, "The requested range cannot be satisfied.")
-    return 206, headers | {"Content-Range": f"bytes {first}-{last}/{len(content)}"}, content[first:last + 1]
+    return (
+      206,
+      headers | {"Content-Range": f"bytes {first}-{last}/{len(content)}"},
+      content[first : last + 1],
+    )
 
   def _upload(self, bucket, query, body):
     if query.get("upload_id"):
@@ -136,7 +150,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     kind, name = query["uploadType"], query.get("name")
     if kind == "multipart":
       boundary = re.search(r'boundary="?([^";]+)', self.headers["Content-Type"])[1].encode()
-      described, content = (re.split(rb"\r?\n\r?\n", part, maxsplit=1)[1] for part in body.split(b"--" + boundary)[1:3])
+      described, content = (
+        re.split(rb"\r?\n\r?\n", part, maxsplit=1)[1] for part in body.split(b"--" + boundary)[1:3]
+      )
       name, body = json.loads(described)["name"], re.sub(rb"\r?\n\Z", b"", content)
     if failed := self._precondition(self.server.objects.get((bucket, name)), query):
       return failed
@@ -160,13 +176,18 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     prefix, delimiter = query.get("prefix", ""), query.get("delimiter")
     entries = {}  # names and common prefixes, in order
     for name in self.server.names(bucket):
-      if name.startswith(prefix) and query.get("startOffset", "") <= name < query.get("endOffset", "\U0010ffff"):
-        head, cut, _ = name[len(prefix):].partition(delimiter) if delimiter else (None, "", None)
+      if name.startswith(prefix) and query.get("startOffset", "") <= name < query.get(
+        "endOffset", "\U0010ffff"
+      ):
+        head, cut, _ = name[len(prefix) :].partition(delimiter) if delimiter else (None, "", None)
         entries[prefix + head + cut if cut else name] = bool(cut)
     names, size = sorted(entries), min(PAGE, int(query.get("maxResults", PAGE)))
     names = [name for name in names if name > query.get("pageToken", "")]
-    page = {"kind": "storage#objects", "prefixes": [name for name in names[:size] if entries[name]],
-            "items": [self._describe(bucket, name) for name in names[:size] if not entries[name]]}
+    page = {
+      "kind": "storage#objects",
+      "prefixes": [name for name in names[:size] if entries[name]],
+      "items": [self._describe(bucket, name) for name in names[:size] if not entries[name]],
+    }
     return self._json(page | ({"nextPageToken": names[size - 1]} if names[size:] else {}))
 
   def _batch(self, body):
@@ -174,7 +195,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     parts = []
     for method, path in re.findall(rb"^(DELETE) (\S+) HTTP/1.1", body, re.M):
       status, _, content = self._do(method.decode(), path.decode(), b"")
-      parts.append(b"--batch\r\nContent-Type: application/http\r\n\r\nHTTP/1.1 %d X\r\n\r\n%s\r\n" % (status, content))
+      parts.append(
+        b"--batch\r\nContent-Type: application/http\r\n\r\nHTTP/1.1 %d X\r\n\r\n%s\r\n"
+        % (status, content)
+      )
     return 200, {"Content-Type": "multipart/mixed; boundary=batch"}, b"".join(parts) + b"--batch--"
 
   def _precondition(self, found, query):
@@ -185,17 +209,32 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     return None
 
   def _store(self, bucket, name, content):
-    self.server.objects[bucket, name] = (time.time_ns() // 1000 * 1000 + next(self.server.numbers) % 1000, content)
+    self.server.objects[bucket, name] = (
+      time.time_ns() // 1000 * 1000 + next(self.server.numbers) % 1000,
+      content,
+    )
     return self._describe(bucket, name)
 
   def _describe(self, bucket, name):
     generation, content = self.server.objects[bucket, name]
-    when = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(generation // 10 ** 9))
-    return {"kind": "storage#object", "name": name, "bucket": bucket, "size": str(len(content)), "generation": str(generation),
-            "metageneration": "1", "updated": when, "timeCreated": when}
+    when = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(generation // 10**9))
+    return {
+      "kind": "storage#object",
+      "name": name,
+      "bucket": bucket,
+      "size": str(len(content)),
+      "generation": str(generation),
+      "metageneration": "1",
+      "updated": when,
+      "timeCreated": when,
+    }
 
   def _json(self, value):
     return 200, {"Content-Type": "application/json"}, json.dumps(value).encode()
 
   def _error(self, status, message):
-    return status, {"Content-Type": "application/json"}, json.dumps({"error": {"code": status, "message": message}}).encode()
+    return (
+      status,
+      {"Content-Type": "application/json"},
+      json.dumps({"error": {"code": status, "message": message}}).encode(),
+    )

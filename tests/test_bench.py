@@ -9,21 +9,25 @@ import numpy as np
 import pytest
 
 from configs import convmae, mae, mrmae
-from mrmae_jax import sharding, train
+from mrmae_jax import program, sharding, train
+from mrmae_jax.cli import bench
+from mrmae_jax.cli.bench import SUBCOMMANDS
+from mrmae_jax.cli.bench import __main__ as command
+from mrmae_jax.cli.bench import step as bench_step
 from mrmae_jax.models.classifier import Classifier
 from mrmae_jax.models.vit import ViT
-from mrmae_jax.tools import bench, program
-from mrmae_jax.tools.bench import SUBCOMMANDS, __main__ as command, step as bench_step
 from tests import tiny
 
 
 @pytest.fixture
 def run(monkeypatch, capsys):
   """Runs a sub-command; returns its exit code, what it printed and its errors. Overrides are taken from sys.argv."""
+
   def call(*arguments):
     monkeypatch.setattr(sys, "argv", ["bench", *arguments])
     code = command.main()
     return code, *capsys.readouterr()
+
   return call
 
 
@@ -38,7 +42,9 @@ def test_flops_of_a_product_a_loop_and_a_gradient():
   x, w = jnp.zeros((8, 4, 16)), jnp.zeros((16, 32))
   product = 2 * 8 * 4 * 16 * 32
   assert program.flops(lambda x, w: x @ w, x, w) == {"rest": product}
-  assert program.flops(jax.jit(jax.grad(lambda x, w: (x @ w).sum(), (0, 1))), x, w) == {"rest": 2 * product}  # the forward one is dead
+  assert program.flops(jax.jit(jax.grad(lambda x, w: (x @ w).sum(), (0, 1))), x, w) == {
+    "rest": 2 * product
+  }  # the forward one is dead
   scan = lambda x, w: jax.lax.scan(lambda total, row: (total + (row @ w).sum(), None), 0.0, x)[0]
   assert program.flops(scan, x, w) == {"rest": product}
   either = lambda x, w: jax.lax.cond(x[0, 0, 0] > 0, lambda: (x @ w).sum(), lambda: 0.0)
@@ -52,11 +58,17 @@ def work(config):
 
 def test_work_of_mae_to_the_last_product():
   """Two for each of M N K, three times; the embedding has no gradient of its input, and visible tokens end in the last block."""
-  block = lambda tokens, dim: 12 * dim ** 2 * tokens + 2 * tokens ** 2 * dim
-  last = 512 ** 2 * (147 + 2 * 197 + 147 + 8 * 147) + 2 * 147 * 197 * 512
+  block = lambda tokens, dim: 12 * dim**2 * tokens + 2 * tokens**2 * dim
+  last = 512**2 * (147 + 2 * 197 + 147 + 8 * 147) + 2 * 147 * 197 * 512
   found = work(mae.get_config("base"))
-  np.testing.assert_allclose(found["transformer"], (6 * 12 * block(50, 768) + 4 * 49 * 768 ** 2) / 1e9, rtol=1e-6)
-  np.testing.assert_allclose(found["decoder"], 6 * (50 * 768 * 512 + 7 * block(197, 512) + last + 147 * 512 * 768) / 1e9, rtol=1e-6)
+  np.testing.assert_allclose(
+    found["transformer"], (6 * 12 * block(50, 768) + 4 * 49 * 768**2) / 1e9, rtol=1e-6
+  )
+  np.testing.assert_allclose(
+    found["decoder"],
+    6 * (50 * 768 * 512 + 7 * block(197, 512) + last + 147 * 512 * 768) / 1e9,
+    rtol=1e-6,
+  )
   assert set(found) == {"transformer", "decoder"}
 
 
@@ -64,8 +76,15 @@ def test_work_of_mr_mae():
   """GFLOP of an image as counted for the design of the project, by hand; visible tokens save 0.97 in the decoder's last block."""
   config = mrmae.get_config("base,fusion=stages,masking=random")
   config.teacher.path = "random"
-  expected = {"stage 1": 6.20, "stage 2": 3.93, "embed 3 and 4, stage fusion": 1.79, "transformer": 23.13, "decoder": 32.06 - 0.97,
-              "teacher": 35.1, "mimic head": 0.17}
+  expected = {
+    "stage 1": 6.20,
+    "stage 2": 3.93,
+    "embed 3 and 4, stage fusion": 1.79,
+    "transformer": 23.13,
+    "decoder": 32.06 - 0.97,
+    "teacher": 35.1,
+    "mimic head": 0.17,
+  }
   found = work(config)
   for part, gflop in expected.items():
     np.testing.assert_allclose(found[part], gflop, rtol=0.005, atol=0.01, err_msg=part)
@@ -78,7 +97,10 @@ def test_dense_stages_cost_four_times_as_much_and_are_not_counted_as_necessary()
   config.encoder.sparse = False
   task = bench_step.bench.make_task(config)
   plan = train.plan(config, task, sharding.make_mesh(), 100)
-  dense, needed = program.flops(plan.step, plan.state, plan.frozen, plan.batch), bench_step.necessary(config)
+  dense, needed = (
+    program.flops(plan.step, plan.state, plan.frozen, plan.batch),
+    bench_step.necessary(config),
+  )
   assert abs(dense["stage 1"] / 8 / needed["stage 1"] / 4 - 1) < 0.01
   assert dense["decoder"] / 8 == needed["decoder"]
 
@@ -87,78 +109,147 @@ def test_work_of_fine_tuning():
   model = Classifier(ViT(8, 16, 2, 2, 32), 5)
   images = jnp.zeros((4, 32, 48, 3))
   params = jax.eval_shape(model.init, jax.random.key(0), images)
-  found = program.flops(lambda params: jax.grad(lambda p: model.apply(p, images)[0].sum())(params), params)
-  assert set(found) == {"transformer", "classifier"} and found["classifier"] == 2 * 2 * 4 * 16 * 5  # its output is not needed
+  found = program.flops(
+    lambda params: jax.grad(lambda p: model.apply(p, images)[0].sum())(params), params
+  )
+  assert (
+    set(found) == {"transformer", "classifier"} and found["classifier"] == 2 * 2 * 4 * 16 * 5
+  )  # its output is not needed
 
 
 def test_bytes_that_kernels_move():
   x = jnp.zeros((256, 256))
   text = jax.jit(lambda x: (x @ x, x.T.sum(0))).lower(x).compile().as_text()
   size = x.size * 4
-  assert 3 * size <= sum(program.traffic(text).values()) <= 5 * size + 10_000  # product: two in, one out; sum: one in
+  assert (
+    3 * size <= sum(program.traffic(text).values()) <= 5 * size + 10_000
+  )  # product: two in, one out; sum: one in
   compiled = jax.jit(lambda x: jnp.tanh(x) * 2 + 1).lower(x).compile()
-  assert sum(program.traffic(compiled.as_text()).values()) == compiled.cost_analysis()["bytes accessed"] == 2 * size  # one fused kernel
+  assert (
+    sum(program.traffic(compiled.as_text()).values())
+    == compiled.cost_analysis()["bytes accessed"]
+    == 2 * size
+  )  # one fused kernel
 
 
 def test_operations_belong_to_parts():
-  for name, part in (("jit(train_step)/transpose(jvp(ConvViT))/blocks1_0/fc1/dot_general", "stage 1"),
-                     ("jit(train_step)/jvp(ConvViT)/stage2_output_decode/add", "embed 3 and 4, stage fusion"),
-                     ("jit(f)/jvp(Tower)/blocks_3/attn/qkv/dot_general", "teacher"), ("jit(f)/jvp(ViT)/blocks_0/fc1", "transformer"),
-                     ("jit(f)/jvp(Classifier)/encoder/blocks1_0/fc1/dot_general", "stage 1"), ("jit(f)/adam/mul", "rest")):
+  for name, part in (
+    ("jit(train_step)/transpose(jvp(ConvViT))/blocks1_0/fc1/dot_general", "stage 1"),
+    ("jit(train_step)/jvp(ConvViT)/stage2_output_decode/add", "embed 3 and 4, stage fusion"),
+    ("jit(f)/jvp(Tower)/blocks_3/attn/qkv/dot_general", "teacher"),
+    ("jit(f)/jvp(ViT)/blocks_0/fc1", "transformer"),
+    ("jit(f)/jvp(Classifier)/encoder/blocks1_0/fc1/dot_general", "stage 1"),
+    ("jit(f)/adam/mul", "rest"),
+  ):
     assert program.component(name) == part
 
 
 def test_step(run, config_file, tmp_path):
-  code, out, err = run("step", f"--config={config_file}", "--config.teacher.path=", "--batch_sizes=8", "--steps=2", f"--json={tmp_path}/x.json",
-                       f"--profile={tmp_path}/trace")
+  code, out, err = run(
+    "step",
+    f"--config={config_file}",
+    "--config.teacher.path=",
+    "--batch_sizes=8",
+    "--steps=2",
+    f"--json={tmp_path}/x.json",
+    f"--profile={tmp_path}/trace",
+  )
   found = json.loads((tmp_path / "x.json").read_text())
   assert code == 0 and not err.count("error"), err
   assert [r["batch_size"] for r in found["results"]] == [8] and "commit" in found["machine"]
   assert {"stage 1", "stage 2", "transformer", "decoder"} <= set(found["results"][0]["flops"])
-  assert all(len(r["seconds"]) == 2 and r["images_per_s"] > 0 and "mfu" not in r for r in found["results"])
-  assert "GFLOP" in out and "longest operations" in out and list(tmp_path.glob("trace/**/*.xplane.pb"))
-  assert found["results"][0]["profile"] and {"ms", "component", "operation"} == set(found["results"][0]["profile"][0])
+  assert all(
+    len(r["seconds"]) == 2 and r["images_per_s"] > 0 and "mfu" not in r for r in found["results"]
+  )
+  assert (
+    "GFLOP" in out and "longest operations" in out and list(tmp_path.glob("trace/**/*.xplane.pb"))
+  )
+  assert found["results"][0]["profile"] and {"ms", "component", "operation"} == set(
+    found["results"][0]["profile"][0]
+  )
 
 
 def test_both_is_the_real_loop(run, config_file, tmp_path):
   code, out, _ = run("both", f"--config={config_file}", "--steps=3", f"--json={tmp_path}/x.json")
   found = json.loads((tmp_path / "x.json").read_text())
-  assert code == 0 and len(found["seconds"]) == 3 and 0 <= found["data_wait"] <= 1 and "waiting for data" in out
+  assert (
+    code == 0
+    and len(found["seconds"]) == 3
+    and 0 <= found["data_wait"] <= 1
+    and "waiting for data" in out
+  )
 
 
 def test_guards_measures_the_step_beside_one_without(run, config_file, tmp_path):
-  code, out, err = run("guards", f"--config={config_file}", "--rounds=1", f"--json={tmp_path}/x.json")
+  code, out, err = run(
+    "guards", f"--config={config_file}", "--rounds=1", f"--json={tmp_path}/x.json"
+  )
   assert code == 0, err
-  assert set(json.loads((tmp_path / "x.json").read_text())["seconds"]) == {"bare", "step", "checksums", "watch"}
+  assert set(json.loads((tmp_path / "x.json").read_text())["seconds"]) == {
+    "bare",
+    "step",
+    "checksums",
+    "watch",
+  }
   assert "left out if it is not finite" in out and "% with a save in" in out
   config, metrics = tiny.get_config(), []
   for safeguards in (True, False):
     metrics.append(bench.make_step(config, safeguards=safeguards).run())
-  assert metrics[0].keys() - metrics[1].keys() == {"skipped"}  # one leaves updates out, the other does not
-  assert all(float(metrics[0][name]) == pytest.approx(float(value), rel=1e-6) for name, value in metrics[1].items())
+  assert metrics[0].keys() - metrics[1].keys() == {
+    "skipped"
+  }  # one leaves updates out, the other does not
+  assert all(
+    float(metrics[0][name]) == pytest.approx(float(value), rel=1e-6)
+    for name, value in metrics[1].items()
+  )
 
 
-@pytest.mark.parametrize("pair, ways", [("visible", ["visible blocks", "dense"]),
-                                        ("views", ["4 masks an image", "1 mask an image"])])
+@pytest.mark.parametrize(
+  "pair, ways",
+  [("visible", ["visible blocks", "dense"]), ("views", ["4 masks an image", "1 mask an image"])],
+)
 def test_compared_are_ways_that_agree(run, config_file, tmp_path, pair, ways):
-  code, out, err = run("compare", f"--pair={pair}", f"--config={config_file}", "--config.teacher.path=", "--config.batch_size=8",
-                       "--rounds=1", f"--json={tmp_path}/x.json")
+  code, out, err = run(
+    "compare",
+    f"--pair={pair}",
+    f"--config={config_file}",
+    "--config.teacher.path=",
+    "--config.batch_size=8",
+    "--rounds=1",
+    f"--json={tmp_path}/x.json",
+  )
   found = json.loads((tmp_path / "x.json").read_text())
-  assert code == 0 and list(found["seconds"]) == ways and ("agree to" in out) == (pair != "views"), err
+  assert (
+    code == 0 and list(found["seconds"]) == ways and ("agree to" in out) == (pair != "views")
+  ), err
 
 
 @pytest.mark.torch
 def test_the_step_of_transformers(run, tmp_path):
   pytest.importorskip("torch")
-  (tmp_path / "c.py").write_text("from tests import tiny\ndef get_config():\n  return tiny.get_config('vit')\n")
-  code, _, err = run("compare", "--pair=transformers", f"--config={tmp_path}/c.py", "--config.teacher.path=", "--config.batch_size=8",
-                     "--config.image_size=(48, 48)", "--rounds=1", f"--json={tmp_path}/x.json")
-  assert code == 0 and list(json.loads((tmp_path / "x.json").read_text())["seconds"]) == ["ours", "transformers"], err
+  (tmp_path / "c.py").write_text(
+    "from tests import tiny\ndef get_config():\n  return tiny.get_config('vit')\n"
+  )
+  code, _, err = run(
+    "compare",
+    "--pair=transformers",
+    f"--config={tmp_path}/c.py",
+    "--config.teacher.path=",
+    "--config.batch_size=8",
+    "--config.image_size=(48, 48)",
+    "--rounds=1",
+    f"--json={tmp_path}/x.json",
+  )
+  assert code == 0 and list(json.loads((tmp_path / "x.json").read_text())["seconds"]) == [
+    "ours",
+    "transformers",
+  ], err
 
 
 def test_ways_that_disagree_get_no_ratio(run, monkeypatch):
-  from mrmae_jax.tools.bench import compare  # pylint: disable=g-import-not-at-top
-  ways = {"one": compare._Way(lambda: 1.0, 1), "other": compare._Way(lambda: 1.1, 1)}  # pylint: disable=protected-access
+  from benchmarks import compare
+
+  ways = {"one": compare._Way(lambda: 1.0, 1), "other": compare._Way(lambda: 1.1, 1)}
   monkeypatch.setattr(compare, "_remat", lambda options: (ways, True))
   code, out, err = run("compare", "--pair=remat")
   assert code == 2 and "do not agree" in err and "speed" not in out
@@ -166,18 +257,36 @@ def test_ways_that_disagree_get_no_ratio(run, monkeypatch):
 
 @pytest.mark.parametrize("operation", ["depthwise", "attention"])
 def test_forms_agree(run, tmp_path, operation):
-  code, out, err = run("forms", f"--operation={operation}", "--batch_size=1", "--dtype=float32", "--rounds=1", f"--json={tmp_path}/x.json")
+  code, out, err = run(
+    "forms",
+    f"--operation={operation}",
+    "--batch_size=1",
+    "--dtype=float32",
+    "--rounds=1",
+    f"--json={tmp_path}/x.json",
+  )
   found = json.loads((tmp_path / "x.json").read_text())["results"]
   assert code == 0, err
-  assert len(found) == (8 if operation == "depthwise" else 3) and all(one["flops"] > 0 and one["seconds"] for one in found)
+  assert len(found) == (8 if operation == "depthwise" else 3) and all(
+    one["flops"] > 0 and one["seconds"] for one in found
+  )
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ((), "'' is not one of step, loader"), (("fast",), "'fast' is not one of"), (("compare",), "--pair is missing"),
-    (("compare", "--pair=reference", "--reference=/none"), "must be a checkout of Alpha-VL/ConvMAE"),
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    ((), "'' is not one of step, loader"),
+    (("fast",), "'fast' is not one of"),
+    (("compare",), "--pair is missing"),
+    (
+      ("compare", "--pair=reference", "--reference=/none"),
+      "must be a checkout of Alpha-VL/ConvMAE",
+    ),
     (("step", "--batch_sizes=many", "--config=tests/tiny.py"), "must be whole numbers"),
     (("both", "--config=configs/photos.py"), "--config.data.source is missing"),
-    (("forms", "--topology=v9:1"), "is not KIND:AxB")])
+    (("forms", "--topology=v9:1"), "is not KIND:AxB"),
+  ],
+)
 def test_mistakes(run, arguments, message):
   code, _, err = run(*arguments)
   assert code == 2 and message in err and err.count("error:") == 1

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from mrmae_jax.tools import command_line
-from mrmae_jax.tools.bench import loader
+from mrmae_jax.cli import command_line
+from mrmae_jax.cli.bench import loader
 from tests.test_data import write_images
 
 
@@ -15,9 +15,22 @@ def bench(tmp_path):
   write_images(tmp_path / "photos", [f"{i}.jpg" for i in range(6)])
 
   def run(*options):
-    code = command_line(loader.__doc__, loader.define_flags(), loader.run, [
-        "loader", f"--source=folder:{tmp_path}/photos", "--image_size=16", "--batch_size=4", "--workers=0", "--images=8",
-        "--rounds=2", f"--json={tmp_path}/result.json", *options])
+    code = command_line(
+      loader.__doc__,
+      loader.define_flags(),
+      loader.run,
+      [
+        "loader",
+        f"--source=folder:{tmp_path}/photos",
+        "--image_size=16",
+        "--batch_size=4",
+        "--workers=0",
+        "--images=8",
+        "--rounds=2",
+        f"--json={tmp_path}/result.json",
+        *options,
+      ],
+    )
     return code, json.loads((tmp_path / "result.json").read_text())
 
   return run
@@ -26,8 +39,12 @@ def bench(tmp_path):
 def test_table(bench, capsys):
   code, result = bench()
   assert code == 0 and result["equal"]
-  assert {"ours, pillow", "ours, pillow, packed", "ours, pillow, packed at 256"} <= set(result["rounds"])
-  assert all(len(rounds) == 2 and rounds[0]["images_per_s"] > 0 for rounds in result["rounds"].values())
+  assert {"ours, pillow", "ours, pillow, packed", "ours, pillow, packed at 256"} <= set(
+    result["rounds"]
+  )
+  assert all(
+    len(rounds) == 2 and rounds[0]["images_per_s"] > 0 for rounds in result["rounds"].values()
+  )
   assert "PIL chain: equal" in capsys.readouterr().out
 
 

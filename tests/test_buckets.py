@@ -10,15 +10,18 @@ import sys
 import time
 
 import numpy as np
-from PIL import Image
 import pytest
 import tensorflow_datasets as tfds
+from PIL import Image
 
-from mrmae_jax import buckets
+from mrmae_jax.errors import DataError
+from mrmae_jax.runs import paths
 from tests import fake_gcs, test_data
 from tests.test_multihost import ROOT, finish, free_port, run, start
 
-needs_gcsfs = pytest.mark.skipif(importlib.util.find_spec("gcsfs") is None, reason="needs gcsfs (the gcs extra)")
+needs_gcsfs = pytest.mark.skipif(
+  importlib.util.find_spec("gcsfs") is None, reason="needs gcsfs (the gcs extra)"
+)
 CONFIG = """
 from tests import tiny
 def get_config():
@@ -47,7 +50,9 @@ def config(tmp_path_factory):
 def python(code, environment):
   """What `code` prints in a process of its own, with further variables."""
   environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
-  done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+  done = subprocess.run(
+    [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+  )
   assert done.returncode == 0, done.stderr[-3000:]
   return done.stdout
 
@@ -56,15 +61,30 @@ def python(code, environment):
 def test_a_run_in_a_bucket_is_killed_and_continues(server, config, tmp_path):
   """2 processes of 2 devices are killed; a save that was not complete does not count; 1 process of 4 ends as if never cut."""
   port, workdir = free_port(), "--workdir=gs://bucket/run"
-  cut = [start(i, 2, 2, tmp_path / f"cut_{i}.log", workdir, config=config, port=port, environment=server.environment)
-         for i in range(2)]
+  cut = [
+    start(
+      i,
+      2,
+      2,
+      tmp_path / f"cut_{i}.log",
+      workdir,
+      config=config,
+      port=port,
+      environment=server.environment,
+    )
+    for i in range(2)
+  ]
   end = time.monotonic() + 300
-  while "run/checkpoints/9/state/_METADATA" not in server.names("bucket") and time.monotonic() < end:
+  while (
+    "run/checkpoints/9/state/_METADATA" not in server.names("bucket") and time.monotonic() < end
+  ):
     time.sleep(0.02)
   for process in cut:
     process.send_signal(signal.SIGKILL)
   finish(cut)
-  assert "run/checkpoints/5/commit_success.txt" in server.names("bucket"), (tmp_path / "cut_0.log").read_text()[-3000:]
+  assert "run/checkpoints/5/commit_success.txt" in server.names("bucket"), (
+    tmp_path / "cut_0.log"
+  ).read_text()[-3000:]
   assert "run/config.json" in server.names("bucket")
   for step in (9, 13, 17, 18):  # as if it had been killed a moment earlier
     server.objects.pop(("bucket", f"run/checkpoints/{step}/commit_success.txt"), None)
@@ -72,19 +92,42 @@ def test_a_run_in_a_bucket_is_killed_and_continues(server, config, tmp_path):
   log = tmp_path / "again.log"
   again = start(0, 1, 4, log, workdir, config=config, environment=server.environment)
   assert finish([again]) == [0], log.read_text()[-3000:]
-  assert "continuing after step 5" in log.read_text() and "checkpoint: gs://bucket/run/checkpoints/18" in log.read_text()
+  assert (
+    "continuing after step 5" in log.read_text()
+    and "checkpoint: gs://bucket/run/checkpoints/18" in log.read_text()
+  )
   whole, _ = run(tmp_path, "whole", 1, 4, config=config)
-  rows = [json.loads(line) for line in server.objects["bucket", "run/metrics.jsonl"][1].splitlines()]
+  rows = [
+    json.loads(line) for line in server.objects["bucket", "run/metrics.jsonl"][1].splitlines()
+  ]
   losses = {row["step"]: row["loss"] for row in rows if "loss" in row}
-  assert losses.keys() == set(range(6, 19)) | (losses.keys() & set(range(6)))  # the first ones were not uploaded yet, or were
-  np.testing.assert_allclose([losses[s] for s in range(6, 19)], [whole[s]["loss"] for s in range(6, 19)], rtol=1e-5)
+  assert losses.keys() == set(range(6, 19)) | (
+    losses.keys() & set(range(6))
+  )  # the first ones were not uploaded yet, or were
+  np.testing.assert_allclose(
+    [losses[s] for s in range(6, 19)], [whole[s]["loss"] for s in range(6, 19)], rtol=1e-5
+  )
 
   names = server.names("bucket")
-  assert {"run/parameters.txt", "run/reconstructions/step_0000018.png", "run/checkpoints/18/commit_success.txt"} < set(names)
-  assert any(name.startswith("run/tensorboard/events") for name in names) and not any("write_test" in name for name in names)
-  assert Image.open(io.BytesIO(server.objects["bucket", "run/reconstructions/step_0000018.png"][1])).size[0] > 100
-  printed = python("import mrmae_jax; from mrmae_jax import metrics; print(mrmae_jax.load('gs://bucket/run').report.source); "
-                   "print(metrics.summary('gs://bucket/run')[0])", server.environment)
+  assert {
+    "run/parameters.txt",
+    "run/reconstructions/step_0000018.png",
+    "run/checkpoints/18/commit_success.txt",
+  } < set(names)
+  assert any(name.startswith("run/tensorboard/events") for name in names) and not any(
+    "write_test" in name for name in names
+  )
+  assert (
+    Image.open(
+      io.BytesIO(server.objects["bucket", "run/reconstructions/step_0000018.png"][1])
+    ).size[0]
+    > 100
+  )
+  printed = python(
+    "import mrmae_jax; from mrmae_jax import metrics; print(mrmae_jax.load('gs://bucket/run').report.source); "
+    "print(metrics.summary('gs://bucket/run')[0])",
+    server.environment,
+  )
   assert "gs://bucket/run after 18 steps" in printed and "at step 18" in printed
 
 
@@ -92,13 +135,16 @@ def test_a_run_in_a_bucket_is_killed_and_continues(server, config, tmp_path):
 def test_images_in_a_bucket(server, tmp_path):
   """A prepared dataset is the same from a bucket, also in worker processes; what is not there is named."""
   rows = [{"image": test_data.encode(test_data.photo(seed=i)), "label": i % 3} for i in range(11)]
-  features = {"image": tfds.features.Image(encoding_format="jpeg"), "label": tfds.features.ClassLabel(names=["x", "y", "z"])}
+  features = {
+    "image": tfds.features.Image(encoding_format="jpeg"),
+    "label": tfds.features.ClassLabel(names=["x", "y", "z"]),
+  }
   test_data.prepare_tfds("bucket_photos", tmp_path, features, {"train": rows[:8], "test": rows[8:]})
   for path in tmp_path.rglob("*"):
     if path.is_file():
       server.objects["bucket", f"tfds/{path.relative_to(tmp_path)}"] = (1, path.read_bytes())
   (tmp_path / "c.py").write_text(f"""
-from mrmae_jax.data import DataError, open_source
+from mrmae_jax.data import open_source
 from tests import test_data
 if __name__ == "__main__":
   open_it = lambda where: open_source("tfds:bucket_photos", "train", data_dir=where)
@@ -111,34 +157,68 @@ if __name__ == "__main__":
     try: open_it(where)
     except DataError as error: print(error)
 """)
-  lines = python(f"import runpy; runpy.run_path('{tmp_path}/c.py', run_name='__main__')", server.environment).splitlines()
-  assert len(lines) == 4 and "data_dir ('gs://bucket/none' now)" in lines[0] and "gs://none/tfds" in lines[1]
-  assert "gs://private/tfds cannot be reached (Anonymous caller" in lines[2] and "gs:// buckets are supported" in lines[3]
+  lines = python(
+    f"import runpy; runpy.run_path('{tmp_path}/c.py', run_name='__main__')", server.environment
+  ).splitlines()
+  assert (
+    len(lines) == 4
+    and "data_dir ('gs://bucket/none' now)" in lines[0]
+    and "gs://none/tfds" in lines[1]
+  )
+  assert (
+    "gs://private/tfds cannot be reached (Anonymous caller" in lines[2]
+    and "gs:// buckets are supported" in lines[3]
+  )
 
 
 @needs_gcsfs
-@pytest.mark.parametrize("bucket, message", [
-    ("private", "gs://private/run cannot be reached (Anonymous caller does not have storage.objects.get access"),
-    ("none", "cannot write to gs://none/run (")])
+@pytest.mark.parametrize(
+  "bucket, message",
+  [
+    (
+      "private",
+      "gs://private/run cannot be reached (Anonymous caller does not have storage.objects.get access",
+    ),
+    ("none", "cannot write to gs://none/run ("),
+  ],
+)
 def test_every_host_says_that_a_bucket_cannot_be_used(server, config, tmp_path, bucket, message):
   port, logs = free_port(), [tmp_path / f"{i}.log" for i in range(2)]
-  hosts = [start(i, 2, 1, logs[i], f"--workdir=gs://{bucket}/run", config=config, port=port, environment=server.environment)
-           for i in range(2)]
+  hosts = [
+    start(
+      i,
+      2,
+      1,
+      logs[i],
+      f"--workdir=gs://{bucket}/run",
+      config=config,
+      port=port,
+      environment=server.environment,
+    )
+    for i in range(2)
+  ]
   assert finish(hosts, 90) == [2, 2]
   for log in logs:
     [line] = [line for line in log.read_text().splitlines() if line.startswith("error:")]
     assert message in line and "Traceback" not in log.read_text()
-  assert not [path for method, path in server.requests if method == "POST" and path.startswith("/storage/v1/b?")]  # makes none
+  assert not [
+    path
+    for method, path in server.requests
+    if method == "POST" and path.startswith("/storage/v1/b?")
+  ]  # makes none
 
 
 def test_a_bucket_that_does_not_answer(monkeypatch):
   from etils.epath import backend
-  monkeypatch.setattr(buckets, "ANSWER_S", 0.1)
+
+  monkeypatch.setattr(paths, "ANSWER_S", 0.1)
   monkeypatch.setattr(backend.fsspec_backend, "_get_filesystem", lambda name: time.sleep(1))
-  with pytest.raises(ValueError, match=r"gs://bucket/x cannot be reached \(no answer within 0.1 s\)"):
-    buckets.folder("gs://bucket/x")
+  with pytest.raises(
+    ValueError, match=r"gs://bucket/x cannot be reached \(no answer within 0.1 s\)"
+  ):
+    paths.folder("gs://bucket/x")
 
 
 def test_folders_of_images_are_not_read_from_a_bucket():
-  with pytest.raises(test_data.DataError, match="folder:gs://bucket/x: a folder of images must be on a disk"):
+  with pytest.raises(DataError, match="folder:gs://bucket/x: a folder of images must be on a disk"):
     test_data.open_source("folder:gs://bucket/x", "train")

@@ -1,12 +1,12 @@
-"""tools.compile: figures that belong to the program, the largest batch, a table that adds up; libtpu only where it is there."""
+"""mrmae compile: figures that belong to the program, the largest batch, a table that adds up; libtpu only where it is there."""
 
 import dataclasses
 import importlib.util
 import json
 import os
-from pathlib import Path
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mrmae_jax import program as program_lib
 from mrmae_jax import sharding
+from mrmae_jax.cli import compile as tool
 from mrmae_jax.tasks import pretrain
-from mrmae_jax.tools import compile as tool, program as program_lib
 from tests import tiny
 from tests.test_stages import changed
 
@@ -38,15 +39,31 @@ def run(monkeypatch, *arguments):
 
 
 def test_figures_of_the_devices_that_are_here(config_file, tmp_path, monkeypatch, capsys):
-  assert run(monkeypatch, f"--config={config_file}", f"--json={tmp_path}/x.json", "--config.mesh.fsdp=2") == 0
+  assert (
+    run(monkeypatch, f"--config={config_file}", f"--json={tmp_path}/x.json", "--config.mesh.fsdp=2")
+    == 0
+  )
   printed, found = capsys.readouterr().out, json.loads((tmp_path / "x.json").read_text())
-  assert found["devices"] == 8 and found["mesh"] == {"data": 4, "fsdp": 2} and found["batch_per_device"] == 4
+  assert (
+    found["devices"] == 8
+    and found["mesh"] == {"data": 4, "fsdp": 2}
+    and found["batch_per_device"] == 4
+  )
   assert found["flops"] > 1e6 and found["bytes"] > 1e6 and found["peak"] >= found["temporaries"] > 0
   assert "bound_s" not in found and "roofline" not in printed  # nothing is known of a CPU
-  assert found["collectives"]["all-reduce"]["count"] > 0 and "exchanged a device and step: all-reduce" in printed
+  assert (
+    found["collectives"]["all-reduce"]["count"] > 0
+    and "exchanged a device and step: all-reduce" in printed
+  )
   assert "8 x cpu, mesh data=4 x fsdp=2, batch 32 (4 a device, 1 micro-batches), float32" in printed
   parts = {row["part"] for row in found["shards"]}
-  assert parts == {"state/step", "state/params", "state/opt_state", "state/usual_norm", "frozen/mimic"}
+  assert parts == {
+    "state/step",
+    "state/params",
+    "state/opt_state",
+    "state/usual_norm",
+    "frozen/mimic",
+  }
 
 
 def test_memory_a_device_falls_as_the_rule_says():
@@ -56,20 +73,31 @@ def test_memory_a_device_falls_as_the_rule_says():
   shapes = jax.eval_shape(task.init, jax.random.key(0))
   for fsdp in (1, 2, 4, 8):
     mesh = sharding.make_mesh(fsdp=fsdp)
-    placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes,
-                          sharding.fsdp_shardings(shapes, mesh, min_size=256))
+    placed = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      shapes,
+      sharding.fsdp_shardings(shapes, mesh, min_size=256),
+    )
     rows = sharding.table({"params": placed}, depth=1)
-    divided = [x for x in jax.tree.leaves(shapes) if fsdp > 1 and x.size >= 256 and any(n % fsdp == 0 for n in x.shape)]
+    divided = [
+      x
+      for x in jax.tree.leaves(shapes)
+      if fsdp > 1 and x.size >= 256 and any(n % fsdp == 0 for n in x.shape)
+    ]
     whole = sum(4 * x.size for x in jax.tree.leaves(shapes))
     assert sum(row["bytes"] for row in rows) == whole
     assert sum(row["arrays"] for row in rows if row["sharding"] == "sharded") == len(divided)
-    assert sum(row["bytes_per_device"] for row in rows) == whole - sum(4 * x.size for x in divided) * (fsdp - 1) // fsdp
+    assert (
+      sum(row["bytes_per_device"] for row in rows)
+      == whole - sum(4 * x.size for x in divided) * (fsdp - 1) // fsdp
+    )
 
 
 DIVIDED = """
 import json, jax
 from mrmae_jax.tasks import pretrain
-from mrmae_jax.tools import compile as tool, program as program_lib
+from mrmae_jax import program as program_lib
+from mrmae_jax.cli import compile as tool
 from tests import tiny
 found = []
 for devices, fsdp, images in [(1, 1, 2), (8, 8, 2), (64, 64, 4), (256, 256, 2), (256, 1, 4)]:
@@ -86,17 +114,33 @@ print(json.dumps(found))
 def test_what_1_to_256_devices_hold_and_exchange():
   """State falls as the rule says; what is exchanged are parameters, gradients and metrics, whatever the batch and the devices."""
   flags = "--xla_force_host_platform_device_count=256 --xla_backend_optimization_level=0"
-  done = subprocess.run([sys.executable, "-c", DIVIDED], cwd=ROOT, env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
-                        capture_output=True, text=True)
+  done = subprocess.run(
+    [sys.executable, "-c", DIVIDED],
+    cwd=ROOT,
+    env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
+    capture_output=True,
+    text=True,
+  )
   assert done.returncode == 0, done.stderr[-3000:]
   for one in json.loads(done.stdout.splitlines()[-1]):
     rows, fsdp, exchanged = one["shards"], one["fsdp"], one["collectives"]
-    moments, params = ({row["sharding"]: row for row in rows if row["part"] == f"state/{part}"} for part in ("opt_state", "params"))
-    assert all(row["bytes_per_device"] * (fsdp if row["sharding"] == "sharded" else 1) == row["bytes"] for row in rows)
-    assert one["arguments"] == sum(row["bytes_per_device"] for row in rows) + one["images"] * 32 * 32 * 3
+    moments, params = (
+      {row["sharding"]: row for row in rows if row["part"] == f"state/{part}"}
+      for part in ("opt_state", "params")
+    )
+    assert all(
+      row["bytes_per_device"] * (fsdp if row["sharding"] == "sharded" else 1) == row["bytes"]
+      for row in rows
+    )
+    assert (
+      one["arguments"] == sum(row["bytes_per_device"] for row in rows) + one["images"] * 32 * 32 * 3
+    )
     size = sum(row["bytes"] for row in params.values())
     if fsdp > 1:  # most of the parameters are divided, and their moments with them
-      assert params["sharded"]["bytes"] > 0.5 * size and moments["sharded"]["bytes"] == 2 * params["sharded"]["bytes"]
+      assert (
+        params["sharded"]["bytes"] > 0.5 * size
+        and moments["sharded"]["bytes"] == 2 * params["sharded"]["bytes"]
+      )
       assert exchanged.pop("all-gather")["bytes"] == params["sharded"]["bytes"]
     if one["devices"] > 1:
       assert 0 <= exchanged.pop("all-reduce")["bytes"] - size < 200  # and the metrics
@@ -109,11 +153,20 @@ def test_collectives_of_a_program():
   rows, all_of_it = sharding.batch_sharding(mesh), sharding.replicated(mesh)
   x = jax.ShapeDtypeStruct((8, 50), jnp.float32, sharding=rows)
   program = lambda f: jax.jit(f, out_shardings=all_of_it).lower(x).compile().as_text()
-  assert program_lib.collectives(program(lambda x: x.sum(0))) == {"all-reduce": {"count": 1, "bytes": 200}}
-  assert program_lib.collectives(program(lambda x: x + 1)) == {"all-gather": {"count": 1, "bytes": 1600}}
-  text = ("  %ag = (f32[4,8]{1,0}, f32[32,8]{1,0}) all-gather-start(f32[4,8]{1,0} %p), dimensions={0}\n"
-          "  ROOT %ar = (bf16[10]{0}, f32[2,3]{1,0}) all-reduce(bf16[10]{0} %a, f32[2,3]{1,0} %b), to_apply=%add\n")
-  assert program_lib.collectives(text) == {"all-gather": {"count": 1, "bytes": 1024}, "all-reduce": {"count": 1, "bytes": 44}}
+  assert program_lib.collectives(program(lambda x: x.sum(0))) == {
+    "all-reduce": {"count": 1, "bytes": 200}
+  }
+  assert program_lib.collectives(program(lambda x: x + 1)) == {
+    "all-gather": {"count": 1, "bytes": 1600}
+  }
+  text = (
+    "  %ag = (f32[4,8]{1,0}, f32[32,8]{1,0}) all-gather-start(f32[4,8]{1,0} %p), dimensions={0}\n"
+    "  ROOT %ar = (bf16[10]{0}, f32[2,3]{1,0}) all-reduce(bf16[10]{0} %a, f32[2,3]{1,0} %b), to_apply=%add\n"
+  )
+  assert program_lib.collectives(text) == {
+    "all-gather": {"count": 1, "bytes": 1024},
+    "all-reduce": {"count": 1, "bytes": 44},
+  }
 
 
 def test_the_largest_batch():
@@ -128,14 +181,23 @@ def test_the_largest_batch():
 
 def test_a_roofline():
   device = SimpleNamespace(device_kind="TPU v5 lite")
-  assert tool.find_chip([device]).name == "TPU v5e" and tool.find_chip([SimpleNamespace(device_kind="TPU v5")]).name == "TPU v5p"
+  assert (
+    tool.find_chip([device]).name == "TPU v5e"
+    and tool.find_chip([SimpleNamespace(device_kind="TPU v5")]).name == "TPU v5p"
+  )
   assert tool.find_chip(jax.devices()) is None
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--topology=v9:2x2"], "--topology=v9:2x2 is not KIND:AxB"), (["--topology=v5e"], "is not KIND:AxB"),
-    (["--sweep_batch"], "the memory of cpu is not known; give a --topology"), (["--config.batch_size=12"], "nearest: 8 or 16"),
-    (["--what=1"], "what")])
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    (["--topology=v9:2x2"], "--topology=v9:2x2 is not KIND:AxB"),
+    (["--topology=v5e"], "is not KIND:AxB"),
+    (["--sweep_batch"], "the memory of cpu is not known; give a --topology"),
+    (["--config.batch_size=12"], "nearest: 8 or 16"),
+    (["--what=1"], "what"),
+  ],
+)
 def test_mistakes(config_file, arguments, message, monkeypatch, capsys):
   assert run(monkeypatch, f"--config={config_file}", *arguments) == 2
   error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
@@ -144,22 +206,33 @@ def test_mistakes(config_file, arguments, message, monkeypatch, capsys):
 
 def test_slices_and_hosts_are_kept_together():
   """Rows of a batch go host by host; an fsdp group stays inside a slice."""
+
   @dataclasses.dataclass(frozen=True)
   class Device:
     id: int
     process_index: int
     slice_index: int
 
-  devices = [Device(int(i), int(i) // 2, int(i) // 4) for i in np.random.default_rng(0).permutation(8)]
+  devices = [
+    Device(int(i), int(i) // 2, int(i) // 4) for i in np.random.default_rng(0).permutation(8)
+  ]
   mesh = sharding.make_mesh(fsdp=2, devices=devices)
   assert [[d.id for d in row] for row in mesh.devices] == [[0, 1], [2, 3], [4, 5], [6, 7]]
   with pytest.raises(ValueError, match="fsdp=8 does not divide the 4 devices of each of 2 slices"):
     sharding.make_mesh(fsdp=8, devices=devices)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (the tpu extra)")
+@pytest.mark.skipif(
+  importlib.util.find_spec("libtpu") is None, reason="needs libtpu (the tpu extra)"
+)
 def test_chips_that_are_not_here(config_file, tmp_path, monkeypatch, capsys):
-  assert run(monkeypatch, f"--config={config_file}", "--topology=v5e:2x2", f"--json={tmp_path}/x.json") == 0
+  assert (
+    run(monkeypatch, f"--config={config_file}", "--topology=v5e:2x2", f"--json={tmp_path}/x.json")
+    == 0
+  )
   found = json.loads((tmp_path / "x.json").read_text())
   assert found["devices"] == 4 and found["chip"] == "TPU v5e" and found["images_per_s"] > 0
-  assert found["collectives"]["all-reduce"]["bytes"] > 0.9 * 4 * 0.03e6 and "roofline" in capsys.readouterr().out
+  assert (
+    found["collectives"]["all-reduce"]["bytes"] > 0.9 * 4 * 0.03e6
+    and "roofline" in capsys.readouterr().out
+  )

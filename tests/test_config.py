@@ -4,10 +4,10 @@ import functools
 import json
 import math
 import os
-from pathlib import Path
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,8 +15,10 @@ import pytest
 
 from configs import cifar10, convmae, demo, finetune, mae, mrmae, probe
 from configs.sweeps import ablation
-from mrmae_jax import config as config_lib, teachers
-from mrmae_jax.config import ConfigError, validate
+from mrmae_jax import config as config_lib
+from mrmae_jax import teachers
+from mrmae_jax.config import validate
+from mrmae_jax.errors import ConfigError
 from mrmae_jax.tasks import pretrain
 from tests import tiny
 
@@ -26,7 +28,9 @@ ROOT = Path(__file__).parent.parent
 def shapes(config, teacher_dims=None):
   """The parameter shapes of a configuration's student, without computing anything."""
   model = pretrain.make_model(config, teacher_dims or {})
-  init = functools.partial(pretrain.init_params, model, tuple(config.image_size), config.method.mask_ratio)
+  init = functools.partial(
+    pretrain.init_params, model, tuple(config.image_size), config.method.mask_ratio
+  )
   return jax.eval_shape(init, jax.random.key(0))
 
 
@@ -38,13 +42,28 @@ def millions(tree):
 def hub(tmp_path, monkeypatch):
   """A cache of the Hugging Face hub, offline, with the config.json of CLIP-B/16 and DINO-B/16: all that validation reads."""
   from huggingface_hub import constants
+
   monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
   monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-  sizes = dict(patch_size=16, image_size=224, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072)
+  sizes = dict(
+    patch_size=16,
+    image_size=224,
+    hidden_size=768,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    intermediate_size=3072,
+  )
   for name, config in (
-      ("clip_vit_b16", {"model_type": "clip", "projection_dim": 512,
-                        "vision_config": sizes | dict(layer_norm_eps=1e-5, hidden_act="quick_gelu")}),
-      ("dino_vit_b16", {"model_type": "vit", "layer_norm_eps": 1e-12, "hidden_act": "gelu"} | sizes)):
+    (
+      "clip_vit_b16",
+      {
+        "model_type": "clip",
+        "projection_dim": 512,
+        "vision_config": sizes | dict(layer_norm_eps=1e-5, hidden_act="quick_gelu"),
+      },
+    ),
+    ("dino_vit_b16", {"model_type": "vit", "layer_norm_eps": 1e-12, "hidden_act": "gelu"} | sizes),
+  ):
     preset = teachers.PRESETS[name]
     commit = preset.revision if len(preset.revision) == 40 else "0" * 40
     root = tmp_path / "hub" / f"models--{preset.repo.replace('/', '--')}"
@@ -55,14 +74,18 @@ def hub(tmp_path, monkeypatch):
     (root / "snapshots" / commit / "config.json").write_text(json.dumps(config))
 
 
-CONFIGS = [(module, size) for module in (convmae, mae, mrmae) for size in ("small", "base", "large", "huge")]
+CONFIGS = [
+  (module, size) for module in (convmae, mae, mrmae) for size in ("small", "base", "large", "huge")
+]
 
 
 @pytest.mark.parametrize("module, size", CONFIGS, ids=[f"{m.__name__}:{s}" for m, s in CONFIGS])
 def test_shipped_configs_validate_and_build(module, size, hub, tmp_path):
   config = module.get_config(size)
   (tmp_path / "photo.png").touch()
-  config.data.source = f"folder:{tmp_path}"  # what ships is tfds:imagenet2012, which has to be prepared first
+  config.data.source = (
+    f"folder:{tmp_path}"  # what ships is tfds:imagenet2012, which has to be prepared first
+  )
   validate(config, num_devices=32)
   params = shapes(config, {"mimic": 768})
   assert millions(params) > 20 and ("mimic_heads" in params) == (module is mrmae)
@@ -72,15 +95,26 @@ def test_shipped_configs_validate_and_build(module, size, hub, tmp_path):
 
 def test_the_full_recipe_and_its_arguments():
   c = mrmae.get_config()
-  assert c.method.masking == "focused" and c.encoder.fuse_layers == (2, 5, 8) and c.encoder.fuse_stages
+  assert (
+    c.method.masking == "focused" and c.encoder.fuse_layers == (2, 5, 8) and c.encoder.fuse_stages
+  )
   assert c.teacher.name == "clip_vit_b16" and not c.extra_teachers
-  c = mrmae.get_config("large,encoder=vit,teacher=clip_vit_l14+dino_vit_b16,masking=random,fusion=none,tokens=masked,masks=4")
+  c = mrmae.get_config(
+    "large,encoder=vit,teacher=clip_vit_l14+dino_vit_b16,masking=random,fusion=none,tokens=masked,masks=4"
+  )
   assert c.encoder.name == "vit" and c.encoder.depth == 24 and c.encoder.fuse_layers == ()
   assert (c.teacher.name, c.extra_teachers.dino_vit_b16.name) == ("clip_vit_l14", "dino_vit_b16")
-  assert c.extra_teachers.dino_vit_b16.tokens == c.teacher.tokens == "masked" and c.method.pixel_weight == 0
+  assert (
+    c.extra_teachers.dino_vit_b16.tokens == c.teacher.tokens == "masked"
+    and c.method.pixel_weight == 0
+  )
   assert c.method.masking == "random" and c.method.complementary_masks == 4 and c.optim.blr == 6e-4
-  for argument, message in (("giant", "size 'giant' is not one of small, base"), ("base,maskin=random", "the argument 'maskin=random'"),
-                            ("fusion=all", "fusion=all must be"), ("masks=many", "'masks=many': expected a value like 1")):
+  for argument, message in (
+    ("giant", "size 'giant' is not one of small, base"),
+    ("base,maskin=random", "the argument 'maskin=random'"),
+    ("fusion=all", "fusion=all must be"),
+    ("masks=many", "'masks=many': expected a value like 1"),
+  ):
     with pytest.raises(ConfigError, match=message):
       mrmae.get_config(argument)
 
@@ -105,8 +139,16 @@ def test_demo_validates():
 
 
 # Counted on the reference code of these sizes: encoder without the fusion convolutions, those, decoder, in millions
-@pytest.mark.parametrize("module, argument", [
-    (finetune, "base"), (finetune, "large,encoder=vit"), (finetune, "huge"), (probe, "base"), (probe, "small,encoder=vit")])
+@pytest.mark.parametrize(
+  "module, argument",
+  [
+    (finetune, "base"),
+    (finetune, "large,encoder=vit"),
+    (finetune, "huge"),
+    (probe, "base"),
+    (probe, "small,encoder=vit"),
+  ],
+)
 def test_configs_that_need_labels(module, argument, tmp_path):
   for split in ("train", "validation"):
     for name in "ab":
@@ -126,9 +168,19 @@ def test_a_workdir_instead_of_a_size(module, tmp_path):
   ours.data.mean = (0.1, 0.2, 0.3)
   (tmp_path / "config.json").write_text(ours.to_json())
   config = module.get_config(str(tmp_path))
-  assert config.init_from == str(tmp_path) and config.image_size == (32, 48) and config.dtype == "float32"
-  assert config.data.source == "digits" and config.data.mean == (0.1, 0.2, 0.3) and config.data.holdout_every == 5
-  assert config.encoder.embed_dims == (8, 12, 24) and config.encoder.drop_path == (0.1 if module is finetune else 0.0)
+  assert (
+    config.init_from == str(tmp_path)
+    and config.image_size == (32, 48)
+    and config.dtype == "float32"
+  )
+  assert (
+    config.data.source == "digits"
+    and config.data.mean == (0.1, 0.2, 0.3)
+    and config.data.holdout_every == 5
+  )
+  assert config.encoder.embed_dims == (8, 12, 24) and config.encoder.drop_path == (
+    0.1 if module is finetune else 0.0
+  )
   config.batch_size, config.optim.warmup_epochs = 32, 0.0
   validate(config, num_devices=8)
   with pytest.raises(ConfigError, match="none is neither a size nor the workdir of a run"):
@@ -142,10 +194,17 @@ def test_the_ladder_has_one_compute_budget():
     config = cifar10.get_config(method)
     config.data.source = "digits"
     if method == "mrmae":
-      config.teacher.path = demo.get_config().teacher.path  # as large as the one that the README trains
-    task, keys = pretrain.make(config), jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 8))
+      config.teacher.path = (
+        demo.get_config().teacher.path
+      )  # as large as the one that the README trains
+    task, keys = (
+      pretrain.make(config),
+      jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 8)),
+    )
     batch = {"image": jax.ShapeDtypeStruct((8, 32, 32, 3), np.uint8)}
-    gradient = jax.jit(lambda *inputs, task=task: jax.value_and_grad(task.loss, has_aux=True)(*inputs))
+    gradient = jax.jit(
+      lambda *inputs, task=task: jax.value_and_grad(task.loss, has_aux=True)(*inputs)
+    )
     lowered = gradient.lower(jax.eval_shape(task.init, jax.random.key(0)), task.frozen, batch, keys)
     flops[method], epochs[method] = lowered.cost_analysis()["flops"], config.epochs
   budget = flops["convmae"] * epochs["convmae"]
@@ -154,26 +213,43 @@ def test_the_ladder_has_one_compute_budget():
   assert epochs["mae"] > epochs["convmae"] > epochs["mrmae"]
 
 
-@pytest.mark.parametrize("size, encoder, fusion, decoder", [
-    ("small", 21.87, 1.18, 25.81), ("base", 84.46, 4.33, 26.01), ("large", 321.75, 9.44, 42.93), ("huge", 679.21, 20.97, 43.06)])
+@pytest.mark.parametrize(
+  "size, encoder, fusion, decoder",
+  [
+    ("small", 21.87, 1.18, 25.81),
+    ("base", 84.46, 4.33, 26.01),
+    ("large", 321.75, 9.44, 42.93),
+    ("huge", 679.21, 20.97, 43.06),
+  ],
+)
 def test_parameter_counts_are_the_published_ones(size, encoder, fusion, decoder):
   params = shapes(convmae.get_config(size))
   fused = {name: part for name, part in params["encoder"].items() if name.endswith("output_decode")}
   own = {name: part for name, part in params["encoder"].items() if name not in fused}
-  assert [round(millions(x), 2) for x in (own, fused, params["decoder"])] == [encoder, fusion, decoder]
+  assert [round(millions(x), 2) for x in (own, fused, params["decoder"])] == [
+    encoder,
+    fusion,
+    decoder,
+  ]
   if size == "base":
     assert round(millions(params), 2) == 114.79
 
 
 def test_mae_base_has_the_parameters_of_vit_b():
-  assert round(millions(shapes(mae.get_config("base"))["encoder"]), 2) == 85.65  # ViT-B/16 without head; positions are constants
+  assert (
+    round(millions(shapes(mae.get_config("base"))["encoder"]), 2) == 85.65
+  )  # ViT-B/16 without head; positions are constants
 
 
 def test_configs_are_read_without_jax():
-  code = ("import sys; from configs import demo, mrmae, mae, convmae\n"
-          "for m in (mrmae, mae, convmae): m.get_config('huge')\n"
-          "demo.get_config().to_json(); print([m for m in ('jax', 'flax', 'torch', 'tensorflow') if m in sys.modules])")
-  out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+  code = (
+    "import sys; from configs import demo, mrmae, mae, convmae\n"
+    "for m in (mrmae, mae, convmae): m.get_config('huge')\n"
+    "demo.get_config().to_json(); print([m for m in ('jax', 'flax', 'torch', 'tensorflow') if m in sys.modules])"
+  )
+  out = subprocess.run(
+    [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+  ).stdout
   assert out.strip() == "[]"
 
 
@@ -189,47 +265,97 @@ def changed(**overrides):
   return c
 
 
-@pytest.mark.parametrize("overrides, message", [
+@pytest.mark.parametrize(
+  "overrides, message",
+  [
     (dict(optim__blr=float("nan")), r"config\.optim\.blr=nan must be a finite number > 0"),
     (dict(optim__blr=-1e-4), r"config\.optim\.blr=-0\.0001 must be a finite number > 0"),
     (dict(epochs=float("inf")), r"config\.epochs=inf must be a finite number > 0"),
-    (dict(optim__weight_decay=-0.1), r"config\.optim\.weight_decay=-0\.1 must be a finite number >= 0"),
+    (
+      dict(optim__weight_decay=-0.1),
+      r"config\.optim\.weight_decay=-0\.1 must be a finite number >= 0",
+    ),
     (dict(optim__b2=1.0), r"config\.optim\.b2=1\.0 must lie in \[0, 1\)"),
     (dict(optim__warmup_epochs=5.0), r"warmup_epochs=5\.0 is longer than config\.epochs"),
-    (dict(image_size=(36, 48), teacher__path=""),
-     r"config\.image_size=\(36, 48\) is not a multiple of the token size 8; nearest: \(32, 48\)"),
+    (
+      dict(image_size=(36, 48), teacher__path=""),
+      r"config\.image_size=\(36, 48\) is not a multiple of the token size 8; nearest: \(32, 48\)",
+    ),
     (dict(image_size=(32,)), r"config\.image_size=\(32,\) must hold two numbers"),
-    (dict(batch_size=20), r"config\.batch_size=20 is not divisible by 8 devices x 1 accumulation steps; nearest: 16 or 24"),
-    (dict(batch_size=24, optim__accum_steps=2), r"batch_size=24 is not divisible by 8 devices x 2 .* nearest: 16 or 32"),
+    (
+      dict(batch_size=20),
+      r"config\.batch_size=20 is not divisible by 8 devices x 1 accumulation steps; nearest: 16 or 24",
+    ),
+    (
+      dict(batch_size=24, optim__accum_steps=2),
+      r"batch_size=24 is not divisible by 8 devices x 2 .* nearest: 16 or 32",
+    ),
     (dict(batch_size=4), r"nearest: 8$"),
     (dict(mesh__fsdp=3), r"config\.mesh data=-1 x fsdp=3 does not fit 8 devices"),
     (dict(method__mask_ratio=1.0), r"mask_ratio=1\.0 leaves 0 of 24 tokens visible"),
     (dict(method__mask_ratio=0.99), r"mask_ratio=0\.99 leaves 0 of 24 tokens visible"),
-    (dict(encoder__num_heads=5), r"config\.encoder: width 24 must be a multiple of 4 and of num_heads=5"),
+    (
+      dict(encoder__num_heads=5),
+      r"config\.encoder: width 24 must be a multiple of 4 and of num_heads=5",
+    ),
     (dict(dtype="float16"), r"config\.dtype='float16' must be 'float32' or 'bfloat16'"),
     (dict(data__source=None), r"config\.data\.source is not set"),
-    (dict(data__source="folder:/no/such/folder"), r"config\.data: folder:/no/such/folder: does not exist"),
-    (dict(data__source="didgits"), r"config\.data: dataset 'didgits' given; expected 'digits', 'folder:"),
+    (
+      dict(data__source="folder:/no/such/folder"),
+      r"config\.data: folder:/no/such/folder: does not exist",
+    ),
+    (
+      dict(data__source="didgits"),
+      r"config\.data: dataset 'didgits' given; expected 'digits', 'folder:",
+    ),
     (dict(data__crop_scale=(0.0, 1.0)), r"config\.data\.crop_scale=\(0\.0, 1\.0\)"),
-    (dict(data__std=(0.5, 0.0, 0.5)), r"config\.data\.std=\(0\.5, 0\.0, 0\.5\) must satisfy 0 < x <= 1"),
-    (dict(teacher__path=None), r"config\.teacher is not set; give config\.teacher\.name=clip_vit_b16"),
+    (
+      dict(data__std=(0.5, 0.0, 0.5)),
+      r"config\.data\.std=\(0\.5, 0\.0, 0\.5\) must satisfy 0 < x <= 1",
+    ),
+    (
+      dict(teacher__path=None),
+      r"config\.teacher is not set; give config\.teacher\.name=clip_vit_b16",
+    ),
     (dict(teacher__path="/no/such/teacher"), r"config\.teacher: .*/no/such/teacher"),
     (dict(teacher__name="clip_vit_b17"), r"config\.teacher: .*clip_vit_b17.*clip_vit_b16"),
-    (dict(teacher__loss="huber"), r"config\.teacher\.loss='huber' is not one of mse, smooth_l1, cosine, l1"),
+    (
+      dict(teacher__loss="huber"),
+      r"config\.teacher\.loss='huber' is not one of mse, smooth_l1, cosine, l1",
+    ),
     (dict(teacher__weight=-1.0), r"config\.teacher\.weight=-1\.0 must be a finite number >= 0"),
     (dict(teacher__salient_share=0.0), r"config\.teacher\.salient_share=0\.0 must satisfy"),
-    (dict(teacher__tokens="visible+cls"), r"tokens='visible\+cls' needs a student with a CLS token: config\.encoder\.cls_token=True"),
+    (
+      dict(teacher__tokens="visible+cls"),
+      r"tokens='visible\+cls' needs a student with a CLS token: config\.encoder\.cls_token=True",
+    ),
     (dict(teacher__layer="proj", teacher__last_k=2), r"config\.teacher: .*last_k"),
-    (dict(method__masking="focused", teacher__path=""), r"config\.method\.masking='focused' needs config\.teacher"),
-    (dict(method__masking="focussed"), r"config\.method\.masking='focussed' is not one of random, focused"),
+    (
+      dict(method__masking="focused", teacher__path=""),
+      r"config\.method\.masking='focused' needs config\.teacher",
+    ),
+    (
+      dict(method__masking="focussed"),
+      r"config\.method\.masking='focussed' is not one of random, focused",
+    ),
     (dict(method__pixel_weight=0.0, teacher__path=""), r"leaves nothing to learn"),
-    (dict(method__complementary_masks=5), r"complementary_masks=5 sets of 6 visible tokens do not fit 24; it must be a whole number from 1 to 4"),
+    (
+      dict(method__complementary_masks=5),
+      r"complementary_masks=5 sets of 6 visible tokens do not fit 24; it must be a whole number from 1 to 4",
+    ),
     (dict(method__complementary_masks=0), r"complementary_masks=0 sets of"),
     (dict(encoder__drop_path=0.1), r"encoder.drop_path=0.1 is for fine-tuning"),
-    (dict(method__attention_temperature=0.0), r"attention_temperature=0\.0 must be a finite number > 0"),
+    (
+      dict(method__attention_temperature=0.0),
+      r"attention_temperature=0\.0 must be a finite number > 0",
+    ),
     (dict(method__attention_mix=1.5), r"attention_mix=1\.5 must lie in \[0, 1\]"),
-    (dict(encoder__fuse_layers=(0, 1)), r"fuse_layers=\(0, 1\) must be different blocks from 0 to 0; the last, 1,"),
-])
+    (
+      dict(encoder__fuse_layers=(0, 1)),
+      r"fuse_layers=\(0, 1\) must be different blocks from 0 to 0; the last, 1,",
+    ),
+  ],
+)
 def test_mistakes_are_named(overrides, message):
   with pytest.raises(ConfigError) as error:
     validate(changed(**overrides), num_devices=8)
@@ -239,7 +365,10 @@ def test_mistakes_are_named(overrides, message):
 
 def test_all_mistakes_are_reported_at_once():
   with pytest.raises(ConfigError) as error:
-    validate(changed(optim__blr=-1.0, batch_size=20, data__source="folder:/nope", teacher__path="/nope"), num_devices=8)
+    validate(
+      changed(optim__blr=-1.0, batch_size=20, data__source="folder:/nope", teacher__path="/nope"),
+      num_devices=8,
+    )
   assert len(str(error.value).splitlines()) == 4
 
 
@@ -250,21 +379,41 @@ def test_validation_comes_before_compilation(tmp_path):
 
 
 def command(*arguments):
-  env = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT), XLA_FLAGS="--xla_backend_optimization_level=0")
-  done = subprocess.run([sys.executable, "-m", "mrmae_jax.main", *arguments], cwd=ROOT, env=env, capture_output=True, text=True)
+  env = dict(
+    os.environ,
+    JAX_PLATFORMS="cpu",
+    PYTHONPATH=str(ROOT),
+    XLA_FLAGS="--xla_backend_optimization_level=0",
+  )
+  done = subprocess.run(
+    [sys.executable, "-m", "mrmae_jax.cli.train", *arguments],
+    cwd=ROOT,
+    env=env,
+    capture_output=True,
+    text=True,
+  )
   return done.returncode, done.stderr
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--config.optim.lr=1"], "--config.optim.lr=1: config.optim has no key 'lr'; did you mean config.optim.blr?"),
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    (
+      ["--config.optim.lr=1"],
+      "--config.optim.lr=1: config.optim has no key 'lr'; did you mean config.optim.blr?",
+    ),
     (["--config.optm.blr=1"], "config has no key 'optm'; did you mean config.optim?"),
     (["config.seed=3"], "'config.seed=3' is not an option; did you mean --config.seed=3?"),
     (["--config.batch_size=many"], "flag --config.batch_size=many: invalid literal for int()"),
     (["--worrkdir=/tmp/x"], "Unknown command line flag 'worrkdir'. Did you mean: workdir"),
     (["--config=configs/none.py"], "--config=configs/none.py: no such file"),
     (["--config=configs/mae.py:giant"], "size 'giant' is not one of small, base, large, huge"),
-    (["--config=configs/mrmae.py:base,mask=random"], "the argument 'mask=random' is not one of size=base, encoder=convvit"),
-])
+    (
+      ["--config=configs/mrmae.py:base,mask=random"],
+      "the argument 'mask=random' is not one of size=base, encoder=convvit",
+    ),
+  ],
+)
 def test_mistyped_command_lines(arguments, message):
   code, err = command("--config=configs/demo.py", "--workdir=/nonexistent", *arguments)
   assert code == 2 and message in err and err.startswith("error: ") and err.count("\n") == 1
@@ -277,28 +426,44 @@ def test_a_missing_flag_is_named():
 
 def test_help():
   env = dict(os.environ, PYTHONPATH=str(ROOT))
-  out = subprocess.run([sys.executable, "-m", "mrmae_jax.main", "--help"], cwd=ROOT, env=env, capture_output=True, text=True,
-                       check=True).stdout
-  assert "python -m mrmae_jax.main --config=configs/demo.py" in out and "--check: " in out and "--workdir: " in out
+  out = subprocess.run(
+    [sys.executable, "-m", "mrmae_jax.cli.train", "--help"],
+    cwd=ROOT,
+    env=env,
+    capture_output=True,
+    text=True,
+    check=True,
+  ).stdout
+  assert (
+    "python -m mrmae_jax.cli.train --config=configs/demo.py" in out
+    and "--check: " in out
+    and "--workdir: " in out
+  )
 
 
 def test_an_unreadable_image_is_named(tmp_path):
   for i in range(20):
     (tmp_path / f"{i:02}.jpg").write_bytes(b"<html>not found</html>")
-  code, err = command("--config=tests/tiny.py", f"--workdir={tmp_path}/run", f"--config.data.source=folder:{tmp_path}")
+  code, err = command(
+    "--config=tests/tiny.py", f"--workdir={tmp_path}/run", f"--config.data.source=folder:{tmp_path}"
+  )
   assert code == 3 and re.search(r"error: .*\d\d\.jpg", err) and "Traceback" not in err
 
 
 def test_wrong_teacher_weights_stop_the_run_before_compilation(tmp_path):
   teacher = ROOT / "tests" / "goldens" / "teachers" / "reject_missing_key"
-  code, err = command("--config=tests/tiny.py", f"--workdir={tmp_path}/run", f"--config.teacher.path={teacher}")
-  assert code == 2 and "missing: " in err and err.count("\n") == 1 and not (tmp_path / "run").exists()
+  code, err = command(
+    "--config=tests/tiny.py", f"--workdir={tmp_path}/run", f"--config.teacher.path={teacher}"
+  )
+  assert (
+    code == 2 and "missing: " in err and err.count("\n") == 1 and not (tmp_path / "run").exists()
+  )
 
 
 def test_help_of_every_key():
   """Each key of the schema is explained where it first appears, by a comment on its line or above it."""
   source = Path(config_lib.__file__).read_text()
-  lines = source[source.index("def encoder("):source.index("def validate(")].splitlines()
+  lines = source[source.index("def encoder(") : source.index("def validate(")].splitlines()
   seen, bare = set(), []
   for before, line in zip(["", *lines], lines):
     found = re.match(r"\s+(c\.[\w.]+)(, c\.[\w.]+)* = ", line)

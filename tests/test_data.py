@@ -13,16 +13,11 @@ import time
 import zlib
 
 import numpy as np
-from PIL import Image
-from PIL import ImageFile
 import pytest
+from PIL import Image, ImageFile
 
-from mrmae_jax.data import augment
-from mrmae_jax.data import DataError
-from mrmae_jax.data import eval_batches
-from mrmae_jax.data import loader
-from mrmae_jax.data import open_source
-from mrmae_jax.data import train_batches
+from mrmae_jax.data import augment, eval_batches, loader, open_source, train_batches
+from mrmae_jax.errors import DataError
 
 SIZE = (24, 24)
 
@@ -83,16 +78,15 @@ def take(iterator, steps):
 
 def train_steps(source, steps, *, shards=1, **options):
   """Global batches: the shards of each step joined in order."""
-  arguments = dict(
-      seed=5, batch_size=8, image_size=SIZE, crop_scale=(0.2, 1.0), flip=True
-  ) | options
+  arguments = (
+    dict(seed=5, batch_size=8, image_size=SIZE, crop_scale=(0.2, 1.0), flip=True) | options
+  )
   parts = [
-      take(train_batches(source, shard=i, num_shards=shards, **arguments), steps)
-      for i in range(shards)
+    take(train_batches(source, shard=i, num_shards=shards, **arguments), steps)
+    for i in range(shards)
   ]
   return [
-      {key: np.concatenate([part[key] for part in step]) for key in step[0]}
-      for step in zip(*parts)
+    {key: np.concatenate([part[key] for part in step]) for key in step[0]} for step in zip(*parts)
   ]
 
 
@@ -114,15 +108,11 @@ def reference(folder):
 
 
 @pytest.mark.parametrize(
-    "shards, workers, first",
-    [(2, 0, 0), (4, 0, 0), (1, 0, 3), (1, 1, 0), (2, 2, 2), (1, 4, 1)],
+  "shards, workers, first",
+  [(2, 0, 0), (4, 0, 0), (1, 0, 3), (1, 1, 0), (2, 2, 2), (1, 4, 1)],
 )
-def test_global_batch_is_a_function_of_seed_and_step(
-    folder, reference, shards, workers, first
-):
-  got = train_steps(
-      folder, 7 - first, shards=shards, workers=workers, first_step=first
-  )
+def test_global_batch_is_a_function_of_seed_and_step(folder, reference, shards, workers, first):
+  got = train_steps(folder, 7 - first, shards=shards, workers=workers, first_step=first)
   assert_same(got, reference[first:])
 
 
@@ -156,23 +146,25 @@ def test_seeds_give_unrelated_orders():
 
 
 def test_views_depend_on_the_seed_not_only_on_the_order():
-  one, two = (
-      train_steps(Numbered(1), 1, batch_size=1, seed=seed)[0] for seed in (0, 1)
-  )
+  one, two = (train_steps(Numbered(1), 1, batch_size=1, seed=seed)[0] for seed in (0, 1))
   assert not np.array_equal(one["image"], two["image"])
 
 
 def test_flip_is_optional_and_applied_to_half():
   def mirrored(flip):
     steps = train_steps(
-        Numbered(1), 1, batch_size=200, flip=flip, image_size=(30, 30),
-        crop_scale=(0.999, 1.0),
+      Numbered(1),
+      1,
+      batch_size=200,
+      flip=flip,
+      image_size=(30, 30),
+      crop_scale=(0.999, 1.0),
     )
     plain = photo(30, 30, 0).astype(int)
     distance = lambda image, other: np.abs(image - other).mean()
     return sum(
-        distance(image, plain[:, ::-1]) < distance(image, plain)
-        for image in steps[0]["image"].astype(int)
+      distance(image, plain[:, ::-1]) < distance(image, plain)
+      for image in steps[0]["image"].astype(int)
     )
 
   assert mirrored(False) == 0
@@ -181,8 +173,13 @@ def test_flip_is_optional_and_applied_to_half():
 
 def test_workers_end_when_the_iterator_is_closed(folder):
   iterator = train_batches(
-      folder, seed=0, batch_size=4, image_size=SIZE, crop_scale=(0.2, 1.0),
-      flip=True, workers=1,
+    folder,
+    seed=0,
+    batch_size=4,
+    image_size=SIZE,
+    crop_scale=(0.2, 1.0),
+    flip=True,
+    workers=1,
   )
   next(iterator)
   assert multiprocessing.active_children()
@@ -191,21 +188,21 @@ def test_workers_end_when_the_iterator_is_closed(folder):
 
 
 @pytest.mark.parametrize(
-    "options, message",
-    [
-        (dict(batch_size=10, num_shards=4), "nearest: 8 or 12"),
-        (dict(batch_size=3, num_shards=4), "nearest: 4 or 4"),
-        (dict(batch_size=0), "batch size 0"),
-        (dict(shard=2, num_shards=2), "expected 0 to 1"),
-        (dict(workers=-1), "workers=-1"),
-        (dict(seed=-1), "seed=-1"),
-        (dict(first_step=-1), "first_step=-1"),
-    ],
+  "options, message",
+  [
+    (dict(batch_size=10, num_shards=4), "nearest: 8 or 12"),
+    (dict(batch_size=3, num_shards=4), "nearest: 4 or 4"),
+    (dict(batch_size=0), "batch size 0"),
+    (dict(shard=2, num_shards=2), "expected 0 to 1"),
+    (dict(workers=-1), "workers=-1"),
+    (dict(seed=-1), "seed=-1"),
+    (dict(first_step=-1), "first_step=-1"),
+  ],
 )
 def test_arguments_that_do_not_fit(options, message):
-  arguments = dict(
-      seed=0, batch_size=8, image_size=SIZE, crop_scale=(0.2, 1.0), flip=True
-  ) | options
+  arguments = (
+    dict(seed=0, batch_size=8, image_size=SIZE, crop_scale=(0.2, 1.0), flip=True) | options
+  )
   with pytest.raises(DataError, match=message):
     train_batches(Numbered(3), **arguments)
 
@@ -225,8 +222,12 @@ def test_reading_ahead_is_bounded():
       return super().__getitem__(index)
 
   batches = train_batches(
-      Counting(1), seed=0, batch_size=4, image_size=SIZE, crop_scale=(0.2, 1.0),
-      flip=True,
+    Counting(1),
+    seed=0,
+    batch_size=4,
+    image_size=SIZE,
+    crop_scale=(0.2, 1.0),
+    flip=True,
   )
   next(batches)
   time.sleep(0.3)  # Unbounded, this reads a thousand batches.
@@ -248,16 +249,20 @@ def test_empty_source():
 @pytest.mark.parametrize("shards", [1, 2, 3])
 def test_evaluation_sees_every_image_once(count, shards):
   parts = [
-      list(eval_batches(
-          Numbered(count), batch_size=6, image_size=SIZE, crop_pct=0.875,
-          shard=i, num_shards=shards,
-      ))
-      for i in range(shards)
+    list(
+      eval_batches(
+        Numbered(count),
+        batch_size=6,
+        image_size=SIZE,
+        crop_pct=0.875,
+        shard=i,
+        num_shards=shards,
+      )
+    )
+    for i in range(shards)
   ]
   assert {len(part) for part in parts} == {-(-count // 6)}
-  labels = np.concatenate(
-      [part["label"] for step in zip(*parts) for part in step]
-  )
+  labels = np.concatenate([part["label"] for step in zip(*parts) for part in step])
   valid = np.concatenate([part["valid"] for step in zip(*parts) for part in step])
   assert valid.dtype == bool and labels.dtype == np.int32
   np.testing.assert_array_equal(labels[valid], np.arange(count))
@@ -266,17 +271,13 @@ def test_evaluation_sees_every_image_once(count, shards):
     for part in step:
       assert part["image"].shape == (6 // shards, *SIZE, 3)
       for image, label, ok in zip(part["image"], part["label"], part["valid"]):
-        expected = (
-            augment.center_crop(photo(30, 30, label), SIZE) if ok else 0 * image
-        )
+        expected = augment.center_crop(photo(30, 30, label), SIZE) if ok else 0 * image
         np.testing.assert_array_equal(image, expected)
 
 
 def test_evaluation_limit_is_evenly_spaced():
   def labels(limit):
-    batches = eval_batches(
-        Numbered(10), batch_size=3, image_size=SIZE, crop_pct=1.0, limit=limit
-    )
+    batches = eval_batches(Numbered(10), batch_size=3, image_size=SIZE, crop_pct=1.0, limit=limit)
     return [l for b in batches for l in b["label"][b["valid"]].tolist()]
 
   assert labels(4) == [0, 2, 5, 7]
@@ -286,8 +287,8 @@ def test_evaluation_limit_is_evenly_spaced():
 def test_evaluation_with_workers(folder):
   arguments = dict(batch_size=4, image_size=SIZE, crop_pct=0.875)
   assert_same(
-      list(eval_batches(folder, workers=2, **arguments)),
-      list(eval_batches(folder, **arguments)),
+    list(eval_batches(folder, workers=2, **arguments)),
+    list(eval_batches(folder, **arguments)),
   )
 
 
@@ -298,18 +299,16 @@ def test_crop_boxes_follow_the_law():
   # At most 0.5 of a square: every draw fits, so no draw is ever rejected.
   side, scale, ratio = 1000, (0.2, 0.5), (3 / 4, 4 / 3)
   rng = np.random.default_rng(0)
-  boxes = np.array([
-      augment.crop_box(side, side, rng, scale, ratio) for _ in range(4000)
-  ])
+  boxes = np.array([augment.crop_box(side, side, rng, scale, ratio) for _ in range(4000)])
   top, left, height, width = boxes.T
   area = (height * width / side**2 - scale[0]) / (scale[1] - scale[0])
   aspect = np.log(width / height) / np.log(ratio[1])  # In [-1, 1].
   slack = 0.01  # Sides are whole pixels.
   uniform = {
-      "area": area,
-      "log aspect": (aspect + 1) / 2,
-      "top": top / (side - height),
-      "left": left / (side - width),
+    "area": area,
+    "log aspect": (aspect + 1) / 2,
+    "top": top / (side - height),
+    "left": left / (side - width),
   }
   for name, values in uniform.items():
     assert values.min() > -slack and values.max() < 1 + slack, name
@@ -343,12 +342,8 @@ def test_random_resized_crop_is_crop_then_bicubic(size):
   image = photo(61, 83)
   touches_outside = 0
   for seed in range(8):
-    got = augment.random_resized_crop(
-        image, np.random.default_rng(seed), size, (0.2, 0.6)
-    )
-    top, left, h, w = augment.crop_box(
-        61, 83, np.random.default_rng(seed), (0.2, 0.6)
-    )
+    got = augment.random_resized_crop(image, np.random.default_rng(seed), size, (0.2, 0.6))
+    top, left, h, w = augment.crop_box(61, 83, np.random.default_rng(seed), (0.2, 0.6))
     box = (left, top, left + w, top + h)
     picture = Image.fromarray(image)
     expected = picture.crop(box).resize(size[::-1], Image.Resampling.BICUBIC)
@@ -359,20 +354,20 @@ def test_random_resized_crop_is_crop_then_bicubic(size):
 
 
 @pytest.mark.parametrize(
-    "shape, size, crop_pct, resized, corner",
-    [
-        ((300, 400), (224, 224), 0.875, (256, 341), (16, 58)),
-        ((400, 300), (224, 224), 0.875, (341, 256), (58, 16)),
-        ((50, 60), (24, 24), 1.0, (24, 28), (0, 2)),
-        ((100, 100), (32, 64), 0.875, (73, 73), (20, 4)),
-        ((40, 400), (64, 32), 0.875, (73, 730), (4, 349)),
-    ],
+  "shape, size, crop_pct, resized, corner",
+  [
+    ((300, 400), (224, 224), 0.875, (256, 341), (16, 58)),
+    ((400, 300), (224, 224), 0.875, (341, 256), (58, 16)),
+    ((50, 60), (24, 24), 1.0, (24, 28), (0, 2)),
+    ((100, 100), (32, 64), 0.875, (73, 73), (20, 4)),
+    ((40, 400), (64, 32), 0.875, (73, 730), (4, 349)),
+  ],
 )
 def test_center_crop(shape, size, crop_pct, resized, corner):
   image = photo(*shape)
-  expected = np.asarray(
-      Image.fromarray(image).resize(resized[::-1], Image.Resampling.BICUBIC)
-  )[corner[0] : corner[0] + size[0], corner[1] : corner[1] + size[1]]
+  expected = np.asarray(Image.fromarray(image).resize(resized[::-1], Image.Resampling.BICUBIC))[
+    corner[0] : corner[0] + size[0], corner[1] : corner[1] + size[1]
+  ]
   got = augment.center_crop(image, size, crop_pct)
   assert got.shape == (*size, 3)
   np.testing.assert_array_equal(got, expected)
@@ -394,20 +389,20 @@ def good_files():
   exif = Image.Exif()
   exif[0x0112] = 6  # Orientation: turn by 90 degrees.
   return {
-      "colour.jpg": encode(pixels, quality=90),
-      "progressive.jpg": encode(pixels, quality=75, progressive=True),
-      "full_chroma.jpg": encode(pixels, quality=95, subsampling=0),
-      "grey.jpg": encode(picture.convert("L")),
-      "cmyk.jpg": encode(picture.convert("CMYK")),
-      "exif.jpg": encode(pixels, exif=exif),
-      "trailing.jpg": encode(pixels) + b"some trailing bytes",
-      "colour.png": encode(pixels, "PNG"),
-      "alpha.png": encode(alpha, "PNG"),
-      "palette.png": encode(palette, "PNG"),
-      "clear_palette.png": encode(palette, "PNG", transparency=0),
-      "grey.png": encode(picture.convert("L"), "PNG"),
-      "bilevel.png": encode(picture.convert("1"), "PNG"),
-      "colour.webp": encode(pixels, "WEBP"),
+    "colour.jpg": encode(pixels, quality=90),
+    "progressive.jpg": encode(pixels, quality=75, progressive=True),
+    "full_chroma.jpg": encode(pixels, quality=95, subsampling=0),
+    "grey.jpg": encode(picture.convert("L")),
+    "cmyk.jpg": encode(picture.convert("CMYK")),
+    "exif.jpg": encode(pixels, exif=exif),
+    "trailing.jpg": encode(pixels) + b"some trailing bytes",
+    "colour.png": encode(pixels, "PNG"),
+    "alpha.png": encode(alpha, "PNG"),
+    "palette.png": encode(palette, "PNG"),
+    "clear_palette.png": encode(palette, "PNG", transparency=0),
+    "grey.png": encode(picture.convert("L"), "PNG"),
+    "bilevel.png": encode(picture.convert("1"), "PNG"),
+    "colour.webp": encode(pixels, "WEBP"),
   }
 
 
@@ -442,8 +437,10 @@ def png_header(width, height):
 
   header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
   return (
-      b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
-      + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+    b"\x89PNG\r\n\x1a\n"
+    + chunk(b"IHDR", header)
+    + chunk(b"IDAT", zlib.compress(bytes(100)))
+    + chunk(b"IEND", b"")
   )
 
 
@@ -457,14 +454,14 @@ def lying_jpeg():
 def bad_files():
   jpeg, png = encode(photo(200, 300)), encode(photo(200, 300), "PNG")
   return {
-      "empty.jpg": (b"", "is empty"),
-      "page.jpg": (b"<!DOCTYPE html><html>404</html>", "<!DOCTYPE html>"),
-      "short.jpg": (jpeg[: len(jpeg) // 2], "truncated"),
-      "header_only.jpg": (jpeg[:20], "cannot be decoded"),
-      "short.png": (png[: len(png) // 2], "truncated"),
-      "bomb.png": (png_header(60000, 60000), "3600000000|60000"),
-      "bomb.jpg": (lying_jpeg(), "4290250000|65500"),
-      "float.tif": (encode(np.ones((4, 4), np.float32), "TIFF"), "mode 'F'"),
+    "empty.jpg": (b"", "is empty"),
+    "page.jpg": (b"<!DOCTYPE html><html>404</html>", "<!DOCTYPE html>"),
+    "short.jpg": (jpeg[: len(jpeg) // 2], "truncated"),
+    "header_only.jpg": (jpeg[:20], "cannot be decoded"),
+    "short.png": (png[: len(png) // 2], "truncated"),
+    "bomb.png": (png_header(60000, 60000), "3600000000|60000"),
+    "bomb.jpg": (lying_jpeg(), "4290250000|65500"),
+    "float.tif": (encode(np.ones((4, 4), np.float32), "TIFF"), "mode 'F'"),
   }
 
 
@@ -481,12 +478,8 @@ def test_bad_files_are_named(name, case):
 def test_size_limit_is_our_own(monkeypatch, name):
   data, _ = bad_files()[name]
   monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-  monkeypatch.setattr(
-      ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded")
-  )
-  monkeypatch.setattr(
-      augment.simplejpeg, "decode_jpeg", lambda *_, **__: pytest.fail("decoded")
-  )
+  monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
+  monkeypatch.setattr(augment.simplejpeg, "decode_jpeg", lambda *_, **__: pytest.fail("decoded"))
   with pytest.raises(DataError, match="60000 x 60000|65500 x 65500"):
     augment.decode_image(data, name)
 
@@ -520,36 +513,41 @@ def open_pair(root, **options):
 
 def listing(source, root):
   return [
-      (os.path.relpath(source[i]["name"], root), source[i]["label"])
-      for i in range(len(source))
+    (os.path.relpath(source[i]["name"], root), source[i]["label"]) for i in range(len(source))
   ]
 
 
 def test_one_tree_with_classes_is_held_out(tmp_path):
-  write_images(tmp_path, [
-      "cat/1.jpg", "cat/deep/2.PNG", "cat/3.JPEG", "dog/1.jpg", "dog/2.jpg",
-      ".hidden/4.jpg", "dog/.5.jpg",
-  ])
+  write_images(
+    tmp_path,
+    [
+      "cat/1.jpg",
+      "cat/deep/2.PNG",
+      "cat/3.JPEG",
+      "dog/1.jpg",
+      "dog/2.jpg",
+      ".hidden/4.jpg",
+      "dog/.5.jpg",
+    ],
+  )
   (tmp_path / "empty_class").mkdir()
   (tmp_path / "notes.txt").write_text("not an image")
   train, evaluation = open_pair(tmp_path, holdout_every=2)
   assert train.class_names == evaluation.class_names == ("cat", "dog")
   # Sorted by path: cat/1, cat/3, cat/deep/2, dog/1, dog/2.
-  assert listing(train, tmp_path) == [
-      ("cat/1.jpg", 0), ("cat/deep/2.PNG", 0), ("dog/2.jpg", 1)
-  ]
+  assert listing(train, tmp_path) == [("cat/1.jpg", 0), ("cat/deep/2.PNG", 0), ("dog/2.jpg", 1)]
   assert listing(evaluation, tmp_path) == [("cat/3.JPEG", 0), ("dog/1.jpg", 1)]
   assert "3 images, 2 classes; one in 2 held out" in train.description
   assert train[0]["image"] == (tmp_path / "cat/1.jpg").read_bytes()
 
 
 @pytest.mark.parametrize(
-    "names",
-    [
-        ["b.jpg", "a.png"],  # Flat.
-        ["only/a.jpg", "only/b.jpg"],  # One directory is no classification.
-        ["x/a.jpg", "y/b.jpg", "stray.jpg"],  # One image is in no directory.
-    ],
+  "names",
+  [
+    ["b.jpg", "a.png"],  # Flat.
+    ["only/a.jpg", "only/b.jpg"],  # One directory is no classification.
+    ["x/a.jpg", "y/b.jpg", "stray.jpg"],  # One image is in no directory.
+  ],
 )
 def test_no_labels(tmp_path, names):
   write_images(tmp_path, names)
@@ -559,10 +557,17 @@ def test_no_labels(tmp_path, names):
 
 
 def test_split_folders(tmp_path):
-  write_images(tmp_path, [
-      "train/a/1.jpg", "train/b/1.jpg", "val/a/2.jpg", "val/b/2.jpg",
-      "extra/b/3.jpg", "extra/a/3.jpg",
-  ])
+  write_images(
+    tmp_path,
+    [
+      "train/a/1.jpg",
+      "train/b/1.jpg",
+      "val/a/2.jpg",
+      "val/b/2.jpg",
+      "extra/b/3.jpg",
+      "extra/a/3.jpg",
+    ],
+  )
   train, evaluation = open_pair(tmp_path)  # "test" is absent, "val" is there.
   assert listing(train, tmp_path) == [("train/a/1.jpg", 0), ("train/b/1.jpg", 1)]
   assert listing(evaluation, tmp_path) == [("val/a/2.jpg", 0), ("val/b/2.jpg", 1)]
@@ -574,9 +579,7 @@ def test_split_folders(tmp_path):
 def test_training_folder_without_evaluation_folder(tmp_path):
   write_images(tmp_path, [f"train/{i}.jpg" for i in range(4)])
   train, evaluation = open_pair(tmp_path, holdout_every=4)
-  assert [n for n, _ in listing(train, tmp_path)] == [
-      "train/0.jpg", "train/1.jpg", "train/2.jpg"
-  ]
+  assert [n for n, _ in listing(train, tmp_path)] == ["train/0.jpg", "train/1.jpg", "train/2.jpg"]
   assert [n for n, _ in listing(evaluation, tmp_path)] == ["train/3.jpg"]
 
 
@@ -587,14 +590,19 @@ def test_evaluation_folder_without_training_folder(tmp_path):
 
 
 def test_classes_must_agree(tmp_path):
-  write_images(tmp_path, [
-      "train/a/1.jpg", "train/b/1.jpg", "test/b/1.jpg", "test/c/1.jpg",
-      "val/1.jpg", "val/2.jpg",
-  ])
+  write_images(
+    tmp_path,
+    [
+      "train/a/1.jpg",
+      "train/b/1.jpg",
+      "test/b/1.jpg",
+      "test/c/1.jpg",
+      "val/1.jpg",
+      "val/2.jpg",
+    ],
+  )
   assert open_source(f"folder:{tmp_path}", "train").class_names == ("a", "b")
-  with pytest.raises(
-      DataError, match="only in training: a; only in evaluation: c"
-  ):
+  with pytest.raises(DataError, match="only in training: a; only in evaluation: c"):
     open_source(f"folder:{tmp_path}", "eval")
   with pytest.raises(DataError, match="only in training: a, b.*: none"):
     open_source(f"folder:{tmp_path}", "eval", eval_split="val")
@@ -677,18 +685,16 @@ def prepare_tfds(name, data_dir, features, examples):
   import tensorflow_datasets as tfds
 
   def info(self):
-    return tfds.core.DatasetInfo(
-        builder=self, features=tfds.features.FeaturesDict(features)
-    )
+    return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
   body = {
-      "VERSION": tfds.core.Version("1.0.0"),
-      "_info": info,
-      "_split_generators": lambda self, _: {
-          split: enumerate(rows) for split, rows in examples.items()
-      },
-      "_generate_examples": lambda self: iter(()),
-      "__module__": __name__,
+    "VERSION": tfds.core.Version("1.0.0"),
+    "_info": info,
+    "_split_generators": lambda self, _: {
+      split: enumerate(rows) for split, rows in examples.items()
+    },
+    "_generate_examples": lambda self: iter(()),
+    "__module__": __name__,
   }
   builder = type(name, (tfds.core.GeneratorBasedBuilder,), body)
   builder = builder(data_dir=str(data_dir), file_format="array_record")
@@ -702,26 +708,28 @@ def tfds_dir(tmp_path_factory):
 
   data_dir = tmp_path_factory.mktemp("tfds")
   rows = [
-      # A second image that is none: it must not even be looked at.
-      {"image": encode(photo(seed=i)), "label": i % 3, "mask": b"not an image"}
-      for i in range(11)
+    # A second image that is none: it must not even be looked at.
+    {"image": encode(photo(seed=i)), "label": i % 3, "mask": b"not an image"}
+    for i in range(11)
   ]
   features = {
-      "image": tfds.features.Image(encoding_format="jpeg"),
-      "label": tfds.features.ClassLabel(names=["x", "y", "z"]),
-      "mask": tfds.features.Image(),
+    "image": tfds.features.Image(encoding_format="jpeg"),
+    "label": tfds.features.ClassLabel(names=["x", "y", "z"]),
+    "mask": tfds.features.Image(),
   }
-  prepare_tfds(
-      "TestPhotos", data_dir, features, {"train": rows[:8], "test": rows[8:]}
-  )
+  prepare_tfds("TestPhotos", data_dir, features, {"train": rows[:8], "test": rows[8:]})
   raw = tfds.features.Tensor(shape=(4, 5, 1), dtype=np.uint8)
   prepare_tfds(
-      "TestTensors", data_dir, {"image": raw},
-      {"train": [{"image": np.full((4, 5, 1), i, np.uint8)} for i in range(3)]},
+    "TestTensors",
+    data_dir,
+    {"image": raw},
+    {"train": [{"image": np.full((4, 5, 1), i, np.uint8)} for i in range(3)]},
   )
   prepare_tfds(
-      "TestTexts", data_dir, {"text": tfds.features.Text()},
-      {"train": [{"text": "words"}]},
+    "TestTexts",
+    data_dir,
+    {"text": tfds.features.Text()},
+    {"train": [{"text": "words"}]},
   )
   return data_dir
 
@@ -743,8 +751,10 @@ def test_tfds_is_read(tfds_dir):
   assert len({train[k]["name"] for k in range(8)}) == 8
 
   sliced = open_source(
-      "tfds:test_photos", "eval", eval_split="train[25%:75%]",
-      data_dir=str(tfds_dir / "test_photos" / "1.0.0"),
+    "tfds:test_photos",
+    "eval",
+    eval_split="train[25%:75%]",
+    data_dir=str(tfds_dir / "test_photos" / "1.0.0"),
   )
   assert [tfds_index(sliced, k) for k in range(len(sliced))] == indices[2:6]
 
@@ -781,16 +791,12 @@ def test_tfds_errors(tfds_dir, tmp_path):
   assert "file_format='array_record'" in unprepared
   assert "download_and_prepare()" in unprepared and str(tmp_path) in unprepared
   # The same records under another format's name.
-  info = json.loads(
-      (tfds_dir / "test_photos/1.0.0/dataset_info.json").read_text()
-  )
+  info = json.loads((tfds_dir / "test_photos/1.0.0/dataset_info.json").read_text())
   other = tmp_path / "test_photos" / "1.0.0"
   other.mkdir(parents=True)
   features = (tfds_dir / "test_photos/1.0.0/features.json").read_text()
   (other / "features.json").write_text(features)
-  (other / "dataset_info.json").write_text(
-      json.dumps(info | {"fileFormat": "tfrecord"})
-  )
+  (other / "dataset_info.json").write_text(json.dumps(info | {"fileFormat": "tfrecord"}))
   assert "as tfrecord; expected array_record" in error("test_photos", tmp_path)
 
 
@@ -819,11 +825,12 @@ def test_neither_tensorflow_nor_torch_is_imported(tfds_dir, tmp_path):
     (tmp_path / name / "__init__.py").write_text("")
   root = str(pathlib.Path(__file__).parents[1])
   result = subprocess.run(
-      [sys.executable, "-c", READ_ALL, str(tfds_dir)],
-      env=os.environ | {"PYTHONPATH": os.pathsep.join([root, str(tmp_path)])},
-      capture_output=True, text=True, check=False, timeout=120,
+    [sys.executable, "-c", READ_ALL, str(tfds_dir)],
+    env=os.environ | {"PYTHONPATH": os.pathsep.join([root, str(tmp_path)])},
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=120,
   )
   assert result.returncode == 0, result.stderr
-  assert result.stdout.splitlines() == [
-      "early []", "(4, 8, 8, 3)", "(4, 8, 8, 3)", "heavy []"
-  ]
+  assert result.stdout.splitlines() == ["early []", "(4, 8, 8, 3)", "(4, 8, 8, 3)", "heavy []"]

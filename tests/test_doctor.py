@@ -3,17 +3,19 @@
 import fcntl
 import json
 import os
-from pathlib import Path
 import sys
+from pathlib import Path
 
-from absl import flags
 import numpy as np
-from PIL import Image
 import pytest
+from absl import flags
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from mrmae_jax import __main__ as entry, config as schema, main as training
-from mrmae_jax.tools import doctor
+from mrmae_jax import __main__ as entry
+from mrmae_jax import config as schema
+from mrmae_jax.cli import doctor
+from mrmae_jax.cli import train as training
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -35,13 +37,26 @@ def examine(tmp_path, capsys, monkeypatch):
 
   def run(*arguments, workdir=tmp_path / "run"):
     forget()
-    words = [f"--config.{word}" if "=" in word and not word.startswith("--") else word for word in arguments]
-    monkeypatch.setattr(sys, "argv", ["doctor", "--config=tests/tiny.py", *([f"--workdir={workdir}"] if workdir else []),
-                                      "--nocompile", *words])
+    words = [
+      f"--config.{word}" if "=" in word and not word.startswith("--") else word
+      for word in arguments
+    ]
+    monkeypatch.setattr(
+      sys,
+      "argv",
+      [
+        "doctor",
+        "--config=tests/tiny.py",
+        *([f"--workdir={workdir}"] if workdir else []),
+        "--nocompile",
+        *words,
+      ],
+    )
     code = doctor.main()
     printed = capsys.readouterr()
     assert "Traceback" not in printed.err
     return code, printed.out
+
   return run
 
 
@@ -50,7 +65,11 @@ def folder_of_images(path, count=20, size=(40, 56), value=None, classes=2):
   for i in range(count):
     place = path / (f"class{i % classes}" if classes else "")
     place.mkdir(parents=True, exist_ok=True)
-    pixels = rng.integers(0, 256, (*size, 3), np.uint8) if value is None else np.full((*size, 3), value, np.uint8)
+    pixels = (
+      rng.integers(0, 256, (*size, 3), np.uint8)
+      if value is None
+      else np.full((*size, 3), value, np.uint8)
+    )
     Image.fromarray(pixels).save(place / f"{i:03}.png")
   return path
 
@@ -62,7 +81,11 @@ def test_a_sound_run(examine, tmp_path):
   assert "train: digits: 1438 images" in out and "eval: digits: 359 images" in out
   assert "learning rate 0.04 x 16 / 256 = 0.0025 at its peak" in out and "= 8 steps" in out
   assert "CLIP ViT/8" in out and "features of 24 tokens, norm " in out
-  assert "M parameters (decoder " in out and "GFLOP an image and step (" in out and "a checkpoint has 0.00 GB" in out
+  assert (
+    "M parameters (decoder " in out
+    and "GFLOP an image and step (" in out
+    and "a checkpoint has 0.00 GB" in out
+  )
   assert sorted(p.name for p in tmp_path.iterdir()) == ["views.png"]  # nothing else was written
   with Image.open(tmp_path / "views.png") as picture:
     assert picture.size[0] > 4 * 100 and len(np.unique(np.asarray(picture))) > 50
@@ -71,7 +94,9 @@ def test_a_sound_run(examine, tmp_path):
 def test_the_step_is_compiled_and_timed(capsys, monkeypatch):
   monkeypatch.chdir(ROOT)
   forget()
-  monkeypatch.setattr(sys, "argv", ["doctor", "--config=tests/tiny.py:vit", "--config.teacher.path="])
+  monkeypatch.setattr(
+    sys, "argv", ["doctor", "--config=tests/tiny.py:vit", "--config.teacher.path="]
+  )
   assert doctor.main() == 0
   out = capsys.readouterr().out
   assert "ms a step, " in out and "for 8 steps" in out and "GiB a device" in out
@@ -81,72 +106,112 @@ def test_the_step_is_compiled_and_timed(capsys, monkeypatch):
 # The twenty mistakes. (what is planted, exit code, what is said)
 
 
-@pytest.mark.parametrize("arguments, code, said", [
-    (["optim.bler=1e-4"], 2, "did you mean config.optim.blr?"),                                        # 1 a misspelt key
-    (["batch_size=many"], 2, "batch_size"),                                                            # 2 a wrong type
-    (["image_size=(30, 48)"], 2, "not a multiple of the token size 8; nearest: (32, 48)"),             # 3 size and tokens
-    (["batch_size=12"], 2, "not divisible by 8 devices"),                                              # 4 batch and devices
-    (["optim.warmup_epochs=50.0"], 2, "warmup_epochs=50.0 is longer than"),                            # 5 endless warm-up
-    (["data.source=folder:/no/such/images"], 2, "does not exist"),                                     # 6 no images
-    (["teacher.path=/no/such/teacher"], 2, "/no/such/teacher"),                                        # 7 no teacher
-    (["method.mask_ratio=0.99"], 2, "leaves 0 of 24 tokens visible"),                                  # 8 nothing to see
-    (["optim.blr=2.5"], 0, "far above the recipes'"),                                                  # 9 a rate that was absolute
-    (["data.mean=(123.7, 116.3, 103.5)", "data.std=(58.4, 57.1, 57.4)"], 2, "config.data.mean"),       # 10 pixels of 0 to 255
-    (["batch_size=2000"], 0, "holds each of the 1438 images more than once"),                          # 11 more than there is
-    (["data.holdout_every=0"], 0, "nothing is held out"),                                              # 12 nothing to measure on
-    (["image_size=(256, 384)", "teacher.resolution=32"], 0, "most crops are enlarged"),                # 13 small images
-    (["teacher.weight=0.0"], 0, "costs time and teaches nothing"),                                     # 14 a silent teacher
-    (["checkpoint_every=100.0"], 0, "is longer than the run: only its first and last steps are saved"),  # 15 nothing kept
-    (["dtype=bfloat16"], 0, "bfloat16 is slower than float32 on a CPU"),                               # 16 the wrong type here
-    (["data.mean=(0.0, 0.0, 0.0)", "data.std=(0.05, 0.05, 0.05)"], 0, "not near 0 and 1"),             # 17 other statistics
-])
+@pytest.mark.parametrize(
+  "arguments, code, said",
+  [
+    (["optim.bler=1e-4"], 2, "did you mean config.optim.blr?"),  # 1 a misspelt key
+    (["batch_size=many"], 2, "batch_size"),  # 2 a wrong type
+    (
+      ["image_size=(30, 48)"],
+      2,
+      "not a multiple of the token size 8; nearest: (32, 48)",
+    ),  # 3 size and tokens
+    (["batch_size=12"], 2, "not divisible by 8 devices"),  # 4 batch and devices
+    (["optim.warmup_epochs=50.0"], 2, "warmup_epochs=50.0 is longer than"),  # 5 endless warm-up
+    (["data.source=folder:/no/such/images"], 2, "does not exist"),  # 6 no images
+    (["teacher.path=/no/such/teacher"], 2, "/no/such/teacher"),  # 7 no teacher
+    (["method.mask_ratio=0.99"], 2, "leaves 0 of 24 tokens visible"),  # 8 nothing to see
+    (["optim.blr=2.5"], 0, "far above the recipes'"),  # 9 a rate that was absolute
+    (
+      ["data.mean=(123.7, 116.3, 103.5)", "data.std=(58.4, 57.1, 57.4)"],
+      2,
+      "config.data.mean",
+    ),  # 10 pixels of 0 to 255
+    (
+      ["batch_size=2000"],
+      0,
+      "holds each of the 1438 images more than once",
+    ),  # 11 more than there is
+    (["data.holdout_every=0"], 0, "nothing is held out"),  # 12 nothing to measure on
+    (
+      ["image_size=(256, 384)", "teacher.resolution=32"],
+      0,
+      "most crops are enlarged",
+    ),  # 13 small images
+    (["teacher.weight=0.0"], 0, "costs time and teaches nothing"),  # 14 a silent teacher
+    (
+      ["checkpoint_every=100.0"],
+      0,
+      "is longer than the run: only its first and last steps are saved",
+    ),  # 15 nothing kept
+    (["dtype=bfloat16"], 0, "bfloat16 is slower than float32 on a CPU"),  # 16 the wrong type here
+    (
+      ["data.mean=(0.0, 0.0, 0.0)", "data.std=(0.05, 0.05, 0.05)"],
+      0,
+      "not near 0 and 1",
+    ),  # 17 other statistics
+  ],
+)
 def test_planted_settings(examine, arguments, code, said):
   found, out = examine(*arguments)
   assert found == code and said in out, out
   assert out.endswith("the run would start\n") == (code == 0) and any(
-      said in line and line.startswith("stop" if code else "look") for line in out.splitlines())
+    said in line and line.startswith("stop" if code else "look") for line in out.splitlines()
+  )
 
 
 def test_planted_images(examine, tmp_path):
-  broken = folder_of_images(tmp_path / "broken")                                                       # 18 a bad image
+  broken = folder_of_images(tmp_path / "broken")  # 18 a bad image
   (broken / "class0" / "000.png").write_bytes(b"<html>not found</html>")
   code, out = examine(f"data.source=folder:{broken}")
   assert code == 3 and "000.png" in out and "not an image" in out
-  plain = folder_of_images(tmp_path / "plain", value=90, classes=0)                                    # 19 nothing in them, no labels
+  plain = folder_of_images(tmp_path / "plain", value=90, classes=0)  # 19 nothing in them, no labels
   code, out = examine(f"data.source=folder:{plain}")
   assert code == 0 and "are of one colour" in out and "the images have no labels" in out
 
 
 def test_planted_workdirs(examine, tmp_path, monkeypatch):
   (tmp_path / "file").write_text("")
-  code, out = examine(workdir=tmp_path / "file" / "run")                                               # 20 no place to write
+  code, out = examine(workdir=tmp_path / "file" / "run")  # 20 no place to write
   assert code == 2 and "cannot write to" in out
-  (tmp_path / "run" / "checkpoints" / "40").mkdir(parents=True)                                        # 21 a run is there
+  (tmp_path / "run" / "checkpoints" / "40").mkdir(parents=True)  # 21 a run is there
   code, out = examine()
   assert code == 0 and "holds a run with a checkpoint of step 40" in out
-  with open(tmp_path / "run" / "lock", "w", encoding="utf-8") as file:                                 # 22 and is running
+  with open(tmp_path / "run" / "lock", "w", encoding="utf-8") as file:  # 22 and is running
     file.write(json.dumps({"pid": os.getpid(), "host": "here", "since": "now"}))
     file.flush()
     fcntl.flock(file, fcntl.LOCK_EX)
     code, out = examine()
   assert code == 2 and "is in use by another run" in out and str(os.getpid()) in out
-  monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())   # 23 a full disk
+  monkeypatch.setattr(
+    doctor.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})()
+  )  # 23 a full disk
   code, out = examine(workdir=tmp_path / "new")
   assert code == 5 and "0.0 GB are free in" in out
 
 
 def test_planted_teachers(examine, tmp_path):
   source = tiny.TEACHERS / "hf_dino"
-  for name, change in (("infinite", lambda x: np.where(np.arange(x.size).reshape(x.shape) == 3, np.float32("inf"), x)),  # 24
-                       ("constant", lambda x: x * 0)):                                                                    # 25
+  for name, change in (
+    (
+      "infinite",
+      lambda x: np.where(np.arange(x.size).reshape(x.shape) == 3, np.float32("inf"), x),
+    ),  # 24
+    ("constant", lambda x: x * 0),
+  ):  # 25
     folder = tmp_path / name
     folder.mkdir()
     for path in source.iterdir():
       if path.suffix == ".safetensors":
         weights = load_file(path)
-        changed = {key: change(x) if "patch_embeddings.projection.weight" in key else x for key, x in weights.items()}
+        changed = {
+          key: change(x) if "patch_embeddings.projection.weight" in key else x
+          for key, x in weights.items()
+        }
         if name == "constant":
-          changed = {key: x * 0 if "position_embeddings" in key else x for key, x in changed.items()}
+          changed = {
+            key: x * 0 if "position_embeddings" in key else x for key, x in changed.items()
+          }
         save_file(changed, folder / path.name)
       else:
         (folder / path.name).write_bytes(path.read_bytes())
@@ -177,15 +242,20 @@ def test_the_script_finds_configurations_that_import_each_other(tmp_path, monkey
   (tmp_path / "mine.py").write_text("from neighbour_of_mine import get_config")
   forget()
   assert entry.main(["mrmae", "finetune", f"--config={tmp_path}/mine.py", "--workdir=/tmp/x"]) == 2
-  assert "needs a configuration of task 'classify'" in capsys.readouterr().err  # so it was read
+  assert "needs a configuration of task 'finetune'" in capsys.readouterr().err  # so it was read
 
 
 def test_mistakes_are_answered(capsys, monkeypatch):
   forget()
   monkeypatch.chdir(ROOT)
-  for arguments, said in ((["pretrian"], "did you mean pretrain?"), (["finetune", "--config=tests/tiny.py", "--workdir=/tmp/x"],
-                                                                     "needs a configuration of task 'classify'"),
-                          (["features", "--modl=x"], "modl")):
+  for arguments, said in (
+    (["pretrian"], "did you mean pretrain?"),
+    (
+      ["finetune", "--config=tests/tiny.py", "--workdir=/tmp/x"],
+      "needs a configuration of task 'finetune'",
+    ),
+    (["features", "--modl=x"], "modl"),
+  ):
     assert entry.main(["mrmae", *arguments]) == 2
     printed = capsys.readouterr().err
     assert said in printed and printed.startswith("error: ") and printed.count("\n") == 1
@@ -196,7 +266,11 @@ def test_mistakes_are_answered(capsys, monkeypatch):
 def test_every_key_has_a_meaning():
   for config in (schema.pretrain(), schema.finetune(), schema.probe(), tiny.get_config("vit")):
     rows = schema.describe(config)
-    assert all(meaning for _, _, meaning in rows), [name for name, _, meaning in rows if not meaning]
+    assert all(meaning for _, _, meaning in rows), [
+      name for name, _, meaning in rows if not meaning
+    ]
   values = {name: (value, meaning) for name, value, meaning in schema.describe(schema.pretrain())}
   assert values["optim.blr"] == (1.5e-4, "base learning rate; the peak is blr * batch_size / 256")
-  assert values["encoder.remat"][1].endswith("of the decoder too") and values["mesh.fsdp"][1].startswith("devices per axis")
+  assert values["encoder.remat"][1].endswith("of the decoder too") and values["mesh.fsdp"][
+    1
+  ].startswith("devices per axis")

@@ -5,15 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mrmae_jax import mrmae, pictures, sharding
+from mrmae_jax import mrmae, sharding
 from mrmae_jax.evals import knn
 from mrmae_jax.tasks import pretrain
+from mrmae_jax.viz import grid
 from tests import tiny
 
 
 def test_knn_classify_by_its_definition():
   rng = np.random.default_rng(0)
-  bank, queries = rng.standard_normal((50, 6)).astype(np.float32), rng.standard_normal((23, 6)).astype(np.float32) * 5
+  bank, queries = (
+    rng.standard_normal((50, 6)).astype(np.float32),
+    rng.standard_normal((23, 6)).astype(np.float32) * 5,
+  )
   labels = rng.integers(0, 4, 50)
   expected = []
   for q in queries:
@@ -24,19 +28,31 @@ def test_knn_classify_by_its_definition():
     expected.append(votes.argmax())
   predicted = knn.knn_classify(queries, bank, labels, 4, (1, 7, 99), temperature=0.3)
   np.testing.assert_array_equal(predicted[7], expected)
-  np.testing.assert_array_equal(predicted[1], labels[(queries @ (bank / np.linalg.norm(bank, axis=1, keepdims=True)).T).argmax(1)])
-  np.testing.assert_array_equal(knn.knn_classify(bank, bank, labels, 4, (1,), temperature=0.07)[1], labels)
-  assert len(set(knn.knn_classify(queries, bank, labels, 4, (99,), temperature=1e3)[99])) == 1  # cut to the bank: one majority
+  np.testing.assert_array_equal(
+    predicted[1],
+    labels[(queries @ (bank / np.linalg.norm(bank, axis=1, keepdims=True)).T).argmax(1)],
+  )
+  np.testing.assert_array_equal(
+    knn.knn_classify(bank, bank, labels, 4, (1,), temperature=0.07)[1], labels
+  )
+  assert (
+    len(set(knn.knn_classify(queries, bank, labels, 4, (99,), temperature=1e3)[99])) == 1
+  )  # cut to the bank: one majority
 
 
 @pytest.mark.parametrize("count", [37, 5])
 @pytest.mark.parametrize("devices, fsdp", [(1, 1), (8, 2)])
 def test_neighbours_are_exact_in_any_blocks_on_any_devices(monkeypatch, count, devices, fsdp):
   rng = np.random.default_rng(0)
-  bank, queries = rng.standard_normal((count, 6)).astype(np.float32), rng.standard_normal((23, 6)).astype(np.float32)
-  bank[count // 2:count // 2 + 2] = bank[1]  # equal ones: the first counts, wherever it lies
-  similarity = queries @ bank.T / np.linalg.norm(queries, axis=1)[:, None] / np.linalg.norm(bank, axis=1)
-  similarity[:, count // 2:count // 2 + 2] = similarity[:, 1:2]
+  bank, queries = (
+    rng.standard_normal((count, 6)).astype(np.float32),
+    rng.standard_normal((23, 6)).astype(np.float32),
+  )
+  bank[count // 2 : count // 2 + 2] = bank[1]  # equal ones: the first counts, wherever it lies
+  similarity = (
+    queries @ bank.T / np.linalg.norm(queries, axis=1)[:, None] / np.linalg.norm(bank, axis=1)
+  )
+  similarity[:, count // 2 : count // 2 + 2] = similarity[:, 1:2]
   order = np.argsort(-similarity, axis=1, kind="stable")[:, :5]
   mesh = sharding.make_mesh(fsdp=fsdp, devices=jax.devices()[:devices])
   for queries_at_a_time, block in ((1024, 16384), (10, 3)):
@@ -50,11 +66,17 @@ def test_neighbours_are_exact_in_any_blocks_on_any_devices(monkeypatch, count, d
 def test_a_bank_is_divided_among_the_devices():
   """No device ever holds the whole bank, or similarities with more than a block of it."""
   mesh = sharding.make_mesh()
-  bank = jax.ShapeDtypeStruct((8, 4, 512, 16), jnp.float32, sharding=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(
-      sharding.AXES)))
+  bank = jax.ShapeDtypeStruct(
+    (8, 4, 512, 16),
+    jnp.float32,
+    sharding=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(sharding.AXES)),
+  )
   queries = jax.ShapeDtypeStruct((64, 16), jnp.float32, sharding=sharding.replicated(mesh))
-  program = jax.jit(knn._search, static_argnums=(2, 3), out_shardings=sharding.replicated(mesh)).lower(
-      queries, bank, 10, 16000).compile()
+  program = (
+    jax.jit(knn._search, static_argnums=(2, 3), out_shardings=sharding.replicated(mesh))
+    .lower(queries, bank, 10, 16000)
+    .compile()
+  )
   memory = program.memory_analysis()
   assert memory.argument_size_in_bytes < 4 * (4 * 512 * 16 + 64 * 16) + 1024
   assert memory.temp_size_in_bytes < 4 * 64 * (512 + 10) * 12
@@ -65,10 +87,15 @@ def test_few_shot_by_its_definition():
   labels, expected = rng.permutation(np.arange(60) % 3), rng.integers(0, 3, 50)
   centres = rng.standard_normal((3, 8))
   bank, queries = (centres[c] + rng.standard_normal((len(c), 8)) for c in (labels, expected))
-  one, all_of_them = knn.few_shot(queries, expected, bank, labels, 1, draws=4), knn.few_shot(queries, expected, bank, labels, 99, draws=2)
+  one, all_of_them = (
+    knn.few_shot(queries, expected, bank, labels, 1, draws=4),
+    knn.few_shot(queries, expected, bank, labels, 99, draws=2),
+  )
   unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
   means = np.stack([unit(bank[labels == c]).mean(0) for c in range(3)])
-  np.testing.assert_allclose(all_of_them, ((unit(queries) @ unit(means).T).argmax(1) == expected).mean())
+  np.testing.assert_allclose(
+    all_of_them, ((unit(queries) @ unit(means).T).argmax(1) == expected).mean()
+  )
   assert one.shape == (4,) and one.std() > 0 and one.mean() < all_of_them[0]
   np.testing.assert_array_equal(knn.few_shot(queries, expected, bank, labels, 1, draws=2), one[:2])
 
@@ -83,19 +110,26 @@ def test_knn_accuracy_is_the_same_on_any_devices():
   for devices, batch_size in ((1, 64), (8, 40)):
     mesh = sharding.make_mesh(devices=jax.devices()[:devices])
     placed = jax.device_put(params, sharding.replicated(mesh))
-    evaluator = knn.Evaluator(task, {}, config, mesh, None, k=20, temperature=0.07, batch_size=batch_size, bank=300)
+    evaluator = knn.Evaluator(
+      task, {}, config, mesh, None, k=20, temperature=0.07, batch_size=batch_size, bank=300
+    )
     results.append(evaluator.run(placed, 0)["accuracy"])
   assert results[0] == results[1] and 0.2 < results[0] < 1
-  assert abs(results[0] * 199 - round(results[0] * 199)) < 1e-6  # every held-out image counted, none twice
+  assert (
+    abs(results[0] * 199 - round(results[0] * 199)) < 1e-6
+  )  # every held-out image counted, none twice
 
 
 def test_knn_without_labels_says_why_not(tmp_path):
   from PIL import Image
+
   for i in range(20):
     Image.new("RGB", (32, 32), (i, i, i)).save(tmp_path / f"{i}.png")
   config = tiny.get_config()
   config.data.source = f"folder:{tmp_path}"
-  evaluator = knn.Evaluator(None, {}, config, sharding.make_mesh(), None, k=1, temperature=0.07, batch_size=8, bank=8)
+  evaluator = knn.Evaluator(
+    None, {}, config, sharding.make_mesh(), None, k=1, temperature=0.07, batch_size=8, bank=8
+  )
   assert "the images have no labels" in evaluator.note and evaluator.run({}, 0) == {}
 
 
@@ -116,16 +150,25 @@ def test_a_perfect_prediction_is_drawn_as_the_original(monkeypatch, norm_pix):
   hidden = np.repeat(np.repeat(np.asarray(mask.removed).reshape(2, 4, 6), 8, 1), 8, 2)[..., None]
   np.testing.assert_allclose(drawn["masked"], np.where(hidden, 0.5, original), atol=1e-5)
 
-  monkeypatch.setattr(mrmae, "encode_decode", lambda params, pixels, mask, model: (None, 0 * targets(0, pixels, mask, model)[1]))
+  monkeypatch.setattr(
+    mrmae,
+    "encode_decode",
+    lambda params, pixels, mask, model: (None, 0 * targets(0, pixels, mask, model)[1]),
+  )
   drawn = pretrain.reconstruct(model, {}, images, mask, norm_pix)
-  np.testing.assert_allclose(np.where(hidden, 0, drawn["pasted"]), np.where(hidden, 0, original), atol=1e-5)
+  np.testing.assert_allclose(
+    np.where(hidden, 0, drawn["pasted"]), np.where(hidden, 0, original), atol=1e-5
+  )
   assert np.abs(np.where(hidden, drawn["pasted"] - original, 0)).mean() > 0.05
 
 
 def test_grid_of_pictures():
   red, blue = (np.broadcast_to(np.float32(c), (2, 16, 24, 3)) for c in ([1, 0, 0], [0, 0, 1]))
-  grid = pictures.draw_grid([red, blue], ["left", "right"], "a note")
-  assert grid.dtype == np.uint8
-  columns = np.flatnonzero((grid == [255, 0, 0]).all(-1).any(0)), np.flatnonzero((grid == [0, 0, 255]).all(-1).any(0))
+  picture = grid.draw_grid([red, blue], ["left", "right"], "a note")
+  assert picture.dtype == np.uint8
+  columns = (
+    np.flatnonzero((picture == [255, 0, 0]).all(-1).any(0)),
+    np.flatnonzero((picture == [0, 0, 255]).all(-1).any(0)),
+  )
   assert columns[0].max() < columns[1].min() and len(columns[0]) == len(columns[1]) >= 128
-  assert (grid == [255, 0, 0]).all(-1).sum() == 2 * (16 * 6) * (24 * 6)
+  assert (picture == [255, 0, 0]).all(-1).sum() == 2 * (16 * 6) * (24 * 6)

@@ -1,18 +1,18 @@
-"""`mrmae_jax.load` and tools.features: any size, any type of image, every image once."""
+"""`mrmae_jax.load` and mrmae features: any size, any type of image, every image once."""
 
 import sys
 
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 import mrmae_jax
 from mrmae_jax import data
+from mrmae_jax.cli import features
 from mrmae_jax.models import ConvViT, ViT
-from mrmae_jax.tools import features
-from mrmae_jax.weights import students
+from mrmae_jax.weights import model_files
 from tests.test_weights import make
 
 
@@ -20,12 +20,18 @@ from tests.test_weights import make
 def paths(tmp_path_factory):
   """Files of a ConvViT with 8-pixel tokens, a ViT with 4-pixel ones and trained positions, and a fine-tuned ViT."""
   folder = tmp_path_factory.mktemp("models")
-  convvit, vit = ConvViT((2, 2, 2), (8, 12, 16), (1, 1, 1), 2, (2.0, 2.0, 2.0)), ViT(4, 16, 1, 2, 32, learned_positions=True)
+  convvit, vit = (
+    ConvViT((2, 2, 2), (8, 12, 16), (1, 1, 1), 2, (2.0, 2.0, 2.0)),
+    ViT(4, 16, 1, 2, 32, learned_positions=True),
+  )
   found = {}
-  for name, student, form in (("convvit", make(convvit, None), "convmae"), ("vit", make(vit, None), "timm"),
-                              ("finetuned", make(vit, None, classes=3, has_norm=False), "timm")):
+  for name, student, form in (
+    ("convvit", make(convvit, None), "convmae"),
+    ("vit", make(vit, None), "timm"),
+    ("finetuned", make(vit, None, classes=3, has_norm=False), "timm"),
+  ):
     found[name] = folder / f"{name}.safetensors"
-    students.write(student, found[name], form)
+    model_files.write(student, found[name], form)
   return found
 
 
@@ -40,16 +46,28 @@ def test_any_size_and_type(paths):
       count = height // token * (width // token)
       assert found["tokens"].shape == (2, count, 16) and found["pooled"].shape == (2, 16)
       assert {key: x.shape[1:] for key, x in found.items() if key.startswith("stage")} == (
-          {"stage1": (height // 2, width // 2, 8), "stage2": (height // 4, width // 4, 12)} if name == "convvit" else {})
-      assert ("cls" in found) == (name == "vit") and all(x.dtype == jnp.float32 for x in found.values())
+        {"stage1": (height // 2, width // 2, 8), "stage2": (height // 4, width // 4, 12)}
+        if name == "convvit"
+        else {}
+      )
+      assert ("cls" in found) == (name == "vit") and all(
+        x.dtype == jnp.float32 for x in found.values()
+      )
       np.testing.assert_allclose(found["tokens"].mean(1), found["pooled"], atol=1e-5)
-      for same in (images.astype(np.float32) / 255, images.astype(np.float64) / 255, jnp.asarray(images)):
+      for same in (
+        images.astype(np.float32) / 255,
+        images.astype(np.float64) / 255,
+        jnp.asarray(images),
+      ):
         np.testing.assert_allclose(model.encode(same)["tokens"], found["tokens"], atol=1e-5)
 
 
 def test_images_are_normalised_with_what_the_file_says(paths):
-  student = students.read(paths["vit"])
-  model, images = mrmae_jax.load(paths["vit"]), np.random.default_rng(0).random((2, 12, 20, 3), np.float32)
+  student = model_files.read(paths["vit"])
+  model, images = (
+    mrmae_jax.load(paths["vit"]),
+    np.random.default_rng(0).random((2, 12, 20, 3), np.float32),
+  )
   assert model.config["mean"] == (0.1, 0.2, 0.3)
   pixels = (images - np.float32([0.1, 0.2, 0.3])) / np.float32([0.4, 0.5, 0.6])
   expected, _ = student.encoder.apply({"params": student.params["encoder"]}, pixels)
@@ -66,22 +84,35 @@ def test_each_shape_is_compiled_once(paths):
 
 def test_a_fine_tuned_vit(paths):
   model = mrmae_jax.load(paths["finetuned"])
-  student, images = model.student, np.random.default_rng(0).integers(0, 256, (2, 12, 20, 3), np.uint8)
+  student, images = (
+    model.student,
+    np.random.default_rng(0).integers(0, 256, (2, 12, 20, 3), np.uint8),
+  )
   pixels = (images / np.float32(255) - np.float32(student.mean)) / np.float32(student.std)
   _, out = student.encoder.apply({"params": student.params["encoder"]}, pixels)
   x = np.asarray(out["layers"][-1][:, 1:].mean(1))
-  np.testing.assert_allclose(model.encode(images)["pooled"], x, atol=1e-5)  # no norm that nobody has trained
+  np.testing.assert_allclose(
+    model.encode(images)["pooled"], x, atol=1e-5
+  )  # no norm that nobody has trained
   norm, head = student.params["classifier"]["fc_norm"], student.params["classifier"]["head"]
-  x = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-6) * norm["scale"] + norm["bias"]
+  x = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-6) * norm[
+    "scale"
+  ] + norm["bias"]
   np.testing.assert_allclose(model.classify(images), x @ head["kernel"] + head["bias"], atol=1e-4)
   assert model.config["classes"] == 3
 
 
-@pytest.mark.parametrize("images, message", [
+@pytest.mark.parametrize(
+  "images, message",
+  [
     (np.zeros((2, 12, 10, 3), np.uint8), "multiples of the token size 8"),
     (np.zeros((8, 8, 3), np.uint8), r"expected \[B, H, W, 3\]"),
-    (np.zeros((1, 3, 8, 8), np.uint8), r"expected \[B, H, W, 3\]"), (np.zeros((0, 8, 8, 3), np.uint8), "B > 0"),
-    (np.zeros((1, 8, 8, 3), np.int32), "expected uint8, or float"), (np.full((1, 8, 8, 3), 200.0), "divide by 255 first")])
+    (np.zeros((1, 3, 8, 8), np.uint8), r"expected \[B, H, W, 3\]"),
+    (np.zeros((0, 8, 8, 3), np.uint8), "B > 0"),
+    (np.zeros((1, 8, 8, 3), np.int32), "expected uint8, or float"),
+    (np.full((1, 8, 8, 3), 200.0), "divide by 255 first"),
+  ],
+)
 def test_what_is_no_batch_of_images(paths, images, message):
   with pytest.raises(ValueError, match=message):
     mrmae_jax.load(paths["convvit"]).encode(images)
@@ -93,16 +124,23 @@ def folder(tmp_path_factory):
   root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
   for i in range(7):
     (root / "ab"[i % 2]).mkdir(exist_ok=True)
-    Image.fromarray(rng.integers(0, 256, (30 + i, 50 - i, 3), np.uint8)).save(root / "ab"[i % 2] / f"{i}.png")
+    Image.fromarray(rng.integers(0, 256, (30 + i, 50 - i, 3), np.uint8)).save(
+      root / "ab"[i % 2] / f"{i}.png"
+    )
   return root
 
 
 def expected(path, folder, size, crop):
   """Names, labels and features one image at a time."""
-  model, source = mrmae_jax.load(path), data.open_source(f"folder:{folder}", "train", holdout_every=0)
+  model, source = (
+    mrmae_jax.load(path),
+    data.open_source(f"folder:{folder}", "train", holdout_every=0),
+  )
   batches = data.eval_batches(source, batch_size=1, image_size=size, crop_pct=crop)
-  rows = [(source[i]["name"], int(b["label"][0]), np.asarray(model.encode(b["image"])["pooled"][0]))
-          for i, b in enumerate(batches)]
+  rows = [
+    (source[i]["name"], int(b["label"][0]), np.asarray(model.encode(b["image"])["pooled"][0]))
+    for i, b in enumerate(batches)
+  ]
   return [np.stack(column) if i == 2 else list(column) for i, column in enumerate(zip(*rows))]
 
 
@@ -110,26 +148,60 @@ def expected(path, folder, size, crop):
 def test_every_image_once(paths, folder, tmp_path, batch_size, capsys):
   names, labels, found = expected(paths["convvit"], folder, (24, 40), 0.875)
   for out in ("x.npz", "x.parquet"):
-    assert features.main(["features", f"--model={paths['convvit']}", f"--images=folder:{folder}", f"--out={tmp_path / out}",
-                          f"--batch_size={batch_size}"]) == 0
+    assert (
+      features.main(
+        [
+          "features",
+          f"--model={paths['convvit']}",
+          f"--images=folder:{folder}",
+          f"--out={tmp_path / out}",
+          f"--batch_size={batch_size}",
+        ]
+      )
+      == 0
+    )
   assert sorted(p.name for p in tmp_path.iterdir()) == ["x.npz", "x.parquet"]
   printed = capsys.readouterr()
-  assert "pooled features of 7 images at 24x40" in printed.out and "encoder-only" in printed.out and "7/7" in printed.err
+  assert (
+    "pooled features of 7 images at 24x40" in printed.out
+    and "encoder-only" in printed.out
+    and "7/7" in printed.err
+  )
   table, archive = pq.read_table(tmp_path / "x.parquet"), np.load(tmp_path / "x.npz")
   assert len(set(names)) == 7 and names == archive["names"].tolist() == table["name"].to_pylist()
   assert labels == archive["labels"].tolist() == table["label"].to_pylist()
-  assert archive["class_names"].tolist() == ["a", "b"] and table["class_name"].to_pylist() == ["ab"[i] for i in labels]
+  assert archive["class_names"].tolist() == ["a", "b"] and table["class_name"].to_pylist() == [
+    "ab"[i] for i in labels
+  ]
   np.testing.assert_allclose(archive["features"], found, atol=1e-5)
   np.testing.assert_allclose(table["feature"].to_pylist(), found, atol=1e-5)
   assert archive["features"].dtype == np.float32 and np.abs(np.diff(found, axis=0)).max() > 1e-2
 
 
 def test_cls_size_and_unlabelled_images(paths, folder, tmp_path):
-  assert features.main(["features", f"--model={paths['vit']}", f"--images=folder:{folder / 'a'}", f"--out={tmp_path}/x.npz",
-                        "--feature=cls", "--image_size=16", "--crop=1"]) == 0
+  assert (
+    features.main(
+      [
+        "features",
+        f"--model={paths['vit']}",
+        f"--images=folder:{folder / 'a'}",
+        f"--out={tmp_path}/x.npz",
+        "--feature=cls",
+        "--image_size=16",
+        "--crop=1",
+      ]
+    )
+    == 0
+  )
   archive, model = np.load(tmp_path / "x.npz"), mrmae_jax.load(paths["vit"])
-  batch = next(data.eval_batches(data.open_source(f"folder:{folder / 'a'}", "train", holdout_every=0), batch_size=4,
-                                 image_size=(16, 16), crop_pct=1.0))
+  batch = next(
+    data.eval_batches(
+      data.open_source(f"folder:{folder / 'a'}", "train", holdout_every=0),
+      batch_size=4,
+      image_size=(16, 16),
+      crop_pct=1.0,
+    )
+  )
   np.testing.assert_allclose(archive["features"], model.encode(batch["image"])["cls"], atol=1e-5)
   assert archive["labels"].tolist() == [-1] * 4 and archive["class_names"].size == 0
 
@@ -137,7 +209,10 @@ def test_cls_size_and_unlabelled_images(paths, folder, tmp_path):
 def test_parquet_without_pyarrow(paths, folder, tmp_path, monkeypatch, capsys):
   monkeypatch.setitem(sys.modules, "pyarrow", None)
   command = ["features", f"--model={paths['convvit']}", f"--images=folder:{folder}"]
-  assert features.main([*command, f"--out={tmp_path}/x.parquet"]) == 2 and "needs pyarrow" in capsys.readouterr().err
+  assert (
+    features.main([*command, f"--out={tmp_path}/x.parquet"]) == 2
+    and "needs pyarrow" in capsys.readouterr().err
+  )
   assert features.main([*command, f"--out={tmp_path}/x.npz"]) == 0
 
 
@@ -148,12 +223,29 @@ def test_errors_leave_no_file(paths, folder, tmp_path, capsys):
   (tmp_path / "photos" / "b.png").write_bytes(b"no image")
   good = {"model": paths["convvit"], "images": f"folder:{folder}", "out": tmp_path / "x.npz"}
   for change, code, message in (
-      ({"model": ""}, 2, "--model is missing"), ({"out": tmp_path / "x.csv"}, 2, "must end in .npz or .parquet"),
-      ({"image_size": 20}, 2, "not a multiple of the model's token size 8"), ({"feature": "cls"}, 2, "has no CLS token"),
-      ({"model": tmp_path / "none"}, 2, "no such file or folder"), ({"images": "folder:/none"}, 3, "does not exist"),
-      ({"size": 3}, 2, "size"), ({"batch_size": 0}, 3, "batch size 0"), ({"images": f"folder:{tmp_path}/photos"}, 3, "b.png"),
-      ({"images": f"folder:{tmp_path}/photos", "out": tmp_path / "x.parquet", "batch_size": 1}, 3, "b.png")):
-    assert features.main(["features", *(f"--{key}={value}" for key, value in (good | change).items())]) == code
-    error = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.startswith("error:")]
+    ({"model": ""}, 2, "--model is missing"),
+    ({"out": tmp_path / "x.csv"}, 2, "must end in .npz or .parquet"),
+    ({"image_size": 20}, 2, "not a multiple of the model's token size 8"),
+    ({"feature": "cls"}, 2, "has no CLS token"),
+    ({"model": tmp_path / "none"}, 2, "no such file or folder"),
+    ({"images": "folder:/none"}, 3, "does not exist"),
+    ({"size": 3}, 2, "size"),
+    ({"batch_size": 0}, 3, "batch size 0"),
+    ({"images": f"folder:{tmp_path}/photos"}, 3, "b.png"),
+    (
+      {"images": f"folder:{tmp_path}/photos", "out": tmp_path / "x.parquet", "batch_size": 1},
+      3,
+      "b.png",
+    ),
+  ):
+    assert (
+      features.main(["features", *(f"--{key}={value}" for key, value in (good | change).items())])
+      == code
+    )
+    error = [
+      line
+      for line in capsys.readouterr().err.replace("\r", "\n").splitlines()
+      if line.startswith("error:")
+    ]
     assert len(error) == 1 and message in error[0]
   assert [p.name for p in tmp_path.iterdir()] == ["photos"]

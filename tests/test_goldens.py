@@ -7,9 +7,9 @@ are published (.pth), whose weights are those of convmae_pretrain.
 
 import json
 import os
-from pathlib import Path
 import pickletools
 import zipfile
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -59,39 +59,66 @@ def load(name, sparse):
   ratios = dims["mlp_ratio"] if isinstance(dims["mlp_ratio"], list) else [dims["mlp_ratio"]] * 3
   if family is convmae:
     depth = tuple(dims["depths"])
-    encoder = ConvViT(tuple(dims["patch_sizes"]), tuple(dims["embed_dims"]), depth, dims["num_heads"], tuple(ratios), sparse=sparse)
+    encoder = ConvViT(
+      tuple(dims["patch_sizes"]),
+      tuple(dims["embed_dims"]),
+      depth,
+      dims["num_heads"],
+      tuple(ratios),
+      sparse=sparse,
+    )
   else:
     depth, width = dims["depth"], dims["embed_dim"]
     encoder = ViT(dims["patch_size"], width, depth, dims["num_heads"], int(width * ratios[0]))
-  decoder = Decoder(encoder.patch_size ** 2 * channels, dims["decoder_dim"], dims["decoder_depth"], dims["decoder_heads"],
-                    ratios[0])
+  decoder = Decoder(
+    encoder.patch_size**2 * channels,
+    dims["decoder_dim"],
+    dims["decoder_depth"],
+    dims["decoder_heads"],
+    ratios[0],
+  )
   model = mrmae.Model(encoder, decoder, (), (0.0,) * channels, (1.0,) * channels)
 
   images = jnp.asarray(tensors["in.imgs"].transpose(0, 2, 3, 1))
   masks = dims.get("complementary_masks", 1)
   mask = mrmae.sample_mask(jnp.asarray(tensors["in.noise"]), dims["mask_ratio"], masks)
   grid = tuple(side // encoder.patch_size for side in images.shape[1:3])
-  expected = jax.eval_shape(lambda: {"encoder": encoder.init(jax.random.key(0), images, mask)["params"]})
+  expected = jax.eval_shape(
+    lambda: {"encoder": encoder.init(jax.random.key(0), images, mask)["params"]}
+  )
   width = expected["encoder"]["norm"]["scale"].shape[0]
   tokens = jnp.zeros((len(images) * masks, mask.ids_keep.shape[1] + (family is mae), width))
-  expected |= jax.eval_shape(lambda: {"decoder": decoder.init(jax.random.key(0), tokens, mask, grid)["params"]})
+  expected |= jax.eval_shape(
+    lambda: {"decoder": decoder.init(jax.random.key(0), tokens, mask, grid)["params"]}
+  )
 
   def to_ours(named):
-    return convert(named, students.name_table(encoder, decoder, (), True), expected,
-                   ignore=("pos_embed", "decoder_pos_embed"), source=name)  # constants of ours
+    return convert(
+      named,
+      students.name_table(encoder, decoder, (), True),
+      expected,
+      ignore=("pos_embed", "decoder_pos_embed"),
+      source=name,
+    )  # constants of ours
 
-  params = to_ours({k.removeprefix("param."): v for k, v in tensors.items() if k.startswith("param.")})
+  params = to_ours(
+    {k.removeprefix("param."): v for k, v in tensors.items() if k.startswith("param.")}
+  )
   return model, params, to_ours, tensors, images, mask, dims
 
 
 def close(actual, expected, tolerance, what):
   error = np.abs(np.asarray(actual) - expected).max() / max(np.abs(expected).max(), 1e-12)
-  assert error < tolerance, f"{what}: largest error {error:.1e} of the largest entry, allowed {tolerance:.0e}"
+  assert error < tolerance, (
+    f"{what}: largest error {error:.1e} of the largest entry, allowed {tolerance:.0e}"
+  )
 
 
 def test_the_folder_holds_cases():
   found = {family_of(json.loads((GOLDENS / f"{name}.json").read_text())) for name, _ in CASES}
-  assert found == {convmae, mae} or (found and "MRMAE_GOLDENS" in os.environ), f"no golden cases in {GOLDENS}"
+  assert found == {convmae, mae} or (found and "MRMAE_GOLDENS" in os.environ), (
+    f"no golden cases in {GOLDENS}"
+  )
 
 
 @pytest.mark.parametrize("name, sparse", CASES)
@@ -100,14 +127,18 @@ def test_forward(name, sparse):
   streams, prediction = jax.jit(lambda p: mrmae.encode_decode(p, images, mask, model))(params)
   masks = len(mask.removed) // len(images)
 
-  def ours(x):  # FastConvMAE lists all images with their first mask, then all with their second, ...
+  def ours(
+    x,
+  ):  # FastConvMAE lists all images with their first mask, then all with their second, ...
     x = np.asarray(x)
     return x.reshape(len(images), masks, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
 
   np.testing.assert_array_equal(mask.ids_restore[::masks], tensors["out.ids_restore"])
   np.testing.assert_array_equal(ours(mask.removed), tensors["out.mask"])
   close(ours(streams["fused"]), tensors["out.latent"], FORWARD, "latent")
-  if "out.pred" in tensors:  # the bundled case of complementary masks leaves it out, 5 MB; its loss and gradients are there
+  if (
+    "out.pred" in tensors
+  ):  # the bundled case of complementary masks leaves it out, 5 MB; its loss and gradients are there
     close(ours(prediction), tensors["out.pred"], FORWARD, "prediction")
 
 
@@ -118,14 +149,26 @@ def test_loss_and_every_gradient(name, sparse, norm_pix):
   key = "norm_pix" if norm_pix else "raw_pix"
 
   def loss(p):
-    return mrmae.pretrain_loss(p, images, jnp.asarray(tensors["in.noise"]), model, {}, mask_ratio=dims["mask_ratio"],
-                               complementary_masks=len(mask.removed) // len(images), norm_pix=norm_pix)[0]
+    return mrmae.pretrain_loss(
+      p,
+      images,
+      jnp.asarray(tensors["in.noise"]),
+      model,
+      {},
+      mask_ratio=dims["mask_ratio"],
+      complementary_masks=len(mask.removed) // len(images),
+      norm_pix=norm_pix,
+    )[0]
 
   value, gradients = jax.jit(jax.value_and_grad(loss))(params)
   close(value[None], tensors[f"out.{key}.loss"].reshape(1), FORWARD, "loss")
   prefix = f"grad.{key}."
-  expected = to_ours({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-  jax.tree_util.tree_map_with_path(lambda path, g, e: close(g, e, GRADIENT, jax.tree_util.keystr(path)), gradients, expected)
+  expected = to_ours(
+    {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+  )
+  jax.tree_util.tree_map_with_path(
+    lambda path, g, e: close(g, e, GRADIENT, jax.tree_util.keystr(path)), gradients, expected
+  )
 
 
 @pytest.mark.parametrize("name", sorted({name for name, _ in CASES}))
@@ -135,14 +178,20 @@ def test_position_tables(name):
   grid = tuple(side // patch for side in images.shape[1:3])
   for key in ("param.pos_embed", "param.decoder_pos_embed"):
     table = tensors[key][0]
-    np.testing.assert_allclose(sincos_2d(table.shape[1], grid, len(table) > grid[0] * grid[1]), table, atol=1e-6)
+    np.testing.assert_allclose(
+      sincos_2d(table.shape[1], grid, len(table) > grid[0] * grid[1]), table, atol=1e-6
+    )
 
 
 def named(prefix, name):
   """The tensors of a case under a prefix, without it; skips where there is no such case."""
   if not (GOLDENS / f"{name}.safetensors").is_file():
     pytest.skip(f"no {name} in {GOLDENS}")
-  return {k.removeprefix(prefix): v for k, v in load_file(GOLDENS / f"{name}.safetensors").items() if k.startswith(prefix)}
+  return {
+    k.removeprefix(prefix): v
+    for k, v in load_file(GOLDENS / f"{name}.safetensors").items()
+    if k.startswith(prefix)
+  }
 
 
 def opened(path, **options):
@@ -152,10 +201,16 @@ def opened(path, **options):
 
 
 RELEASES = {  # which tensors of convmae_pretrain they hold, and what they must be
-    "convmae_pretrain_full": (lambda name: True, dict(fuse_stages=True, cls_token=False)),
-    "convmae_v1_released_encoder_only": (lambda name: not name.startswith(("decoder", "mask_token", "stage")),
-                                         dict(fuse_stages=False, cls_token=False)),
-    "convmae_v2_released_with_cls": (lambda name: not name.startswith("decoder"), dict(fuse_stages=True, cls_token=True))}
+  "convmae_pretrain_full": (lambda name: True, dict(fuse_stages=True, cls_token=False)),
+  "convmae_v1_released_encoder_only": (
+    lambda name: not name.startswith(("decoder", "mask_token", "stage")),
+    dict(fuse_stages=False, cls_token=False),
+  ),
+  "convmae_v2_released_with_cls": (
+    lambda name: not name.startswith("decoder"),
+    dict(fuse_stages=True, cls_token=True),
+  ),
+}
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", pytest.param("pth", marks=pytest.mark.torch)])
@@ -176,9 +231,15 @@ def test_published_checkpoints(tmp_path, release, suffix):
 
   model = opened(path)
   encoder = model.student.encoder
-  assert {key: getattr(encoder, key) for key in expected} == expected and not encoder.learned_positions
+  assert {
+    key: getattr(encoder, key) for key in expected
+  } == expected and not encoder.learned_positions
   assert (encoder.patch_sizes, encoder.embed_dims, encoder.depths, encoder.mlp_ratios) == (
-      (4, 2, 2), (16, 24, 48), (2, 1, 3), (4, 4, 4))
+    (4, 2, 2),
+    (16, 24, 48),
+    (2, 1, 3),
+    (4, 4, 4),
+  )
   table = students.name_table(encoder, model.student.decoder, (), True)
   for name, x in export(model.student.params, table).items():
     if name != "cls_token":
@@ -191,9 +252,14 @@ def test_published_checkpoints(tmp_path, release, suffix):
       model.reconstruct(np.zeros((1, 64, 64, 3), np.uint8))
     return
   images, mask = (named("in.", "convmae_pretrain")[name] for name in ("imgs", "noise"))
-  images, mask = jnp.asarray(images.transpose(0, 2, 3, 1)), mrmae.sample_mask(jnp.asarray(mask), 0.75)
+  images, mask = (
+    jnp.asarray(images.transpose(0, 2, 3, 1)),
+    mrmae.sample_mask(jnp.asarray(mask), 0.75),
+  )
   network = mrmae.Model(encoder, model.student.decoder, (), (0.0,) * 3, (1.0,) * 3)
-  streams, prediction = jax.jit(lambda p: mrmae.encode_decode(p, images, mask, network))(model.student.params)
+  streams, prediction = jax.jit(lambda p: mrmae.encode_decode(p, images, mask, network))(
+    model.student.params
+  )
   expected = named("out.", "convmae_pretrain")
   close(streams["fused"], expected["latent"], FORWARD, "latent")
   close(prediction, expected["pred"], FORWARD, "prediction")
@@ -205,13 +271,17 @@ def test_a_malicious_pickle_is_refused_and_nothing_in_it_is_run():
   path = GOLDENS / "reject_malicious_pickle.pth"
   if not path.is_file():
     pytest.skip(f"no {path}")
-  with zipfile.ZipFile(path) as archive:  # disassembled, not loaded: what it would run, and the file that this would leave
+  with zipfile.ZipFile(
+    path
+  ) as archive:  # disassembled, not loaded: what it would run, and the file that this would leave
     content = next(archive.read(name) for name in archive.namelist() if name.endswith("data.pkl"))
   words = [argument for _, argument, _ in pickletools.genops(content) if isinstance(argument, str)]
   command = next(word for word in words if word.startswith("touch "))
   trace = Path(command.removeprefix("touch "))
   assert "posix system" in words and not trace.exists()
-  with pytest.raises(WeightsError, match="needs pickled class posix.system; refusing, as it could run any code"):
+  with pytest.raises(
+    WeightsError, match="needs pickled class posix.system; refusing, as it could run any code"
+  ):
     students.read(path)
   assert not trace.exists()
 
@@ -227,11 +297,15 @@ def test_fine_tuned_checkpoint(tmp_path):
   images, expected = named("in.", "convvit_finetune")["imgs"], named("out.", "convvit_finetune")
   images = jnp.asarray(images.transpose(0, 2, 3, 1))
   close(model.classify(images), expected["logits"], FORWARD, "logits")
-  norm = nn.LayerNorm(1e-6).apply({"params": model.student.params["classifier"]["fc_norm"]}, model.encode(images)["pooled"])
+  norm = nn.LayerNorm(1e-6).apply(
+    {"params": model.student.params["classifier"]["fc_norm"]}, model.encode(images)["pooled"]
+  )
   close(norm, expected["features"], FORWARD, "features")
   students.write(model.student, tmp_path / "ours.safetensors", "convmae")
   written = load_file(tmp_path / "ours.safetensors")
-  assert written.keys() == tensors.keys() and all(np.array_equal(written[name], tensors[name]) for name in tensors)
+  assert written.keys() == tensors.keys() and all(
+    np.array_equal(written[name], tensors[name]) for name in tensors
+  )
   smaller = model.encode(images[:, :160, :96])  # the trained table, interpolated
   assert smaller["tokens"].shape == (2, 60, 48)
 
@@ -245,7 +319,10 @@ def test_fine_tuning_loss_and_every_gradient(tmp_path):
 
   def loss(params):
     logits, out = model.apply({"params": params}, jnp.asarray(images.transpose(0, 2, 3, 1)))
-    return soft_cross_entropy(logits, smooth_one_hot(jnp.asarray(labels), 7)), (logits, out["features"])
+    return soft_cross_entropy(logits, smooth_one_hot(jnp.asarray(labels), 7)), (
+      logits,
+      out["features"],
+    )
 
   params = {"encoder": student.params["encoder"], **student.params["classifier"]}
   (value, (logits, features)), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
@@ -253,7 +330,9 @@ def test_fine_tuning_loss_and_every_gradient(tmp_path):
   close(logits, expected["logits"], FORWARD, "logits")
   close(features, expected["features"], FORWARD, "features")
   close(value[None], expected["loss"], FORWARD, "loss")
-  assert not np.asarray(gradients["encoder"].pop("norm")["scale"]).any()  # the last norm is not used
+  assert not np.asarray(
+    gradients["encoder"].pop("norm")["scale"]
+  ).any()  # the last norm is not used
   table = students.name_table(student.encoder, None, ("fc_norm", "head"), False)
   ours = export({"encoder": gradients.pop("encoder"), "classifier": gradients}, table)
   theirs = named("grad.", "convvit_finetune")

@@ -7,7 +7,6 @@ started and ends as a plan tells it.
 import configparser
 import json
 import os
-from pathlib import Path
 import re
 import shlex
 import shutil
@@ -15,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -22,8 +22,11 @@ import yaml
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted([*LAUNCH.rglob("*.sh"), LAUNCH / "slurm.sbatch"])
-AWKWARD = ["--config=configs/mrmae.py:base,masking=random", "--config.data.source=folder:/my images/it's \"here\" & $HOME; *",
-           "--config.teacher.path="]
+AWKWARD = [
+  "--config=configs/mrmae.py:base,masking=random",
+  '--config.data.source=folder:/my images/it\'s "here" & $HOME; *',
+  "--config.teacher.path=",
+]
 # The training. A plan is one word per start: an exit code, "slow", "hang" (until SIGTERM, then 75), "preempt" (the slice is gone).
 PAYLOAD = f"""#!{sys.executable}
 import json, os, pathlib, signal, sys, time
@@ -47,14 +50,14 @@ if word == "slow":
 sys.exit(int(word))
 """
 STAND_INS = {
-    "uv": """#!/usr/bin/env bash
+  "uv": """#!/usr/bin/env bash
 echo uv "$@" >> "$CLOUD/log"
 if [ "$1" = venv ]; then mkdir -p "$4/bin" && cp "$CLOUD/bin/python" "$4/bin/python"; fi
 """,
-    "nvidia-smi": "#!/bin/sh\n",
-    "sleep": "#!/bin/sh\nexec /bin/sleep 0.05\n",
-    # A slice of two hosts. It waits once in the queue; its folders are new each time.
-    "gcloud": f"""#!{sys.executable}
+  "nvidia-smi": "#!/bin/sh\n",
+  "sleep": "#!/bin/sh\nexec /bin/sleep 0.05\n",
+  # A slice of two hosts. It waits once in the queue; its folders are new each time.
+  "gcloud": f"""#!{sys.executable}
 import os, pathlib, shutil, subprocess, sys, time
 cloud, words = pathlib.Path(os.environ["CLOUD"]), sys.argv[1:]
 with open(cloud / "log", "a") as log:
@@ -97,8 +100,8 @@ else:
     codes = [process.wait() for process in processes]
     sys.exit(next((code for code in codes if code), 0))
 """,
-    # Runs a copy of the script as Slurm would, again when it has been put back into the queue.
-    "sbatch": f"""#!{sys.executable}
+  # Runs a copy of the script as Slurm would, again when it has been put back into the queue.
+  "sbatch": f"""#!{sys.executable}
 import os, pathlib, re, shutil, subprocess, sys
 cloud, script, words = pathlib.Path(os.environ["CLOUD"]), sys.argv[1], sys.argv[2:]
 text = pathlib.Path(script).read_text()
@@ -117,7 +120,7 @@ for task in range(last + 1):
     if not (cloud / "requeued").exists(): break
 print(code)
 """,
-    "srun": f"""#!{sys.executable}
+  "srun": f"""#!{sys.executable}
 import os, signal, subprocess, sys
 assert sys.argv[1] == "--kill-on-bad-exit=1"
 numbers = range(int(os.environ["SLURM_NTASKS"]))
@@ -125,10 +128,10 @@ tasks = [subprocess.Popen(sys.argv[2:], env=os.environ | dict(SLURM_PROCID=str(i
 signal.signal(signal.SIGTERM, lambda *_: [task.terminate() for task in tasks])
 sys.exit(max(task.wait() for task in tasks))
 """,
-    "squeue": "#!/bin/sh\necho ${job_state:-RUNNING}\n",
-    "scontrol": "#!/bin/sh\necho \"$@\" >> $CLOUD/log\ntouch $CLOUD/requeued\n",
-    # Runs a JobSet: every index, from the start again by the manifest's own rules.
-    "kubectl": f"""#!{sys.executable}
+  "squeue": "#!/bin/sh\necho ${job_state:-RUNNING}\n",
+  "scontrol": '#!/bin/sh\necho "$@" >> $CLOUD/log\ntouch $CLOUD/requeued\n',
+  # Runs a JobSet: every index, from the start again by the manifest's own rules.
+  "kubectl": f"""#!{sys.executable}
 import os, pathlib, re, subprocess, sys, yaml
 cloud, words = pathlib.Path(os.environ["CLOUD"]), sys.argv[1:]
 with open(cloud / "log", "a") as log:
@@ -145,7 +148,7 @@ if words == ["apply", "--filename=-"]:
     for index in range(job["completions"]):
       env = {{"MRMAE_PROCESS_ID": str(index)}} | {{e["name"]: e.get("value", str(index)) for e in container.get("env", [])}}
       expanded = [re.sub(r"\\$\\$", "$", word) for word in container["args"]]
-      codes.append(subprocess.call(["python", "-m", "mrmae_jax.main", *expanded], env=os.environ | env))
+      codes.append(subprocess.call(["python", "-m", "mrmae_jax.cli.train", *expanded], env=os.environ | env))
     if not any(codes) or set(codes) & set(rule["onExitCodes"]["values"]): break
   print("ended with", max(codes))
 """,
@@ -162,15 +165,28 @@ class Cloud:
     for name, text in (STAND_INS | {"python": PAYLOAD}).items():
       (folder / "bin" / name).write_text(text)
       (folder / "bin" / name).chmod(0o755)
-    clean = {key: value for key, value in os.environ.items()
-             if not key.startswith(("SLURM_", "TPU_", "JOB_", "MRMAE_", "CLOUDSDK", "CUDA_"))}
-    self.env = clean | {"CLOUD": str(folder), "HOME": str(home), "PATH": f"{folder}/bin:{os.environ['PATH']}"}
+    clean = {
+      key: value
+      for key, value in os.environ.items()
+      if not key.startswith(("SLURM_", "TPU_", "JOB_", "MRMAE_", "CLOUDSDK", "CUDA_"))
+    }
+    self.env = clean | {
+      "CLOUD": str(folder),
+      "HOME": str(home),
+      "PATH": f"{folder}/bin:{os.environ['PATH']}",
+    }
 
   def start(self, script, *words, **env):
     """A script of launch/, or another program by its absolute path, as typed in the repository."""
     program = [script] if os.path.isabs(script) else ["bash", f"launch/{script}"]
-    return subprocess.Popen([*program, *words], cwd=ROOT, env=self.env | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True)
+    return subprocess.Popen(
+      [*program, *words],
+      cwd=ROOT,
+      env=self.env | env,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
 
   def run(self, script, *words, **env):
     """(exit code, output, errors)"""
@@ -202,7 +218,10 @@ class Cloud:
 def cloud(tmp_path):
   cloud = Cloud(tmp_path)
   yield cloud
-  for home in (tmp_path / "home", *(tmp_path / "hosts").glob("*")):  # whatever a failed test has left running
+  for home in (
+    tmp_path / "home",
+    *(tmp_path / "hosts").glob("*"),
+  ):  # whatever a failed test has left running
     pid = home / ".mrmae_jax" / "pid"
     if pid.exists():
       try:
@@ -219,10 +238,14 @@ BUCKET = "--workdir=gs://bucket/run 1"
 def test_scripts_parse_and_say_how_they_are_used(script):
   subprocess.run(["bash", "-n", script], check=True)
   if shutil.which("shellcheck"):
-    subprocess.run(["shellcheck", "--external-sources", "--source-path=SCRIPTDIR", script], check=True, cwd=ROOT)
+    subprocess.run(
+      ["shellcheck", "--external-sources", "--source-path=SCRIPTDIR", script], check=True, cwd=ROOT
+    )
   text = script.read_text()
   if script.name not in ("common.sh", "slurm_task.sh"):
-    assert len(re.findall(r"^#   \S", text, re.M)) >= 3 and "--dry-run" in text  # the three lines that a user types
+    assert (
+      len(re.findall(r"^#   \S", text, re.M)) >= 3 and "--dry-run" in text
+    )  # the three lines that a user types
   assert all(len(line) <= 128 for line in text.splitlines())
 
 
@@ -230,17 +253,44 @@ def test_scripts_parse_and_say_how_they_are_used(script):
 
 
 def test_a_dry_run_prints_commands_that_can_be_typed(cloud):
-  code, out, err = cloud.run("tpu_pod.sh", "run", "--dry-run", *AWKWARD, BUCKET, TPU_SPOT="1", TPU_PROJECT="mine", **POD)
+  code, out, err = cloud.run(
+    "tpu_pod.sh", "run", "--dry-run", *AWKWARD, BUCKET, TPU_SPOT="1", TPU_PROJECT="mine", **POD
+  )
   assert (code, err, cloud.log) == (0, "", "")
-  describe, create, probe, tar, scp, setup, run = [shlex.split(line) if "$'" not in line else line for line in out.splitlines()]
+  describe, create, probe, tar, scp, setup, run = [
+    shlex.split(line) if "$'" not in line else line for line in out.splitlines()
+  ]
   common = ["--zone=here-1a", "--project=mine"]
-  assert describe[:6] == ["gcloud", "compute", "tpus", "queued-resources", "describe", "pod"] and describe[-2:] == common
-  assert create[3:] == ["queued-resources", "create", "pod", "--node-id=pod", "--accelerator-type=v6e-16",
-                        "--runtime-version=v2-alpha-tpuv6e", "--spot", "--async", *common]
-  assert tar[0] == "tar" and scp[3:5] == ["tpu-vm", "scp"] and scp[-4:] == ["pod:", "--worker=all", *common]
+  assert (
+    describe[:6] == ["gcloud", "compute", "tpus", "queued-resources", "describe", "pod"]
+    and describe[-2:] == common
+  )
+  assert create[3:] == [
+    "queued-resources",
+    "create",
+    "pod",
+    "--node-id=pod",
+    "--accelerator-type=v6e-16",
+    "--runtime-version=v2-alpha-tpuv6e",
+    "--spot",
+    "--async",
+    *common,
+  ]
+  assert (
+    tar[0] == "tar"
+    and scp[3:5] == ["tpu-vm", "scp"]
+    and scp[-4:] == ["pod:", "--worker=all", *common]
+  )
   assert "host.sh setup tpu,gcs" in setup and probe[3:5] == run[3:5] == ["tpu-vm", "ssh"]
   remote = next(word for word in run if word.startswith("--command=")).removeprefix("--command=")
-  assert shlex.split(remote) == ["bash", "mrmae_jax/launch/host.sh", "run", "--multihost", *AWKWARD, BUCKET]
+  assert shlex.split(remote) == [
+    "bash",
+    "mrmae_jax/launch/host.sh",
+    "run",
+    "--multihost",
+    *AWKWARD,
+    BUCKET,
+  ]
 
 
 def test_a_slice_from_nothing_to_the_end_of_the_training(cloud):
@@ -248,13 +298,24 @@ def test_a_slice_from_nothing_to_the_end_of_the_training(cloud):
   assert code == 0 and "training 0" in out and "waiting for v6e-16 in here-1a" in err
   assert [call["host"] for call in sorted(cloud.calls, key=lambda call: call["host"])] == ["0", "1"]
   for call in cloud.calls:  # through two shells and back
-    assert call["words"] == ["-m", "mrmae_jax.main", "--multihost", *AWKWARD, BUCKET]
-  assert "--spot" not in cloud.log and cloud.log.count(" create ") == 1 and cloud.log.count("uv venv --python 3.11") == 2
+    assert call["words"] == ["-m", "mrmae_jax.cli.train", "--multihost", *AWKWARD, BUCKET]
+  assert (
+    "--spot" not in cloud.log
+    and cloud.log.count(" create ") == 1
+    and cloud.log.count("uv venv --python 3.11") == 2
+  )
   install = re.search(r"uv pip install .*", cloud.log)[0]
-  assert install.endswith("/hosts/0/mrmae_jax[tpu,gcs]") or install.endswith("/hosts/1/mrmae_jax[tpu,gcs]")
-  assert "--constraint" in install and (cloud.folder / "hosts" / "1" / "mrmae_jax" / "configs" / "mrmae.py").is_file()
+  assert install.endswith("/hosts/0/mrmae_jax[tpu,gcs]") or install.endswith(
+    "/hosts/1/mrmae_jax[tpu,gcs]"
+  )
+  assert (
+    "--constraint" in install
+    and (cloud.folder / "hosts" / "1" / "mrmae_jax" / "configs" / "mrmae.py").is_file()
+  )
   assert cloud.run("tpu_pod.sh", "run", *AWKWARD, BUCKET, **POD)[0] == 0  # what is there is used
-  assert cloud.log.count(" create ") == 1 and cloud.log.count("uv venv") == 2 and len(cloud.calls) == 4
+  assert (
+    cloud.log.count(" create ") == 1 and cloud.log.count("uv venv") == 2 and len(cloud.calls) == 4
+  )
   code, out, _ = cloud.run("tpu_pod.sh", "logs", "1", **POD)
   assert code == 0 and out.count("training 0") == 2
   code, out, _ = cloud.run("tpu_pod.sh", "status", **POD)
@@ -270,21 +331,36 @@ def test_a_preempted_slice_is_replaced_and_the_training_continues(cloud):
   code, _, err = cloud.run("tpu_pod.sh", "run", "--config=a.py", BUCKET, **options, **POD)
   assert code == 0, err
   assert "the slice was preempted; asking for another" in err and len(cloud.calls) == 4
-  assert cloud.log.count("--spot --network=n --tags=a --async") == 2 and cloud.log.count(" delete ") == 1
-  assert cloud.log.count("uv venv") == 4 and len({tuple(call["words"]) for call in cloud.calls}) == 1
+  assert (
+    cloud.log.count("--spot --network=n --tags=a --async") == 2 and cloud.log.count(" delete ") == 1
+  )
+  assert (
+    cloud.log.count("uv venv") == 4 and len({tuple(call["words"]) for call in cloud.calls}) == 1
+  )
 
 
 def test_hosts_start_again_by_themselves_unless_the_end_is_final(cloud):
   cloud.plan(host0="134 75 0", host1="134 75 0")
   code, out, _ = cloud.run("tpu_pod.sh", "run", "--config=a.py", BUCKET, **POD)
-  assert code == 0 and len(cloud.calls) == 6 and "exit code 134: starting again from the newest checkpoint" in out
+  assert (
+    code == 0
+    and len(cloud.calls) == 6
+    and "exit code 134: starting again from the newest checkpoint" in out
+  )
   cloud.plan(host0="1 1 1 0", host1="0")
   code, out, _ = cloud.run("tpu_pod.sh", "run", "--config=a.py", BUCKET, **POD)
-  assert code == 1 and len(cloud.calls) == 10 and "exit code 1, 3 times in a row within 10 minutes of starting" in out
+  assert (
+    code == 1
+    and len(cloud.calls) == 10
+    and "exit code 1, 3 times in a row within 10 minutes of starting" in out
+  )
   for final in (2, 3, 4):
     cloud.plan(host0=str(final), host1=str(final))
     before = len(cloud.calls)
-    assert cloud.run("tpu_pod.sh", "run", "--config=a.py", BUCKET, **POD)[0] == final and len(cloud.calls) == before + 2
+    assert (
+      cloud.run("tpu_pod.sh", "run", "--config=a.py", BUCKET, **POD)[0] == final
+      and len(cloud.calls) == before + 2
+    )
   assert cloud.log.count(" create ") == 1
 
 
@@ -292,8 +368,16 @@ def test_a_lost_connection_is_taken_up_again(cloud):
   cloud.plan(host0="slow 9", host1="slow 9")
   (cloud.folder / "lose connection").touch()
   code, out, err = cloud.run("tpu_pod.sh", "run", "--config=a.py", BUCKET, **POD)
-  assert code == 0 and "lost the hosts (exit code 255, slice READY); continuing" in err and "training slow" in out
-  assert len(cloud.calls) == 2 and cloud.log.count("uv venv") == 2 and not (cloud.folder / "lose connection").exists()
+  assert (
+    code == 0
+    and "lost the hosts (exit code 255, slice READY); continuing" in err
+    and "training slow" in out
+  )
+  assert (
+    len(cloud.calls) == 2
+    and cloud.log.count("uv venv") == 2
+    and not (cloud.folder / "lose connection").exists()
+  )
 
 
 def test_the_training_outlives_the_terminal_and_can_be_stopped(cloud):
@@ -316,24 +400,40 @@ def test_the_training_outlives_the_terminal_and_can_be_stopped(cloud):
     out += line
   assert again.poll() is None and cloud.run("tpu_pod.sh", "stop", **POD)[0] == 0
   rest, _ = again.communicate(timeout=60)
-  assert again.returncode == 75 and (out + rest).count("training hang") == 2 and len(cloud.calls) == 2
+  assert (
+    again.returncode == 75 and (out + rest).count("training hang") == 2 and len(cloud.calls) == 2
+  )
 
 
-@pytest.mark.parametrize("words, env, message", [
+@pytest.mark.parametrize(
+  "words, env, message",
+  [
     (["run", "--config=a.py"], {}, "run needs --workdir=gs://BUCKET/FOLDER, not ''"),
-    (["run", "--config=a.py", "--workdir=/tmp/x"], {}, "run needs --workdir=gs://BUCKET/FOLDER, not '/tmp/x'"),
+    (
+      ["run", "--config=a.py", "--workdir=/tmp/x"],
+      {},
+      "run needs --workdir=gs://BUCKET/FOLDER, not '/tmp/x'",
+    ),
     (["create"], {"TPU_ZONE": ""}, "TPU_ZONE is not set, e.g. export TPU_NAME="),
     (["create"], {"TPU_TYPE": "v9-8"}, "TPU_TYPE=v9-8 is not one of v2-N"),
     (["crate"], {}, "crate is not one of create, setup, run"),
-])
+  ],
+)
 def test_mistakes_are_answered_before_anything_is_asked_for(cloud, words, env, message):
   code, out, err = cloud.run("tpu_pod.sh", *words, **(POD | env))
-  assert code == 2 and err.startswith(f"error: {message}") and err.count("\n") == 1 and (out, cloud.log) == ("", "")
+  assert (
+    code == 2
+    and err.startswith(f"error: {message}")
+    and err.count("\n") == 1
+    and (out, cloud.log) == ("", "")
+  )
 
 
 def test_other_failures_of_gcloud_are_not_taken_for_an_absent_slice(cloud):
   gcloud = cloud.folder / "bin" / "gcloud"
-  gcloud.write_text("#!/bin/sh\necho 'ERROR: PERMISSION_DENIED' >&2\necho $* >> $CLOUD/log\nexit 1\n")
+  gcloud.write_text(
+    "#!/bin/sh\necho 'ERROR: PERMISSION_DENIED' >&2\necho $* >> $CLOUD/log\nexit 1\n"
+  )
   code, _, err = cloud.run("tpu_pod.sh", "run", "--config=a.py", BUCKET, **POD)
   assert code == 1 and "PERMISSION_DENIED" in err and " create " not in cloud.log
   gcloud.write_text("#!/bin/sh\necho FAILED\n")
@@ -348,15 +448,22 @@ def test_gpu_host(cloud):
   code, _, err = cloud.run("gpu_host.sh", "run", "--config=a.py")
   assert code == 2 and "there is no Python environment" in err
   assert cloud.run("gpu_host.sh", "setup")[0] == 0 and f"--editable {ROOT}[cuda13]\n" in cloud.log
-  assert cloud.run("gpu_host.sh", "setup", "cuda13,gcs")[0] == 0 and f"--editable {ROOT}[cuda13,gcs]\n" in cloud.log
+  assert (
+    cloud.run("gpu_host.sh", "setup", "cuda13,gcs")[0] == 0
+    and f"--editable {ROOT}[cuda13,gcs]\n" in cloud.log
+  )
   code, out, _ = cloud.run("gpu_host.sh", "--dry-run", "run", *AWKWARD)
-  assert code == 0 and shlex.split(out)[-len(AWKWARD):] == AWKWARD and not cloud.calls
+  assert code == 0 and shlex.split(out)[-len(AWKWARD) :] == AWKWARD and not cloud.calls
   assert not (cloud.folder / "home" / ".mrmae_jax" / "train.log").exists()
   cloud.plan(home="9 0")
   code, out, _ = cloud.run("gpu_host.sh", "run", *AWKWARD)
-  assert code == 0 and [call["words"] for call in cloud.calls] == 2 * [["-m", "mrmae_jax.main", *AWKWARD]]
+  assert code == 0 and [call["words"] for call in cloud.calls] == 2 * [
+    ["-m", "mrmae_jax.cli.train", *AWKWARD]
+  ]
   assert out == "training 9\nexit code 9: starting again from the newest checkpoint\ntraining 0\n"
-  assert cloud.run("gpu_host.sh", "status")[1].startswith("ended with exit code 0: --config=configs/mrmae.py:base")
+  assert cloud.run("gpu_host.sh", "status")[1].startswith(
+    "ended with exit code 0: --config=configs/mrmae.py:base"
+  )
   assert cloud.run("gpu_host.sh", "logs")[1] == out
   code, _, err = cloud.run("gpu_host.sh", "stop")
   assert code == 0 and "nothing runs here" in err
@@ -368,50 +475,77 @@ def test_gpu_host(cloud):
 
 
 def test_slurm_starts_one_task_per_gpu_and_keeps_the_words(cloud):
-  code, out, err = cloud.run(f"{cloud.folder}/bin/sbatch", "launch/slurm.sbatch", *AWKWARD, tasks="3")
+  code, out, err = cloud.run(
+    f"{cloud.folder}/bin/sbatch", "launch/slurm.sbatch", *AWKWARD, tasks="3"
+  )
   assert (code, out.splitlines()[-1]) == (0, "0"), err
   assert sorted(call["host"] for call in cloud.calls) == ["0", "1", "2"]
   for call in cloud.calls:
-    assert call["words"] == ["-m", "mrmae_jax.main", "--multihost", *AWKWARD] and "JAX_LOCAL_DEVICE_IDS" not in call["env"]
-  cloud.run(f"{cloud.folder}/bin/sbatch", "launch/slurm.sbatch", "--config=a.py", tasks="1")  # one task on a node of eight GPUs
+    assert (
+      call["words"] == ["-m", "mrmae_jax.cli.train", "--multihost", *AWKWARD]
+      and "JAX_LOCAL_DEVICE_IDS" not in call["env"]
+    )
+  cloud.run(
+    f"{cloud.folder}/bin/sbatch", "launch/slurm.sbatch", "--config=a.py", tasks="1"
+  )  # one task on a node of eight GPUs
   assert cloud.calls[-1]["env"]["JAX_LOCAL_DEVICE_IDS"] == "0,1,2,3,4,5,6,7"
   code, out, _ = cloud.run("slurm.sbatch", "--dry-run", "--config=a b.py")
-  assert code == 0 and out == "srun --kill-on-bad-exit=1 bash launch/slurm_task.sh --config=a\\ b.py\n"
+  assert (
+    code == 0 and out == "srun --kill-on-bad-exit=1 bash launch/slurm_task.sh --config=a\\ b.py\n"
+  )
   assert "requeue" not in cloud.log
 
 
-@pytest.mark.parametrize("plans, code, starts", [
-    (dict(host0="3", host1="137"), "3", 1),                # bad data on one, the other killed by srun: not again
-    (dict(host0="75 0", host1="75 0"), "0", 2),            # saved before a preemption
+@pytest.mark.parametrize(
+  "plans, code, starts",
+  [
+    (dict(host0="3", host1="137"), "3", 1),  # bad data on one, the other killed by srun: not again
+    (dict(host0="75 0", host1="75 0"), "0", 2),  # saved before a preemption
     (dict(host0="137 134 0", host1="134 137 0"), "0", 3),  # killed, aborted
-    (dict(host0="1 " * 9, host1="0 " * 9), "1", 4)])       # broken
+    (dict(host0="1 " * 9, host1="0 " * 9), "1", 4),
+  ],
+)  # broken
 def test_slurm_puts_back_what_was_interrupted(cloud, plans, code, starts):
   cloud.plan(**plans)
   _, out, _ = cloud.run(f"{cloud.folder}/bin/sbatch", "launch/slurm.sbatch", "--config=a.py")
-  assert out.splitlines()[-1] == code and len(cloud.calls) == 2 * starts and cloud.log.count("requeue 7") == starts - 1
+  assert (
+    out.splitlines()[-1] == code
+    and len(cloud.calls) == 2 * starts
+    and cloud.log.count("requeue 7") == starts - 1
+  )
 
 
 @pytest.mark.parametrize("state, starts", [("RUNNING", 2), ("CANCELLED", 1)])
 def test_slurm_passes_the_signal_on(cloud, state, starts):
   cloud.plan(host0="hang 0", host1="hang 0")
-  process = cloud.start(f"{cloud.folder}/bin/sbatch", "launch/slurm.sbatch", "--config=a.py", job_state=state)
+  process = cloud.start(
+    f"{cloud.folder}/bin/sbatch", "launch/slurm.sbatch", "--config=a.py", job_state=state
+  )
   cloud.wait_for_calls(2)
   time.sleep(0.3)
-  os.kill(int((cloud.folder / "batch").read_text()), signal.SIGTERM)  # the shell alone, as --signal=B:TERM
+  os.kill(
+    int((cloud.folder / "batch").read_text()), signal.SIGTERM
+  )  # the shell alone, as --signal=B:TERM
   out, _ = process.communicate(timeout=30)
   assert len(cloud.calls) == 2 * starts and out.splitlines()[-1] == ("0" if starts == 2 else "75")
 
 
 def test_a_sweep_as_an_array_of_jobs(cloud, monkeypatch):
   from launch import sweep
+
   monkeypatch.chdir(ROOT)
-  runs = sweep.expand("tests/tiny_sweep.py:vit", str(cloud.folder / "a sweep"), ["--config.data.source=folder:/it's"])
+  runs = sweep.expand(
+    "tests/tiny_sweep.py:vit", str(cloud.folder / "a sweep"), ["--config.data.source=folder:/it's"]
+  )
   for run in runs:
     Path(run.workdir).mkdir(parents=True)
   script = cloud.folder / "array.sbatch"
   script.write_text(sweep.slurm_array(runs, parallel=2))
   subprocess.run(["bash", "-n", script], check=True)
-  assert "#SBATCH --array=0-1%2" in script.read_text() and "#SBATCH --signal=B:TERM@120" in script.read_text()
+  assert (
+    "#SBATCH --array=0-1%2" in script.read_text()
+    and "#SBATCH --signal=B:TERM@120" in script.read_text()
+  )
   cloud.plan(host0="134 4 0", host1="134 4 0")
   assert cloud.run(f"{cloud.folder}/bin/sbatch", str(script))[0] == 0
   starts = [tuple(call["words"][3:]) for call in cloud.calls if call["host"] == "0"]
@@ -422,7 +556,9 @@ def test_a_sweep_as_an_array_of_jobs(cloud, monkeypatch):
 # Kubernetes
 
 
-TPU_JOB = dict(JOB_NAME="run", JOB_IMAGE="here/mrmae:1", JOB_TPU="tpu-v6e-slice", JOB_TOPOLOGY="2x4")
+TPU_JOB = dict(
+  JOB_NAME="run", JOB_IMAGE="here/mrmae:1", JOB_TPU="tpu-v6e-slice", JOB_TOPOLOGY="2x4"
+)
 GPU_JOB = dict(JOB_NAME="run", JOB_IMAGE="here/mrmae:1", JOB_GPU="nvidia-h100-80gb", JOB_HOSTS="3")
 
 
@@ -433,7 +569,9 @@ def test_jobset(cloud, env, hosts):
   code, out, err = cloud.run("gke/jobset.sh", "run", *words, **env)
   assert code == 0 and out.endswith("ended with 0\n"), err
   assert len(cloud.calls) == 2 * hosts
-  assert all(call["words"] == ["-m", "mrmae_jax.main", "--multihost", *words] for call in cloud.calls)
+  assert all(
+    call["words"] == ["-m", "mrmae_jax.cli.train", "--multihost", *words] for call in cloud.calls
+  )
   if env is GPU_JOB:
     assert cloud.calls[-1]["env"]["MRMAE_COORDINATOR_ADDRESS"] == "run-host-0-0.run:8476"
     assert cloud.calls[-1]["env"]["MRMAE_NUM_PROCESSES"] == "3"
@@ -442,7 +580,9 @@ def test_jobset(cloud, env, hosts):
   pod = job["template"]["spec"]
   limits = pod["containers"][0]["resources"]["limits"]
   assert limits == ({"google.com/tpu": 4} if env is TPU_JOB else {"nvidia.com/gpu": 8})
-  assert pod["restartPolicy"] == "Never" and job["backoffLimit"] == 0  # podFailurePolicy asks for the first
+  assert (
+    pod["restartPolicy"] == "Never" and job["backoffLimit"] == 0
+  )  # podFailurePolicy asks for the first
   assert ("2x4" in pod["nodeSelector"].values()) == (env is TPU_JOB)
   code, out, _ = cloud.run("gke/jobset.sh", "run", "--dry-run", *words, **env)
   assert code == 0 and out == f"{text}kubectl apply --filename=-\n"
@@ -450,14 +590,22 @@ def test_jobset(cloud, env, hosts):
   before = len(cloud.calls)
   assert cloud.run("gke/jobset.sh", "run", *words, **env)[1].endswith("ended with 3\n")
   assert len(cloud.calls) == before + hosts
-  for verb, expected in (("logs", "kubectl logs --selector=jobset.sigs.k8s.io/jobset-name=run,"),
-                         ("status", "kubectl get jobset/run\n"), ("delete", "kubectl delete jobset/run --ignore-not-found\n")):
+  for verb, expected in (
+    ("logs", "kubectl logs --selector=jobset.sigs.k8s.io/jobset-name=run,"),
+    ("status", "kubectl get jobset/run\n"),
+    ("delete", "kubectl delete jobset/run --ignore-not-found\n"),
+  ):
     assert cloud.run("gke/jobset.sh", verb, **env)[0] == 0 and expected in cloud.log
 
 
-@pytest.mark.parametrize("words, env, message", [
+@pytest.mark.parametrize(
+  "words, env, message",
+  [
     (["run", "--workdir=/x"], {}, "run needs --workdir=gs://BUCKET/FOLDER, not '/x'"),
-    (["run", BUCKET], {"JOB_TOPOLOGY": ""}, "JOB_TOPOLOGY is not set"), (["go"], {}, "go is not one of run, logs")])
+    (["run", BUCKET], {"JOB_TOPOLOGY": ""}, "JOB_TOPOLOGY is not set"),
+    (["go"], {}, "go is not one of run, logs"),
+  ],
+)
 def test_mistakes_with_jobset(cloud, words, env, message):
   code, _, err = cloud.run("gke/jobset.sh", *words, **(TPU_JOB | env))
   assert code == 2 and err.startswith(f"error: {message}") and not cloud.log
@@ -470,13 +618,25 @@ def test_skypilot(cloud):
   task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
   assert not {0, 2, 3, 4, 137} & set(task["resources"]["job_recovery"]["recover_on_exit_codes"])
   assert cloud.run("/bin/bash", "-c", task["setup"])[0] == 0
-  env = dict(SKYPILOT_NODE_IPS="10.0.0.1\n10.0.0.2", SKYPILOT_NUM_NODES="2", SKYPILOT_NODE_RANK="1",
-             CONFIG=task["envs"]["CONFIG"], WORKDIR="gs://bucket/run",
-             ARGUMENTS="--config.epochs=3 --config.data.source='folder:/my images'")
+  env = dict(
+    SKYPILOT_NODE_IPS="10.0.0.1\n10.0.0.2",
+    SKYPILOT_NUM_NODES="2",
+    SKYPILOT_NODE_RANK="1",
+    CONFIG=task["envs"]["CONFIG"],
+    WORKDIR="gs://bucket/run",
+    ARGUMENTS="--config.epochs=3 --config.data.source='folder:/my images'",
+  )
   assert cloud.run("/bin/bash", "-c", task["run"], **env)[0] == 0
   call = cloud.calls[0]
-  assert call["words"] == ["-m", "mrmae_jax.main", "--multihost", "--config=configs/mrmae.py:base", "--workdir=gs://bucket/run",
-                           "--config.epochs=3", "--config.data.source=folder:/my images"]
+  assert call["words"] == [
+    "-m",
+    "mrmae_jax.cli.train",
+    "--multihost",
+    "--config=configs/mrmae.py:base",
+    "--workdir=gs://bucket/run",
+    "--config.epochs=3",
+    "--config.data.source=folder:/my images",
+  ]
   assert call["env"]["MRMAE_COORDINATOR_ADDRESS"] == "10.0.0.1:8476" and call["host"] == "1"
   code, _, err = cloud.run("/bin/bash", "-c", task["run"], **(env | {"WORKDIR": "/tmp/run"}))
   assert code == 2 and "WORKDIR=/tmp/run must be gs://BUCKET/FOLDER" in err
@@ -493,4 +653,4 @@ def test_dockerfiles_copy_what_is_there(accelerator, extra):
   for name in re.search(r'"\.\[(.*)\]"', "\n".join(lines))[1].split(","):
     assert name in setup["options.extras_require"]
   assert f'".[{extra},gcs]"' in "\n".join(lines)
-  assert lines[-1] == 'ENTRYPOINT ["tini", "--", "python", "-m", "mrmae_jax.main"]'
+  assert lines[-1] == 'ENTRYPOINT ["tini", "--", "python", "-m", "mrmae_jax.cli.train"]'

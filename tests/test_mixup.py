@@ -32,7 +32,9 @@ def test_plain_targets():
   np.testing.assert_allclose(smooth_one_hot(jnp.array([2]), 4, 0.1), [[0.025, 0.025, 0.925, 0.025]])
   np.testing.assert_array_equal(smooth_one_hot(jnp.array([1]), 3), [[0, 1, 0]])
   images = np.arange(B * H * W * 3, dtype=np.uint8).reshape(B, H, W, 3)
-  same, targets = mix(jax.random.key(0), images, LABELS, CLASSES, mixup_alpha=0.0, cutmix_alpha=0.0, smoothing=0.1)
+  same, targets = mix(
+    jax.random.key(0), images, LABELS, CLASSES, mixup_alpha=0.0, cutmix_alpha=0.0, smoothing=0.1
+  )
   assert same.dtype == jnp.float32 and targets.dtype == jnp.float32
   np.testing.assert_array_equal(same, images)
   np.testing.assert_array_equal(targets, smooth_one_hot(LABELS, CLASSES, 0.1))
@@ -42,7 +44,9 @@ def test_soft_cross_entropy():
   logits, targets = np.random.default_rng(0).normal(size=(2, 5, 7)).astype(np.float32)
   targets = np.exp(targets) / np.exp(targets).sum(-1, keepdims=True)
   p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-  np.testing.assert_allclose(soft_cross_entropy(logits, targets), -(targets * np.log(p)).sum(-1).mean(), rtol=1e-5)
+  np.testing.assert_allclose(
+    soft_cross_entropy(logits, targets), -(targets * np.log(p)).sum(-1).mean(), rtol=1e-5
+  )
   assert soft_cross_entropy(jnp.bfloat16(logits), targets).dtype == jnp.float32
 
 
@@ -67,7 +71,11 @@ def test_switch_and_laws():
   assert abs(pasted.mean() - 0.5) < 4 * 0.5 / len(images) ** 0.5
   lam = own_share(targets, 0.1)
   blended = lam[~pasted]
-  np.testing.assert_allclose(first[~pasted], np.broadcast_to((1 - blended[:, None]) * (B - 1), first[~pasted].shape), atol=1e-4)
+  np.testing.assert_allclose(
+    first[~pasted],
+    np.broadcast_to((1 - blended[:, None]) * (B - 1), first[~pasted].shape),
+    atol=1e-4,
+  )
   # Beta(a, a): mean 1/2, variance 1 / (4 (2a + 1)).
   assert abs(blended.mean() - 0.5) < 0.03
   np.testing.assert_allclose(blended.var(), 1 / (4 * 2.6), rtol=0.06)
@@ -77,7 +85,11 @@ def test_switch_and_laws():
   images, _ = draws(count=50, prob=0.0, **RECIPE)
   assert (images == np.arange(B)[:, None, None, None]).all()
   assert np.isin(draws(count=200, mixup_alpha=0.0, cutmix_alpha=1.0)[0][:, 0], [0, B - 1]).all()
-  assert not np.isin(draws(count=200, mixup_alpha=0.8, cutmix_alpha=0.0)[0][:, 0], [0, B - 1]).all((1, 2, 3)).any()
+  assert (
+    not np.isin(draws(count=200, mixup_alpha=0.8, cutmix_alpha=0.0)[0][:, 0], [0, B - 1])
+    .all((1, 2, 3))
+    .any()
+  )
 
 
 def test_boxes():
@@ -89,13 +101,20 @@ def test_boxes():
   rows, columns = box.any(2), box.any(1)
   np.testing.assert_array_equal(box, rows[:, :, None] & columns[:, None])
   for line in (rows, columns):
-    assert (np.abs(np.diff(line.astype(int), axis=1, prepend=0, append=0)).sum(1) <= 2).all()  # one piece
+    assert (
+      np.abs(np.diff(line.astype(int), axis=1, prepend=0, append=0)).sum(1) <= 2
+    ).all()  # one piece
   inside = box.any((1, 2)) & ~(rows[:, 0] | rows[:, -1] | columns[:, 0] | columns[:, -1])
   height, width = rows.sum(1)[inside], columns.sum(1)[inside]
   assert set(height) == {2, 4, 6, 8, 10, 12, 14} and (width % 2 == 0).all()
-  assert (np.abs(height / H - width / W) < 2 / H).all()  # both sides are rounded down to an even number
+  assert (
+    np.abs(height / H - width / W) < 2 / H
+  ).all()  # both sides are rounded down to an even number
   # Centres are uniform: the middle row lies in the box more often than the border, and both halves equally often.
-  assert abs(rows[:, :H // 2].sum() / rows.sum() - 0.5) < 0.03 and abs(columns[:, :W // 2].sum() / columns.sum() - 0.5) < 0.03
+  assert (
+    abs(rows[:, : H // 2].sum() / rows.sum() - 0.5) < 0.03
+    and abs(columns[:, : W // 2].sum() / columns.sum() - 0.5) < 0.03
+  )
   # E[true area] for lambda ~ U(0, 1), by the definition itself.
   rng = np.random.default_rng(0)
   areas = []
@@ -131,7 +150,12 @@ def test_deterministic_in_the_key_and_compiled_once():
   mean, std = jnp.array([120.0, 110, 100]), jnp.array([60.0, 55, 50])
   late = mix(jax.random.key(1), (images - mean) / std, LABELS, CLASSES, **RECIPE)[0]
   np.testing.assert_allclose(late, (results[2][0] - mean) / std, atol=1e-5)
-  assert mix(jax.random.key(0), jnp.zeros((2, 4, 4, 3), jnp.bfloat16), LABELS[:2], CLASSES, **RECIPE)[0].dtype == jnp.bfloat16
+  assert (
+    mix(jax.random.key(0), jnp.zeros((2, 4, 4, 3), jnp.bfloat16), LABELS[:2], CLASSES, **RECIPE)[
+      0
+    ].dtype
+    == jnp.bfloat16
+  )
 
 
 def test_same_on_eight_devices():

@@ -12,8 +12,16 @@ from mrmae_jax import mrmae
 from mrmae_jax.models import layers
 from mrmae_jax.models.convvit import ConvViT
 from mrmae_jax.models.decoder import Decoder, MimicHead
-from mrmae_jax.models.layers import (depthwise_conv, from_blocks, gelu, patchify, put_visible, sincos_2d, take_visible,
-                                     to_blocks)
+from mrmae_jax.models.layers import (
+  depthwise_conv,
+  from_blocks,
+  gelu,
+  patchify,
+  put_visible,
+  sincos_2d,
+  take_visible,
+  to_blocks,
+)
 from mrmae_jax.models.vit import ViT
 from mrmae_jax.tasks import pretrain
 
@@ -23,13 +31,28 @@ OPTIONS = dict(mask_ratio=0.75, norm_pix=True, pixel_weight=0.7)
 
 def tiny(encoder, dtype=jnp.float32, mimic=None, **fields):
   if encoder == "vit":
-    encoder = ViT(**(dict(patch_size=8, dim=24, depth=2, num_heads=3, mlp_dim=40) | fields), dtype=dtype)
+    encoder = ViT(
+      **(dict(patch_size=8, dim=24, depth=2, num_heads=3, mlp_dim=40) | fields), dtype=dtype
+    )
   else:
-    fields = dict(patch_sizes=(2, 2, 2), embed_dims=(8, 12, 24), depths=(2, 1, 2), num_heads=3, mlp_ratios=(2, 3, 2)) | fields
+    fields = (
+      dict(
+        patch_sizes=(2, 2, 2),
+        embed_dims=(8, 12, 24),
+        depths=(2, 1, 2),
+        num_heads=3,
+        mlp_ratios=(2, 3, 2),
+      )
+      | fields
+    )
     encoder = ConvViT(**fields, sparse=encoder == "sparse", dtype=dtype)
-  return mrmae.Model(encoder, Decoder(encoder.patch_size ** 2 * 3, 16, 2, 2, dtype=dtype),
-                     (mrmae.Mimic("mimic", MimicHead(TEACHER_DIM, dtype=dtype), 1.3, **(mimic or {})),),
-                     (0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
+  return mrmae.Model(
+    encoder,
+    Decoder(encoder.patch_size**2 * 3, 16, 2, 2, dtype=dtype),
+    (mrmae.Mimic("mimic", MimicHead(TEACHER_DIM, dtype=dtype), 1.3, **(mimic or {})),),
+    (0.4, 0.5, 0.6),
+    (0.2, 0.3, 0.25),
+  )
 
 
 def setup(encoder, seed=0, batch=3, size=(HEIGHT, WIDTH), mask_ratio=0.75, **kwargs):
@@ -44,11 +67,19 @@ def setup(encoder, seed=0, batch=3, size=(HEIGHT, WIDTH), mask_ratio=0.75, **kwa
     values = rng.standard_normal(leaf.shape).astype(np.float32)
     if path[-1].key == "scale":
       return jnp.asarray(1 + 0.1 * values)
-    return jnp.asarray(0.1 * values if len(leaf.shape) == 1 else values * np.prod(leaf.shape[:-1]) ** -0.5)
+    return jnp.asarray(
+      0.1 * values if len(leaf.shape) == 1 else values * np.prod(leaf.shape[:-1]) ** -0.5
+    )
 
-  params = jax.tree_util.tree_map_with_path(fill, jax.eval_shape(
-      functools.partial(pretrain.init_params, model, size, mask_ratio), jax.random.key(0)))
-  features = jnp.asarray(rng.standard_normal((batch, noise.shape[1], TEACHER_DIM), np.float32) * 3 + 1)
+  params = jax.tree_util.tree_map_with_path(
+    fill,
+    jax.eval_shape(
+      functools.partial(pretrain.init_params, model, size, mask_ratio), jax.random.key(0)
+    ),
+  )
+  features = jnp.asarray(
+    rng.standard_normal((batch, noise.shape[1], TEACHER_DIM), np.float32) * 3 + 1
+  )
   return model, params, images, noise, features
 
 
@@ -72,15 +103,25 @@ def test_masked_pixels_never_reach_a_visible_feature(encoder):
   mask = mrmae.sample_mask(noise, 0.75)
   encode = jax.jit(lambda x: model.encoder.apply({"params": params["encoder"]}, x, mask)[0])
   pixels = mrmae.normalise(images, model.mean, model.std)
-  other = np.where(removed_pixels(noise), np.random.default_rng(9).normal(0, 7, pixels.shape), pixels).astype(np.float32)
+  other = np.where(
+    removed_pixels(noise), np.random.default_rng(9).normal(0, 7, pixels.shape), pixels
+  ).astype(np.float32)
   np.testing.assert_array_equal(encode(pixels), encode(other))
   visible = np.where(removed_pixels(noise), pixels, pixels + 0.1).astype(np.float32)
-  assert np.abs(np.asarray(encode(pixels)) - encode(visible)).min(-1).max() > 0  # every visible pixel was changed: so were features
+  assert (
+    np.abs(np.asarray(encode(pixels)) - encode(visible)).min(-1).max() > 0
+  )  # every visible pixel was changed: so were features
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("mask_ratio", "masking", "complementary_masks", "pixel_weight"))
+@functools.partial(
+  jax.jit,
+  static_argnums=0,
+  static_argnames=("mask_ratio", "masking", "complementary_masks", "pixel_weight"),
+)
 def loss_of(model, params, images, noise, features, **options):
-  return mrmae.pretrain_loss(params, images, noise, model, {"mimic": lambda _: seen(features)}, **(OPTIONS | options))
+  return mrmae.pretrain_loss(
+    params, images, noise, model, {"mimic": lambda _: seen(features)}, **(OPTIONS | options)
+  )
 
 
 @pytest.mark.parametrize("norm_pix", [True, False])
@@ -90,9 +131,9 @@ def test_pixel_targets_of_visible_patches_do_not_count(norm_pix):
   pixels = mrmae.normalise(images, model.mean, model.std)
   prediction = jnp.asarray(np.random.default_rng(1).standard_normal((3, 36, 192), np.float32))
   loss = functools.partial(mrmae.pixel_loss, prediction, mask=mask, patch_size=8, norm_pix=norm_pix)
-  other = jnp.where(removed_pixels(noise), pixels, -pixels + 3 * pixels ** 2)
+  other = jnp.where(removed_pixels(noise), pixels, -pixels + 3 * pixels**2)
   assert loss(pixels) == loss(other)
-  assert loss(pixels) != loss(jnp.where(removed_pixels(noise), other + pixels ** 2, pixels))
+  assert loss(pixels) != loss(jnp.where(removed_pixels(noise), other + pixels**2, pixels))
 
 
 def test_teacher_features_of_masked_tokens_do_not_count():
@@ -100,7 +141,9 @@ def test_teacher_features_of_masked_tokens_do_not_count():
   removed = mrmae.sample_mask(noise, 0.75).removed[..., None]
   loss, terms = loss_of(model, params, images, noise, features)
   other, _ = loss_of(model, params, images, noise, jnp.where(removed, features * 5 - 2, features))
-  changed, _ = loss_of(model, params, images, noise, jnp.where(removed, features, features[..., ::-1]))
+  changed, _ = loss_of(
+    model, params, images, noise, jnp.where(removed, features, features[..., ::-1])
+  )
   assert loss == other and loss != changed
   np.testing.assert_allclose(loss, 0.7 * terms["pixel"] + 1.3 * terms["mimic"], rtol=1e-6)
 
@@ -110,10 +153,12 @@ def test_no_gradient_reaches_the_teacher():
 
   @jax.jit
   def loss(gain):
-    return mrmae.pretrain_loss(params, images, noise, model, {"mimic": lambda _: seen(jnp.sin(gain * features))}, **OPTIONS)[0]
+    return mrmae.pretrain_loss(
+      params, images, noise, model, {"mimic": lambda _: seen(jnp.sin(gain * features))}, **OPTIONS
+    )[0]
 
   assert abs(loss(1.0) - loss(2.0)) > 1e-3  # the teacher matters,
-  assert jax.grad(loss)(1.0) == 0           # and is not trained
+  assert jax.grad(loss)(1.0) == 0  # and is not trained
 
 
 class Same:
@@ -125,8 +170,13 @@ class Same:
 
 
 def mimic_alone(student, output, mask, **options):
-  return mrmae.mimic_loss({}, {"fused": student, "last_block": -student, "decoder": student}, output, mask,
-                          mrmae.Mimic("mimic", Same(), **options))
+  return mrmae.mimic_loss(
+    {},
+    {"fused": student, "last_block": -student, "decoder": student},
+    output,
+    mask,
+    mrmae.Mimic("mimic", Same(), **options),
+  )
 
 
 def test_losses_by_hand():
@@ -135,24 +185,37 @@ def test_losses_by_hand():
   mask = mrmae.sample_mask(noise, 0.5)
   pixels = rng.standard_normal((2, 6, 8, 3)).astype(np.float32)
   prediction = rng.standard_normal((2, 12, 12)).astype(np.float32)
-  features, mimicked = rng.standard_normal((2, 12, 7)).astype(np.float32), rng.standard_normal((2, 6, 7)).astype(np.float32)
+  features, mimicked = (
+    rng.standard_normal((2, 12, 7)).astype(np.float32),
+    rng.standard_normal((2, 6, 7)).astype(np.float32),
+  )
   pixel, mimic = [], []
   for b in range(2):
     order = np.argsort(noise[b], kind="stable")
     for token in order[6:]:
       row, column = divmod(int(token), 4)
-      patch = pixels[b, 2 * row:2 * row + 2, 2 * column:2 * column + 2].reshape(-1)
+      patch = pixels[b, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].reshape(-1)
       patch = (patch - patch.mean()) / np.sqrt(patch.var(ddof=1) + 1e-6)
       pixel.append(np.mean((prediction[b, token] - patch) ** 2))
     for place, token in enumerate(order[:6]):
       target = features[b, token]
       target = (target - target.mean()) / np.sqrt(target.var() + 1e-5)
       mimic.append(np.mean((mimicked[b, place] - target) ** 2))
-  np.testing.assert_allclose(mrmae.pixel_loss(take_visible(prediction, mask.masked), pixels, mask, 2, True), np.mean(pixel), rtol=1e-5)
-  np.testing.assert_allclose(mimic_alone(mimicked, mrmae.TeacherOutput(features, None, None), mask), np.mean(mimic), rtol=1e-5)
+  np.testing.assert_allclose(
+    mrmae.pixel_loss(take_visible(prediction, mask.masked), pixels, mask, 2, True),
+    np.mean(pixel),
+    rtol=1e-5,
+  )
+  np.testing.assert_allclose(
+    mimic_alone(mimicked, mrmae.TeacherOutput(features, None, None), mask),
+    np.mean(mimic),
+    rtol=1e-5,
+  )
 
 
-@pytest.mark.parametrize("tokens, ratio, visible", [(196, 0.75, 49), (196, 0.7, 58), (196, 0.6, 78), (48, 0.5, 24)])
+@pytest.mark.parametrize(
+  "tokens, ratio, visible", [(196, 0.75, 49), (196, 0.7, 58), (196, 0.6, 78), (48, 0.5, 24)]
+)
 def test_mask(tokens, ratio, visible):
   noise = jax.random.uniform(jax.random.key(0), (200, tokens))
   mask = mrmae.sample_mask(noise, ratio)
@@ -166,29 +229,55 @@ def test_mask(tokens, ratio, visible):
 
 def test_gathers_are_each_others_transpose():
   mask = mrmae.sample_mask(jax.random.uniform(jax.random.key(1), (2, 12)), 0.6)
-  x, y = jax.random.normal(jax.random.key(2), (2, 12, 3, 5)), jax.random.normal(jax.random.key(3), (2, 4, 3, 5))
-  np.testing.assert_array_equal(take_visible(x, mask), np.take_along_axis(np.asarray(x), np.asarray(mask.ids_keep)[..., None, None], 1))
+  x, y = (
+    jax.random.normal(jax.random.key(2), (2, 12, 3, 5)),
+    jax.random.normal(jax.random.key(3), (2, 4, 3, 5)),
+  )
+  np.testing.assert_array_equal(
+    take_visible(x, mask),
+    np.take_along_axis(np.asarray(x), np.asarray(mask.ids_keep)[..., None, None], 1),
+  )
   np.testing.assert_array_equal(take_visible(put_visible(y, mask), mask), y)
   np.testing.assert_array_equal(np.asarray(put_visible(y, mask))[np.asarray(mask.removed)], 0)
-  np.testing.assert_array_equal(jax.vjp(lambda v: take_visible(v, mask), x)[1](y)[0], put_visible(y, mask))
-  np.testing.assert_array_equal(jax.vjp(lambda v: put_visible(v, mask), y)[1](x)[0], take_visible(x, mask))
+  np.testing.assert_array_equal(
+    jax.vjp(lambda v: take_visible(v, mask), x)[1](y)[0], put_visible(y, mask)
+  )
+  np.testing.assert_array_equal(
+    jax.vjp(lambda v: put_visible(v, mask), y)[1](x)[0], take_visible(x, mask)
+  )
 
 
 def test_backward_pass_has_no_scatter_and_no_convolution():
   model, params, images, noise, features = setup("sparse")
-  text = jax.jit(jax.grad(lambda p: loss_of(model, p, images, noise, features)[0])).lower(params).as_text()
+  text = (
+    jax.jit(jax.grad(lambda p: loss_of(model, p, images, noise, features)[0]))
+    .lower(params)
+    .as_text()
+  )
   assert "stablehlo.gather" in text
   assert "stablehlo.scatter" not in text and "stablehlo.convolution" not in text
 
 
-@pytest.mark.parametrize("shape", [(2, 7, 9, 6), (1, 6, 40, 300)])  # all rows of an image in one band; one row alone
+@pytest.mark.parametrize(
+  "shape", [(2, 7, 9, 6), (1, 6, 40, 300)]
+)  # all rows of an image in one band; one row alone
 def test_depthwise_conv_equals_lax_conv(monkeypatch, shape):
   x, dy = jax.random.normal(jax.random.key(0), shape), jax.random.normal(jax.random.key(1), shape)
   kernel = jax.random.normal(jax.random.key(2), (5, 5, shape[-1]))
-  oracle = lambda x, k: jax.lax.conv_general_dilated(x, k[:, :, None], (1, 1), "SAME", feature_group_count=shape[-1],
-                                                     dimension_numbers=("NHWC", "HWIO", "NHWC"), precision="highest")
+  oracle = lambda x, k: jax.lax.conv_general_dilated(
+    x,
+    k[:, :, None],
+    (1, 1),
+    "SAME",
+    feature_group_count=shape[-1],
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    precision="highest",
+  )
   y, pull = jax.vjp(oracle, x, kernel)
-  for devices in (jax.device_count(), 1):  # alone, a CPU computes the kernel's gradient band by band
+  for devices in (
+    jax.device_count(),
+    1,
+  ):  # alone, a CPU computes the kernel's gradient band by band
     with monkeypatch.context() as alone:
       alone.setattr(jax, "device_count", lambda devices=devices: devices)
       ours, pull_ours = jax.vjp(depthwise_conv, x, kernel)
@@ -200,20 +289,28 @@ def test_depthwise_conv_equals_lax_conv(monkeypatch, shape):
 def test_masked_tokens_alone_are_predicted_the_same(cls, masks):
   """The last block and the prediction leave visible tokens out, which are still attended to; so do their gradients."""
   mask = mrmae.sample_mask(jax.random.uniform(jax.random.key(0), (2, 24)), 0.75, masks)
-  decoder, tokens = Decoder(12, dim=16, depth=2, num_heads=4), jax.random.normal(jax.random.key(1), (2 * masks, 6 + cls, 8))
+  decoder, tokens = (
+    Decoder(12, dim=16, depth=2, num_heads=4),
+    jax.random.normal(jax.random.key(1), (2 * masks, 6 + cls, 8)),
+  )
   params = decoder.init(jax.random.key(2), tokens, mask, (4, 6))
   weights = jax.random.normal(jax.random.key(3), (2 * masks, 18, 12))
 
   def masked(params, tokens, everywhere):
     prediction, out = decoder.apply(params, tokens, mask, (4, 6), everywhere)
-    prediction, read = ((take_visible(x, mask.masked) if everywhere else x) for x in (prediction, out["tokens"]))
+    prediction, read = (
+      (take_visible(x, mask.masked) if everywhere else x) for x in (prediction, out["tokens"])
+    )
     return jnp.sum(prediction * weights), (prediction, read)
 
   (_, ours), grads = jax.value_and_grad(masked, (0, 1), has_aux=True)(params, tokens, False)
   (_, oracle), wanted = jax.value_and_grad(masked, (0, 1), has_aux=True)(params, tokens, True)
   for a, b in zip(jax.tree.leaves((ours, grads)), jax.tree.leaves((oracle, wanted))):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-  np.testing.assert_array_equal(np.sort(np.concatenate([mask.ids_keep, mask.masked.ids_keep], 1)), np.tile(np.arange(24), (2 * masks, 1)))
+  np.testing.assert_array_equal(
+    np.sort(np.concatenate([mask.ids_keep, mask.masked.ids_keep], 1)),
+    np.tile(np.arange(24), (2 * masks, 1)),
+  )
 
 
 @pytest.mark.parametrize("encoder", ["dense", "sparse", "vit"])
@@ -226,11 +323,16 @@ def test_what_is_computed_again_is_the_same(encoder, remat):
 
     def loss(params):
       mask = mrmae.sample_mask(noise, 0.75)
-      tokens, _ = model.encoder.apply({"params": params["encoder"]}, mrmae.normalise(images, model.mean, model.std), mask, keys)
+      tokens, _ = model.encoder.apply(
+        {"params": params["encoder"]}, mrmae.normalise(images, model.mean, model.std), mask, keys
+      )
       prediction, _ = decoder.apply({"params": params["decoder"]}, tokens, mask, (6, 8))
       return jnp.square(prediction).mean()
+
     gradient = jax.jit(jax.value_and_grad(loss)).lower(params)
-    results.append((gradient.as_text().count("stablehlo.rsqrt"), jax.tree.leaves(gradient.compile()(params))))
+    results.append(
+      (gradient.as_text().count("stablehlo.rsqrt"), jax.tree.leaves(gradient.compile()(params)))
+    )
   (once, plain), (twice, again) = results
   assert twice > once  # norms, at least
   for a, b in zip(plain, again):
@@ -242,28 +344,50 @@ def test_attention_of_cudnn_is_asked_for_by_name(monkeypatch):
   assert not layers.has_fused_attention(jnp.bfloat16, 64)  # there is no GPU here
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   for capability, dtype, head_dim, usable in (
-      ("8.0", jnp.bfloat16, 64, True), ("9.0", jnp.bfloat16, 32, True), ("9.0", jnp.bfloat16, 80, True), ("7.0", jnp.bfloat16, 64, False),
-      ("8.0", jnp.float32, 64, False), ("8.0", jnp.bfloat16, 4, False), ("8.0", jnp.bfloat16, 256, False), ("gfx90a", jnp.bfloat16, 64, False)):
-    monkeypatch.setattr(jax, "local_devices", lambda capability=capability: [SimpleNamespace(compute_capability=capability)])
+    ("8.0", jnp.bfloat16, 64, True),
+    ("9.0", jnp.bfloat16, 32, True),
+    ("9.0", jnp.bfloat16, 80, True),
+    ("7.0", jnp.bfloat16, 64, False),
+    ("8.0", jnp.float32, 64, False),
+    ("8.0", jnp.bfloat16, 4, False),
+    ("8.0", jnp.bfloat16, 256, False),
+    ("gfx90a", jnp.bfloat16, 64, False),
+  ):
+    monkeypatch.setattr(
+      jax,
+      "local_devices",
+      lambda capability=capability: [SimpleNamespace(compute_capability=capability)],
+    )
     assert layers.has_fused_attention(dtype, head_dim) == usable, (capability, dtype, head_dim)
 
   monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(compute_capability="9.0")])
-  from jax._src.cudnn import fused_attention_stablehlo as cudnn  # asks the GPU that is not here for its version
+  from jax._src.cudnn import (
+    fused_attention_stablehlo as cudnn,  # asks the GPU that is not here for its version
+  )
+
   monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
   monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
   for queries, keys in ((196, 196), (49, 49), (147, 196)):
     q, k, v = (jax.ShapeDtypeStruct((2, 4, t, 32), jnp.bfloat16) for t in (queries, keys, keys))
-    traced = jax.jit(jax.grad(lambda q, k, v: layers.attend(q, k, v).astype(jnp.float32).sum())).trace(q, k, v)
+    traced = jax.jit(
+      jax.grad(lambda q, k, v: layers.attend(q, k, v).astype(jnp.float32).sum())
+    ).trace(q, k, v)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@__cudnn$fmhaSoftmax(") == text.count("@__cudnn$fmhaSoftmaxBackward(") == 1
 
 
 @pytest.mark.parametrize("queries, keys", [(10, 10), (7, 7), (6, 9), (5, 8)])
 def test_padding_to_even_numbers_of_tokens_changes_nothing(queries, keys):
-  q, k, v = (jax.random.normal(jax.random.key(t + i), (2, 3, t, 8)) for i, t in enumerate((queries, keys, keys)))
+  q, k, v = (
+    jax.random.normal(jax.random.key(t + i), (2, 3, t, 8))
+    for i, t in enumerate((queries, keys, keys))
+  )
   weights = jax.random.normal(jax.random.key(9), q.shape)
   fused = functools.partial(layers.fused_attention, implementation="xla")
-  results = [jax.value_and_grad(lambda *x, form=form: (form(*x) * weights).sum(), (0, 1, 2))(q, k, v) for form in (layers.attend, fused)]
+  results = [
+    jax.value_and_grad(lambda *x, form=form: (form(*x) * weights).sum(), (0, 1, 2))(q, k, v)
+    for form in (layers.attend, fused)
+  ]
   for a, b in zip(*map(jax.tree.leaves, results)):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
@@ -278,8 +402,20 @@ def test_patches_are_row_column_channel():
 
 def test_position_table():
   table = sincos_2d(8, (2, 3))
-  np.testing.assert_allclose(table[1 * 3 + 2], [np.sin(2), np.sin(.02), np.cos(2), np.cos(.02),
-                                                np.sin(1), np.sin(.01), np.cos(1), np.cos(.01)], atol=1e-6)
+  np.testing.assert_allclose(
+    table[1 * 3 + 2],
+    [
+      np.sin(2),
+      np.sin(0.02),
+      np.cos(2),
+      np.cos(0.02),
+      np.sin(1),
+      np.sin(0.01),
+      np.cos(1),
+      np.cos(0.01),
+    ],
+    atol=1e-6,
+  )
   np.testing.assert_array_equal(sincos_2d(8, (2, 3), cls_token=True)[0], 0)
   with pytest.raises(ValueError, match="divisible by 4, got 6"):
     sincos_2d(6, (2, 2))
@@ -287,30 +423,53 @@ def test_position_table():
 
 @pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
 @pytest.mark.parametrize("masking", ["random", "focused"])
-@pytest.mark.parametrize("fields, size, ratio", [
-    ({}, (48, 64), 0.75), (dict(patch_sizes=(4, 2, 2)), (64, 96), 0.6), (dict(patch_sizes=(1, 2, 2)), (20, 12), 0.5)])
+@pytest.mark.parametrize(
+  "fields, size, ratio",
+  [
+    ({}, (48, 64), 0.75),
+    (dict(patch_sizes=(4, 2, 2)), (64, 96), 0.6),
+    (dict(patch_sizes=(1, 2, 2)), (20, 12), 0.5),
+  ],
+)
 def test_sparse_equals_dense(fields, size, ratio, masking, dtype, tolerance):
   results = []
   for form in ("dense", "sparse"):
-    model, params, images, noise, features = setup(form, size=size, mask_ratio=ratio, dtype=dtype, **fields)
-    step = jax.jit(jax.value_and_grad(
-        lambda p, m=model: loss_of(m, p, images, noise, features, mask_ratio=ratio, masking=masking)[0]))
+    model, params, images, noise, features = setup(
+      form, size=size, mask_ratio=ratio, dtype=dtype, **fields
+    )
+    step = jax.jit(
+      jax.value_and_grad(
+        lambda p, m=model: loss_of(
+          m, p, images, noise, features, mask_ratio=ratio, masking=masking
+        )[0]
+      )
+    )
     results.append(step(params))
   (loss, grads), (sparse_loss, sparse_grads) = results
   np.testing.assert_allclose(loss, sparse_loss, rtol=tolerance)
-  norm = lambda tree: np.sqrt(sum(np.sum(np.square(x, dtype=np.float64)) for x in jax.tree.leaves(tree)))
-  error = norm(jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), grads, sparse_grads)) / norm(grads)
+  norm = lambda tree: np.sqrt(
+    sum(np.sum(np.square(x, dtype=np.float64)) for x in jax.tree.leaves(tree))
+  )
+  error = norm(
+    jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), grads, sparse_grads)
+  ) / norm(grads)
   assert error < tolerance, f"relative L2 error of the gradients {error:.1e}"
 
 
 def test_stage_maps_agree_on_visible_blocks():
   (dense, params, images, noise, _), (sparse, *_) = setup("dense"), setup("sparse")
   mask = mrmae.sample_mask(noise, 0.75)
-  outs = [jax.jit(m.encoder.apply)({"params": params["encoder"]}, mrmae.normalise(images, m.mean, m.std), mask)[1]
-          for m in (dense, sparse)]
+  outs = [
+    jax.jit(m.encoder.apply)(
+      {"params": params["encoder"]}, mrmae.normalise(images, m.mean, m.std), mask
+    )[1]
+    for m in (dense, sparse)
+  ]
   for stage, side in (("stage1", 4), ("stage2", 2)):
     assert outs[0][stage].ndim == 4 and outs[1][stage].shape[1:4] == (12, side, side)
-    np.testing.assert_allclose(take_visible(to_blocks(outs[0][stage], side), mask), outs[1][stage], atol=1e-5)
+    np.testing.assert_allclose(
+      take_visible(to_blocks(outs[0][stage], side), mask), outs[1][stage], atol=1e-5
+    )
   np.testing.assert_allclose(outs[0]["layers"][-1], outs[1]["layers"][-1], atol=1e-5)
 
 
@@ -318,17 +477,30 @@ def test_without_a_mask_the_whole_image_is_encoded():
   model, params, images, _, _ = setup("sparse")
   encode = jax.jit(model.encoder.apply)
   x, out = encode({"params": params["encoder"]}, mrmae.normalise(images, model.mean, model.std))
-  assert x.shape == (3, 48, 24) and out["stage1"].shape == (3, 24, 32, 8) and out["stage2"].shape == (3, 12, 16, 12)
-  everything = mrmae.sample_mask(jnp.tile(jnp.arange(48.0) / 48, (3, 1)), 0.0)  # 48 of 48 visible, in order
-  same, _ = encode({"params": params["encoder"]}, mrmae.normalise(images, model.mean, model.std), everything)
+  assert (
+    x.shape == (3, 48, 24)
+    and out["stage1"].shape == (3, 24, 32, 8)
+    and out["stage2"].shape == (3, 12, 16, 12)
+  )
+  everything = mrmae.sample_mask(
+    jnp.tile(jnp.arange(48.0) / 48, (3, 1)), 0.0
+  )  # 48 of 48 visible, in order
+  same, _ = encode(
+    {"params": params["encoder"]}, mrmae.normalise(images, model.mean, model.std), everything
+  )
   np.testing.assert_allclose(x, same, atol=1e-5)
 
 
 def test_uint8_and_float_images_are_the_same_input():
   images = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, -1)
-  a, b = (mrmae.normalise(x, (.1, .2, .3), (.4, .5, .6)) for x in (jnp.asarray(images), jnp.asarray(images / np.float32(255))))
+  a, b = (
+    mrmae.normalise(x, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    for x in (jnp.asarray(images), jnp.asarray(images / np.float32(255)))
+  )
   np.testing.assert_allclose(a, b, atol=1e-6)
-  np.testing.assert_allclose(b[0, 0, 5], (5 / 255 - np.array([.1, .2, .3])) / [.4, .5, .6], atol=1e-6)
+  np.testing.assert_allclose(
+    b[0, 0, 5], (5 / 255 - np.array([0.1, 0.2, 0.3])) / [0.4, 0.5, 0.6], atol=1e-6
+  )
 
 
 def test_gelu_is_the_exact_one():
@@ -348,11 +520,22 @@ def test_initialisation_is_the_reference_one():
     assert np.abs(x.mean()) < 4 * bound / (3 * x.size) ** 0.5
 
   xavier = lambda k: uniform(k, (6 / sum(k.shape)) ** 0.5)
-  for k in (p["patch_embed4"], p["blocks3_0"]["attn"]["qkv"], p["blocks3_0"]["attn"]["proj"], p["blocks3_0"]["fc1"],
-            p["blocks3_0"]["fc2"], p["patch_embed3"]["proj"]):
+  for k in (
+    p["patch_embed4"],
+    p["blocks3_0"]["attn"]["qkv"],
+    p["blocks3_0"]["attn"]["proj"],
+    p["blocks3_0"]["fc1"],
+    p["blocks3_0"]["fc2"],
+    p["patch_embed3"]["proj"],
+  ):
     xavier(k["kernel"])
-  for layer in (p["patch_embed1"]["proj"], p["patch_embed2"]["proj"], p["stage1_output_decode"], p["stage2_output_decode"],
-                *(p["blocks1_0"][n] for n in ("conv1", "conv2", "fc1", "fc2"))):
+  for layer in (
+    p["patch_embed1"]["proj"],
+    p["patch_embed2"]["proj"],
+    p["stage1_output_decode"],
+    p["stage2_output_decode"],
+    *(p["blocks1_0"][n] for n in ("conv1", "conv2", "fc1", "fc2")),
+  ):
     bound = layer["kernel"].shape[0] ** -0.5
     uniform(layer["kernel"], bound)
     uniform(layer["bias"], bound)

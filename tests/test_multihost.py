@@ -2,17 +2,18 @@
 
 import json
 import os
-from pathlib import Path
 import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mrmae_jax import distributed
+from mrmae_jax.errors import DistributedError
+from mrmae_jax.runs import distributed
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,14 +24,25 @@ def free_port():
     return s.getsockname()[1]
 
 
-def start(index, count, devices, log, *arguments, config="tests/tiny.py", port=None, environment=None):
+def start(
+  index, count, devices, log, *arguments, config="tests/tiny.py", port=None, environment=None
+):
   """A process of a run; alone with count 1. What it prints goes to `log`."""
   flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-  env = dict(os.environ, PYTHONPATH=str(ROOT), XLA_FLAGS=flags, PYTHONUNBUFFERED="1", **environment or {})
-  command = [sys.executable, "-m", "mrmae_jax.main", f"--config={config}"]
+  env = dict(
+    os.environ, PYTHONPATH=str(ROOT), XLA_FLAGS=flags, PYTHONUNBUFFERED="1", **environment or {}
+  )
+  command = [sys.executable, "-m", "mrmae_jax.cli.train", f"--config={config}"]
   if count > 1:
-    command += ["--multihost", f"--coordinator_address=localhost:{port}", f"--num_processes={count}", f"--process_id={index}"]
-  return subprocess.Popen([*command, *arguments], cwd=ROOT, env=env, stdout=open(log, "w"), stderr=subprocess.STDOUT)
+    command += [
+      "--multihost",
+      f"--coordinator_address=localhost:{port}",
+      f"--num_processes={count}",
+      f"--process_id={index}",
+    ]
+  return subprocess.Popen(
+    [*command, *arguments], cwd=ROOT, env=env, stdout=open(log, "w"), stderr=subprocess.STDOUT
+  )
 
 
 def finish(processes, timeout=400):
@@ -46,8 +58,12 @@ def finish(processes, timeout=400):
 def run(tmp_path, name, count, devices, *arguments, **options):
   """A whole run; its metrics."""
   port, logs = free_port(), [tmp_path / f"{name}_{i}.log" for i in range(count)]
-  processes = [start(i, count, devices, logs[i], f"--workdir={tmp_path / name}", *arguments, port=port, **options)
-               for i in range(count)]
+  processes = [
+    start(
+      i, count, devices, logs[i], f"--workdir={tmp_path / name}", *arguments, port=port, **options
+    )
+    for i in range(count)
+  ]
   codes = finish(processes)
   assert codes == [0] * count, "\n".join(log.read_text()[-2000:] for log in logs)
   return metrics(tmp_path / name)
@@ -56,7 +72,9 @@ def run(tmp_path, name, count, devices, *arguments, **options):
 def metrics(workdir):
   """{step: its record}, {step: its evaluation}."""
   rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-  return {row["step"]: row for row in rows if "loss" in row}, {row["step"]: row for row in rows if "loss" not in row}
+  return {row["step"]: row for row in rows if "loss" in row}, {
+    row["step"]: row for row in rows if "loss" not in row
+  }
 
 
 def test_f12_one_run_on_any_hosts_and_after_a_kill(tmp_path):
@@ -64,7 +82,10 @@ def test_f12_one_run_on_any_hosts_and_after_a_kill(tmp_path):
   longer = "--config.epochs=0.2"  # 18 steps: none of the processes is done before it is killed
   whole, evaluations = run(tmp_path, "whole", 1, 1, longer)
   port = free_port()
-  cut = [start(i, 2, 2, tmp_path / f"cut_{i}.log", f"--workdir={tmp_path}/cut", longer, port=port) for i in range(2)]
+  cut = [
+    start(i, 2, 2, tmp_path / f"cut_{i}.log", f"--workdir={tmp_path}/cut", longer, port=port)
+    for i in range(2)
+  ]
   end = time.monotonic() + 400
   while not (tmp_path / "cut" / "checkpoints" / "5").is_dir() and time.monotonic() < end:
     time.sleep(0.05)
@@ -80,7 +101,9 @@ def test_f12_one_run_on_any_hosts_and_after_a_kill(tmp_path):
     assert losses.keys() == whole.keys() == set(range(1, 19))
     for step in whole:
       for key in ("loss", "mimic", "pixel"):
-        np.testing.assert_allclose(losses[step][key], whole[step][key], rtol=1e-5, err_msg=f"{name}, step {step}, {key}")
+        np.testing.assert_allclose(
+          losses[step][key], whole[step][key], rtol=1e-5, err_msg=f"{name}, step {step}, {key}"
+        )
     # A neighbour that is nearly as near as the next one may change places with it.
     assert abs(found[18]["knn/accuracy"] - evaluations[18]["knn/accuracy"]) < 2.1 / 359
 
@@ -88,22 +111,32 @@ def test_f12_one_run_on_any_hosts_and_after_a_kill(tmp_path):
 @pytest.mark.parametrize("kind", ["finetune", "probe"])
 def test_evaluation_counts_the_same_images(tmp_path, kind):
   """Held-out accuracy of weights that hardly move: the same counts on 1 and on 2 processes."""
-  (tmp_path / "c.py").write_text(f"from tests import test_classify, test_probe\ndef get_config():\n"
-                                 f"  return test_{'classify' if kind == 'finetune' else 'probe'}.{kind}_config(optim__blr=1e-3)\n")
-  results = [run(tmp_path, f"run{count}", count, 2 // count, "--config.epochs=0.03", config=tmp_path / "c.py")[1][3]
-             for count in (1, 2)]
-  assert results[0]["classify/images"] == results[1]["classify/images"] == 359
-  assert abs(results[0]["classify/top1"] - results[1]["classify/top1"]) < 1.1 / 359
-  assert abs(results[0]["classify/top5"] - results[1]["classify/top5"]) < 1.1 / 359
+  (tmp_path / "c.py").write_text(
+    f"from tests import test_finetune, test_probe\ndef get_config():\n"
+    f"  return test_{'finetune' if kind == 'finetune' else 'probe'}.{kind}_config(optim__blr=1e-3)\n"
+  )
+  results = [
+    run(
+      tmp_path, f"run{count}", count, 2 // count, "--config.epochs=0.03", config=tmp_path / "c.py"
+    )[1][3]
+    for count in (1, 2)
+  ]
+  assert results[0]["accuracy/images"] == results[1]["accuracy/images"] == 359
+  assert abs(results[0]["accuracy/top1"] - results[1]["accuracy/top1"]) < 1.1 / 359
+  assert abs(results[0]["accuracy/top5"] - results[1]["accuracy/top5"]) < 1.1 / 359
 
 
 def mistake(tmp_path, *per_process, count=2, timeout=90):
   """Exit codes, and "error:" lines of each process."""
   port, logs = free_port(), [tmp_path / f"{i}.log" for i in range(len(per_process))]
-  processes = [start(i, count, 1, logs[i], f"--workdir={tmp_path}/run", *arguments, port=port)
-               for i, arguments in enumerate(per_process)]
+  processes = [
+    start(i, count, 1, logs[i], f"--workdir={tmp_path}/run", *arguments, port=port)
+    for i, arguments in enumerate(per_process)
+  ]
   codes = finish(processes, timeout)
-  return codes, [[line for line in log.read_text().splitlines() if line.startswith("error:")] for log in logs]
+  return codes, [
+    [line for line in log.read_text().splitlines() if line.startswith("error:")] for log in logs
+  ]
 
 
 def test_f10_a_host_with_another_configuration(tmp_path):
@@ -131,14 +164,19 @@ def test_a_host_without_its_images(tmp_path):
   codes, errors = mistake(tmp_path, (), ("--config.data.source=folder:/none",))
   assert codes == [2, 2]
   for lines in errors:
-    assert len(lines) == 1 and lines[0].startswith("error: process 1: config.data: folder:/none: does not exist")
+    assert len(lines) == 1 and lines[0].startswith(
+      "error: process 1: config.data: folder:/none: does not exist"
+    )
 
 
 def test_a_host_that_does_not_come(tmp_path):
   began = time.monotonic()
   codes, errors = mistake(tmp_path, ("--init_timeout=8",), ("--init_timeout=8",), count=3)
   assert codes == [1, 1] and time.monotonic() - began < 60
-  assert "process 0 of 3 waited 8 s for the others" in errors[0][0] and "process 1 of 3 waited 8 s" in errors[1][0]
+  assert (
+    "process 0 of 3 waited 8 s for the others" in errors[0][0]
+    and "process 1 of 3 waited 8 s" in errors[1][0]
+  )
   assert "answers, so others have not come" in errors[1][0]
 
 
@@ -147,17 +185,26 @@ def test_a_coordinator_that_is_not_there(tmp_path):
   began = time.monotonic()
   process = start(1, 2, 1, log, f"--workdir={tmp_path}/run", "--init_timeout=23", port=free_port())
   assert finish([process], 60) == [1] and time.monotonic() - began < 50
-  lines = [line for line in log.read_text().splitlines() if "waited" in line]  # it is said at 20 s already what is missing
+  lines = [
+    line for line in log.read_text().splitlines() if "waited" in line
+  ]  # it is said at 20 s already what is missing
   assert "process 1 of 2 waited 20 s" in lines[0] and "going on for up to 23 s" in lines[0]
-  assert "error: process 1 of 2 waited 23 s" in lines[1] and all("nothing answers at localhost:" in line for line in lines)
+  assert "error: process 1 of 2 waited 23 s" in lines[1] and all(
+    "nothing answers at localhost:" in line for line in lines
+  )
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (("a:1", 2, None), "--process_id must be given too"), ((None, None, 3), "--coordinator_address, --num_processes must be given too"),
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    (("a:1", 2, None), "--process_id must be given too"),
+    ((None, None, 3), "--coordinator_address, --num_processes must be given too"),
     (("a:1", 2, 2), "--process_id=2 must be one of 0 to 1 with --num_processes=2"),
-    (("localhost", 2, 0), "--coordinator_address=localhost must be HOST:PORT")])
+    (("localhost", 2, 0), "--coordinator_address=localhost must be HOST:PORT"),
+  ],
+)
 def test_flags_that_do_not_go_together(arguments, message):
-  with pytest.raises(distributed.DistributedError, match=message):
+  with pytest.raises(DistributedError, match=message):
     distributed.start(*arguments, timeout_s=1)
 
 
@@ -165,8 +212,8 @@ def test_the_environment_stands_in_for_flags(monkeypatch):
   monkeypatch.setenv("MRMAE_COORDINATOR_ADDRESS", "localhost:1")
   monkeypatch.setenv("MRMAE_NUM_PROCESSES", "2")
   monkeypatch.setenv("MRMAE_PROCESS_ID", "7")
-  with pytest.raises(distributed.DistributedError, match="--process_id=7 must be one of 0 to 1"):
+  with pytest.raises(DistributedError, match="--process_id=7 must be one of 0 to 1"):
     distributed.start(None, None, None, timeout_s=1)
   monkeypatch.setenv("MRMAE_PROCESS_ID", "x")
-  with pytest.raises(distributed.DistributedError, match="must be whole numbers"):
+  with pytest.raises(DistributedError, match="must be whole numbers"):
     distributed.start(None, None, None, timeout_s=1)

@@ -23,22 +23,41 @@ SPARED = ("pos_embed", "cls_token")
 
 
 def flat(tree):
-  return {"/".join(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+  return {
+    "/".join(key.key for key in path): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
 
 
 def finetune_params(encoder, classes=7):
   """Shapes of a fine-tuned model: encoder with trainable positions, fresh norm, head."""
-  shapes = dict(jax.eval_shape(encoder.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"])
+  shapes = dict(
+    jax.eval_shape(encoder.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+  )
   leaf = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
   shapes["pos_embed"] = leaf(1, 4, encoder.dim)
-  return {"encoder": shapes, "fc_norm": {"scale": leaf(encoder.dim), "bias": leaf(encoder.dim)},
-          "head": {"kernel": leaf(encoder.dim, classes), "bias": leaf(classes)}}
+  return {
+    "encoder": shapes,
+    "fc_norm": {"scale": leaf(encoder.dim), "bias": leaf(encoder.dim)},
+    "head": {"kernel": leaf(encoder.dim, classes), "bias": leaf(classes)},
+  }
 
 
 def options(**changes):
   """A constant rate of 0.1 with a batch of 256."""
-  values = dict(blr=0.1, min_lr=0.1, warmup_epochs=0.0, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.05, layer_decay=0.65,
-                no_decay=SPARED, clip_norm=0.0, ema_decay=0.0)
+  values = dict(
+    blr=0.1,
+    min_lr=0.1,
+    warmup_epochs=0.0,
+    b1=0.9,
+    b2=0.999,
+    eps=1e-8,
+    weight_decay=0.05,
+    layer_decay=0.65,
+    no_decay=SPARED,
+    clip_norm=0.0,
+    ema_decay=0.0,
+  )
   return ml_collections.ConfigDict(values | changes)
 
 
@@ -48,11 +67,23 @@ def optimiser(**changes):
 
 def test_rates_and_decay_of_every_name_equal_the_reference():
   golden = json.loads((GOLDENS / "finetune_lr_decay_0.65.json").read_text())
-  encoder = ConvViT(embed_dims=(16, 24, 48), depths=(2, 1, 3), num_heads=3, fuse_stages=False, learned_positions=True)
+  encoder = ConvViT(
+    embed_dims=(16, 24, 48),
+    depths=(2, 1, 3),
+    num_heads=3,
+    fuse_stages=False,
+    learned_positions=True,
+  )
   params = finetune_params(encoder)
   del params["encoder"]["norm"]  # mean pooling has a norm of its own
-  names = {f"encoder/{entry.ours}": entry.theirs[0] for entry in convmae.encoder(encoder) if not entry.ours.startswith("norm/")}
-  names |= {entry.ours: entry.theirs[0] for entry in dense("head", "head") + norm("fc_norm", "fc_norm")}
+  names = {
+    f"encoder/{entry.ours}": entry.theirs[0]
+    for entry in convmae.encoder(encoder)
+    if not entry.ours.startswith("norm/")
+  }
+  names |= {
+    entry.ours: entry.theirs[0] for entry in dense("head", "head") + norm("fc_norm", "fc_norm")
+  }
 
   scales, decayed = flat(optim.layer_scales(params, 0.65)), flat(optim.decayed(params, SPARED))
   ours = {names[name]: (scale, 0.05 * decayed[name]) for name, scale in scales.items()}
@@ -62,14 +93,26 @@ def test_rates_and_decay_of_every_name_equal_the_reference():
 
 
 def test_layers_of_a_vit():
-  scales = flat(optim.layer_scales(finetune_params(ViT(dim=24, depth=3, num_heads=2, mlp_dim=48)), 0.5))
-  for part, scale in {"patch_embed/": 1 / 16, "cls_token": 1 / 16, "pos_embed": 1 / 16, "blocks_0/": 1 / 8, "blocks_2/": 1 / 2,
-                      "norm/": 1}.items():
+  scales = flat(
+    optim.layer_scales(finetune_params(ViT(dim=24, depth=3, num_heads=2, mlp_dim=48)), 0.5)
+  )
+  for part, scale in {
+    "patch_embed/": 1 / 16,
+    "cls_token": 1 / 16,
+    "pos_embed": 1 / 16,
+    "blocks_0/": 1 / 8,
+    "blocks_2/": 1 / 2,
+    "norm/": 1,
+  }.items():
     found = {value for name, value in scales.items() if name.startswith(f"encoder/{part}")}
     assert found == {scale}, part
   assert scales["head/kernel"] == scales["fc_norm/bias"] == 1
-  decayed = flat(optim.decayed(finetune_params(ViT(dim=24, depth=1, num_heads=2, mlp_dim=48)), SPARED))
-  assert {name for name, on in decayed.items() if on} == {name for name in decayed if name.endswith("kernel")}
+  decayed = flat(
+    optim.decayed(finetune_params(ViT(dim=24, depth=1, num_heads=2, mlp_dim=48)), SPARED)
+  )
+  assert {name for name, on in decayed.items() if on} == {
+    name for name in decayed if name.endswith("kernel")
+  }
   with_cls = ConvViT(embed_dims=(8, 8, 8), depths=(1, 1, 2), num_heads=2, cls_token=True)
   with_cls = flat(optim.layer_scales(finetune_params(with_cls), 0.5))
   assert with_cls["encoder/cls_token"] == with_cls["encoder/blocks2_0/fc1/kernel"] == 1 / 8
@@ -78,8 +121,10 @@ def test_layers_of_a_vit():
 def three_layers(seed):
   draw = np.random.default_rng(seed).normal
   block = {"fc": {"kernel": draw(size=(3, 4)), "bias": draw(size=4)}}
-  return {"encoder": {"pos_embed": draw(size=(1, 2, 3)), "blocks_0": block},
-          "head": {"kernel": draw(size=(3, 5)), "bias": draw(size=5)}}
+  return {
+    "encoder": {"pos_embed": draw(size=(1, 2, 3)), "blocks_0": block},
+    "head": {"kernel": draw(size=(3, 5)), "bias": draw(size=5)},
+  }
 
 
 def test_three_steps_by_the_definition():
@@ -88,8 +133,13 @@ def test_three_steps_by_the_definition():
   tx, expected = optimiser(), flat(three_layers(0))
   params = as_jax(three_layers(0))
   state = tx.init(params)
-  rate = {"encoder/pos_embed": 0.65 ** 2, "encoder/blocks_0/fc/kernel": 0.65, "encoder/blocks_0/fc/bias": 0.65,
-          "head/kernel": 1, "head/bias": 1}
+  rate = {
+    "encoder/pos_embed": 0.65**2,
+    "encoder/blocks_0/fc/kernel": 0.65,
+    "encoder/blocks_0/fc/bias": 0.65,
+    "head/kernel": 1,
+    "head/bias": 1,
+  }
   m, v = ({name: np.zeros_like(p) for name, p in expected.items()} for _ in range(2))
   for t in range(1, 4):
     updates, state = tx.update(as_jax(three_layers(t)), state, params)
@@ -97,8 +147,8 @@ def test_three_steps_by_the_definition():
     for name, g in flat(three_layers(t)).items():
       lr, decay = 0.1 * rate[name], 0.05 * name.endswith("kernel")
       m[name] = 0.9 * m[name] + 0.1 * g
-      v[name] = 0.999 * v[name] + 0.001 * g ** 2
-      step = m[name] / (1 - 0.9 ** t) / (np.sqrt(v[name] / (1 - 0.999 ** t)) + 1e-8)
+      v[name] = 0.999 * v[name] + 0.001 * g**2
+      step = m[name] / (1 - 0.9**t) / (np.sqrt(v[name] / (1 - 0.999**t)) + 1e-8)
       expected[name] = (1 - lr * decay) * expected[name] - lr * step
   for name, p in flat(params).items():
     np.testing.assert_allclose(p, expected[name], atol=2e-6, err_msg=name)
@@ -113,19 +163,25 @@ def test_the_whole_schedule_is_scaled():
   for step in range(4):
     updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
     np.testing.assert_allclose(-updates["head"]["bias"], schedule(step), rtol=1e-4)
-    np.testing.assert_allclose(-updates["encoder"]["blocks_0"]["bias"], 0.65 * schedule(step), rtol=1e-4)
+    np.testing.assert_allclose(
+      -updates["encoder"]["blocks_0"]["bias"], 0.65 * schedule(step), rtol=1e-4
+    )
   assert float(schedule(0)) == pytest.approx(0.1) and float(schedule(3)) == pytest.approx(0.02)
 
 
 def test_clipping():
   """Adam does not see the scale of its first gradient, but the ratio of the second to the first."""
+
   def second_step(**changes):
     tx, params = optimiser(layer_decay=1.0, **changes), {"head": {"bias": jnp.zeros(2)}}
     state = tx.init(params)
     for g in ([0.3, 0.4], [30.0, 40.0]):
       updates, state = tx.update({"head": {"bias": jnp.array(g)}}, state, params)
     return np.asarray(updates["head"]["bias"])
-  np.testing.assert_allclose(second_step(clip_norm=0.5), -0.1, rtol=1e-4)  # both gradients are (0.3, 0.4)
+
+  np.testing.assert_allclose(
+    second_step(clip_norm=0.5), -0.1, rtol=1e-4
+  )  # both gradients are (0.3, 0.4)
   assert np.abs(second_step() + 0.1).min() > 0.01
   np.testing.assert_array_equal(second_step(clip_norm=1e9), second_step())
 
@@ -136,10 +192,14 @@ def test_lars_equals_the_reference():
   params = {name: jnp.asarray(golden[f"{name}0"]) for name in "wb"}
   state = tx.init(params)
   for step in range(5):
-    updates, state = tx.update({name: jnp.asarray(golden[f"g{name}{step}"]) for name in "wb"}, state, params)
+    updates, state = tx.update(
+      {name: jnp.asarray(golden[f"g{name}{step}"]) for name in "wb"}, state, params
+    )
     params = optax.apply_updates(params, updates)
     for name in "wb":
-      np.testing.assert_allclose(params[name], golden[f"{name}{step + 1}"], atol=1e-6, err_msg=f"{name} after step {step}")
+      np.testing.assert_allclose(
+        params[name], golden[f"{name}{step + 1}"], atol=1e-6, err_msg=f"{name} after step {step}"
+      )
 
 
 def test_lars_with_a_changing_rate():
@@ -167,8 +227,13 @@ def test_a_grid_of_heads_is_as_many_optimisers():
   """Trust ratios, momenta and rates of each head are its own; running statistics move by a tenth of their gradient."""
   rng = np.random.default_rng(0)
   grid = (0.5, 1.0, 3.0)
-  head = {"kernel": rng.standard_normal((3, 4, 2)) * np.array([1, 5, 0.2])[:, None, None], "bias": rng.standard_normal((3, 2))}
-  params = jax.tree.map(jnp.float32, {"head": head, "running": {"mean": np.ones(4), "var": np.full(4, 2.0)}})
+  head = {
+    "kernel": rng.standard_normal((3, 4, 2)) * np.array([1, 5, 0.2])[:, None, None],
+    "bias": rng.standard_normal((3, 2)),
+  }
+  params = jax.tree.map(
+    jnp.float32, {"head": head, "running": {"mean": np.ones(4), "var": np.full(4, 2.0)}}
+  )
   config = options(weight_decay=0.01, grid=grid, blr=0.4, min_lr=0.0, warmup_epochs=2.0)
   tx, schedule = optim.make(config, batch_size=256, steps_per_epoch=1, total_steps=6)
   alone = [optim.lars(lambda step, f=f: f * schedule(step), 0.01) for f in grid]
@@ -178,12 +243,18 @@ def test_a_grid_of_heads_is_as_many_optimisers():
   for step in range(6):
     gradient = jax.tree.map(lambda p: jnp.cos(3 * p + step), params)
     updates, state = tx.update(gradient, state, params)
-    np.testing.assert_allclose(updates["running"]["var"], -0.1 * gradient["running"]["var"], rtol=1e-6)
+    np.testing.assert_allclose(
+      updates["running"]["var"], -0.1 * gradient["running"]["var"], rtol=1e-6
+    )
     params = optax.apply_updates(params, updates)
     for i, t in enumerate(alone):
       update, states[i] = t.update(take(gradient["head"], i), states[i], singles[i])
       singles[i] = optax.apply_updates(singles[i], update)
-      jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), take(params["head"], i), singles[i])
+      jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+        take(params["head"], i),
+        singles[i],
+      )
   assert np.abs(singles[0]["kernel"] - head["kernel"][0]).max() > 1e-4
 
 
@@ -194,12 +265,17 @@ def test_average_of_the_parameters():
   mesh = sharding.make_mesh(fsdp=8)
   state = jax.jit(tx.init)(params)
   assert optim.averaged_params(plain.init(params)) is None
-  shardings = sharding.fsdp_shardings(state, mesh, min_size=1)  # the average is placed like any other array
+  shardings = sharding.fsdp_shardings(
+    state, mesh, min_size=1
+  )  # the average is placed like any other array
   assert jax.tree.structure(shardings) == jax.tree.structure(state)
 
   def run(tx, params, state):
     path = [params]
-    step = jax.jit(lambda p, s, g: (lambda u, s: (optax.apply_updates(p, u), s))(*tx.update(g, s, p)), donate_argnums=1)
+    step = jax.jit(
+      lambda p, s, g: (lambda u, s: (optax.apply_updates(p, u), s))(*tx.update(g, s, p)),
+      donate_argnums=1,
+    )
     for t in range(20):  # the warm-up reaches 0.6 after 13
       params, state = step(params, state, jax.tree.map(lambda p: jnp.cos(p + t), params))
       path.append(params)
@@ -210,6 +286,8 @@ def test_average_of_the_parameters():
   for t, new in enumerate(path[1:]):
     d = min(0.6, (1 + t) / (10 + t))
     expected = jax.tree.map(lambda a, p, d=d: d * a + (1 - d) * np.asarray(p), expected, new)
-  jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, atol=1e-6), optim.averaged_params(state), expected)
+  jax.tree.map(
+    lambda a, e: np.testing.assert_allclose(a, e, atol=1e-6), optim.averaged_params(state), expected
+  )
   without, _ = run(plain, params, plain.init(params))  # training does not notice
   jax.tree.map(np.testing.assert_array_equal, path[-1], without[-1])

@@ -7,24 +7,14 @@ import shutil
 import sys
 
 import numpy as np
-from PIL import Image
 import pytest
+from PIL import Image
 
 from mrmae_jax import config as config_lib
-from mrmae_jax.data import augment
-from mrmae_jax.data import DataError
-from mrmae_jax.data import eval_batches
-from mrmae_jax.data import open_source
-from mrmae_jax.data import packed
-from mrmae_jax.data import train_batches
-from mrmae_jax.tools import pack
-from tests.test_data import as_pillow
-from tests.test_data import assert_same
-from tests.test_data import encode
-from tests.test_data import photo
-from tests.test_data import SIZE
-from tests.test_data import train_steps
-from tests.test_data import write_images
+from mrmae_jax.cli import pack
+from mrmae_jax.data import augment, eval_batches, open_source, packed, train_batches
+from mrmae_jax.errors import ConfigError, DataError
+from tests.test_data import SIZE, as_pillow, assert_same, encode, photo, train_steps, write_images
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +22,12 @@ def root(tmp_path_factory):
   """27 images in two classes, JPEG and PNG, and a packed copy in shards of 8 or 9 and of 1 images."""
   root = tmp_path_factory.mktemp("pack")
   suffixes = ("jpg", "png")
-  write_images(root / "folder", [f"{'ab'[i % 2]}/{i:02d}.{suffixes[i % 3 == 0]}" for i in range(27)])
-  assert pack.main(["pack", f"--source=folder:{root}/folder", f"--out={root}/packed", "--shards=3"]) == 0
+  write_images(
+    root / "folder", [f"{'ab'[i % 2]}/{i:02d}.{suffixes[i % 3 == 0]}" for i in range(27)]
+  )
+  assert (
+    pack.main(["pack", f"--source=folder:{root}/folder", f"--out={root}/packed", "--shards=3"]) == 0
+  )
   return root
 
 
@@ -49,7 +43,9 @@ def examples(source):
 
 @pytest.mark.parametrize("split, count", [("train", 25), ("eval", 2)])
 def test_examples_are_those_of_the_source(root, split, count):
-  original, copy = (open_source(spec, split) for spec in (f"folder:{root}/folder", f"packed:{root}/packed"))
+  original, copy = (
+    open_source(spec, split) for spec in (f"folder:{root}/folder", f"packed:{root}/packed")
+  )
   assert len(copy) == count and examples(copy) == examples(original)
   assert copy.class_names == original.class_names == ("a", "b")
   assert f"{count} images, 2 classes; {split} of folder:" in copy.description
@@ -67,7 +63,9 @@ def test_files_of_a_packed_folder(root):
 
 @pytest.mark.parametrize("workers", [0, 1, 2, 4])
 def test_batches_are_those_of_the_source_for_any_number_of_workers(root, workers):
-  original, copy = (open_source(spec, "train") for spec in (f"folder:{root}/folder", f"packed:{root}/packed"))
+  original, copy = (
+    open_source(spec, "train") for spec in (f"folder:{root}/folder", f"packed:{root}/packed")
+  )
   assert_same(train_steps(copy, 4, workers=workers), train_steps(original, 4))
 
 
@@ -93,12 +91,26 @@ def test_short_side_shrinks_what_is_larger(tmp_path):
   large, small = photo(90, 121), encode(photo(40, 99, 1))
   (tmp_path / "a.png").write_bytes(encode(large, "PNG"))
   (tmp_path / "b.jpg").write_bytes(small)
-  assert pack.main(["pack", f"--source=folder:{tmp_path}", f"--out={tmp_path}/packed", "--splits=train", "--holdout_every=0",
-                    "--short_side=40", "--quality=90"]) == 0
+  assert (
+    pack.main(
+      [
+        "pack",
+        f"--source=folder:{tmp_path}",
+        f"--out={tmp_path}/packed",
+        "--splits=train",
+        "--holdout_every=0",
+        "--short_side=40",
+        "--quality=90",
+      ]
+    )
+    == 0
+  )
   source = open_source(f"packed:{tmp_path}/packed", "train")
   assert source[1]["image"] == small
   expected = Image.fromarray(large).resize((121 * 40 // 90, 40), Image.Resampling.BICUBIC)
-  np.testing.assert_array_equal(as_pillow(source[0]["image"]), as_pillow(encode(expected, quality=90)))
+  np.testing.assert_array_equal(
+    as_pillow(source[0]["image"]), as_pillow(encode(expected, quality=90))
+  )
   # The evaluation view of that size differs by JPEG's losses alone.
   view = augment.center_crop(augment.pixels(source[0]), (35, 35))
   assert np.abs(view.astype(int) - augment.center_crop(large, (35, 35))).mean() < 8
@@ -107,18 +119,33 @@ def test_short_side_shrinks_what_is_larger(tmp_path):
 def test_an_image_that_cannot_be_decoded_is_named_and_nothing_is_left(tmp_path, capsys):
   write_images(tmp_path / "folder", ["a.jpg", "c.jpg"])
   (tmp_path / "folder" / "b.jpg").write_bytes(b"<html>")
-  assert pack.main(["pack", f"--source=folder:{tmp_path}/folder", f"--out={tmp_path}/packed", "--splits=train",
-                    "--holdout_every=0"]) == 3
+  assert (
+    pack.main(
+      [
+        "pack",
+        f"--source=folder:{tmp_path}/folder",
+        f"--out={tmp_path}/packed",
+        "--splits=train",
+        "--holdout_every=0",
+      ]
+    )
+    == 3
+  )
   assert "b.jpg: cannot be decoded" in capsys.readouterr().err
   assert os.listdir(tmp_path) == ["folder"]
 
 
-@pytest.mark.parametrize("options, message", [
-    (["--out=x"], "give --source and --out"), (["--source=digits"], "give --source and --out"),
+@pytest.mark.parametrize(
+  "options, message",
+  [
+    (["--out=x"], "give --source and --out"),
+    (["--source=digits"], "give --source and --out"),
     (["--source=digits", "--out=x", "--verify=x"], "or --verify alone"),
     (["--source=digits", "--out=/tmp"], "--out=/tmp exists"),
     (["--source=digits", "--out=x", "--splits=dev"], "--splits=dev must be train, eval or both"),
-    (["--source=digits", "--out=x", "--quality=0"], "quality")])
+    (["--source=digits", "--out=x", "--quality=0"], "quality"),
+  ],
+)
 def test_command_lines_that_do_not_fit(options, message, capsys):
   assert pack.main(["pack", *options]) == 2
   assert message in capsys.readouterr().err
@@ -133,7 +160,9 @@ def test_nothing_is_overwritten(copy):
 
 def test_a_split_that_was_not_packed(tmp_path):
   packed.write({"eval": open_source("digits", "eval")}, tmp_path / "packed", {"source": "digits"})
-  with pytest.raises(DataError, match="holds eval, not 'train'; pack again with --splits=train,eval"):
+  with pytest.raises(
+    DataError, match="holds eval, not 'train'; pack again with --splits=train,eval"
+  ):
     open_source(f"packed:{tmp_path}/packed", "train")
 
 
@@ -141,7 +170,7 @@ def test_a_split_that_was_not_packed(tmp_path):
 def test_no_packed_folder(tmp_path, content):
   if content is not None:
     (tmp_path / "index.json").write_text(content)
-  with pytest.raises(DataError, match="no packed folder.*tools.pack"):
+  with pytest.raises(DataError, match="no packed folder.*mrmae pack"):
     open_source(f"packed:{tmp_path}", "train")
 
 
@@ -150,7 +179,10 @@ def test_shards_that_are_missing_or_cut_short_are_found_at_once(copy):
   data = shard.read_bytes()
   shard.write_bytes(data[:-1])
   for attempt in (lambda: open_source(f"packed:{copy}", "train"), lambda: packed.verify(copy)):
-    with pytest.raises(DataError, match=f"00001-of-00003.array_record: has {len(data) - 1:,} bytes, expected {len(data):,}"):
+    with pytest.raises(
+      DataError,
+      match=f"00001-of-00003.array_record: has {len(data) - 1:,} bytes, expected {len(data):,}",
+    ):
       attempt()
   shard.unlink()
   with pytest.raises(DataError, match="00001-of-00003.array_record: is missing"):
@@ -174,8 +206,14 @@ def test_changed_bytes_are_found_by_verify_and_by_reading(copy, capsys):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
 def test_memory_does_not_grow(root):
-  batches = train_batches(open_source(f"packed:{root}/packed", "train"), seed=0, batch_size=16, image_size=SIZE,
-                          crop_scale=(0.2, 1.0), flip=True)
+  batches = train_batches(
+    open_source(f"packed:{root}/packed", "train"),
+    seed=0,
+    batch_size=16,
+    image_size=SIZE,
+    crop_scale=(0.2, 1.0),
+    flip=True,
+  )
 
   def resident(steps):
     for _ in range(steps):
@@ -199,7 +237,10 @@ def test_pillow_is_the_default_and_evaluation_has_no_choice(root):
     eval_batches(source, batch_size=1, image_size=SIZE, crop_pct=1.0, resize="cv2")
 
 
-@pytest.mark.parametrize("resize, message", [("cv2", "needs OpenCV.*the fast extra"), ("nearest", "'pillow'.*'cv2'|pillow, cv2")])
+@pytest.mark.parametrize(
+  "resize, message",
+  [("cv2", "needs OpenCV.*the fast extra"), ("nearest", "'pillow'.*'cv2'|pillow, cv2")],
+)
 def test_resizes_that_are_not_there(root, monkeypatch, resize, message):
   monkeypatch.setitem(sys.modules, "cv2", None)
   augment._cv2.cache_clear()
@@ -209,7 +250,7 @@ def test_resizes_that_are_not_there(root, monkeypatch, resize, message):
   config = config_lib.pretrain()
   config.batch_size, config.teacher.path = 8, ""
   config.data.update(source=f"folder:{root}/folder", resize=resize)
-  with pytest.raises(config_lib.ConfigError, match=f"config.data.resize='{resize}'.*({message})"):
+  with pytest.raises(ConfigError, match=f"config.data.resize='{resize}'.*({message})"):
     config_lib.validate(config, 8)
 
 

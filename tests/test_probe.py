@@ -6,17 +6,20 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 import pytest
+from PIL import Image
 
 import mrmae_jax
-from mrmae_jax import config as config_lib, optim, sharding, train
-from mrmae_jax.checkpoint import Checkpoints
-from mrmae_jax.config import ConfigError, validate
-from mrmae_jax.evals import classify as evaluator, probe as cached
-from mrmae_jax.tasks import classify, probe
-from mrmae_jax.tools import features, probe as tool
-from mrmae_jax.weights.table import WeightsError
+from mrmae_jax import config as config_lib
+from mrmae_jax import optim, sharding, train
+from mrmae_jax.cli import features
+from mrmae_jax.cli import knn as tool
+from mrmae_jax.config import validate
+from mrmae_jax.errors import ConfigError, WeightsError
+from mrmae_jax.evals import accuracy as evaluator
+from mrmae_jax.evals import probe as cached
+from mrmae_jax.runs.checkpoint import Checkpoints
+from mrmae_jax.tasks import finetune, probe
 from tests import tiny
 from tests.test_stages import changed, finished_run
 
@@ -29,14 +32,17 @@ def probe_config(encoder="convvit", **values):
     c[key] = pretrained[key]
   c.data.update(source="digits", holdout_every=5, flip=False)
   c.optim.update(warmup_epochs=0.02, grid=(0.5, 4.0))
-  c.evals.classify.batch_size = 64
+  c.evals.accuracy.batch_size = 64
   c.init_from = ""
   return changed(c, **values)
 
 
 def batch_of(count, seed=0):
   rng = np.random.default_rng(seed)
-  return {"image": rng.integers(0, 256, (count, 32, 48, 3), np.uint8), "label": rng.integers(0, 10, count).astype(np.int32)}
+  return {
+    "image": rng.integers(0, 256, (count, 32, 48, 3), np.uint8),
+    "label": rng.integers(0, 10, count).astype(np.int32),
+  }
 
 
 def run(task, config, steps):
@@ -69,7 +75,6 @@ def test_heads_and_batch_norm_by_definition():
       mean, var = 0.9 * mean + 0.1 * x.mean(0), 0.9 * var + 0.1 * x.var(0, ddof=1)
       x = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-6)
       z = np.exp(x @ w + b)
-      losses = -np.log(z / z.sum(1, keepdims=True))[np.arange(16), batch["label"]]
       d = (z / z.sum(1, keepdims=True) - np.eye(10)[batch["label"]]) / 16
       gw, gb = x.T @ d, d.sum(0)
       mw = 0.9 * mw + gw * 0.001 * np.linalg.norm(w) / np.linalg.norm(gw)
@@ -100,32 +105,57 @@ def test_features_are_those_of_the_frozen_encoder(tmp_path, encoder, pool):
   if pool == "cls":
     expected = model.encode(batch["image"])["cls"]
   else:
-    student, x = model.student, (batch["image"] / np.float32(255) - model.config["mean"]) / model.config["std"]
+    student, x = (
+      model.student,
+      (batch["image"] / np.float32(255) - model.config["mean"]) / model.config["std"],
+    )
     _, out = student.encoder.apply({"params": student.params["encoder"]}, jnp.float32(x))
-    expected = np.asarray(out["layers"][-1][:, int(encoder == "vit"):].mean(1))
-    expected = (expected - expected.mean(1, keepdims=True)) / np.sqrt(expected.var(1, keepdims=True) + 1e-6)
+    expected = np.asarray(out["layers"][-1][:, int(encoder == "vit") :].mean(1))
+    expected = (expected - expected.mean(1, keepdims=True)) / np.sqrt(
+      expected.var(1, keepdims=True) + 1e-6
+    )
   np.testing.assert_allclose(found, expected, atol=1e-4)
   assert "probing: " in task.notes[-1] and "blr 0.05, 0.4" in task.notes[-1]
-  assert classify.read_pretrained(config, classify.make_model(config, 1))[0]  # something was loaded at all
+  assert finetune.read_pretrained(config, finetune.make_model(config, 1))[
+    0
+  ]  # something was loaded at all
 
 
 def test_accuracy_of_a_grid():
   """The best head is reported, with its rate; counts are exact on any devices."""
   config = probe_config(data__holdout_every=9)
 
-  def predict(params, frozen, batch, keys):  # the second head is right for labels below 7, the first for label 0
+  def predict(
+    params, frozen, batch, keys
+  ):  # the second head is right for labels below 7, the first for label 0
     label = batch["label"]
     right = jnp.stack([label < 1, label < 7], 1)
-    return {"logits": jax.nn.one_hot(jnp.where(right, label[:, None], (label[:, None] + 1) % 10), 10)}
+    return {
+      "logits": jax.nn.one_hot(jnp.where(right, label[:, None], (label[:, None] + 1) % 10), 10)
+    }
 
   task = train.Task(None, None, predict, {}, {})
-  labels = np.array([example["label"] for example in (evaluator.data.open_split(config.data, "eval")[i] for i in range(199))])
+  labels = np.array(
+    [
+      example["label"]
+      for example in (evaluator.data.open_split(config.data, "eval")[i] for i in range(199))
+    ]
+  )
   for devices in (1, 8):
     mesh = sharding.make_mesh(devices=jax.devices()[:devices])
     found = evaluator.Evaluator(task, {}, config, mesh, None, batch_size=64).run({}, 0)
     top5 = found.pop("top5")
-    assert found == {"top1": (labels < 7).mean(), "images": 199, "blr": 0.4, "top1_0.05": (labels < 1).mean(),
-                     "top1_0.4": (labels < 7).mean()} and top5 >= found["top1"]
+    assert (
+      found
+      == {
+        "top1": (labels < 7).mean(),
+        "images": 199,
+        "blr": 0.4,
+        "top1_0.05": (labels < 1).mean(),
+        "top1_0.4": (labels < 7).mean(),
+      }
+      and top5 >= found["top1"]
+    )
 
 
 def test_a_run_with_a_break(tmp_path):
@@ -135,19 +165,31 @@ def test_a_run_with_a_break(tmp_path):
   state = train.fit(config, probe.make(config), tmp_path / "run")
   again = train.fit(config, probe.make(config), tmp_path / "run")
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(again))
-  rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-  final = [row for row in rows if "classify/top1" in row][-1]
-  assert final["classify/images"] == 359 and final["classify/blr"] in (0.05, 0.4)
-  assert final["classify/top1"] == max(final["classify/top1_0.05"], final["classify/top1_0.4"])
-  with pytest.raises(WeightsError, match="probes .*pretrained and holds no encoder; load that instead"):
+  rows = [
+    json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+  ]
+  final = [row for row in rows if "accuracy/top1" in row][-1]
+  assert final["accuracy/images"] == 359 and final["accuracy/blr"] in (0.05, 0.4)
+  assert final["accuracy/top1"] == max(final["accuracy/top1_0.05"], final["accuracy/top1_0.4"])
+  with pytest.raises(
+    WeightsError, match="probes .*pretrained and holds no encoder; load that instead"
+  ):
     mrmae_jax.load(tmp_path / "run")
 
 
-@pytest.mark.parametrize("values, message", [
+@pytest.mark.parametrize(
+  "values, message",
+  [
     (dict(optim__grid=()), r"config.optim.grid=\(\) must hold"),
     (dict(optim__grid=(0.0,)), r"config.optim.grid=\(0.0,\) must be a finite number > 0"),
-    (dict(optim__ema_decay=0.5), "config.optim.ema_decay=0.5 has no meaning for a probe; leave it at 0"),
-    (dict(pool="max"), "config.pool='max'"), (dict(init_from=None), "config.init_from is not set")])
+    (
+      dict(optim__ema_decay=0.5),
+      "config.optim.ema_decay=0.5 has no meaning for a probe; leave it at 0",
+    ),
+    (dict(pool="max"), "config.pool='max'"),
+    (dict(init_from=None), "config.init_from is not set"),
+  ],
+)
 def test_mistakes_are_named(values, message):
   with pytest.raises(ConfigError, match=message):
     validate(probe_config(**values), num_devices=8)
@@ -164,7 +206,16 @@ def test_cached_probe_finds_what_is_linear():
   alone = cached.linear(x[:400], y[:400], x[400:], y[400:], 4, blrs=(0.1,), **options)
   assert abs(alone[0] - found[1]) <= 0.005  # one image of 200: sums in another order
   counted = []
-  cached.linear(x[:400], y[:400], x[400:], y[400:], 4, blrs=(0.1,), **options, progress=lambda e: counted.extend(e) or counted)
+  cached.linear(
+    x[:400],
+    y[:400],
+    x[400:],
+    y[400:],
+    4,
+    blrs=(0.1,),
+    **options,
+    progress=lambda e: counted.extend(e) or counted,
+  )
   assert counted == list(range(20))
 
 
@@ -183,24 +234,54 @@ def photos(tmp_path_factory):
 
 def make_features(photos, out, *options):
   for split in ("train", "eval"):
-    assert features.main(["features", f"--images=folder:{photos}", f"--split={split}", f"--out={out}/{split}.npz", *options]) == 0
+    assert (
+      features.main(
+        [
+          "features",
+          f"--images=folder:{photos}",
+          f"--split={split}",
+          f"--out={out}/{split}.npz",
+          *options,
+        ]
+      )
+      == 0
+    )
 
 
-@pytest.mark.parametrize("options", [("--model=pixels",), ("--model={run}",), ("--model={run}", "--untrained")])
+@pytest.mark.parametrize(
+  "options", [("--model=pixels",), ("--model={run}",), ("--model={run}", "--untrained")]
+)
 def test_the_tools_from_images_to_a_result(photos, tmp_path, options, capsys):
   finished_run(tmp_path / "run")
   make_features(photos, tmp_path, *(option.format(run=tmp_path / "run") for option in options))
-  command = ["probe", f"--train={tmp_path}/train.npz", f"--eval={tmp_path}/eval.npz", f"--out={tmp_path}/result.json", "--k=1,20",
-             "--shots=1,5", "--blr=0.05,0.4", "--epochs=9", "--batch_size=20"]
+  command = [
+    "probe",
+    f"--train={tmp_path}/train.npz",
+    f"--eval={tmp_path}/eval.npz",
+    f"--out={tmp_path}/result.json",
+    "--k=1,20",
+    "--shots=1,5",
+    "--blr=0.05,0.4",
+    "--epochs=9",
+    "--batch_size=20",
+  ]
   assert tool.main(command) == 0
   printed = capsys.readouterr().out
   assert "80 training images, 20 to measure on, 2 classes" in printed and "wrote" in printed
   result = json.loads((tmp_path / "result.json").read_text())
-  assert result["knn"]["accuracy"].keys() == {"1", "20"} and result["few_shot"]["accuracy"].keys() == {"1", "5"}
-  assert result["linear"]["accuracy"].keys() == {"0.05", "0.4"} and result["linear"]["best"]["accuracy"] == max(
-      result["linear"]["accuracy"].values()) > 0.8
+  assert result["knn"]["accuracy"].keys() == {"1", "20"} and result["few_shot"][
+    "accuracy"
+  ].keys() == {"1", "5"}
+  assert (
+    result["linear"]["accuracy"].keys() == {"0.05", "0.4"}
+    and result["linear"]["best"]["accuracy"] == max(result["linear"]["accuracy"].values()) > 0.8
+  )
   about = result["train"]
-  assert about["count"] == 80 and about["feature"] == "pooled" and about["untrained"] == ("--untrained" in options)
+  assert (
+    about["count"] == 80
+    and about["feature"] == "pooled"
+    and about["untrained"] == ("--untrained" in options)
+  )
   assert "BatchNorm" in result["linear"]["normalisation"] and result["eval"]["crop"] == 0.875
 
 
@@ -218,19 +299,35 @@ def test_mistakes_of_the_tool(photos, tmp_path, capsys):
   (tmp_path / "other").mkdir()
   make_features(photos, tmp_path / "other", "--model=pixels", "--image_size=16")
   changed_file = dict(np.load(tmp_path / "eval.npz"))
-  np.savez(tmp_path / "turned.npz", **changed_file | {"class_names": changed_file["class_names"][::-1]})
+  np.savez(
+    tmp_path / "turned.npz", **changed_file | {"class_names": changed_file["class_names"][::-1]}
+  )
   np.savez(tmp_path / "unlabelled.npz", **changed_file | {"labels": changed_file["labels"] * 0 - 1})
   np.savez(tmp_path / "nan.npz", **changed_file | {"features": changed_file["features"] * math.nan})
   (tmp_path / "text.npz").write_text("no archive")
-  good = {"train": tmp_path / "train.npz", "eval": tmp_path / "eval.npz", "out": tmp_path / "result.json", "batch_size": 20}
+  good = {
+    "train": tmp_path / "train.npz",
+    "eval": tmp_path / "eval.npz",
+    "out": tmp_path / "result.json",
+    "batch_size": 20,
+  }
   for change, message in (
-      ({"train": ""}, "--train is missing"), ({"eval": tmp_path / "none.npz"}, "cannot be read as features"),
-      ({"eval": tmp_path / "text.npz"}, "cannot be read as features"), ({"eval": tmp_path / "unlabelled.npz"}, "has no labels"),
-      ({"eval": tmp_path / "nan.npz"}, "not finite"), ({"k": "10,x"}, "--k=10,x must hold numbers"), ({"shots": "0"}, "--shots=0"),
-      ({"eval": tmp_path / "turned.npz"}, "classes dark, light and light, dark"), ({"blr": "nan"}, "--blr=nan"),
-      ({"eval": tmp_path / "other" / "eval.npz"}, "image_size [8, 8] and [16, 16]"), ({"epochs": 0}, "--epochs=0 must be positive"),
-      ({"batch_size": 100}, "--batch_size=100 is more than the 80 training images")):
-    assert tool.main(["probe", *(f"--{key}={value}" for key, value in (good | change).items())]) == 2
+    ({"train": ""}, "--train is missing"),
+    ({"eval": tmp_path / "none.npz"}, "cannot be read as features"),
+    ({"eval": tmp_path / "text.npz"}, "cannot be read as features"),
+    ({"eval": tmp_path / "unlabelled.npz"}, "has no labels"),
+    ({"eval": tmp_path / "nan.npz"}, "not finite"),
+    ({"k": "10,x"}, "--k=10,x must hold numbers"),
+    ({"shots": "0"}, "--shots=0"),
+    ({"eval": tmp_path / "turned.npz"}, "classes dark, light and light, dark"),
+    ({"blr": "nan"}, "--blr=nan"),
+    ({"eval": tmp_path / "other" / "eval.npz"}, "image_size [8, 8] and [16, 16]"),
+    ({"epochs": 0}, "--epochs=0 must be positive"),
+    ({"batch_size": 100}, "--batch_size=100 is more than the 80 training images"),
+  ):
+    assert (
+      tool.main(["probe", *(f"--{key}={value}" for key, value in (good | change).items())]) == 2
+    )
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(error) == 1 and message in error[0], error
   assert not (tmp_path / "result.json").exists()
@@ -253,4 +350,6 @@ def test_averaged_weights_are_the_ones_that_are_loaded(tmp_path):
   for part in ("encoder", "decoder"):
     jax.tree.map(np.testing.assert_array_equal, loaded[part], jax.device_get(average[part]))
   plain = mrmae_jax.load(tmp_path / "plain").student.params["encoder"]
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a - b, 0.5, atol=1e-6), loaded["encoder"], plain)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a - b, 0.5, atol=1e-6), loaded["encoder"], plain
+  )

@@ -12,58 +12,67 @@ import importlib.util
 import itertools
 import json
 import os
-from pathlib import Path
 import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
-from PIL import Image
 import pytest
+from PIL import Image
 
-from mrmae_jax import __main__ as entry, config
+from mrmae_jax import __main__ as entry
+from mrmae_jax import config
 
 ROOT = Path(__file__).parent.parent
 TEACHER = "--config.teacher.name= --config.teacher.path=tests/goldens/teachers/hf_clip_full --config.teacher.dtype=float32"
 RUN = "--config.batch_size=8 --config.epochs=0.5 --config.optim.warmup_epochs=0.2 --config.dtype=float32"
 DIGITS = "--config.data.source=digits --config.data.holdout_every=5 --config.epochs=0.05 --config.optim.warmup_epochs=0.02"
-CONVVIT = "--config.image_size=(32,32) --config.encoder.patch_sizes=(2,2,2) --config.encoder.embed_dims=(8,12,24) " \
-          "--config.encoder.depths=(1,1,4) --config.encoder.num_heads=2"
-VIT = "--config.image_size=(32,32) --config.encoder.patch_size=8 --config.encoder.dim=24 --config.encoder.depth=4 " \
-      "--config.encoder.num_heads=2 --config.encoder.mlp_dim=48"
+CONVVIT = (
+  "--config.image_size=(32,32) --config.encoder.patch_sizes=(2,2,2) --config.encoder.embed_dims=(8,12,24) "
+  "--config.encoder.depths=(1,1,4) --config.encoder.num_heads=2"
+)
+VIT = (
+  "--config.image_size=(32,32) --config.encoder.patch_size=8 --config.encoder.dim=24 --config.encoder.depth=4 "
+  "--config.encoder.num_heads=2 --config.encoder.mlp_dim=48"
+)
 DECODER = "--config.decoder.dim=16 --config.decoder.depth=1 --config.decoder.num_heads=2"
 NARROW = "--config.encoder.embed_dims=(8,12,24) --config.encoder.depths=(1,1,2) --config.encoder.num_heads=2"
 FUSED = "--config.encoder.fuse_layers=(1,2)"
 SHORTER = [  # (commands that contain this, options in addition, exit code); all that match count, the last code
-    (r"configs/demo\.py", "--config.epochs=0.2 --config.optim.warmup_epochs=0.1", 0),
-    (r"configs/demo_finetune\.py", "--config.epochs=0.2 --config.optim.warmup_epochs=0.1", 0),
-    (r"configs/photos\.py", f"{RUN} {NARROW} {DECODER} --config.teacher.dtype=float32", 0),
-    (r"^mrmae pretrain --config=configs/photos\.py.*clip_vit_b16", TEACHER, 0),
-    (r"configs/(mrmae|convmae|mae)\.py", f"{RUN} {DECODER} {DIGITS}", 0),
-    (r"configs/(mrmae|convmae)\.py:base( |$)", CONVVIT, 0),
-    (r"configs/mae\.py|encoder=vit", VIT, 0),
-    (r"configs/mrmae\.py", f"{FUSED} {TEACHER}", 0),
-    (r"configs/(finetune|probe)\.py:base", f"{CONVVIT} {DIGITS}", 0),
-    (r"^mrmae (finetune|probe) --config=configs/(finetune|probe)\.py", RUN, 0),
-    (r"^mrmae finetune --config=configs/finetune\.py", "--config.mix.groups=1", 0),
-    (r"^mrmae ensemble", "--images=digits --holdout_every=5", 0),
-    (r"^mrmae sweep .*mimic_weight", "--config.epochs=0.2 --config.optim.warmup_epochs=0.1", 0),
-    (r"^mrmae sweep --config=configs/sweeps/lr\.py --workdir=\S*$", "--do=print", 0),
-    (r"^mrmae teacher", "--epochs=1 --batch_size=8", 0),
-    (r"^mrmae visualise .*clip_vit_b16", "--teacher=tests/goldens/teachers/hf_clip_full", 0),
-    (r"^mrmae knn --train=train", "--batch_size=16", 0),
-    (r"^mrmae bench (step|both)", "--steps=2", 0),
-    (r"^mrmae bench (compare|guards)", "--rounds=1", 0),
-    (r"^mrmae bench loader", "--rounds=1 --images=32 --batch_size=8 --workers=0", 0),
-    (r"memory_batches=1000", "--memory_batches=20", 0),
-    (r"^mrmae pack .*--short_side=256", "--short_side=64", 0),
-    (r"^mrmae data verify .*quarantine", "", 3),  # one image is broken by then
-    (r"^mrmae pretrain .*photos_whole", "--config.epochs=2 --config.optim.blr=1e20 --config.optim.max_skips=2", 4),  # for replay
-    (r"^mrmae compile .*--topology", "", 0 if importlib.util.find_spec("libtpu") else 2),
-    (r"--multihost$", "", 2),  # no cluster here
-    (r"^mrmae doctor .*teacher.name=clip_vit_b16$", "", 2),  # no network here
-    (r"^mrmae doctor .*teacher.path=dino.pth", "", 2),       # no such file
+  (r"configs/demo\.py", "--config.epochs=0.2 --config.optim.warmup_epochs=0.1", 0),
+  (r"configs/demo_finetune\.py", "--config.epochs=0.2 --config.optim.warmup_epochs=0.1", 0),
+  (r"configs/photos\.py", f"{RUN} {NARROW} {DECODER} --config.teacher.dtype=float32", 0),
+  (r"^mrmae pretrain --config=configs/photos\.py.*clip_vit_b16", TEACHER, 0),
+  (r"configs/(mrmae|convmae|mae)\.py", f"{RUN} {DECODER} {DIGITS}", 0),
+  (r"configs/(mrmae|convmae)\.py:base( |$)", CONVVIT, 0),
+  (r"configs/mae\.py|encoder=vit", VIT, 0),
+  (r"configs/mrmae\.py", f"{FUSED} {TEACHER}", 0),
+  (r"configs/(finetune|probe)\.py:base", f"{CONVVIT} {DIGITS}", 0),
+  (r"^mrmae (finetune|probe) --config=configs/(finetune|probe)\.py", RUN, 0),
+  (r"^mrmae finetune --config=configs/finetune\.py", "--config.mix.groups=1", 0),
+  (r"^mrmae ensemble", "--images=digits --holdout_every=5", 0),
+  (r"^mrmae sweep .*mimic_weight", "--config.epochs=0.2 --config.optim.warmup_epochs=0.1", 0),
+  (r"^mrmae sweep --config=configs/sweeps/lr\.py --workdir=\S*$", "--do=print", 0),
+  (r"^mrmae teacher", "--epochs=1 --batch_size=8", 0),
+  (r"^mrmae visualize .*clip_vit_b16", "--teacher=tests/goldens/teachers/hf_clip_full", 0),
+  (r"^mrmae knn --train=train", "--batch_size=16", 0),
+  (r"^mrmae bench (step|both)", "--steps=2", 0),
+  (r"^mrmae bench (compare|guards)", "--rounds=1", 0),
+  (r"^mrmae bench loader", "--rounds=1 --images=32 --batch_size=8 --workers=0", 0),
+  (r"memory_batches=1000", "--memory_batches=20", 0),
+  (r"^mrmae pack .*--short_side=256", "--short_side=64", 0),
+  (r"^mrmae verify .*quarantine", "", 3),  # one image is broken by then
+  (
+    r"^mrmae pretrain .*photos_whole",
+    "--config.epochs=2 --config.optim.blr=1e20 --config.optim.max_skips=2",
+    4,
+  ),  # for replay
+  (r"^mrmae compile .*--topology", "", 0 if importlib.util.find_spec("libtpu") else 2),
+  (r"--multihost$", "", 2),  # no cluster here
+  (r"^mrmae doctor .*teacher.name=clip_vit_b16$", "", 2),  # no network here
+  (r"^mrmae doctor .*teacher.path=dino.pth", "", 2),  # no such file
 ]
 STAND_IN = f"""#!{sys.executable}
 import json, os, re, subprocess, sys
@@ -100,11 +109,17 @@ def blocks():
       text, table = match.groups()
       if table:
         options = re.findall(r"`(--config=configs/[^`]*)`", table)
-        text = "\n".join([*re.findall(r"`(mrmae [^`]* --[^`]*)`", table),
-                          *(f"mrmae pretrain --workdir=DIR {option} --check" for option in options)])
+        text = "\n".join(
+          [
+            *re.findall(r"`(mrmae [^`]* --[^`]*)`", table),
+            *(f"mrmae pretrain --workdir=DIR {option} --check" for option in options),
+          ]
+        )
       elif text.startswith("--config."):  # options alone
-        text = "".join(f"mrmae doctor --nocompile --config=configs/photos.py --config.data.source=folder:/path/to/photos {line}\n"
-                       for line in text.splitlines())
+        text = "".join(
+          f"mrmae doctor --nocompile --config=configs/photos.py --config.data.source=folder:/path/to/photos {line}\n"
+          for line in text.splitlines()
+        )
       if text.strip():
         found.append((heading, text))
   return found
@@ -119,13 +134,19 @@ def commands():
     for line in text.replace("\\\n", " ").splitlines():
       if re.search(r"\bmrmae ", line):
         words = shlex.split(line, comments=True)
-        words = words[next((i for i, word in enumerate(words) if "=" not in word), 0):]  # environment variables
+        words = words[
+          next((i for i, word in enumerate(words) if "=" not in word), 0) :
+        ]  # environment variables
         if words and words[0] == "mrmae":
           yield words
 
 
 FOUND = list(commands())
-KEYS = {row[0] for schema in (config.pretrain(), config.finetune(), config.probe()) for row in config.describe(schema)}
+KEYS = {
+  row[0]
+  for schema in (config.pretrain(), config.finetune(), config.probe())
+  for row in config.describe(schema)
+}
 
 
 def test_there_are_commands_in_the_readme():
@@ -153,12 +174,24 @@ def test_the_notebook_runs_as_it_stands(tmp_path):
   cells = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text())["cells"]
   code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
   assert not any(cell.get("outputs") for cell in cells)
-  shortened = code.replace("EPOCHS = 16", "EPOCHS = 2").replace("/tmp/mrmae_quickstart", f"{tmp_path}/run")
+  shortened = code.replace("EPOCHS = 16", "EPOCHS = 2").replace(
+    "/tmp/mrmae_quickstart", f"{tmp_path}/run"
+  )
   assert shortened.count(f"{tmp_path}/run") == 1 and "EPOCHS = 2" in shortened
-  done = subprocess.run([sys.executable, "-c", shortened], cwd=ROOT, env=dict(os.environ, PYTHONPATH=str(ROOT)), capture_output=True,
-                        text=True, timeout=900, check=False)
+  done = subprocess.run(
+    [sys.executable, "-c", shortened],
+    cwd=ROOT,
+    env=dict(os.environ, PYTHONPATH=str(ROOT)),
+    capture_output=True,
+    text=True,
+    timeout=900,
+    check=False,
+  )
   assert done.returncode == 0, done.stderr[-2000:]
-  assert re.search(r"mimic \(1, [\d.]+\) -> \(\d+, [\d.]+\)", done.stdout) and "held-out digits have a nearest neighbour" in done.stdout
+  assert (
+    re.search(r"mimic \(1, [\d.]+\) -> \(\d+, [\d.]+\)", done.stdout)
+    and "held-out digits have a nearest neighbour" in done.stdout
+  )
 
 
 def images(folder, count, size, classes=2):
@@ -178,7 +211,12 @@ class Place:
     self.path, self.numbers = path, itertools.count()
     for name in ("configs", "launch", "tests", "mrmae_jax", "setup.cfg"):
       (path / name).symlink_to(ROOT / name)
-    stand_ins = {"mrmae": STAND_IN, "python": PYTHON, "bash": DRY_BASH, **dict.fromkeys(("pip", "docker", "sbatch", "squeue", "sky"), OTHER)}
+    stand_ins = {
+      "mrmae": STAND_IN,
+      "python": PYTHON,
+      "bash": DRY_BASH,
+      **dict.fromkeys(("pip", "docker", "sbatch", "squeue", "sky"), OTHER),
+    }
     (path / "bin").mkdir()
     for name, text in stand_ins.items():
       (path / "bin" / name).write_text(text)
@@ -191,26 +229,57 @@ class Place:
       images(path / "cifar" / split, count, (32, 32), classes=10)
     for i in range(24):
       (folder := path / "multispectral" / f"class{i % 2}").mkdir(parents=True, exist_ok=True)
-      np.save(folder / f"{i}.npy", np.random.default_rng(i).integers(0, 256, (170, 230, 4), np.uint8))
+      np.save(
+        folder / f"{i}.npy", np.random.default_rng(i).integers(0, 256, (170, 230, 4), np.uint8)
+      )
 
   def run(self, text):
     """Runs a script with its open places filled in."""
-    tmp, names = str(self.path), {"RUN": "/tmp/mrmae_demo", "PRETRAINED": "/tmp/pretrained", "TEACHER": "/tmp/cifar_teacher"}
+    tmp, names = (
+      str(self.path),
+      {"RUN": "/tmp/mrmae_demo", "PRETRAINED": "/tmp/pretrained", "TEACHER": "/tmp/cifar_teacher"},
+    )
     if "CIFAR" in text:
       names["RUN"] = "/tmp/cifar_run"
-    names |= {"RUN1": "/tmp/mrmae_demo", "RUN2": "/tmp/pretrained", "FEW": "/tmp/few", "CIFAR": "/tmp/cifar", "HOST0:8476": "localhost:28476",
-              "FINETUNED_1": "/tmp/mrmae_demo_finetuned", "FINETUNED_2": "/tmp/finetuned", "/path/to/imagenet": "/tmp/photos",
-              "/path/to/bands": "/tmp/multispectral", "/shared": "/tmp", "/tmp/run1": "/tmp/mrmae_demo",
-              "mae_pretrain_vit_base.pth": "mae_pretrain_vit_base.safetensors"}
+    names |= {
+      "RUN1": "/tmp/mrmae_demo",
+      "RUN2": "/tmp/pretrained",
+      "FEW": "/tmp/few",
+      "CIFAR": "/tmp/cifar",
+      "HOST0:8476": "localhost:28476",
+      "FINETUNED_1": "/tmp/mrmae_demo_finetuned",
+      "FINETUNED_2": "/tmp/finetuned",
+      "/path/to/imagenet": "/tmp/photos",
+      "/path/to/bands": "/tmp/multispectral",
+      "/shared": "/tmp",
+      "/tmp/run1": "/tmp/mrmae_demo",
+      "mae_pretrain_vit_base.pth": "mae_pretrain_vit_base.safetensors",
+    }
     text = re.sub(r"/path/to/(photos|images)", "/tmp/photos", text)
     for name, value in names.items():
-      text = re.sub(rf"(?<![\w/]){re.escape(name)}\b", value, text) if name[0] != "/" else text.replace(name, value)
+      text = (
+        re.sub(rf"(?<![\w/]){re.escape(name)}\b", value, text)
+        if name[0] != "/"
+        else text.replace(name, value)
+      )
     text = re.sub(r"=DIR\b", lambda _: f"=/tmp/dir{next(self.numbers)}", text)
     text = text.replace("/tmp/", tmp + "/")
-    environment = dict(os.environ, PLACE=tmp, PATH=f"{tmp}/bin:{os.environ['PATH']}", HF_HUB_OFFLINE="1",
-                       XLA_FLAGS="--xla_backend_optimization_level=0")
-    done = subprocess.run(["/bin/bash", "-euo", "pipefail", "-c", text], cwd=self.path, env=environment, capture_output=True, text=True,
-                          timeout=1200, check=False)
+    environment = dict(
+      os.environ,
+      PLACE=tmp,
+      PATH=f"{tmp}/bin:{os.environ['PATH']}",
+      HF_HUB_OFFLINE="1",
+      XLA_FLAGS="--xla_backend_optimization_level=0",
+    )
+    done = subprocess.run(
+      ["/bin/bash", "-euo", "pipefail", "-c", text],
+      cwd=self.path,
+      env=environment,
+      capture_output=True,
+      text=True,
+      timeout=1200,
+      check=False,
+    )
     assert done.returncode == 0, f"{text}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
 
@@ -230,12 +299,18 @@ def place(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(len(BLOCKS)), ids=[f"{heading}-{text.split()[1][:20]}" for heading, text in BLOCKS])
+@pytest.mark.parametrize(
+  "number",
+  range(len(BLOCKS)),
+  ids=[f"{heading}-{text.split()[1][:20]}" for heading, text in BLOCKS],
+)
 def test_it_runs(place, number):
   heading, text = BLOCKS[number]
   if heading == "Fine-tuning":
     text = text.replace("=DIR", "=/tmp/finetuned", 1)
   elif heading == "Nothing lost":
     (place.path / "photos" / "class0" / "broken.png").write_bytes(b"<html>404</html>")
-    text = text.replace("step_1200", "step_4")  # the first has no rate, the second spoils the weights
+    text = text.replace(
+      "step_1200", "step_4"
+    )  # the first has no rate, the second spoils the weights
   place.run(text)

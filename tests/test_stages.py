@@ -6,21 +6,26 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 import pytest
+from PIL import Image
 
-from mrmae_jax import config as config_lib, mrmae, pictures, teachers
-from mrmae_jax.checkpoint import Checkpoints
-from mrmae_jax.config import ConfigError, validate
+from mrmae_jax import config as config_lib
+from mrmae_jax import mrmae, teachers
+from mrmae_jax.cli import show_teacher
+from mrmae_jax.config import validate
+from mrmae_jax.errors import ConfigError
+from mrmae_jax.runs.checkpoint import Checkpoints
 from mrmae_jax.tasks import pretrain
-from mrmae_jax.tools import show_teacher
 from mrmae_jax.train import TrainState
+from mrmae_jax.viz import grid
 from tests import tiny
 
 
 def changed(config, **values):
   with config.unlocked():
-    config.update_from_flattened_dict({key.replace("__", "."): value for key, value in values.items()})
+    config.update_from_flattened_dict(
+      {key.replace("__", "."): value for key, value in values.items()}
+    )
   return config
 
 
@@ -28,7 +33,9 @@ def finished_run(workdir, encoder="convvit", **values):
   """What a run leaves: its configuration and a checkpoint. Returns its model and parameters."""
   config = changed(tiny.get_config(encoder), teacher__path="", **values)
   model = pretrain.make_model(config, {})
-  params = jax.jit(lambda key: pretrain.init_params(model, tuple(config.image_size), 0.75, key))(jax.random.key(3))
+  params = jax.jit(lambda key: pretrain.init_params(model, tuple(config.image_size), 0.75, key))(
+    jax.random.key(3)
+  )
   saving = Checkpoints(workdir, {})
   saving.save(7, TrainState(jnp.int32(7), params, (jnp.zeros(3),), jnp.float32(0)))
   saving.close()
@@ -36,11 +43,18 @@ def finished_run(workdir, encoder="convvit", **values):
   return model, params
 
 
-@pytest.mark.parametrize("encoder, values", [("convvit", {}), ("convvit", dict(encoder__cls_token=True)), ("vit", {})])
+@pytest.mark.parametrize(
+  "encoder, values", [("convvit", {}), ("convvit", dict(encoder__cls_token=True)), ("vit", {})]
+)
 @pytest.mark.parametrize("layer, last_k", [("raw", 1), ("normed", 1), ("raw", 2)])
 def test_a_trained_encoder_is_a_teacher(tmp_path, encoder, values, layer, last_k):
   model, params = finished_run(tmp_path, encoder, **values)
-  config = changed(tiny.get_config(), teacher__path=f"checkpoint:{tmp_path}", teacher__layer=layer, teacher__last_k=last_k)
+  config = changed(
+    tiny.get_config(),
+    teacher__path=f"checkpoint:{tmp_path}",
+    teacher__layer=layer,
+    teacher__last_k=last_k,
+  )
   validate(config, num_devices=8)
   spec = teachers.configured_spec(config.teacher, config)
   teacher = teachers.load(spec)
@@ -49,10 +63,20 @@ def test_a_trained_encoder_is_a_teacher(tmp_path, encoder, values, layer, last_k
   pixels = mrmae.normalise(images, model.mean, model.std)
   x, out = jax.jit(model.encoder.apply)({"params": params["encoder"]}, pixels)
   norm = lambda t: (t - t.mean(-1, keepdims=True)) / np.sqrt(t.var(-1, keepdims=True) + 1e-5)
-  x = x if layer == "normed" else out["layers"][-1] if last_k == 1 else sum(norm(np.asarray(t)) for t in out["layers"][-2:]) / 2
+  x = (
+    x
+    if layer == "normed"
+    else out["layers"][-1]
+    if last_k == 1
+    else sum(norm(np.asarray(t)) for t in out["layers"][-2:]) / 2
+  )
   np.testing.assert_allclose(seen.features, np.asarray(x)[:, -24:], atol=1e-5)
   cls = encoder == "vit" or bool(values)
-  assert spec.has_cls == spec.has_attention == cls and teacher.dim == 24 and str(tmp_path) in spec.description
+  assert (
+    spec.has_cls == spec.has_attention == cls
+    and teacher.dim == 24
+    and str(tmp_path) in spec.description
+  )
   if cls:
     np.testing.assert_allclose(seen.cls, np.asarray(x)[:, 0], atol=1e-5)
     np.testing.assert_allclose(seen.attention, out["attention"], atol=1e-6)
@@ -66,19 +90,25 @@ def test_the_second_stage_learns_from_it(tmp_path):
   task = pretrain.make(config)
   params = jax.jit(task.init)(jax.random.key(0))
   images = np.random.default_rng(0).integers(0, 256, (2, 32, 48, 3), np.uint8)
-  loss, terms = jax.jit(task.loss)(params, task.frozen, {"image": images}, jax.random.split(jax.random.key(1), 2))
+  loss, terms = jax.jit(task.loss)(
+    params, task.frozen, {"image": images}, jax.random.split(jax.random.key(1), 2)
+  )
   assert np.isfinite(loss) and 0.5 < terms["mimic"] < 10
   (tmp_path / "other").mkdir()
   finished_run(tmp_path / "other", encoder__embed_dims=(8, 12, 20))
-  other = pretrain.make(changed(tiny.get_config("vit"), teacher__path=f"checkpoint:{tmp_path}/other"))
+  other = pretrain.make(
+    changed(tiny.get_config("vit"), teacher__path=f"checkpoint:{tmp_path}/other")
+  )
   assert task.identity != other.identity  # a workdir is refused when its teacher changes
 
 
 def test_several_teachers_of_a_configuration(tmp_path):
   config = tiny.get_config()
   finished_run(tmp_path)
-  for name, path, options in (("dino", tiny.TEACHERS / "hf_dino", dict(loss="cosine", layer="normed", weight=0.5)),
-                              ("own", f"checkpoint:{tmp_path}", dict(head="mlp", tokens="masked"))):
+  for name, path, options in (
+    ("dino", tiny.TEACHERS / "hf_dino", dict(loss="cosine", layer="normed", weight=0.5)),
+    ("own", f"checkpoint:{tmp_path}", dict(head="mlp", tokens="masked")),
+  ):
     config.extra_teachers[name] = config_lib.teacher()
     config.extra_teachers[name].update(path=str(path), dtype="float32", **options)
   validate(config, num_devices=8)
@@ -87,7 +117,11 @@ def test_several_teachers_of_a_configuration(tmp_path):
   images = np.random.default_rng(0).integers(0, 256, (2, 32, 48, 3), np.uint8)
   keys = jax.random.split(jax.random.key(1), 2)
   loss, terms = jax.jit(task.loss)(params, task.frozen, {"image": images}, keys)
-  np.testing.assert_allclose(loss, terms["pixel"] + terms["mimic"] + 0.5 * terms["mimic_dino"] + terms["mimic_own"], rtol=1e-5)
+  np.testing.assert_allclose(
+    loss,
+    terms["pixel"] + terms["mimic"] + 0.5 * terms["mimic_dino"] + terms["mimic_own"],
+    rtol=1e-5,
+  )
   assert set(params["mimic_heads"]) == {"mimic", "mimic_dino", "mimic_own"} == set(task.frozen)
   assert len(task.notes) == 3 and task.notes[1].startswith("mimic_dino: teacher DINO ViT/8")
   config.extra_teachers.dino.loss = "huber"
@@ -95,15 +129,27 @@ def test_several_teachers_of_a_configuration(tmp_path):
     validate(config, num_devices=8)
 
 
-@pytest.mark.parametrize("values, message", [
-    (dict(teacher__path="checkpoint:/no/such/run"), "config.teacher: .*holds no run with a checkpoint"),
+@pytest.mark.parametrize(
+  "values, message",
+  [
+    (
+      dict(teacher__path="checkpoint:/no/such/run"),
+      "config.teacher: .*holds no run with a checkpoint",
+    ),
     (dict(teacher__name="clip_vit_b16"), "config.teacher: .*leave teacher.name"),
     (dict(teacher__layer="proj"), "config.teacher: no projection in .*choose layer raw or normed"),
     (dict(teacher__last_k=3), "config.teacher: last_k=3 needs .* 1 to 2 blocks"),
-    (dict(method__masking="focused"), "masking='focused' needs the attention of a CLS token, which encoder of .* lacks"),
+    (
+      dict(method__masking="focused"),
+      "masking='focused' needs the attention of a CLS token, which encoder of .* lacks",
+    ),
     (dict(teacher__salient_share=0.5), "salient_share=0.5 needs the attention of a CLS token"),
-    (dict(encoder__cls_token=True, teacher__tokens="visible+cls"), "tokens='visible\\+cls': encoder of .* has no CLS token"),
-])
+    (
+      dict(encoder__cls_token=True, teacher__tokens="visible+cls"),
+      "tokens='visible\\+cls': encoder of .* has no CLS token",
+    ),
+  ],
+)
 def test_what_such_a_teacher_cannot_do(tmp_path, values, message):
   finished_run(tmp_path)
   config = changed(tiny.get_config(), **dict(teacher__path=f"checkpoint:{tmp_path}") | values)
@@ -115,16 +161,29 @@ def test_what_such_a_teacher_cannot_do(tmp_path, values, message):
 @pytest.fixture
 def show(tmp_path, capsys, monkeypatch):
   def run(*arguments):
-    monkeypatch.setattr(sys, "argv", ["show_teacher", "--config=tests/tiny.py", f"--out={tmp_path}/teacher.png",
-                                      "--statistics=20", "--count=3", *arguments])
+    monkeypatch.setattr(
+      sys,
+      "argv",
+      [
+        "show_teacher",
+        "--config=tests/tiny.py",
+        f"--out={tmp_path}/teacher.png",
+        "--statistics=20",
+        "--count=3",
+        *arguments,
+      ],
+    )
     return show_teacher.main(), capsys.readouterr()
+
   return run
 
 
 def test_show_teacher(tmp_path, show):
   code, printed = show()
   assert code == 0, printed.err
-  assert re.search(r"CLIP ViT/8 .*grid 4x6, position table 4x4 resized \(bicubic\); 20 images", printed.out)
+  assert re.search(
+    r"CLIP ViT/8 .*grid 4x6, position table 4x4 resized \(bicubic\); 20 images", printed.out
+  )
   assert re.search(r"constant share of the targets: layer_norm \d+%, batch 0%", printed.out)
   assert re.search(r"spreads over \d+ of 24 tokens", printed.out)
   picture = np.asarray(Image.open(tmp_path / "teacher.png"))
@@ -133,10 +192,18 @@ def test_show_teacher(tmp_path, show):
 
 
 def test_show_teacher_names_mistakes(show):
-  for arguments, code, message in ((["--images=folder:/no/such"], 3, "/no/such: does not exist"),
-                                   (["--config.teacher.path=/no/such"], 2, "/no/such"), (["--imags=x"], 2, "imags")):
+  for arguments, code, message in (
+    (["--images=folder:/no/such"], 3, "/no/such: does not exist"),
+    (["--config.teacher.path=/no/such"], 2, "/no/such"),
+    (["--imags=x"], 2, "imags"),
+  ):
     found, printed = show(*arguments)
-    assert found == code and message in printed.err and printed.err.startswith("error: ") and printed.err.count("\n") == 1
+    assert (
+      found == code
+      and message in printed.err
+      and printed.err.startswith("error: ")
+      and printed.err.count("\n") == 1
+    )
 
 
 def test_constant_share():
@@ -150,16 +217,23 @@ def test_constant_share():
 def test_principal_colours_follow_the_largest_differences():
   features = np.zeros((1, 4, 6), np.float32)
   features[0, 2:, 3] = 5
-  colours = pictures.principal_colours(features)
-  assert colours.shape == (1, 4, 3) and abs(colours[0, 0, 0] - colours[0, 3, 0]) == 1 and (colours[0, 0] == colours[0, 1]).all()
+  colours = grid.principal_colours(features)
+  assert (
+    colours.shape == (1, 4, 3)
+    and abs(colours[0, 0, 0] - colours[0, 3, 0]) == 1
+    and (colours[0, 0] == colours[0, 1]).all()
+  )
 
 
 def test_every_preset_word_is_known_to_the_schema():
   """The choices that validation allows are those that the code knows."""
   from mrmae_jax.models.decoder import MimicHead
+
   assert config_lib.CHOICES["teacher.layer"] == teachers.LAYERS
   assert set(config_lib.CHOICES["teacher.loss"]) == set(mrmae.DISTANCES)
   x = jnp.ones((1, 2, 8))
-  trees = {kind: jax.tree.structure(jax.eval_shape(MimicHead(4, kind).init, jax.random.key(0), x))
-           for kind in config_lib.CHOICES["teacher.head"]}
+  trees = {
+    kind: jax.tree.structure(jax.eval_shape(MimicHead(4, kind).init, jax.random.key(0), x))
+    for kind in config_lib.CHOICES["teacher.head"]
+  }
   assert len(set(trees.values())) == len(trees)

@@ -2,21 +2,20 @@
 
 import csv
 import os
-from pathlib import Path
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
-from PIL import Image
 import pytest
+from PIL import Image
 
 from launch import sweep as tool
 from launch.plot import line_plot
 from mrmae_jax import sweep as points
-from mrmae_jax.tools import UsageError
 
 ROOT = Path(__file__).parent.parent
 
@@ -61,6 +60,7 @@ def run(tmp_path, capsys, monkeypatch):
   def calls():
     file = tmp_path / "out" / "calls"
     return sorted(file.read_text().splitlines()) if file.exists() else []
+
   call.calls = calls
   return call
 
@@ -71,23 +71,33 @@ def test_points():
   assert list(points.paired({"a": (1, 2), "b": "xy"})) == [{"a": 1, "b": "x"}, {"a": 2, "b": "y"}]
   with pytest.raises(ValueError):
     list(points.paired({"a": (1, 2), "b": "x"}))
-  axes = {"lr": points.log_uniform(1e-5, 1e-3), "decay": points.uniform(0, 0.1), "loss": ("mse", "l1")}
+  axes = {
+    "lr": points.log_uniform(1e-5, 1e-3),
+    "decay": points.uniform(0, 0.1),
+    "loss": ("mse", "l1"),
+  }
   drawn = list(points.sampled(200, 0, axes))
   assert drawn == list(points.sampled(200, 0, axes)) != list(points.sampled(200, 1, axes))
   assert drawn[:10] == list(points.sampled(10, 0, axes))
   rates, decays = (np.array([point[key] for point in drawn]) for key in ("lr", "decay"))
-  assert 1e-5 <= rates.min() and rates.max() <= 1e-3 and 0.4 < np.mean(rates < 1e-4) < 0.6  # half of them below the middle
+  assert (
+    1e-5 <= rates.min() and rates.max() <= 1e-3 and 0.4 < np.mean(rates < 1e-4) < 0.6
+  )  # half of them below the middle
   assert 0 <= decays.min() and decays.max() <= 0.1 and 0.045 < decays.mean() < 0.055
   assert {point["loss"] for point in drawn} == {"mse", "l1"}
 
 
-@pytest.mark.parametrize("point, name", [
+@pytest.mark.parametrize(
+  "point, name",
+  [
     ({"teacher.weight": 0.5, "seed": 1}, "teacher.weight=0.5-seed=1"),
     ({"argument": "base,masking=random"}, "base-masking=random"),
     ({"argument": "base,teacher=a+b", "optim.blr": 1e-05}, "base-teacher=a+b-optim.blr=1e-05"),
     ({"encoder.fuse_layers": (2, 5)}, "encoder.fuse_layers=-2-5"),
     ({"teacher.path": "../../e tc/$(x)"}, "teacher.path=..-..-e-tc-x"),
-    ({}, "default")])
+    ({}, "default"),
+  ],
+)
 def test_names_are_readable_and_safe(point, name):
   assert points.name(point) == name == shlex.quote(name)
 
@@ -100,7 +110,12 @@ def test_long_names_are_cut_and_stay_different():
 
 def test_every_sweep_that_ships_expands_and_documents_itself(monkeypatch):
   monkeypatch.chdir(ROOT)
-  for path, count in (("ablation", 11), ("mimic_weight", 6), ("mimic_weight.py:demo", 6), ("lr", 12)):
+  for path, count in (
+    ("ablation", 11),
+    ("mimic_weight", 6),
+    ("mimic_weight.py:demo", 6),
+    ("lr", 12),
+  ):
     config = f"configs/sweeps/{path}" + ("" if ":" in path else ".py")
     runs = tool.expand(config, "/out/", ["--config.seed=1"])
     assert len(runs) == count == len({run.workdir for run in runs})
@@ -108,29 +123,50 @@ def test_every_sweep_that_ships_expands_and_documents_itself(monkeypatch):
     text = (ROOT / config.split(":")[0]).read_text()
     assert all(word in text for word in ("Command:", "Hardware:", "Cost:", "Expected:"))
   point = tool.expand("configs/sweeps/ablation.py", "gs://b", [])[1]
-  assert point.words == ("--config=configs/sweeps/ablation.py:base,masking=random", "--workdir=gs://b/base-masking=random")
+  assert point.words == (
+    "--config=configs/sweeps/ablation.py:base,masking=random",
+    "--workdir=gs://b/base-masking=random",
+  )
 
 
 def test_reading_and_printing_a_sweep_imports_no_jax():
-  code = ("import sys; from launch import sweep; sweep.expand('configs/sweeps/lr.py', '/out', [])\n"
-          "assert 'jax' not in sys.modules")
+  code = (
+    "import sys; from launch import sweep; sweep.expand('configs/sweeps/lr.py', '/out', [])\n"
+    "assert 'jax' not in sys.modules"
+  )
   subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_runs_all_then_skips_them_and_compares(run, tmp_path):
   code, out, _ = run()
-  assert code == 0 and "3 points, 0 of them finished before" in out and "3/3 teacher.weight=2.0: done" in out
+  assert (
+    code == 0
+    and "3 points, 0 of them finished before" in out
+    and "3/3 teacher.weight=2.0: done" in out
+  )
   names = [f"teacher.weight={weight}" for weight in (0.5, 1.0, 2.0)]
   assert run.calls() == [f"{name} None" for name in names]
   with open(tmp_path / "out" / "sweep.csv", newline="") as file:
     rows = list(csv.reader(file))
-  assert rows[0] == ["name", "teacher.weight", "state", "step", "loss", "knn/accuracy"]  # lr is a setting, no result
+  assert rows[0] == [
+    "name",
+    "teacher.weight",
+    "state",
+    "step",
+    "loss",
+    "knn/accuracy",
+  ]  # lr is a setting, no result
   assert rows[3] == ["teacher.weight=2.0", "2.0", "finished", "2", "1.0", "0.5"]
   table = (tmp_path / "out" / "sweep.md").read_text()
   assert "| teacher.weight=0.5 | 0.5 | finished | 2 | 0.25 | 0.5 |" in table and table in out + "\n"
   assert Image.open(tmp_path / "out" / "sweep.png").size[0] == 960
   code, out, _ = run("--metrics=lr", "--plot=knn/accuracy")
-  assert code == 0 and "3 of them finished before" in out and "| finished | 2 | 0.1 |" in out and len(run.calls()) == 3
+  assert (
+    code == 0
+    and "3 of them finished before" in out
+    and "| finished | 2 | 0.1 |" in out
+    and len(run.calls()) == 3
+  )
   code, _, _ = run("--config.seed=7")  # another command is not the one that has finished
   assert code == 0 and len(run.calls()) == 6
   code, _, err = run("--do=table", "--metrics=los")
@@ -140,7 +176,11 @@ def test_runs_all_then_skips_them_and_compares(run, tmp_path):
 def test_a_failing_point_is_named_at_the_end_and_tried_again(run, monkeypatch):
   monkeypatch.setenv("break", "1.0")
   code, out, err = run()
-  assert code == 2 and "| teacher.weight=1.0 | 1 | exit code 4 |" in out and "teacher.weight=2.0: done" in out
+  assert (
+    code == 2
+    and "| teacher.weight=1.0 | 1 | exit code 4 |" in out
+    and "teacher.weight=2.0: done" in out
+  )
   assert err == "error: 1 of 3 points failed: teacher.weight=1.0: exit code 4: error: the reason\n"
   monkeypatch.delenv("break")
   code, out, _ = run()
@@ -160,43 +200,87 @@ def test_points_at_a_time_share_out_the_devices(run, monkeypatch):
 
 def test_an_interrupted_sweep_stops_its_points_and_continues(run, tmp_path):
   code = f"import sys; from launch import sweep; sys.exit(sweep.main(training=(sys.executable, '{tmp_path}/fake.py')))"
-  command = [sys.executable, "-c", code, f"--config={tmp_path}/sweep.py", f"--workdir={tmp_path}/out"]
-  process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"seconds": "60"}, stderr=subprocess.PIPE, text=True)
+  command = [
+    sys.executable,
+    "-c",
+    code,
+    f"--config={tmp_path}/sweep.py",
+    f"--workdir={tmp_path}/out",
+  ]
+  process = subprocess.Popen(
+    command, cwd=ROOT, env=os.environ | {"seconds": "60"}, stderr=subprocess.PIPE, text=True
+  )
   while not run.calls():
     assert process.poll() is None
     time.sleep(0.1)
   process.send_signal(signal.SIGTERM)
   _, err = process.communicate(timeout=20)
-  assert process.returncode == 2 and "interrupted: the same command continues" in err and len(run.calls()) == 1
+  assert (
+    process.returncode == 2
+    and "interrupted: the same command continues" in err
+    and len(run.calls()) == 1
+  )
   assert run()[0] == 0 and len(run.calls()) == 4
 
 
-@pytest.mark.parametrize("content, words, message", [
-    (SWEEP.replace("teacher.weight", "teacher.wait"), (), "the point teacher.wait=0.5 does not fit"),
+@pytest.mark.parametrize(
+  "content, words, message",
+  [
+    (
+      SWEEP.replace("teacher.weight", "teacher.wait"),
+      (),
+      "the point teacher.wait=0.5 does not fit",
+    ),
     (SWEEP.replace("0.5, 1.0, 2.0", "'x',"), (), "the point teacher.weight=x does not fit"),
     (SWEEP.replace("0.5, 1.0, 2.0", "1.0, 1.0"), (), "two points are named teacher.weight=1.0"),
     (SWEEP.split("def sweep")[0], (), "has no sweep() that yields points"),
     ("1 / 0", (), "ZeroDivisionError: division by zero"),
-    (SWEEP, ("--config.teacher.weight=3",), "--config.teacher.weight=3: the sweep itself sets teacher.weight"),
+    (
+      SWEEP,
+      ("--config.teacher.weight=3",),
+      "--config.teacher.weight=3: the sweep itself sets teacher.weight",
+    ),
     (SWEEP, ("--parralel=3",), "Unknown command line flag 'parralel'"),
     (SWEEP, ("--config=none.py",), "--config=none.py: no such file"),
     (SWEEP, ("--workdir=gs://bucket/sweep",), "with --do=run it must be a folder"),
-    (SWEEP, ("--workdir=s3://bucket/sweep", "--do=table"), "s3://bucket/sweep: folders on disk and gs:// buckets")])
+    (
+      SWEEP,
+      ("--workdir=s3://bucket/sweep", "--do=table"),
+      "s3://bucket/sweep: folders on disk and gs:// buckets",
+    ),
+  ],
+)
 def test_mistakes_get_one_clear_line(run, tmp_path, content, words, message):
   (tmp_path / "sweep.py").write_text(content)
   code, _, err = run(*words)
-  assert code == 2 and message in err and err.startswith("error: ") and err.count("\n") == 1 and not run.calls()
+  assert (
+    code == 2
+    and message in err
+    and err.startswith("error: ")
+    and err.count("\n") == 1
+    and not run.calls()
+  )
 
 
 def test_printed_commands_can_be_typed(run, tmp_path):
   code, out, _ = run("--do=print", "--config.data.source=folder:/my images/it's")
   lines = out.splitlines()
   assert code == 0 and len(lines) == 3 and not run.calls()
-  assert shlex.split(lines[0]) == ["python", "-m", "mrmae_jax.main", f"--config={tmp_path}/sweep.py",
-                                   f"--workdir={tmp_path}/out/teacher.weight=0.5",
-                                   "--config.data.source=folder:/my images/it's", "--config.teacher.weight=0.5"]
+  assert shlex.split(lines[0]) == [
+    "python",
+    "-m",
+    "mrmae_jax.cli.train",
+    f"--config={tmp_path}/sweep.py",
+    f"--workdir={tmp_path}/out/teacher.weight=0.5",
+    "--config.data.source=folder:/my images/it's",
+    "--config.teacher.weight=0.5",
+  ]
   code, out, _ = run("--do=tpu", "--workdir=gs://bucket/sweep")
-  assert code == 0 and out.startswith("bash launch/tpu_pod.sh run --config=") and "--workdir=gs://bucket/sweep/teacher." in out
+  assert (
+    code == 0
+    and out.startswith("bash launch/tpu_pod.sh run --config=")
+    and "--workdir=gs://bucket/sweep/teacher." in out
+  )
 
 
 def test_plot_shows_every_line_in_a_colour_of_its_own():
@@ -204,20 +288,31 @@ def test_plot_shows_every_line_in_a_colour_of_its_own():
   series["with gaps"] = [(0, float("nan")), (10, 2.0), (20, float("inf")), (30, 3.0)]
   pixels = np.asarray(line_plot(series, "loss")).reshape(-1, 3).astype(int)
   colours, counts = np.unique(pixels[np.ptp(pixels, axis=1) > 100], axis=0, return_counts=True)
-  assert np.sum(counts > 60) >= 5  # the bars of the legend; between a line and the paper there are many shades
+  assert (
+    np.sum(counts > 60) >= 5
+  )  # the bars of the legend; between a line and the paper there are many shades
   with pytest.raises(ValueError, match="nothing to draw"):
     line_plot({"a": [(0, float("nan"))]}, "loss")
 
 
 def test_a_real_sweep(tmp_path, capsys, monkeypatch):
   monkeypatch.chdir(ROOT)
-  argv = ["sweep", "--config=tests/tiny_sweep.py:vit", f"--workdir={tmp_path}", "--parallel=2", "--metrics=loss,knn/accuracy"]
+  argv = [
+    "sweep",
+    "--config=tests/tiny_sweep.py:vit",
+    f"--workdir={tmp_path}",
+    "--parallel=2",
+    "--metrics=loss,knn/accuracy",
+  ]
   assert tool.main(argv) == 0, capsys.readouterr()
   with open(tmp_path / "sweep.csv", newline="") as file:
     rows = list(csv.DictReader(file))
   assert [row["optim.blr"] for row in rows] == ["0.001", "0.04"]
   assert all((row["state"], row["step"]) == ("finished", "4") for row in rows)
-  assert rows[0]["loss"] != rows[1]["loss"] and (tmp_path / "optim.blr=0.04" / "checkpoints" / "4").is_dir()
+  assert (
+    rows[0]["loss"] != rows[1]["loss"]
+    and (tmp_path / "optim.blr=0.04" / "checkpoints" / "4").is_dir()
+  )
   (tmp_path / "optim.blr=0.04" / "finished").unlink()  # trained by another hand: main.py knows
   assert tool.main(argv) == 0
   assert "already holds all 4 steps" in (tmp_path / "optim.blr=0.04" / "log.txt").read_text()

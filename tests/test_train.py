@@ -4,27 +4,28 @@ import json
 import logging
 import os
 import re
-from pathlib import Path
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
-from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from PIL import Image
 import pytest
+from etils import epath
+from PIL import Image
 from safetensors.numpy import load_file
 
-from mrmae_jax import data, metrics, optim, sharding, train
-from mrmae_jax.checkpoint import Checkpoints
+from mrmae_jax import data, optim, sharding, train
 from mrmae_jax.config import validate
+from mrmae_jax.errors import WorkdirError
+from mrmae_jax.runs import log
+from mrmae_jax.runs.checkpoint import Checkpoints
 from mrmae_jax.tasks import pretrain
-from mrmae_jax.workdir import WorkdirError
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -36,7 +37,9 @@ def setup():
   """Tiny configuration, its task, and five batches."""
   config = tiny.get_config()
   source = data.open_split(config.data, "train")
-  stream = data.train_batches(source, seed=0, batch_size=16, image_size=config.image_size, crop_scale=(0.5, 1.0), flip=False)
+  stream = data.train_batches(
+    source, seed=0, batch_size=16, image_size=config.image_size, crop_scale=(0.5, 1.0), flip=False
+  )
   batches = [next(stream) for _ in range(5)]
   stream.close()
   return config, pretrain.make(config), batches
@@ -51,12 +54,14 @@ def five_steps(setup, num_devices, fsdp=1, accum_steps=1):
   def init(key):
     params = task.init(key)
     return train.TrainState(jnp.int32(0), params, tx.init(params), jnp.float32(0))
+
   shardings = sharding.fsdp_shardings(jax.eval_shape(init, jax.random.key(0)), mesh, min_size=64)
   state = jax.jit(init, out_shardings=shardings)(jax.random.key(0))
   frozen = jax.device_put(task.frozen, sharding.fsdp_shardings(task.frozen, mesh, min_size=64))
-  train_step = train.make_train_step(task, tx, schedule, seed=0, accum_steps=accum_steps, whole=sharding.replicated(mesh))
-  step = jax.jit(train_step, donate_argnums=0,
-                 out_shardings=(shardings, sharding.replicated(mesh)))
+  train_step = train.make_train_step(
+    task, tx, schedule, seed=0, accum_steps=accum_steps, whole=sharding.replicated(mesh)
+  )
+  step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
   losses = []
   for batch in batches:
     state, terms = step(state, frozen, sharding.global_batch(batch, mesh))
@@ -71,7 +76,9 @@ def reference(setup):
   return five_steps(setup, 1)
 
 
-@pytest.mark.parametrize("num_devices, fsdp, accum_steps", [(8, 1, 1), (8, 4, 1), (1, 1, 4), (4, 2, 2)])
+@pytest.mark.parametrize(
+  "num_devices, fsdp, accum_steps", [(8, 1, 1), (8, 4, 1), (1, 1, 4), (4, 2, 2)]
+)
 def test_f11_f14_five_steps_agree_on_any_devices(setup, reference, num_devices, fsdp, accum_steps):
   losses, params, shardings = five_steps(setup, num_devices, fsdp, accum_steps)
   np.testing.assert_allclose(losses, reference[0], rtol=1e-5)
@@ -81,6 +88,7 @@ def test_f11_f14_five_steps_agree_on_any_devices(setup, reference, num_devices, 
       # Softmax does not see a key bias: its gradient is zero but for rounding, which Adam blows up to full steps.
       a, b = np.delete(a.reshape(3, -1), 1, axis=0), np.delete(b.reshape(3, -1), 1, axis=0)
     np.testing.assert_allclose(a, b, atol=1e-5, err_msg=jax.tree_util.keystr(path))
+
   jax.tree_util.tree_map_with_path(compare, params, reference[1])
   specs = {s.spec for s in jax.tree.leaves(shardings)}
   assert any("fsdp" in spec for spec in specs) == (fsdp > 1)
@@ -89,7 +97,12 @@ def test_f11_f14_five_steps_agree_on_any_devices(setup, reference, num_devices, 
 
 def test_fsdp_rule():
   mesh = sharding.make_mesh(fsdp=4)
-  tree = {"matrix": np.zeros((12, 64)), "odd": np.zeros((7, 9)), "small": np.zeros(8), "scalar": np.zeros(())}
+  tree = {
+    "matrix": np.zeros((12, 64)),
+    "odd": np.zeros((7, 9)),
+    "small": np.zeros(8),
+    "scalar": np.zeros(()),
+  }
   specs = {k: s.spec for k, s in sharding.fsdp_shardings(tree, mesh, min_size=16).items()}
   assert specs["matrix"] == jax.sharding.PartitionSpec(None, "fsdp")
   assert all(specs[name] == jax.sharding.PartitionSpec() for name in ("odd", "small", "scalar"))
@@ -99,15 +112,34 @@ def test_fsdp_rule():
 
 def test_masks_and_images_differ_within_a_batch_and_between_steps():
   keys = jax.random.key_data(train.sample_keys(0, jnp.int32(3), 4))
-  assert len(np.unique(np.concatenate([keys, jax.random.key_data(train.sample_keys(0, jnp.int32(4), 4)),
-                                       jax.random.key_data(train.sample_keys(1, jnp.int32(3), 4))]), axis=0)) == 12
-  np.testing.assert_array_equal(keys[:2], jax.random.key_data(train.sample_keys(0, jnp.int32(3), 2)))
+  assert (
+    len(
+      np.unique(
+        np.concatenate(
+          [
+            keys,
+            jax.random.key_data(train.sample_keys(0, jnp.int32(4), 4)),
+            jax.random.key_data(train.sample_keys(1, jnp.int32(3), 4)),
+          ]
+        ),
+        axis=0,
+      )
+    )
+    == 12
+  )
+  np.testing.assert_array_equal(
+    keys[:2], jax.random.key_data(train.sample_keys(0, jnp.int32(3), 2))
+  )
 
 
 def test_schedule_equals_the_reference():
   golden = json.loads((SHARED / "cosine_schedule.json").read_text())
-  schedule = optim.warmup_cosine(golden["lr"], golden["min_lr"], golden["warmup_epochs"] * 4, golden["epochs"] * 4)
-  np.testing.assert_allclose([schedule(4 * epoch) for epoch in golden["epoch"]], golden["value"], rtol=1e-5, atol=1e-12)
+  schedule = optim.warmup_cosine(
+    golden["lr"], golden["min_lr"], golden["warmup_epochs"] * 4, golden["epochs"] * 4
+  )
+  np.testing.assert_allclose(
+    [schedule(4 * epoch) for epoch in golden["epoch"]], golden["value"], rtol=1e-5, atol=1e-12
+  )
 
 
 def test_adamw_equals_torch():
@@ -126,10 +158,17 @@ def test_adamw_equals_torch():
 def test_weight_decay_spares_vectors_only():
   config = tiny.get_config("vit")
   params = jax.eval_shape(pretrain.make(config).init, jax.random.key(0))
-  decayed = {"/".join(k.key for k in path): d for path, d in jax.tree_util.tree_leaves_with_path(optim.decayed(params))}
+  decayed = {
+    "/".join(k.key for k in path): d
+    for path, d in jax.tree_util.tree_leaves_with_path(optim.decayed(params))
+  }
   assert not any(d for name, d in decayed.items() if name.endswith(("bias", "scale")))
-  assert all(d for name, d in decayed.items() if name.endswith(("kernel", "cls_token", "mask_token")))
-  conv = jax.eval_shape(pretrain.make(tiny.get_config()).init, jax.random.key(0))["encoder"]["blocks1_0"]
+  assert all(
+    d for name, d in decayed.items() if name.endswith(("kernel", "cls_token", "mask_token"))
+  )
+  conv = jax.eval_shape(pretrain.make(tiny.get_config()).init, jax.random.key(0))["encoder"][
+    "blocks1_0"
+  ]
   decayed = optim.decayed(conv)
   assert decayed["depthwise_kernel"] and not decayed["depthwise_bias"]
 
@@ -143,11 +182,23 @@ def test_due():
 
 
 def run(workdir, *overrides, devices=1, wait=True):
-  env = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT),
-             XLA_FLAGS=f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0")
-  command = [sys.executable, "-m", "mrmae_jax.main", "--config=tests/tiny.py", f"--workdir={workdir}",
-             *(f"--config.{o}" if not o.startswith("--") else o for o in overrides)]
-  process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  env = dict(
+    os.environ,
+    JAX_PLATFORMS="cpu",
+    PYTHONPATH=str(ROOT),
+    XLA_FLAGS=f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+  )
+  command = [
+    sys.executable,
+    "-m",
+    "mrmae_jax.cli.train",
+    "--config=tests/tiny.py",
+    f"--workdir={workdir}",
+    *(f"--config.{o}" if not o.startswith("--") else o for o in overrides),
+  ]
+  process = subprocess.Popen(
+    command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+  )
   if not wait:
     return process
   out, err = process.communicate(timeout=300)
@@ -156,13 +207,16 @@ def run(workdir, *overrides, devices=1, wait=True):
 
 def losses(workdir):
   """{step: (loss, pixel, mimic)} as hexadecimal floats; a step logged twice is an error."""
-  records = [r for r in metrics.read(workdir) if "loss" in r]
+  records = [r for r in log.read(workdir) if "loss" in r]
   assert len({r["step"] for r in records}) == len(records)
   return {r["step"]: tuple(r[k].hex() for k in ("loss", "pixel", "mimic")) for r in records}
 
 
 LONG = ("epochs=0.225",)  # 20 steps, a checkpoint after every fourth
-SLOW = ("eval_every=0.011", "evals.knn.bank=1400")  # an evaluation after every step leaves time to kill the run
+SLOW = (
+  "eval_every=0.011",
+  "evals.knn.bank=1400",
+)  # an evaluation after every step leaves time to kill the run
 
 
 def saved_steps(workdir):
@@ -177,7 +231,10 @@ def runs(tmp_path_factory):
   assert code == 0, err
   process = run(folder / "killed", *LONG, *SLOW, devices=8, wait=False)
   deadline = time.monotonic() + 240
-  while not saved_steps(folder / "killed") or max(losses(folder / "killed"), default=0) < saved_steps(folder / "killed")[-1] + 2:
+  while (
+    not saved_steps(folder / "killed")
+    or max(losses(folder / "killed"), default=0) < saved_steps(folder / "killed")[-1] + 2
+  ):
     assert process.poll() is None and time.monotonic() < deadline, process.communicate()
     time.sleep(0.02)
   process.send_signal(signal.SIGKILL)
@@ -190,13 +247,20 @@ def test_a_run_says_what_it_did(runs):
   folder, out = runs
   assert "parameters: " in out and "encoder" in out and "mimic_heads" in out
   assert "learning rate 0.0025 at its peak" in out and "= 20 steps" in out
-  last = out[out.index("done: 20 steps"):]
-  assert f"checkpoint: {folder}/whole/checkpoints/20" in last and f"TensorBoard log: {folder}/whole/tensorboard" in last
+  last = out[out.index("done: 20 steps") :]
+  assert (
+    f"checkpoint: {folder}/whole/checkpoints/20" in last
+    and f"TensorBoard log: {folder}/whole/tensorboard" in last
+  )
   assert f"reconstruct: {folder}/whole/reconstructions/step_0000020.png" in last
-  assert re.search(r"knn/accuracy: 0\.\d+ at step 0, 0\.\d+ at step 20", last) and "mimic: " in last and "pixel: " in last
+  assert (
+    re.search(r"knn/accuracy: 0\.\d+ at step 0, 0\.\d+ at step 20", last)
+    and "mimic: " in last
+    and "pixel: " in last
+  )
   with Image.open(folder / "whole" / "reconstructions" / "step_0000020.png") as picture:
     assert picture.size[0] > 4 * 128
-  accuracy = [r["knn/accuracy"] for r in metrics.read(folder / "whole") if "knn/accuracy" in r]
+  accuracy = [r["knn/accuracy"] for r in log.read(folder / "whole") if "knn/accuracy" in r]
   assert len(accuracy) == 2 and all(0 <= a <= 1 for a in accuracy)
   assert any((folder / "whole" / "tensorboard").iterdir())
   assert json.loads((folder / "whole" / "config.json").read_text())["image_size"] == [32, 48]
@@ -218,8 +282,10 @@ def test_saved_on_8_devices_continues_on_1(runs):
   moved = shutil.copytree(folder / "killed", folder / "moved")
   code, out, err = run(moved, *LONG, devices=1)
   assert code == 0 and f"continuing after step {saved_steps(folder / 'killed')[-1]}" in out, err
-  numbers = [np.array([[float.fromhex(v) for v in row] for _, row in sorted(losses(folder / name).items())])
-             for name in ("moved", "whole")]
+  numbers = [
+    np.array([[float.fromhex(v) for v in row] for _, row in sorted(losses(folder / name).items())])
+    for name in ("moved", "whole")
+  ]
   np.testing.assert_allclose(*numbers, rtol=1e-5)
 
 
@@ -248,8 +314,12 @@ def restore(workdir):
   def init(key):
     params = task.init(key)
     return train.TrainState(jnp.int32(0), params, tx.init(params), jnp.float32(0))
+
   one = sharding.replicated(sharding.make_mesh(devices=jax.devices()[:1]))
-  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), jax.eval_shape(init, jax.random.key(0)))
+  shapes = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one),
+    jax.eval_shape(init, jax.random.key(0)),
+  )
   checkpoints = Checkpoints(workdir, train.identity(config, task, source))
   found = checkpoints.restore(shapes)
   checkpoints.close()
@@ -267,10 +337,17 @@ def test_f17_checkpoints_of_another_shape_or_type_are_refused(tmp_path):
   assert found.step == 3 and not found.notes
   np.testing.assert_array_equal(found.state["w"], np.arange(6.0).reshape(2, 3))
   for wanted, message in (
-      ({"w": struct((2, 3), jnp.int32)}, r"w is float32 \(2, 3\), the run needs int32 \(2, 3\)"),
-      ({"w": struct((3, 3), jnp.float32)}, r"does not fit this model: w is float32 \(2, 3\), the run needs float32 \(3, 3\)"),
-      ({"w": struct((2, 3), jnp.float32), "v": struct((1,), jnp.float32)}, r"v is missing, the run needs float32 \(1,\)"),
-      ({}, "w is float32 \\(2, 3\\), the run needs missing")):
+    ({"w": struct((2, 3), jnp.int32)}, r"w is float32 \(2, 3\), the run needs int32 \(2, 3\)"),
+    (
+      {"w": struct((3, 3), jnp.float32)},
+      r"does not fit this model: w is float32 \(2, 3\), the run needs float32 \(3, 3\)",
+    ),
+    (
+      {"w": struct((2, 3), jnp.float32), "v": struct((1,), jnp.float32)},
+      r"v is missing, the run needs float32 \(1,\)",
+    ),
+    ({}, "w is float32 \\(2, 3\\), the run needs missing"),
+  ):
     with pytest.raises(WorkdirError, match=message):
       checkpoints.restore(wanted)
   checkpoints.close()
@@ -284,7 +361,12 @@ def test_f17_checkpoints_of_another_shape_or_type_are_refused(tmp_path):
 def test_non_finite_loss_stops_the_run_and_is_not_saved(tmp_path):
   code, out, err = run(tmp_path, "optim.blr=1.6e17", "optim.warmup_epochs=0.0", "optim.max_skips=3")
   assert code == 4 and err.count("\n") == 1, err
-  assert "step 4: " in err and "pixel=" in err and "mimic=" in err and "3 updates in a row were left out" in err
+  assert (
+    "step 4: " in err
+    and "pixel=" in err
+    and "mimic=" in err
+    and "3 updates in a row were left out" in err
+  )
   assert out.count("update left out") == 3
   assert not (tmp_path / "checkpoints" / "4").exists()
 
@@ -304,37 +386,49 @@ def test_one_compilation(tmp_path, caplog):
       train.fit(config, pretrain.make(config), tmp_path)
   finally:
     jax.config.update("jax_log_compiles", False)
-  compiled = [r.getMessage() for r in caplog.records if "Finished XLA compilation of jit(train_step)" in r.getMessage()]
+  compiled = [
+    r.getMessage()
+    for r in caplog.records
+    if "Finished XLA compilation of jit(train_step)" in r.getMessage()
+  ]
   assert len(compiled) == 1
 
 
 def test_log_survives_a_torn_line_and_drops_what_is_computed_again(tmp_path):
-  (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 0.5}\n{"step": 3, "lo')
-  assert [r["step"] for r in metrics.read(tmp_path)] == [1, 2]
-  log = metrics.Log(tmp_path, 5, first_step=1)
-  log.scalars(2, {"loss": 0.25})
-  log.close()
-  assert metrics.read(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.25}]
+  (tmp_path / "metrics.jsonl").write_text(
+    '{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 0.5}\n{"step": 3, "lo'
+  )
+  assert [r["step"] for r in log.read(tmp_path)] == [1, 2]
+  writer = log.Log(tmp_path, 5, first_step=1)
+  writer.scalars(2, {"loss": 0.25})
+  writer.close()
+  assert log.read(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.25}]
 
 
 def test_mfu_counts_every_micro_batch(monkeypatch):
   spent = {"step": 100.0, "data": 3.0, "evaluation": 7.0}
-  monkeypatch.setattr(metrics.supervision, "seconds", lambda: dict(spent))
-  monkeypatch.setattr(metrics, "peak_flops", lambda device: 1e9)
+  monkeypatch.setattr(log.supervision, "seconds", lambda: dict(spent))
+  monkeypatch.setattr(log, "peak_flops", lambda device: 1e9)
   program = type("Program", (), {"cost_analysis": lambda self: {"flops": 5e6}})()
-  clock = metrics.Clock(program, 16, 4, sharding.make_mesh(devices=jax.devices()[:1]))
+  clock = log.Clock(program, 16, 4, sharding.make_mesh(devices=jax.devices()[:1]))
   clock.start(10)
   spent.update(step=104.5, data=4.5, evaluation=90.0)
-  values = clock.read(12)  # 2 steps of 16 images in 6 seconds, a quarter of them for data; the evaluation does not count
+  values = clock.read(
+    12
+  )  # 2 steps of 16 images in 6 seconds, a quarter of them for data; the evaluation does not count
   assert values["data_wait"] == pytest.approx(0.25)
-  assert values["images_per_s"] == pytest.approx(32 / 6) and values["mfu"] == pytest.approx(2 * 4 * 5e6 / 6 / 1e9)
+  assert values["images_per_s"] == pytest.approx(32 / 6) and values["mfu"] == pytest.approx(
+    2 * 4 * 5e6 / 6 / 1e9
+  )
 
 
 def test_peak_flops_takes_the_longest_name():
   device = lambda kind: type("Device", (), {"device_kind": kind})
-  assert metrics.peak_flops(device("NVIDIA H200")) == 989e12
-  assert metrics.peak_flops(device("TPU v5 lite")) == 197e12 and metrics.peak_flops(device("TPU v5p")) == 459e12
-  assert metrics.peak_flops(device("cpu")) is None
+  assert log.peak_flops(device("NVIDIA H200")) == 989e12
+  assert (
+    log.peak_flops(device("TPU v5 lite")) == 197e12 and log.peak_flops(device("TPU v5p")) == 459e12
+  )
+  assert log.peak_flops(device("cpu")) is None
 
 
 class Objects:
@@ -343,6 +437,7 @@ class Objects:
   def __init__(self, monkeypatch):
     import fsspec
     from etils.epath import backend
+
     self.files = fsspec.filesystem("memory")
     monkeypatch.setattr(backend.fsspec_backend, "_get_filesystem", lambda name: self.files)
 
@@ -353,29 +448,40 @@ class Objects:
 def test_logs_of_a_run_in_a_bucket(monkeypatch):
   """They grow on disk and arrive in the bucket; a resumed run starts from what is there."""
   bucket = Objects(monkeypatch)
-  log = metrics.Log(epath.Path("gs://bucket/run"), 10)
-  log.scalars(1, {"loss": 0.5})
-  log.scalars(2, {"loss": 0.25})
-  log.text("config.json", "{}")
-  assert metrics.read("gs://bucket/run") == []  # not yet: once a minute, and at the end
-  log.close()
-  assert [r["loss"] for r in metrics.read("gs://bucket/run")] == [0.5, 0.25]
+  writer = log.Log(epath.Path("gs://bucket/run"), 10)
+  writer.scalars(1, {"loss": 0.5})
+  writer.scalars(2, {"loss": 0.25})
+  writer.text("config.json", "{}")
+  assert log.read("gs://bucket/run") == []  # not yet: once a minute, and at the end
+  writer.close()
+  assert [r["loss"] for r in log.read("gs://bucket/run")] == [0.5, 0.25]
   names = bucket.names()
-  assert {"run/metrics.jsonl", "run/config.json"} < set(names) and any(n.startswith("run/tensorboard/events") for n in names)
-  log = metrics.Log(epath.Path("gs://bucket/run"), 10, first_step=1)
-  log.scalars(2, {"loss": 0.125})
-  log.close()
-  assert [(r["step"], r["loss"]) for r in metrics.read("gs://bucket/run")] == [(1, 0.5), (2, 0.125)]
+  assert {"run/metrics.jsonl", "run/config.json"} < set(names) and any(
+    n.startswith("run/tensorboard/events") for n in names
+  )
+  writer = log.Log(epath.Path("gs://bucket/run"), 10, first_step=1)
+  writer.scalars(2, {"loss": 0.125})
+  writer.close()
+  assert [(r["step"], r["loss"]) for r in log.read("gs://bucket/run")] == [(1, 0.5), (2, 0.125)]
   assert not Path("gs:").exists()
 
 
-@pytest.mark.parametrize("workdir, message", [
-    ("gs://bucket/run", r"gs://bucket/run cannot be reached \(no credentials\); it needs pip install 'mrmae_jax\[gcs\]'"),
-    ("s3://bucket/run", "folders on disk and gs:// buckets are supported")])
+@pytest.mark.parametrize(
+  "workdir, message",
+  [
+    (
+      "gs://bucket/run",
+      r"gs://bucket/run cannot be reached \(no credentials\); it needs pip install 'mrmae_jax\[gcs\]'",
+    ),
+    ("s3://bucket/run", "folders on disk and gs:// buckets are supported"),
+  ],
+)
 def test_buckets_that_cannot_be_used(monkeypatch, workdir, message):
   from etils.epath import backend
+
   def refuse(name):
     raise OSError("no credentials")
+
   monkeypatch.setattr(backend.fsspec_backend, "_get_filesystem", refuse)
   with pytest.raises(WorkdirError, match=message):
     Checkpoints(workdir, {})

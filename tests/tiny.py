@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from mrmae_jax.config import encoder as base_encoder, pretrain
+from mrmae_jax.config import encoder as base_encoder
+from mrmae_jax.config import pretrain
 
 TEACHERS = Path(__file__).parent / "goldens" / "teachers"
 
@@ -11,7 +12,7 @@ def get_config(encoder: str = "convvit"):
   c = pretrain()
   c.image_size = (32, 48)  # not square: a swapped axis cannot hide
   c.batch_size = 16
-  c.epochs = 0.09          # 8 steps of 1,438 digits
+  c.epochs = 0.09  # 8 steps of 1,438 digits
   c.dtype = "float32"
   if encoder == "vit":
     c.encoder = base_encoder("vit", "base")

@@ -19,7 +19,7 @@ def get_config(arguments: str = "base"):
 
 def sweep():
   """Yields the points, see mrmae_jax/sweep.py."""
-  yield {"argument": "base"}                                 # the full recipe: focused, fused stages and layers, ConvViT, CLIP
+  yield {"argument": "base"}  # the full recipe: focused, fused stages and layers, ConvViT, CLIP
   yield {"argument": "base,masking=random"}
   yield {"argument": "base,fusion=stages"}
   yield {"argument": "base,encoder=vit"}

@@ -7,9 +7,10 @@ Cost:      100 epochs of ImageNet-1k at the base size, about 1.3e19 FLOP for eac
 Expected:  the published rate (blr 1.5e-4) within a factor of two of the best; not measured here yet
 """
 
-from configs.sweeps.ablation import get_config  # pylint: disable=unused-import; the full recipe, 100 epochs
 from mrmae_jax.sweep import log_uniform, sampled
 
 
 def sweep():
-  return sampled(12, 0, {"optim.blr": log_uniform(4e-5, 6e-4), "optim.weight_decay": (0.02, 0.05, 0.1)})
+  return sampled(
+    12, 0, {"optim.blr": log_uniform(4e-5, 6e-4), "optim.weight_decay": (0.02, 0.05, 0.1)}
+  )

@@ -4,22 +4,20 @@ Images are numpy arrays, uint8 [H, W, C]; three channels are RGB, one is grey.
 Sizes are (height, width).
 """
 
-from collections.abc import Callable
 import functools
 import io
 import math
+from collections.abc import Callable
 
 import numpy as np
-from PIL import Image
 import simplejpeg
+from PIL import Image
 
-from mrmae_jax.data.sources import DataError
+from mrmae_jax.errors import DataError
 
 # Of photographs. Pillow knows 40 more, by content and not by name, some of
 # which run other programs (EPS: Ghostscript).
-FORMATS = (
-    "JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF"
-)
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 # Where Pillow starts to refuse, 537 MB as RGB. Checked here too, because
 # Pillow's limit is a global which other libraries switch off.
 MAX_PIXELS = 178_956_970
@@ -71,9 +69,9 @@ def with_channels(image: np.ndarray, channels: int, name: str) -> np.ndarray:
   if (found, channels) == (1, 3):
     return np.repeat(image, 3, axis=2)
   raise DataError(
-      f"{name}: has {found} channels ({height} x {width} x {found}); expected"
-      f" {channels}, one for each number of config.data.mean and std; give as"
-      " many of these as the images have channels, or remove it"
+    f"{name}: has {found} channels ({height} x {width} x {found}); expected"
+    f" {channels}, one for each number of config.data.mean and std; give as"
+    " many of these as the images have channels, or remove it"
   )
 
 
@@ -113,8 +111,8 @@ def decode_image(data: bytes, name: str, strict: bool = False) -> np.ndarray:
       if width * height <= most:
         return _decode_opened(picture, data, strict)
     cause = (
-        f"its header claims {width} x {height} pixels, at most {most:,} of"
-        f" {len(data):,} bytes are decoded"
+      f"its header claims {width} x {height} pixels, at most {most:,} of"
+      f" {len(data):,} bytes are decoded"
     )
     error = None
   except Image.UnidentifiedImageError as caught:
@@ -123,19 +121,15 @@ def decode_image(data: bytes, name: str, strict: bool = False) -> np.ndarray:
     raise
   # Decoders meet hostile bytes here, and Pillow's raise nearly everything:
   # OSError, SyntaxError, EOFError, struct.error, zlib.error, KeyError, ...
-  except Exception as caught:  # pylint: disable=broad-exception-caught
+  except Exception as caught:
     cause, error = f"{caught or type(caught).__name__}", caught
   try:
-    raise DataError(
-        f"{name}: cannot be decoded: {cause}; replace or remove it"
-    ) from error
+    raise DataError(f"{name}: cannot be decoded: {cause}; replace or remove it") from error
   finally:
     del error  # It knows this frame, and would keep half-decoded pixels.
 
 
-def _decode_opened(
-    picture: Image.Image, data: bytes, strict: bool
-) -> np.ndarray:
+def _decode_opened(picture: Image.Image, data: bytes, strict: bool) -> np.ndarray:
   """Pixels of an opened picture of acceptable size, uint8 [H, W, 3]."""
   # By mode, not by refusal: simplejpeg does read CMYK, to other colours.
   if data[:2] == b"\xff\xd8" and picture.mode in ("RGB", "L"):
@@ -155,12 +149,12 @@ def _decode_opened(
 
 
 def crop_box(
-    height: int,
-    width: int,
-    rng: np.random.Generator,
-    scale: tuple[float, float],
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-    single_try: bool = False,
+  height: int,
+  width: int,
+  rng: np.random.Generator,
+  scale: tuple[float, float],
+  ratio: tuple[float, float] = (3 / 4, 4 / 3),
+  single_try: bool = False,
 ) -> tuple[int, int, int, int]:
   """Draws (top, left, height, width) by the RandomResizedCrop law.
 
@@ -190,10 +184,10 @@ def crop_box(
   crop_height = min(height, round(width / aspect))
   crop_width = min(width, round(height * aspect))
   return (
-      (height - crop_height) // 2,
-      (width - crop_width) // 2,
-      crop_height,
-      crop_width,
+    (height - crop_height) // 2,
+    (width - crop_width) // 2,
+    crop_height,
+    crop_width,
   )
 
 
@@ -207,8 +201,8 @@ def pictures(image: np.ndarray) -> list[Image.Image]:
 def resize_pillow(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
   """Pillow's bicubic with antialiasing, uint8 [H, W, C] of the given size."""
   resized = [
-      np.asarray(picture.resize((size[1], size[0]), Image.Resampling.BICUBIC))
-      for picture in pictures(image)
+    np.asarray(picture.resize((size[1], size[0]), Image.Resampling.BICUBIC))
+    for picture in pictures(image)
   ]
   return resized[0] if image.shape[2] == 3 else np.stack(resized, axis=2)
 
@@ -227,7 +221,7 @@ def resize_cv2(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 @functools.cache
 def _cv2():
-  import cv2  # pylint: disable=g-import-not-at-top; an extra
+  import cv2  # an extra
 
   cv2.setNumThreads(0)  # The loader has threads or processes of its own.
   return cv2
@@ -247,29 +241,27 @@ def resizer(name: str) -> Callable[[np.ndarray, tuple[int, int]], np.ndarray]:
     _cv2()
   except ImportError as error:
     raise DataError(
-        f"resize='cv2' needs OpenCV ({error}); install the fast extra (pip"
-        " install mrmae_jax[fast]) or use 'pillow'"
+      f"resize='cv2' needs OpenCV ({error}); install the fast extra (pip"
+      " install mrmae_jax[fast]) or use 'pillow'"
     ) from error
   return resize_cv2
 
 
 def random_resized_crop(
-    image: np.ndarray,
-    rng: np.random.Generator,
-    size: tuple[int, int],
-    scale: tuple[float, float] = (0.2, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-    single_try: bool = False,
-    resize: Callable = resize_pillow,
+  image: np.ndarray,
+  rng: np.random.Generator,
+  size: tuple[int, int],
+  scale: tuple[float, float] = (0.2, 1.0),
+  ratio: tuple[float, float] = (3 / 4, 4 / 3),
+  single_try: bool = False,
+  resize: Callable = resize_pillow,
 ) -> np.ndarray:
   """A random part of the image (see `crop_box`), resized to `size`.
 
   The part is cut out before resizing: `resize(box=)` looks at pixels outside
   the box and gives other values. `resize` is one of `resizer`.
   """
-  top, left, height, width = crop_box(
-      *image.shape[:2], rng, scale, ratio, single_try
-  )
+  top, left, height, width = crop_box(*image.shape[:2], rng, scale, ratio, single_try)
   return resize(image[top : top + height, left : left + width], size)
 
 
@@ -279,11 +271,11 @@ def random_flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def random_erase(
-    image: np.ndarray,
-    rng: np.random.Generator,
-    prob: float,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
+  image: np.ndarray,
+  rng: np.random.Generator,
+  prob: float,
+  mean: tuple[float, ...],
+  std: tuple[float, ...],
 ) -> np.ndarray:
   """Fills one random rectangle with noise, with probability `prob`.
 
@@ -325,9 +317,7 @@ def random_erase(
   return image
 
 
-def center_crop(
-    image: np.ndarray, size: tuple[int, int], crop_pct: float = 0.875
-) -> np.ndarray:
+def center_crop(image: np.ndarray, size: tuple[int, int], crop_pct: float = 0.875) -> np.ndarray:
   """The evaluation view: resize keeping the aspect, cut out the middle.
 
   The image is scaled until it just covers floor(size / crop_pct) on both sides;

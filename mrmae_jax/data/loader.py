@@ -11,7 +11,6 @@ stream. Worker processes are spawned, so the script that calls with
 for, however it ends.
 """
 
-from collections.abc import Callable
 import dataclasses
 import multiprocessing
 import os
@@ -22,18 +21,17 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Callable
 
-from absl import flags
 import grain
 import numpy as np
+from absl import flags
 from tqdm import tqdm
 
-from mrmae_jax.config import IMAGENET_MEAN
-from mrmae_jax.config import IMAGENET_STD
-from mrmae_jax.data import augment
-from mrmae_jax.data import randaugment
-from mrmae_jax.data.sources import DataError
+from mrmae_jax.config import IMAGENET_MEAN, IMAGENET_STD
+from mrmae_jax.data import augment, randaugment
 from mrmae_jax.data.sources import Source
+from mrmae_jax.errors import DataError
 
 # More decoding threads than this in one process fight for the interpreter.
 MAX_THREADS = 8
@@ -52,27 +50,27 @@ def loader_options(config) -> dict:
 
 
 def train_batches(
-    source: Source,
-    *,
-    seed: int,
-    batch_size: int,
-    image_size: tuple[int, int],
-    crop_scale: tuple[float, float],
-    flip: bool,
-    single_try: bool = False,
-    resize: str = "pillow",
-    randaug: str = "",
-    erase_prob: float = 0.0,
-    mean: tuple[float, ...] = IMAGENET_MEAN,
-    std: tuple[float, ...] = IMAGENET_STD,
-    channels: int = 3,
-    first_step: int = 0,
-    shard: int = 0,
-    num_shards: int = 1,
-    workers: int = 0,
-    on_error: str = "raise",
-    max_skipped: float = 0.01,
-    timeout_s: float = 0.0,
+  source: Source,
+  *,
+  seed: int,
+  batch_size: int,
+  image_size: tuple[int, int],
+  crop_scale: tuple[float, float],
+  flip: bool,
+  single_try: bool = False,
+  resize: str = "pillow",
+  randaug: str = "",
+  erase_prob: float = 0.0,
+  mean: tuple[float, ...] = IMAGENET_MEAN,
+  std: tuple[float, ...] = IMAGENET_STD,
+  channels: int = 3,
+  first_step: int = 0,
+  shard: int = 0,
+  num_shards: int = 1,
+  workers: int = 0,
+  on_error: str = "raise",
+  max_skipped: float = 0.01,
+  timeout_s: float = 0.0,
 ) -> "Batches":
   """Endless training batches, from step `first_step` on.
 
@@ -112,58 +110,62 @@ def train_batches(
     DataError: at once for arguments that do not fit; from next() as `Batches`
       says.
   """
-  shard_size = _check(
-      source, batch_size, shard, num_shards, workers, on_error
-  )
+  shard_size = _check(source, batch_size, shard, num_shards, workers, on_error)
   if seed < 0 or first_step < 0:
-    raise DataError(
-        f"seed={seed}, first_step={first_step} given; neither may be negative"
-    )
+    raise DataError(f"seed={seed}, first_step={first_step} given; neither may be negative")
   if not 0 <= erase_prob <= 1:
     raise DataError(f"erase_prob={erase_prob} given; expected 0 to 1")
   if randaug and channels != 3:
-    raise DataError(
-        f"randaug={randaug!r} given; of {channels} channels expected ''"
-    )
+    raise DataError(f"randaug={randaug!r} given; of {channels} channels expected ''")
   # Grain reshuffles epoch e with (shuffle seed + e): hashing the seed first
   # keeps the second epoch of seed 0 from being the first epoch of seed 1.
   shuffle_seed, augment_seed = np.random.SeedSequence(seed).generate_state(2)
   view = _TrainView(
-      source, channels, on_error == "skip", image_size, crop_scale, flip,
-      single_try, augment.resizer(resize), randaugment.parse(randaug),
-      erase_prob, mean, std,
+    source,
+    channels,
+    on_error == "skip",
+    image_size,
+    crop_scale,
+    flip,
+    single_try,
+    augment.resizer(resize),
+    randaugment.parse(randaug),
+    erase_prob,
+    mean,
+    std,
   )
-  order = (
-      grain.MapDataset.range(len(source))
-      .shuffle(seed=int(shuffle_seed))
-      .repeat()
-  )
+  order = grain.MapDataset.range(len(source)).shuffle(seed=int(shuffle_seed)).repeat()
 
   def mine(stream):
     batches = stream.batch(shard_size, drop_remainder=True)
     return batches[first_step * num_shards + shard :: num_shards]
 
   return Batches(
-      source, mine(order), mine(order.random_map(view, seed=int(augment_seed))),
-      workers=workers, max_skipped=max_skipped, timeout_s=timeout_s,
-      first_step=first_step, consequence="another image takes its place",
+    source,
+    mine(order),
+    mine(order.random_map(view, seed=int(augment_seed))),
+    workers=workers,
+    max_skipped=max_skipped,
+    timeout_s=timeout_s,
+    first_step=first_step,
+    consequence="another image takes its place",
   )
 
 
 def eval_batches(
-    source: Source,
-    *,
-    batch_size: int,
-    image_size: tuple[int, int],
-    crop_pct: float,
-    channels: int = 3,
-    shard: int = 0,
-    num_shards: int = 1,
-    workers: int = 0,
-    limit: int = 0,
-    on_error: str = "raise",
-    max_skipped: float = 0.01,
-    timeout_s: float = 0.0,
+  source: Source,
+  *,
+  batch_size: int,
+  image_size: tuple[int, int],
+  crop_pct: float,
+  channels: int = 3,
+  shard: int = 0,
+  num_shards: int = 1,
+  workers: int = 0,
+  limit: int = 0,
+  on_error: str = "raise",
+  max_skipped: float = 0.01,
+  timeout_s: float = 0.0,
 ) -> "Batches":
   """One pass over the images in order, each exactly once over all shards.
 
@@ -190,9 +192,7 @@ def eval_batches(
   Raises:
     DataError: as in `train_batches`.
   """
-  shard_size = _check(
-      source, batch_size, shard, num_shards, workers, on_error
-  )
+  shard_size = _check(source, batch_size, shard, num_shards, workers, on_error)
   if not 0 < crop_pct <= 1:
     raise DataError(f"crop_pct={crop_pct} given; expected 0 < crop_pct <= 1")
   count = min(limit, len(source)) if limit > 0 else len(source)
@@ -204,28 +204,28 @@ def eval_batches(
     return stream.batch(shard_size, drop_remainder=True)[shard::num_shards]
 
   return Batches(
-      source, mine(order), mine(order.map(view)), workers=workers,
-      max_skipped=max_skipped, timeout_s=timeout_s,
-      consequence="it is not counted",
+    source,
+    mine(order),
+    mine(order.map(view)),
+    workers=workers,
+    max_skipped=max_skipped,
+    timeout_s=timeout_s,
+    consequence="it is not counted",
   )
 
 
 def _check(source, batch_size, shard, num_shards, workers, on_error) -> int:
   """Images per batch and shard, or DataError for arguments that do not fit."""
   if not len(source):
-    raise DataError(
-        f"{source.description}: the dataset is empty; expected an image or more"
-    )
+    raise DataError(f"{source.description}: the dataset is empty; expected an image or more")
   if batch_size < 1 or num_shards < 1 or batch_size % num_shards:
     lower = batch_size // max(num_shards, 1) * num_shards
     raise DataError(
-        f"batch size {batch_size} cannot be cut into {num_shards} equal shards;"
-        f" nearest: {max(lower, num_shards)} or {lower + num_shards}"
+      f"batch size {batch_size} cannot be cut into {num_shards} equal shards;"
+      f" nearest: {max(lower, num_shards)} or {lower + num_shards}"
     )
   if not 0 <= shard < num_shards:
-    raise DataError(
-        f"shard {shard} of {num_shards} given; expected 0 to {num_shards - 1}"
-    )
+    raise DataError(f"shard {shard} of {num_shards} given; expected 0 to {num_shards - 1}")
   if workers < 0:
     raise DataError(f"workers={workers} given; expected 0 or more")
   if on_error not in ("raise", "skip"):
@@ -249,16 +249,16 @@ class Batches:
   """
 
   def __init__(
-      self,
-      source: Source,
-      order: grain.MapDataset,
-      batches: grain.MapDataset,
-      *,
-      workers: int,
-      max_skipped: float,
-      timeout_s: float,
-      consequence: str,
-      first_step: int = 0,
+    self,
+    source: Source,
+    order: grain.MapDataset,
+    batches: grain.MapDataset,
+    *,
+    workers: int,
+    max_skipped: float,
+    timeout_s: float,
+    consequence: str,
+    first_step: int = 0,
   ):
     """Starts nothing yet.
 
@@ -292,12 +292,11 @@ class Batches:
     except MemoryError as error:
       self.close()
       raise DataError(
-          f"memory ran out while images were decoded{_memory()}; {_SAVE_MEMORY}"
+        f"memory ran out while images were decoded{_memory()}; {_SAVE_MEMORY}"
       ) from error
     except RuntimeError as error:
       # Grain's words; it has no type of its own for that.
-      code = re.search("terminated unexpectedly with exit code (-?[0-9]+)",
-                       str(error))
+      code = re.search("terminated unexpectedly with exit code (-?[0-9]+)", str(error))
       if not code:
         raise
       self.close()
@@ -325,12 +324,12 @@ class Batches:
           process.kill()
       names = [self._source.name(i) for i in self._indices() if i >= 0]
       raise DataError(
-          f"waited {self._timeout_s:g} s for batch"
-          f" {self._first_step + self._taken} (the first is 0) of"
-          f" {self._source.description}: an image cannot be read or decoded to its"
-          f" end, or a worker has no memory{_memory()}; look at the storage, or"
-          " give a larger timeout_s; the images of this batch:"
-          f" {', '.join(names)}"
+        f"waited {self._timeout_s:g} s for batch"
+        f" {self._first_step + self._taken} (the first is 0) of"
+        f" {self._source.description}: an image cannot be read or decoded to its"
+        f" end, or a worker has no memory{_memory()}; look at the storage, or"
+        " give a larger timeout_s; the images of this batch:"
+        f" {', '.join(names)}"
       ) from None
     if error:
       self._fetcher = None  # it has ended, too
@@ -347,7 +346,7 @@ class Batches:
     if not self._fetcher:
       self._requests, self._results = queue.SimpleQueue(), queue.SimpleQueue()
       self._fetcher = threading.Thread(
-          target=_fetch, args=(self._batches, self._requests, self._results), daemon=True
+        target=_fetch, args=(self._batches, self._requests, self._results), daemon=True
       )
       self._fetcher.start()
       weakref.finalize(self, self._requests.put, False)  # it ends with this object
@@ -368,21 +367,21 @@ class Batches:
       number, most = len(self.skipped), int(self._max_skipped * len(self._source))
       if number > most:
         raise DataError(
-            f"{self.skipped[index]}; {number} of {len(self._source)} images could"
-            f" not be read, max_skipped={self._max_skipped:g} allows {most}; list"
-            " them with python -m mrmae_jax.tools.data verify"
+          f"{self.skipped[index]}; {number} of {len(self._source)} images could"
+          f" not be read, max_skipped={self._max_skipped:g} allows {most}; list"
+          " them with mrmae verify"
         )
       tqdm.write(
-          f"warning: {self.skipped[index]}; {self._consequence} ({number} of"
-          f" {len(self._source)} images skipped so far, at most {most})",
-          file=sys.stderr,
+        f"warning: {self.skipped[index]}; {self._consequence} ({number} of"
+        f" {len(self._source)} images skipped so far, at most {most})",
+        file=sys.stderr,
       )
       sys.stderr.flush()
 
 
 _SAVE_MEMORY = (
-    "use fewer data.workers, a smaller batch, or images packed at a smaller size"
-    " (tools.pack --short_side)"
+  "use fewer data.workers, a smaller batch, or images packed at a smaller size"
+  " (mrmae pack --short_side)"
 )
 
 
@@ -390,14 +389,14 @@ def _death(code: int) -> str:
   """What to say of a worker process that ended with this exit code."""
   if code == -signal.SIGKILL:
     return (
-        "a worker process of the loader was killed by signal 9: probably out of"
-        f" memory{_memory()}; {_SAVE_MEMORY}"
+      "a worker process of the loader was killed by signal 9: probably out of"
+      f" memory{_memory()}; {_SAVE_MEMORY}"
     )
   how = f"signal {-code}" if code < 0 else f"exit code {code}"
   return (
-      f"a worker process of the loader ended with {how}; what it wrote stands"
-      " above. If it was a decoder that crashed, python -m mrmae_jax.tools.data"
-      " verify finds the image"
+    f"a worker process of the loader ended with {how}; what it wrote stands"
+    " above. If it was a decoder that crashed, python -m mrmae_jax.cli.verify"
+    " verify finds the image"
   )
 
 
@@ -406,9 +405,7 @@ def _memory() -> str:
   try:
     with open("/proc/meminfo", encoding="ascii") as file:
       kib = {line.split()[0]: int(line.split()[1]) for line in file}
-    available, total = (
-        kib[name] / 2**20 for name in ("MemAvailable:", "MemTotal:")
-    )
+    available, total = (kib[name] / 2**20 for name in ("MemAvailable:", "MemTotal:"))
   except (OSError, KeyError):
     return ""
   return f" (of {total:.1f} GiB on this machine {available:.1f} are available now)"
@@ -426,7 +423,7 @@ def _end_with_parent(worker: int, workers: int) -> None:
   def watch():
     while os.getppid() == parent:
       time.sleep(0.5)
-    os._exit(1)  # pylint: disable=protected-access; nobody is left to clean up for
+    os._exit(1)  # nobody is left to clean up for
 
   threading.Thread(target=watch, daemon=True).start()
 
@@ -437,7 +434,7 @@ def _fetch(batches, requests: queue.SimpleQueue, results: queue.SimpleQueue) -> 
   while not error and requests.get():
     try:
       results.put((next(batches), None))
-    except BaseException as caught:  # pylint: disable=broad-exception-caught; it is raised where the batch is waited for
+    except BaseException as caught:  # it is raised where the batch is waited for
       results.put((None, error := caught))
 
 
@@ -450,13 +447,13 @@ def _iterate(batches: grain.MapDataset, workers: int) -> grain.DatasetIterator:
   threads = 1 if workers else min(os.cpu_count() or 1, MAX_THREADS)
   # Grain's default buffer is 500 elements, and an element is a whole batch.
   batches = batches.to_iter_dataset(
-      grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+    grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
   )
   if workers:
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()  # Grain hands its flags on to the workers.
     batches = batches.mp_prefetch(
-        grain.MultiprocessingOptions(num_workers=workers), _end_with_parent
+      grain.MultiprocessingOptions(num_workers=workers), _end_with_parent
     )
   return iter(batches)
 
@@ -491,19 +488,19 @@ class _TrainView:
   def __call__(self, index: int, rng: np.random.Generator) -> dict:
     image, label, skipped = self._read(index, rng)
     image = augment.random_resized_crop(
-        image, rng, self.image_size, self.crop_scale,
-        single_try=self.single_try, resize=self.resize,
+      image,
+      rng,
+      self.image_size,
+      self.crop_scale,
+      single_try=self.single_try,
+      resize=self.resize,
     )
     if self.flip:
       image = augment.random_flip(image, rng)
     if self.policy:
-      image = randaugment.randaugment(
-          image, rng, self.policy, randaugment.mean_colour(self.mean)
-      )
+      image = randaugment.randaugment(image, rng, self.policy, randaugment.mean_colour(self.mean))
     if self.erase_prob:
-      image = augment.random_erase(
-          image, rng, self.erase_prob, self.mean, self.std
-      )
+      image = augment.random_erase(image, rng, self.erase_prob, self.mean, self.std)
     return {"image": image, "label": label, "skipped": skipped}
 
   def _read(self, index, rng):
@@ -519,9 +516,7 @@ class _TrainView:
           raise
         reason = reason or str(error)
         index = int(rng.integers(len(self.source)))
-    raise DataError(
-        f"{reason}; of {MAX_DRAWS - 1} others drawn in its place none can be read"
-    )
+    raise DataError(f"{reason}; of {MAX_DRAWS - 1} others drawn in its place none can be read")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -554,18 +549,18 @@ class _EvalView:
         image = augment.pixels(example, self.channels)
         image = augment.center_crop(image, self.image_size, self.crop_pct)
         return {
-            "image": image,
-            "label": np.int32(example["label"]),
-            "valid": np.bool_(True),
-            "skipped": _reason(""),
+          "image": image,
+          "label": np.int32(example["label"]),
+          "valid": np.bool_(True),
+          "skipped": _reason(""),
         }
       except DataError as error:
         if not self.skip:
           raise
         reason = error
     return {
-        "image": np.zeros((*self.image_size, self.channels), np.uint8),
-        "label": np.int32(-1),
-        "valid": np.bool_(False),
-        "skipped": _reason(reason),
+      "image": np.zeros((*self.image_size, self.channels), np.uint8),
+      "label": np.int32(-1),
+      "valid": np.bool_(False),
+      "skipped": _reason(reason),
     }

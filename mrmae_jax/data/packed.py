@@ -8,7 +8,6 @@ index has the class names, the options of the packing, and for each shard its
 number of images, size and sha256.
 """
 
-from collections.abc import Callable
 import contextlib
 import hashlib
 import io
@@ -18,16 +17,16 @@ import os
 import pathlib
 import re
 import shutil
+from collections.abc import Callable
 
-from array_record.python import array_record_data_source
-from array_record.python import array_record_module
 import grain
 import numpy as np
+from array_record.python import array_record_data_source, array_record_module
 from PIL import Image
 
 from mrmae_jax.data import augment
-from mrmae_jax.data.sources import DataError
 from mrmae_jax.data.sources import Source
+from mrmae_jax.errors import DataError
 
 FORMAT = "mrmae_jax packed images 1"
 INDEX = "index.json"
@@ -54,26 +53,24 @@ class PackedSource:
     self._root, self._split = root, split
     if split not in index["splits"]:
       raise DataError(
-          f"packed:{root}: holds {', '.join(index['splits'])}, not {split!r};"
-          " pack again with --splits=train,eval, or do without (a run:"
-          " holdout_every=0)"
+        f"packed:{root}: holds {', '.join(index['splits'])}, not {split!r};"
+        " pack again with --splits=train,eval, or do without (a run:"
+        " holdout_every=0)"
       )
     shards = index["splits"][split]
     for shard in shards:
       _check_size(root, shard)
     self._records = array_record_data_source.ArrayRecordDataSource(
-        [f"{root / shard['file']}[0:{shard['images']}]" for shard in shards]
+      [f"{root / shard['file']}[0:{shard['images']}]" for shard in shards]
     )
     self.class_names = tuple(index["class_names"])
     digest = hashlib.sha256("".join(s["sha256"] for s in shards).encode())
-    self.fingerprint = (
-        f"{len(self)} packed images, content {digest.hexdigest()[:12]}"
-    )
+    self.fingerprint = f"{len(self)} packed images, content {digest.hexdigest()[:12]}"
     classes = f"{len(self.class_names)} classes"
     self.description = (
-        f"packed:{root}: {len(self)} images,"
-        f" {classes if self.class_names else 'no labels'}; {split} of"
-        f" {index['options']['source']}"
+      f"packed:{root}: {len(self)} images,"
+      f" {classes if self.class_names else 'no labels'}; {split} of"
+      f" {index['options']['source']}"
     )
 
   def __len__(self) -> int:
@@ -93,9 +90,9 @@ class PackedSource:
     # The reader raises what its C++ has: RuntimeError, ValueError, IndexError.
     except Exception as error:
       raise DataError(
-          f"packed:{self._root}: image {index} of {self._split!r} cannot be"
-          f" read ({' '.join(str(error).split())}); find the damaged shard with"
-          f" python -m mrmae_jax.tools.pack --verify={self._root}"
+        f"packed:{self._root}: image {index} of {self._split!r} cannot be"
+        f" read ({' '.join(str(error).split())}); find the damaged shard with"
+        f" mrmae pack --verify={self._root}"
       ) from error
     return {"image": image, **example}
 
@@ -104,14 +101,14 @@ class PackedSource:
 
 
 def write(
-    sources: dict[str, Source],
-    root: str | os.PathLike,
-    options: dict,
-    *,
-    short_side: int = 0,
-    quality: int = 95,
-    shards: int = 0,
-    progress: Callable[[int], None] = lambda count: None,
+  sources: dict[str, Source],
+  root: str | os.PathLike,
+  options: dict,
+  *,
+  short_side: int = 0,
+  quality: int = 95,
+  shards: int = 0,
+  progress: Callable[[int], None] = lambda count: None,
 ) -> None:
   """Packs sources into a new folder, which appears whole or not at all.
 
@@ -138,9 +135,9 @@ def write(
   """
   if len({source.class_names for source in sources.values()}) > 1:
     raise DataError(
-        "the splits have different classes: "
-        + ", ".join(f"{k} {len(s.class_names)}" for k, s in sources.items())
-        + "; pack them one by one with --splits"
+      "the splits have different classes: "
+      + ", ".join(f"{k} {len(s.class_names)}" for k, s in sources.items())
+      + "; pack them one by one with --splits"
     )
   root = pathlib.Path(os.path.expanduser(root)).absolute()
   with _whole_folder(root) as unfinished:
@@ -148,33 +145,35 @@ def write(
     for split, source in sources.items():
       count = min(shards or -(-len(source) // SHARD_IMAGES), len(source))
       records = (
-          grain.MapDataset.range(len(source))
-          .map(_Record(source, short_side, quality))
-          .to_iter_dataset(grain.ReadOptions(THREADS, 4 * THREADS))
+        grain.MapDataset.range(len(source))
+        .map(_Record(source, short_side, quality))
+        .to_iter_dataset(grain.ReadOptions(THREADS, 4 * THREADS))
       )
       splits[split] = []
       with contextlib.closing(iter(records)) as records:
         for i, part in enumerate(np.array_split(range(len(source)), count)):
           path = unfinished / f"{split}-{i:05d}-of-{count:05d}.array_record"
           _write_shard(path, itertools.islice(records, len(part)), progress)
-          splits[split].append(dict(
-              file=path.name, images=len(part), bytes=path.stat().st_size,
+          splits[split].append(
+            dict(
+              file=path.name,
+              images=len(part),
+              bytes=path.stat().st_size,
               sha256=_sha256(path),
-          ))
+            )
+          )
     index = dict(
-        format=FORMAT,
-        options=options,
-        class_names=next(iter(sources.values())).class_names,
-        splits=splits,
+      format=FORMAT,
+      options=options,
+      class_names=next(iter(sources.values())).class_names,
+      splits=splits,
     )
     (unfinished / INDEX).write_text(json.dumps(index, indent=1) + "\n")
 
 
 def _write_shard(path: pathlib.Path, records, progress) -> None:
   # One image per chunk, to read them in any order; JPEGs do not compress.
-  writer = array_record_module.ArrayRecordWriter(
-      str(path), "group_size:1,uncompressed"
-  )
+  writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1,uncompressed")
   try:
     for record in records:
       writer.write(record)
@@ -185,8 +184,8 @@ def _write_shard(path: pathlib.Path, records, progress) -> None:
 
 
 def verify(
-    root: str | os.PathLike,
-    progress: Callable[[int], None] = lambda count: None,
+  root: str | os.PathLike,
+  progress: Callable[[int], None] = lambda count: None,
 ) -> str:
   """Reads every shard of a packed folder; returns a line about them.
 
@@ -204,8 +203,8 @@ def verify(
     _check_size(root, shard)
     if (found := _sha256(root / shard["file"])) != shard["sha256"]:
       raise DataError(
-          f"{root / shard['file']}: was changed: its sha256 is {found},"
-          f" expected {shard['sha256']}; copy it again, or pack again"
+        f"{root / shard['file']}: was changed: its sha256 is {found},"
+        f" expected {shard['sha256']}; copy it again, or pack again"
       )
     progress(shard["images"])
   images = sum(shard["images"] for shard in shards)
@@ -242,12 +241,10 @@ def _read_index(root: pathlib.Path) -> dict:
           raise ValueError(f"{file} has images and bytes {counts}")
         if not re.fullmatch("[0-9a-f]{64}", shard["sha256"]):
           raise ValueError(f"{file} has no sha256")
-  except (
-      OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError
-  ) as error:
+  except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
     raise DataError(
-        f"packed:{root}: no packed folder ({INDEX}: {error}); make one with"
-        " python -m mrmae_jax.tools.pack --source=SOURCE --out=DIR"
+      f"packed:{root}: no packed folder ({INDEX}: {error}); make one with"
+      " mrmae pack --source=SOURCE --out=DIR"
     ) from error
   return index
 
@@ -258,8 +255,7 @@ def _check_size(root: pathlib.Path, shard: dict) -> None:
   if size != shard["bytes"]:
     state = "is missing" if size is None else f"has {size:,} bytes"
     raise DataError(
-        f"{path}: {state}, expected {shard['bytes']:,} bytes; copy it again, or"
-        " pack again"
+      f"{path}: {state}, expected {shard['bytes']:,} bytes; copy it again, or pack again"
     )
 
 
@@ -308,12 +304,10 @@ class _Record:
     if channels != 3:
       return resized
     try:
-      Image.fromarray(resized).save(
-          buffer, "JPEG", quality=self._quality, subsampling="4:2:0"
-      )
+      Image.fromarray(resized).save(buffer, "JPEG", quality=self._quality, subsampling="4:2:0")
     except OSError as error:  # More than 65,500 pixels on a side.
       raise DataError(
-          f"{name}: {height} x {width} pixels cannot be encoded at {size[0]} x"
-          f" {size[1]}: {error}; remove it"
+        f"{name}: {height} x {width} pixels cannot be encoded at {size[0]} x"
+        f" {size[1]}: {error}; remove it"
       ) from error
     return buffer.getvalue()

@@ -10,7 +10,7 @@ from typing import Callable, NamedTuple
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from mrmae_jax.data.sources import DataError
+from mrmae_jax.errors import DataError
 
 BICUBIC = Image.Resampling.BICUBIC
 MAX_MAGNITUDE = 10.0
@@ -50,12 +50,17 @@ class Op(NamedTuple):
 def _affine(matrix):
   """Output pixel (x, y) is input pixel (a x + b y + c, d x + e y + f); `matrix` makes the six out of argument and size."""
   return lambda picture, argument, fill: picture.transform(
-      picture.size, Image.Transform.AFFINE, matrix(argument, *picture.size), BICUBIC, fillcolor=fill)
+    picture.size, Image.Transform.AFFINE, matrix(argument, *picture.size), BICUBIC, fillcolor=fill
+  )
 
 
 def _enhance(kind) -> Op:
   """Blends with a degenerate picture; 1 changes nothing, so the increasing variant moves away from it on either side."""
-  return Op(lambda s: max(0.1, 1 + 0.9 * s), True, lambda picture, factor, fill: kind(picture).enhance(factor))
+  return Op(
+    lambda s: max(0.1, 1 + 0.9 * s),
+    True,
+    lambda picture, factor, fill: kind(picture).enhance(factor),
+  )
 
 
 def _table(values):
@@ -74,21 +79,31 @@ def _brightened(amount):
 
 
 OPS = {  # by timm's names
-    "AutoContrast": Op(lambda s: s, False, lambda picture, _, __: ImageOps.autocontrast(picture)),
-    "Equalize": Op(lambda s: s, False, lambda picture, _, __: ImageOps.equalize(picture)),
-    "Invert": Op(lambda s: s, False, lambda picture, _, __: ImageOps.invert(picture)),
-    "Rotate": Op(lambda s: 30 * s, True, lambda picture, degrees, fill: picture.rotate(degrees, BICUBIC, fillcolor=fill)),
-    "PosterizeIncreasing": Op(lambda s: 4 - int(4 * s), False, _table(_posterized)),
-    "SolarizeIncreasing": Op(lambda s: 256 - int(256 * s), False, lambda picture, first, _: ImageOps.solarize(picture, first)),
-    "SolarizeAdd": Op(lambda s: int(110 * s), False, _table(_brightened)),
-    "ColorIncreasing": _enhance(ImageEnhance.Color),
-    "ContrastIncreasing": _enhance(ImageEnhance.Contrast),
-    "BrightnessIncreasing": _enhance(ImageEnhance.Brightness),
-    "SharpnessIncreasing": _enhance(ImageEnhance.Sharpness),
-    "ShearX": Op(lambda s: 0.3 * s, True, _affine(lambda shear, w, h: (1, shear, 0, 0, 1, 0))),
-    "ShearY": Op(lambda s: 0.3 * s, True, _affine(lambda shear, w, h: (1, 0, 0, shear, 1, 0))),
-    "TranslateXRel": Op(lambda s: 0.45 * s, True, _affine(lambda share, w, h: (1, 0, share * w, 0, 1, 0))),
-    "TranslateYRel": Op(lambda s: 0.45 * s, True, _affine(lambda share, w, h: (1, 0, 0, 0, 1, share * h))),
+  "AutoContrast": Op(lambda s: s, False, lambda picture, _, __: ImageOps.autocontrast(picture)),
+  "Equalize": Op(lambda s: s, False, lambda picture, _, __: ImageOps.equalize(picture)),
+  "Invert": Op(lambda s: s, False, lambda picture, _, __: ImageOps.invert(picture)),
+  "Rotate": Op(
+    lambda s: 30 * s,
+    True,
+    lambda picture, degrees, fill: picture.rotate(degrees, BICUBIC, fillcolor=fill),
+  ),
+  "PosterizeIncreasing": Op(lambda s: 4 - int(4 * s), False, _table(_posterized)),
+  "SolarizeIncreasing": Op(
+    lambda s: 256 - int(256 * s), False, lambda picture, first, _: ImageOps.solarize(picture, first)
+  ),
+  "SolarizeAdd": Op(lambda s: int(110 * s), False, _table(_brightened)),
+  "ColorIncreasing": _enhance(ImageEnhance.Color),
+  "ContrastIncreasing": _enhance(ImageEnhance.Contrast),
+  "BrightnessIncreasing": _enhance(ImageEnhance.Brightness),
+  "SharpnessIncreasing": _enhance(ImageEnhance.Sharpness),
+  "ShearX": Op(lambda s: 0.3 * s, True, _affine(lambda shear, w, h: (1, shear, 0, 0, 1, 0))),
+  "ShearY": Op(lambda s: 0.3 * s, True, _affine(lambda shear, w, h: (1, 0, 0, shear, 1, 0))),
+  "TranslateXRel": Op(
+    lambda s: 0.45 * s, True, _affine(lambda share, w, h: (1, 0, share * w, 0, 1, 0))
+  ),
+  "TranslateYRel": Op(
+    lambda s: 0.45 * s, True, _affine(lambda share, w, h: (1, 0, 0, 0, 1, share * h))
+  ),
 }
 
 
@@ -109,16 +124,28 @@ def parse(text: str) -> Policy | None:
     else:
       values["unknown"] = part
   count = values.get("n", 2.0)
-  policy = Policy(values.get("m", MAX_MAGNITUDE), values.get("mstd", 0.0), int(min(count, MAX_COUNT)))
-  if (name != "rand" or "unknown" in values or values.get("inc") != 1 or policy.count != count
-      or policy.count < 1 or policy.magnitude > MAX_MAGNITUDE or policy.magnitude_std > MAX_MAGNITUDE):
+  policy = Policy(
+    values.get("m", MAX_MAGNITUDE), values.get("mstd", 0.0), int(min(count, MAX_COUNT))
+  )
+  if (
+    name != "rand"
+    or "unknown" in values
+    or values.get("inc") != 1
+    or policy.count != count
+    or policy.count < 1
+    or policy.magnitude > MAX_MAGNITUDE
+    or policy.magnitude_std > MAX_MAGNITUDE
+  ):
     raise DataError(
-        f"randaug={text!r} is not understood; expected '' or 'rand-inc1' with, once each, m0 to m10 (magnitude, 10 if left"
-        f" out), mstd0 to mstd10 (its deviation, 0), n1 to n{MAX_COUNT} (operations, 2), e.g. 'rand-m9-mstd0.5-inc1'")
+      f"randaug={text!r} is not understood; expected '' or 'rand-inc1' with, once each, m0 to m10 (magnitude, 10 if left"
+      f" out), mstd0 to mstd10 (its deviation, 0), n1 to n{MAX_COUNT} (operations, 2), e.g. 'rand-m9-mstd0.5-inc1'"
+    )
   return policy
 
 
-def randaugment(image: np.ndarray, rng: np.random.Generator, policy: Policy, fill: tuple[int, int, int]) -> np.ndarray:
+def randaugment(
+  image: np.ndarray, rng: np.random.Generator, policy: Policy, fill: tuple[int, int, int]
+) -> np.ndarray:
   """Applies randomly drawn operations.
 
   Args:

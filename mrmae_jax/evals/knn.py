@@ -10,17 +10,35 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from mrmae_jax import data, sharding, supervision
+from mrmae_jax import data, sharding
+from mrmae_jax.errors import DataError
+from mrmae_jax.runs import supervision
 
-QUERIES, BLOCK = 1024, 16384  # similarities held at a time: 64 MB a device, whatever the size of the bank
+QUERIES, BLOCK = (
+  1024,
+  16384,
+)  # similarities held at a time: 64 MB a device, whatever the size of the bank
 
 
 class Evaluator:
   """Held-out accuracy of the task's "features", with a bank of training images under the same central crop."""
 
-  def __init__(self, task, frozen, config, mesh, workdir, *, k: int, temperature: float, batch_size: int, bank: int):
+  def __init__(
+    self,
+    task,
+    frozen,
+    config,
+    mesh,
+    workdir,
+    *,
+    k: int,
+    temperature: float,
+    batch_size: int,
+    bank: int,
+  ):
     """Opens both splits.
 
     Args:
@@ -39,7 +57,7 @@ class Evaluator:
     self.note = ""
     try:
       self._sources = [data.open_split(config.data, split) for split in ("train", "eval")]
-    except data.DataError as error:
+    except DataError as error:
       self.note = f"no k-NN evaluation: {error}"
       return
     if not self._sources[0].class_names:
@@ -57,28 +75,47 @@ class Evaluator:
     del step
     if self.note:
       return {}
-    (bank, classes), (queries, labels) = (self._encode(params, source, limit)
-                                          for source, limit in zip(self._sources, (self._bank, 0)))
-    predicted = knn_classify(queries, bank, classes, len(self._sources[0].class_names), (self._k,), self._temperature, self._mesh)
+    (bank, classes), (queries, labels) = (
+      self._encode(params, source, limit) for source, limit in zip(self._sources, (self._bank, 0))
+    )
+    predicted = knn_classify(
+      queries,
+      bank,
+      classes,
+      len(self._sources[0].class_names),
+      (self._k,),
+      self._temperature,
+      self._mesh,
+    )
     return {"accuracy": float((predicted[self._k] == labels).mean())}
 
   def _encode(self, params, source, limit):
     """Features [M, D] and labels [M] of a split."""
     features, labels = [], []
-    batches = data.eval_batches(source, batch_size=self._batch_size, image_size=tuple(self._config.image_size),
-                                crop_pct=self._config.data.eval_crop, shard=jax.process_index(),
-                                num_shards=jax.process_count(), limit=limit, **data.loader_options(self._config.data))
+    batches = data.eval_batches(
+      source,
+      batch_size=self._batch_size,
+      image_size=tuple(self._config.image_size),
+      crop_pct=self._config.data.eval_crop,
+      shard=jax.process_index(),
+      num_shards=jax.process_count(),
+      limit=limit,
+      **data.loader_options(self._config.data),
+    )
     for batch in batches:
       supervision.beat()
-      found, label, valid = jax.device_get(self._encode_batch(params, self._frozen, sharding.global_batch(batch, self._mesh)))
+      found, label, valid = jax.device_get(
+        self._encode_batch(params, self._frozen, sharding.global_batch(batch, self._mesh))
+      )
       features.append(found[valid])
       labels.append(label[valid])
     batches.close()
     return np.concatenate(features), np.concatenate(labels)
 
 
-def knn_classify(queries, bank, labels, num_classes: int, ks: tuple[int, ...], temperature: float,
-                 mesh=None) -> dict[int, np.ndarray]:
+def knn_classify(
+  queries, bank, labels, num_classes: int, ks: tuple[int, ...], temperature: float, mesh=None
+) -> dict[int, np.ndarray]:
   """Classes by weighted vote of the nearest neighbours.
 
   Args:
@@ -98,14 +135,18 @@ def knn_classify(queries, bank, labels, num_classes: int, ks: tuple[int, ...], t
   for i in range(0, len(similarity), QUERIES):
     part = slice(i, i + QUERIES)
     for k in ks:
-      predicted[k].append(_vote(similarity[part, :k], labels[index[part, :k]], num_classes, temperature))
+      predicted[k].append(
+        _vote(similarity[part, :k], labels[index[part, :k]], num_classes, temperature)
+      )
   return {k: np.concatenate(parts) for k, parts in predicted.items()}
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def _vote(similarity, labels, num_classes, temperature):
   weights = jnp.exp(similarity / temperature)
-  return jax.vmap(lambda label, weight: jnp.zeros(num_classes).at[label].add(weight))(labels, weights).argmax(-1)
+  return jax.vmap(lambda label, weight: jnp.zeros(num_classes).at[label].add(weight))(
+    labels, weights
+  ).argmax(-1)
 
 
 def nearest(queries, bank, k: int, mesh=None) -> tuple[np.ndarray, np.ndarray]:
@@ -129,17 +170,21 @@ def nearest(queries, bank, k: int, mesh=None) -> tuple[np.ndarray, np.ndarray]:
   block = min(BLOCK, share)
   shape = (mesh.size, -(-share // block), block, dim)
 
-  def rows(place):  # of one device: made where it is needed, so that no host pads a copy of the whole
+  def rows(
+    place,
+  ):  # of one device: made where it is needed, so that no host pads a copy of the whole
     filled = np.zeros(shape[1:], np.float32)
     begin = (place[0].start or 0) * shape[1] * block
-    mine = bank[begin:begin + shape[1] * block]
-    filled.reshape(-1, dim)[:len(mine)] = mine
+    mine = bank[begin : begin + shape[1] * block]
+    filled.reshape(-1, dim)[: len(mine)] = mine
     return filled[None]
 
   placed = jax.make_array_from_callback(shape, NamedSharding(mesh, P(sharding.AXES)), rows)
   search = jax.jit(_search, static_argnums=(2, 3), out_shardings=sharding.replicated(mesh))
-  parts = [jax.device_get(search(np.asarray(queries[i:i + QUERIES], np.float32), placed, k, count))
-           for i in range(0, len(queries), QUERIES)]
+  parts = [
+    jax.device_get(search(np.asarray(queries[i : i + QUERIES], np.float32), placed, k, count))
+    for i in range(0, len(queries), QUERIES)
+  ]
   return tuple(np.concatenate(columns) for columns in zip(*parts))
 
 
@@ -150,13 +195,18 @@ def _search(queries, bank, k, count):
 
   def look(best, n):
     similarity = jnp.einsum("qd,sbd->sqb", queries, _unit(bank[:, n]), precision="highest")
-    first = ((jnp.arange(shares) * blocks + n) * block)[:, None, None]  # place in the bank of each block's first entry
+    first = ((jnp.arange(shares) * blocks + n) * block)[
+      :, None, None
+    ]  # place in the bank of each block's first entry
     similarity = jnp.where(first + jnp.arange(block) < count, similarity, -jnp.inf)
     similarity, found = jax.lax.top_k(jnp.concatenate([best[0], similarity], 2), k)
     old = jnp.take_along_axis(best[1], jnp.minimum(found, k - 1), 2)
     return (similarity, jnp.where(found < k, old, first + found - k)), None
 
-  none = jnp.full((shares, len(queries), k), -jnp.inf), jnp.zeros((shares, len(queries), k), jnp.int32)
+  none = (
+    jnp.full((shares, len(queries), k), -jnp.inf),
+    jnp.zeros((shares, len(queries), k), jnp.int32),
+  )
   best, _ = jax.lax.scan(look, none, jnp.arange(blocks))
   similarity, place = (x.swapaxes(0, 1).reshape(len(queries), -1) for x in best)
   similarity, found = jax.lax.top_k(similarity, k)
@@ -167,7 +217,9 @@ def _unit(x):
   return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
-def few_shot(queries, expected, bank, labels, shots: int, draws: int = 10, seed: int = 0) -> np.ndarray:
+def few_shot(
+  queries, expected, bank, labels, shots: int, draws: int = 10, seed: int = 0
+) -> np.ndarray:
   """Accuracy with a few labelled images of each class: the class whose mean feature is most similar (Snell et al. 2017).
 
   Features are brought to unit length before and after averaging.

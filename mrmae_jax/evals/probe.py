@@ -17,8 +17,19 @@ from mrmae_jax import optim
 from mrmae_jax.tasks.probe import init_head, logits, losses, standard
 
 
-def linear(features, labels, queries, expected, num_classes: int, *, blrs: tuple[float, ...], epochs: int, batch_size: int,
-           seed: int = 0, progress: Callable[[Iterable[int]], Iterable[int]] = iter) -> np.ndarray:
+def linear(
+  features,
+  labels,
+  queries,
+  expected,
+  num_classes: int,
+  *,
+  blrs: tuple[float, ...],
+  epochs: int,
+  batch_size: int,
+  seed: int = 0,
+  progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> np.ndarray:
   """Trains a linear classifier at each learning rate.
 
   Args:
@@ -34,7 +45,9 @@ def linear(features, labels, queries, expected, num_classes: int, *, blrs: tuple
     Accuracies float [len(blrs)] in [0, 1].
   """
   steps = len(features) // batch_size
-  tx = optim.over_grid(optax.sgd(optim.warmup_cosine(batch_size / 256, 0.0, 0, epochs * steps), momentum=0.9), blrs)
+  tx = optim.over_grid(
+    optax.sgd(optim.warmup_cosine(batch_size / 256, 0.0, 0, epochs * steps), momentum=0.9), blrs
+  )
   x, y = jnp.asarray(features, jnp.float32), jnp.asarray(labels)
   seen = x.mean(0), x.var(0)
   x = standard(x, *seen)
@@ -46,7 +59,8 @@ def linear(features, labels, queries, expected, num_classes: int, *, blrs: tuple
       gradient = jax.grad(lambda head: losses(logits(head, x[rows]), y[rows]).sum())(head)
       updates, moments = tx.update(gradient, moments, head)
       return (jax.tree.map(jnp.add, head, updates), moments), None
-    order = jax.random.permutation(key, len(x))[:steps * batch_size]
+
+    order = jax.random.permutation(key, len(x))[: steps * batch_size]
     return jax.lax.scan(step, state, order.reshape(steps, batch_size))[0]
 
   head = init_head(jax.random.key(seed), len(blrs), x.shape[1], num_classes)
@@ -60,6 +74,11 @@ def linear(features, labels, queries, expected, num_classes: int, *, blrs: tuple
     return (logits(head, standard(queries, *seen)).argmax(-1) == expected[:, None]).sum(0)
 
   part = 4096  # [part, grid, classes] fits anywhere
-  count = sum(np.asarray(hits(jnp.asarray(queries[i:i + part], jnp.float32), jnp.asarray(expected[i:i + part])), np.int64)
-              for i in range(0, len(queries), part))
+  count = sum(
+    np.asarray(
+      hits(jnp.asarray(queries[i : i + part], jnp.float32), jnp.asarray(expected[i : i + part])),
+      np.int64,
+    )
+    for i in range(0, len(queries), part)
+  )
   return count / len(queries)

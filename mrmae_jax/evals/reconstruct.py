@@ -6,10 +6,14 @@ import jax
 from PIL import Image
 
 from mrmae_jax import data, sharding
-from mrmae_jax.pictures import draw_grid
+from mrmae_jax.viz.grid import draw_grid
 
-COLUMNS = {"original": "original", "masked": "encoder sees", "reconstruction": "decoder output*",
-           "pasted": "visible + output*"}
+COLUMNS = {
+  "original": "original",
+  "masked": "encoder sees",
+  "reconstruction": "decoder output*",
+  "pasted": "visible + output*",
+}
 NOTE = "* drawn with the mean and contrast of each true patch, which normalised predictions lack"
 
 
@@ -29,9 +33,16 @@ class Evaluator:
     self._note = "; ".join(filter(None, (caption, NOTE if config.method.norm_pix else "")))
     source = data.open_split(config.data, "eval" if config.data.holdout_every else "train")
     count = -(-images // mesh.size) * mesh.size
-    batches = data.eval_batches(source, batch_size=count, image_size=tuple(config.image_size),
-                                crop_pct=config.data.eval_crop, shard=jax.process_index(), num_shards=jax.process_count(),
-                                limit=images, **data.loader_options(config.data) | {"workers": 0})
+    batches = data.eval_batches(
+      source,
+      batch_size=count,
+      image_size=tuple(config.image_size),
+      crop_pct=config.data.eval_crop,
+      shard=jax.process_index(),
+      num_shards=jax.process_count(),
+      limit=images,
+      **data.loader_options(config.data) | {"workers": 0},
+    )
     self._batch = sharding.global_batch(next(batches), mesh)
     batches.close()
     keys = jax.random.split(jax.random.key(0), count)
@@ -45,7 +56,11 @@ class Evaluator:
   def run(self, params, step: int) -> dict:
     """{"pictures": {path of the PNG: uint8 [H, W, 3]}}; host 0 writes it."""
     columns = jax.device_get(self._predict(params, self._frozen, self._batch))
-    picture = draw_grid([columns[name][:self._images, ..., self._bands] for name in COLUMNS], list(COLUMNS.values()), self._note)
+    picture = draw_grid(
+      [columns[name][: self._images, ..., self._bands] for name in COLUMNS],
+      list(COLUMNS.values()),
+      self._note,
+    )
     path = self._folder / f"step_{step:07d}.png"
     if jax.process_index() == 0:
       self._folder.mkdir(parents=True, exist_ok=True)

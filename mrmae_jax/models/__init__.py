@@ -11,7 +11,9 @@ from mrmae_jax.models.vit import ViT
 
 def make_encoder(fields, dtype):
   """The encoder of a configuration's `encoder` section, or its JSON: its name and the fields of that module."""
-  fields = {key: tuple(value) if isinstance(value, list) else value for key, value in dict(fields).items()}
+  fields = {
+    key: tuple(value) if isinstance(value, list) else value for key, value in dict(fields).items()
+  }
   return {"convvit": ConvViT, "vit": ViT}[fields.pop("name")](dtype=dtype, **fields)
 
 
@@ -22,7 +24,9 @@ def make_decoder(fields, encoder, channels: int, dtype) -> Decoder:
   the backward pass is what the encoder keeps.
   """
   ratio = encoder.mlp_ratios[0] if isinstance(encoder, ConvViT) else 4
-  return Decoder(encoder.patch_size ** 2 * channels, mlp_ratio=ratio, remat=encoder.remat, dtype=dtype, **fields)
+  return Decoder(
+    encoder.patch_size**2 * channels, mlp_ratio=ratio, remat=encoder.remat, dtype=dtype, **fields
+  )
 
 
 def encode(encoder, params, pixels: jax.Array, normed: bool | None = None) -> dict[str, jax.Array]:
@@ -42,9 +46,13 @@ def encode(encoder, params, pixels: jax.Array, normed: bool | None = None) -> di
   x, out = encoder.apply({"params": params}, pixels)
   normed = isinstance(encoder, ViT) if normed is None else normed
   x = (x if normed else out["layers"][-1]).astype(jnp.float32)
-  tokens = x[:, int(encoder.cls_token):]
-  found = {"tokens": tokens, "pooled": tokens.mean(1)} | ({"cls": x[:, 0]} if encoder.cls_token else {})
-  return found | {name: out[name].astype(jnp.float32) for name in ("stage1", "stage2") if name in out}
+  tokens = x[:, int(encoder.cls_token) :]
+  found = {"tokens": tokens, "pooled": tokens.mean(1)} | (
+    {"cls": x[:, 0]} if encoder.cls_token else {}
+  )
+  return found | {
+    name: out[name].astype(jnp.float32) for name in ("stage1", "stage2") if name in out
+  }
 
 
 def head_attention(encoder, params, pixels: jax.Array) -> jax.Array:
@@ -60,7 +68,12 @@ def head_attention(encoder, params, pixels: jax.Array) -> jax.Array:
   """
   block = f"{'blocks' if isinstance(encoder, ViT) else 'blocks3'}_{encoder.depth - 1}"
   wanted = lambda module, _: module.path == (block, "attn", "qkv")
-  _, found = encoder.apply({"params": params}, pixels, capture_intermediates=wanted, mutable=["intermediates"])
-  qkv, = found["intermediates"][block]["attn"]["qkv"]["__call__"]
-  q, k, _ = (y.reshape(*y.shape[:2], encoder.num_heads, -1).swapaxes(1, 2) for y in jnp.split(qkv, 3, axis=-1))
+  _, found = encoder.apply(
+    {"params": params}, pixels, capture_intermediates=wanted, mutable=["intermediates"]
+  )
+  (qkv,) = found["intermediates"][block]["attn"]["qkv"]["__call__"]
+  q, k, _ = (
+    y.reshape(*y.shape[:2], encoder.num_heads, -1).swapaxes(1, 2)
+    for y in jnp.split(qkv, 3, axis=-1)
+  )
   return attention_weights(q, k)

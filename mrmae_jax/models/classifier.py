@@ -28,7 +28,9 @@ class Classifier(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, images: jax.Array, keys: jax.Array | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
+  def __call__(
+    self, images: jax.Array, keys: jax.Array | None = None
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Normalised images [B, H, W, C] -> float32 logits [B, num_classes], and {"features": float32 [B, D], what the head sees}.
 
     keys: [B], to drop paths by; None drops nothing.
@@ -37,7 +39,7 @@ class Classifier(nn.Module):
     if self.pool == "cls":
       features = x[:, 0]
     else:
-      patches = out["layers"][-1][:, int(self.encoder.cls_token):]
+      patches = out["layers"][-1][:, int(self.encoder.cls_token) :]
       features = layer_norm(1e-6, self.dtype, "fc_norm")(patches.mean(1))
     init = nn.initializers.truncated_normal(self.head_std)
     logits = Dense(self.num_classes, kernel_init=init, dtype=self.dtype, name="head")(features)

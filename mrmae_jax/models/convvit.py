@@ -18,16 +18,32 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mrmae_jax.models.layers import (Block, Dense, DropPath, LayerFusion, Mask, depthwise_conv, drop_paths, from_blocks, gelu,
-                                     layer_norm, patchify, position_table, put_visible, rematerialised, take_visible, to_blocks)
+from mrmae_jax.models.layers import (
+  Block,
+  Dense,
+  DropPath,
+  LayerFusion,
+  Mask,
+  depthwise_conv,
+  drop_paths,
+  from_blocks,
+  gelu,
+  layer_norm,
+  patchify,
+  position_table,
+  put_visible,
+  rematerialised,
+  take_visible,
+  to_blocks,
+)
 
 CONV_EPS = 1e-5  # the reference hard-codes torch's default in the convolutional blocks and patch embeddings ...
-VIT_EPS = 1e-6   # ... and passes 1e-6 to the transformer blocks and the last norm
+VIT_EPS = 1e-6  # ... and passes 1e-6 to the transformer blocks and the last norm
 
 
 def torch_uniform(fan_in: int):
   """torch's default for convolutions, weights and biases alike: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
-  bound = fan_in ** -0.5
+  bound = fan_in**-0.5
   return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
@@ -57,7 +73,9 @@ class PatchEmbed(nn.Module):
     return gelu(layer_norm(CONV_EPS, self.dtype, "norm")(x))
 
 
-def spatial_mix(x: jax.Array, kernel: jax.Array, mask: Mask | None, grid: tuple[int, int]) -> jax.Array:
+def spatial_mix(
+  x: jax.Array, kernel: jax.Array, mask: Mask | None, grid: tuple[int, int]
+) -> jax.Array:
   """Depthwise convolution that sees visible positions only.
 
   Args:
@@ -80,7 +98,9 @@ def spatial_mix(x: jax.Array, kernel: jax.Array, mask: Mask | None, grid: tuple[
   b, h, w, c = x.shape
   s, zero = h // grid[0], jnp.zeros((), x.dtype)
   visible = (~mask.removed).reshape(b, -1, *grid, 1).repeat(s, 2).repeat(s, 3)
-  y = depthwise_conv(jnp.where(visible, x[:, None], zero).reshape(-1, h, w, c), kernel).reshape(b, -1, h, w, c)
+  y = depthwise_conv(jnp.where(visible, x[:, None], zero).reshape(-1, h, w, c), kernel).reshape(
+    b, -1, h, w, c
+  )
   return y[:, 0] if y.shape[1] == 1 else jnp.where(visible, y, zero).sum(1)
 
 
@@ -91,7 +111,9 @@ class ConvBlock(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array, mask: Mask | None, grid: tuple[int, int], drop: DropPath = DropPath()) -> jax.Array:
+  def __call__(
+    self, x: jax.Array, mask: Mask | None, grid: tuple[int, int], drop: DropPath = DropPath()
+  ) -> jax.Array:
     """Same shape out; see `spatial_mix` for the arguments."""
     dim = x.shape[-1]
     init = torch_uniform(25)
@@ -149,8 +171,9 @@ class ConvViT(nn.Module):
     return self.depths[2]
 
   @nn.compact
-  def __call__(self, images: jax.Array, mask: Mask | None = None,
-               keys: jax.Array | None = None) -> tuple[jax.Array, dict[str, Any]]:
+  def __call__(
+    self, images: jax.Array, mask: Mask | None = None, keys: jax.Array | None = None
+  ) -> tuple[jax.Array, dict[str, Any]]:
     """Encodes normalised images.
 
     Args:
@@ -177,15 +200,23 @@ class ConvViT(nn.Module):
       x = take_visible(to_blocks(x, self.patch_size), mask)
     token_size = self.patch_size  # side of one token's block, in positions of the current map
     for stage in (1, 2):
-      p, width, ratio = self.patch_sizes[stage - 1], self.embed_dims[stage - 1], self.mlp_ratios[stage - 1]
+      p, width, ratio = (
+        self.patch_sizes[stage - 1],
+        self.embed_dims[stage - 1],
+        self.mlp_ratios[stage - 1],
+      )
       token_size //= p
       x = PatchEmbed(p, width, dtype=self.dtype, name=f"patch_embed{stage}")(x)
       for i in range(self.depths[stage - 1]):
         block = rematerialised(ConvBlock, self.remat, static_argnums=(3,))
-        x = block(int(width * ratio), self.dtype, name=f"blocks{stage}_{i}")(x, mask, grid, next(drops))
+        x = block(int(width * ratio), self.dtype, name=f"blocks{stage}_{i}")(
+          x, mask, grid, next(drops)
+        )
       out[f"stage{stage}"] = x
       if self.fuse_stages:
-        skips.append(conv_dense(patchify(x, token_size), dim, self.dtype, f"stage{stage}_output_decode"))
+        skips.append(
+          conv_dense(patchify(x, token_size), dim, self.dtype, f"stage{stage}_output_decode")
+        )
 
     x = PatchEmbed(self.patch_sizes[2], dim, xavier=True, dtype=self.dtype, name="patch_embed3")(x)
     x, *skips = (y.reshape(len(y), -1, dim) for y in (x, *skips))
@@ -200,12 +231,16 @@ class ConvViT(nn.Module):
     if self.cls_token:
       cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, dim)).astype(self.dtype)
       x = jnp.concatenate([jnp.broadcast_to(cls, (len(x), 1, dim)), x], axis=1)
-      skips = [jnp.pad(y, ((0, 0), (1, 0), (0, 0))) for y in skips]  # the convolutional stages have nothing to add to CLS
+      skips = [
+        jnp.pad(y, ((0, 0), (1, 0), (0, 0))) for y in skips
+      ]  # the convolutional stages have nothing to add to CLS
 
     out["layers"] = []
     for i in range(self.depth):
       block = rematerialised(Block, self.remat)
-      x, attention = block(self.num_heads, int(dim * self.mlp_ratios[2]), VIT_EPS, self.dtype, name=f"blocks3_{i}")(x, next(drops))
+      x, attention = block(
+        self.num_heads, int(dim * self.mlp_ratios[2]), VIT_EPS, self.dtype, name=f"blocks3_{i}"
+      )(x, next(drops))
       out["layers"].append(x)
     if self.cls_token:
       out["attention"] = attention[:, 1:]

@@ -6,7 +6,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mrmae_jax.models.layers import Block, Dense, Mask, gelu, layer_norm, position_table, put_visible, rematerialised
+from mrmae_jax.models.layers import (
+  Block,
+  Dense,
+  Mask,
+  gelu,
+  layer_norm,
+  position_table,
+  put_visible,
+  rematerialised,
+)
 
 
 class Decoder(nn.Module):
@@ -32,8 +41,9 @@ class Decoder(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, tokens: jax.Array, mask: Mask, grid: tuple[int, int],
-               everywhere: bool = True) -> tuple[jax.Array, dict[str, jax.Array]]:
+  def __call__(
+    self, tokens: jax.Array, mask: Mask, grid: tuple[int, int], everywhere: bool = True
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Predicts tokens of the image from the visible ones.
 
     Args:
@@ -47,7 +57,9 @@ class Decoder(nn.Module):
       out: "tokens": [B, N or N - V, dim], what the prediction is read from.
     """
     x = Dense(self.dim, dtype=self.dtype, name="embed")(tokens)
-    mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.dim)).astype(self.dtype)
+    mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.dim)).astype(
+      self.dtype
+    )
     cls, visible = jnp.split(x, [x.shape[1] - mask.ids_keep.shape[1]], axis=1)
     x = jnp.where(mask.removed[..., None], mask_token, put_visible(visible, mask))
     x = jnp.concatenate([cls, x], axis=1) if cls.shape[1] else x
@@ -55,9 +67,11 @@ class Decoder(nn.Module):
     block = rematerialised(Block, self.remat)
     for i in range(self.depth):
       only = mask.masked if i == self.depth - 1 and not everywhere else None
-      x, _ = block(self.num_heads, int(self.dim * self.mlp_ratio), self.eps, self.dtype, name=f"blocks_{i}")(x, only=only)
+      x, _ = block(
+        self.num_heads, int(self.dim * self.mlp_ratio), self.eps, self.dtype, name=f"blocks_{i}"
+      )(x, only=only)
     x = layer_norm(self.eps, self.dtype, "norm")(x)
-    out = {"tokens": x[:, cls.shape[1]:] if everywhere else x}
+    out = {"tokens": x[:, cls.shape[1] :] if everywhere else x}
     prediction = Dense(self.out_dim, dtype=self.dtype, name="pred")(out["tokens"])
     return prediction.astype(jnp.float32), out
 

@@ -33,7 +33,9 @@ class Mask(NamedTuple):
   def masked(self) -> "Mask":
     """The mask that shows what this one hides."""
     tokens, visible = self.ids_restore.shape[1], self.ids_keep.shape[1]
-    return Mask(jnp.argsort(self.ids_restore, axis=1)[:, visible:], (self.ids_restore - visible) % tokens)
+    return Mask(
+      jnp.argsort(self.ids_restore, axis=1)[:, visible:], (self.ids_restore - visible) % tokens
+    )
 
   @property
   def removed(self) -> jax.Array:
@@ -52,7 +54,9 @@ def _take(x, mask):
 
 def _put(x, mask):
   removed = mask.removed.reshape(mask.removed.shape + (1,) * (x.ndim - 2))
-  return jnp.where(removed, jnp.zeros((), x.dtype), _gather(x, jnp.minimum(mask.ids_restore, x.shape[1] - 1)))
+  return jnp.where(
+    removed, jnp.zeros((), x.dtype), _gather(x, jnp.minimum(mask.ids_restore, x.shape[1] - 1))
+  )
 
 
 # The two moves are each other's transpose. Saying so keeps scatter-adds, slow on every backend, out of the backward pass.
@@ -80,7 +84,7 @@ put_visible.defvjp(lambda x, mask: (_put(x, mask), mask), lambda mask, dy: (_tak
 
 def chosen(x: jax.Array, only: Mask | None) -> jax.Array:
   """The visible ones of the last N of T tokens, those before them (CLS) not: [B, T, ...] -> [B, V, ...]; all for None."""
-  return x if only is None else take_visible(x[:, x.shape[1] - only.ids_restore.shape[1]:], only)
+  return x if only is None else take_visible(x[:, x.shape[1] - only.ids_restore.shape[1] :], only)
 
 
 def patchify(x: jax.Array, p: int) -> jax.Array:
@@ -110,12 +114,14 @@ def _shifted(x, size):
   """The size*size shifted copies of zero-padded [B, H, W, C] maps that a centred stencil reads, row by row."""
   r, (h, w) = size // 2, x.shape[1:3]
   x = jnp.pad(x, ((0, 0), (r, r), (r, r), (0, 0)))
-  return [x[:, i:i + h, j:j + w] for i in range(size) for j in range(size)]
+  return [x[:, i : i + h, j : j + w] for i in range(size) for j in range(size)]
 
 
 def _depthwise(x, kernel):
   taps = kernel.reshape(-1, kernel.shape[-1]).astype(jnp.float32)
-  return sum(s.astype(jnp.float32) * tap for s, tap in zip(_shifted(x, kernel.shape[0]), taps)).astype(x.dtype)
+  return sum(
+    s.astype(jnp.float32) * tap for s, tap in zip(_shifted(x, kernel.shape[0]), taps)
+  ).astype(x.dtype)
 
 
 @jax.custom_vjp
@@ -135,6 +141,7 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def _kernel_gradient(x, dy, size):
   """float32 [size, size, C]: for each tap the sum over all positions of what it reads times the gradient of what it adds to."""
+
   def by_taps(x, dy):
     dy = dy.astype(jnp.float32)
     return jnp.stack([jnp.sum(s.astype(jnp.float32) * dy, (0, 1, 2)) for s in _shifted(x, size)])
@@ -143,15 +150,24 @@ def _kernel_gradient(x, dy, size):
     # XLA:CPU makes each tap a slow pass over everything. Here all taps visit one band of rows after the other while it is in
     # the cache, and only products are added up, position by position: 13 times as fast on 8 x 56 x 56 x 256.
     b, h, w, c = x.shape
-    rows = max(n for n in range(1, h + 1) if h % n == 0 and n * w * c <= max(2 ** 13, w * c))
+    rows = max(n for n in range(1, h + 1) if h % n == 0 and n * w * c <= max(2**13, w * c))
     x = jnp.pad(x, ((0, 0), (size // 2,) * 2, (size // 2,) * 2, (0, 0)))
 
     def add(sums, band):
       image, row = band // (h // rows), band % (h // rows) * rows
-      near = jax.lax.dynamic_slice(x, (image, row, 0, 0), (1, rows + size - 1, w + size - 1, c)).astype(jnp.float32)
+      near = jax.lax.dynamic_slice(
+        x, (image, row, 0, 0), (1, rows + size - 1, w + size - 1, c)
+      ).astype(jnp.float32)
       here = jax.lax.dynamic_slice(dy, (image, row, 0, 0), (1, rows, w, c)).astype(jnp.float32)
-      return [sums[i * size + j] + near[:, i:i + rows, j:j + w] * here for i in range(size) for j in range(size)], None
-    sums, _ = jax.lax.scan(add, [jnp.zeros((1, rows, w, c), jnp.float32)] * size ** 2, jnp.arange(b * h // rows))
+      return [
+        sums[i * size + j] + near[:, i : i + rows, j : j + w] * here
+        for i in range(size)
+        for j in range(size)
+      ], None
+
+    sums, _ = jax.lax.scan(
+      add, [jnp.zeros((1, rows, w, c), jnp.float32)] * size**2, jnp.arange(b * h // rows)
+    )
     return jnp.stack([total.sum((0, 1, 2)) for total in sums])
 
   # The bands walk over the batch, which then could not be divided among devices.
@@ -161,7 +177,9 @@ def _kernel_gradient(x, dy, size):
 
 def _depthwise_bwd(residuals, dy):
   x, kernel = residuals
-  return _depthwise(dy, kernel[::-1, ::-1]), _kernel_gradient(x, dy, kernel.shape[0]).astype(kernel.dtype)
+  return _depthwise(dy, kernel[::-1, ::-1]), _kernel_gradient(x, dy, kernel.shape[0]).astype(
+    kernel.dtype
+  )
 
 
 depthwise_conv.defvjp(lambda x, kernel: (_depthwise(x, kernel), (x, kernel)), _depthwise_bwd)
@@ -200,7 +218,9 @@ def position_table(module: nn.Module, grid: tuple[int, int], cls_token: bool = F
   Learned ones are its parameter "pos_embed" [1, T, dim], which belongs to one grid and starts as the sine-cosine table.
   """
   table = jnp.asarray(sincos_2d(module.dim, grid, cls_token))
-  return module.param("pos_embed", lambda key: table[None])[0] if module.learned_positions else table
+  return (
+    module.param("pos_embed", lambda key: table[None])[0] if module.learned_positions else table
+  )
 
 
 class Dense(nn.Module):
@@ -225,7 +245,9 @@ class Dense(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, columns: slice = slice(None)) -> jax.Array:
     """[..., D] -> [..., features], or those of the output's columns that are asked for."""
-    kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))[:, columns].astype(self.dtype)
+    kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))[
+      :, columns
+    ].astype(self.dtype)
     y = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ kernel
     if self.use_bias:
       y = y + self.param("bias", self.bias_init, (self.features,))[columns].astype(self.dtype)
@@ -254,21 +276,30 @@ class DropPath:
     """[B, ...] -> [B, ...]; the two branches of a block are dropped independently."""
     if self.keys is None or not self.rate:
       return x
-    keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, branch), 1 - self.rate))(self.keys)
-    return jnp.where(keep.reshape(-1, *(1,) * (x.ndim - 1)), x / (1 - self.rate), jnp.zeros((), x.dtype))
+    keep = jax.vmap(
+      lambda key: jax.random.bernoulli(jax.random.fold_in(key, branch), 1 - self.rate)
+    )(self.keys)
+    return jnp.where(
+      keep.reshape(-1, *(1,) * (x.ndim - 1)), x / (1 - self.rate), jnp.zeros((), x.dtype)
+    )
 
 
 def drop_paths(rate: float, depth: int, keys: jax.Array | None) -> list[DropPath]:
   """One for each of `depth` blocks, the rate rising linearly from 0 to `rate`; keys [B] of the images, None to drop nothing."""
   fold = jax.vmap(jax.random.fold_in, (0, None))
-  return [DropPath(rate * i / max(depth - 1, 1), None if keys is None else fold(keys, i)) for i in range(depth)]
+  return [
+    DropPath(rate * i / max(depth - 1, 1), None if keys is None else fold(keys, i))
+    for i in range(depth)
+  ]
 
 
 def has_fused_attention(dtype: Any, head_dim: int) -> bool:
   """Whether cuDNN's attention can be used: bfloat16, heads of at most 128 channels in eights, NVIDIA GPUs from Ampere on."""
   if jax.default_backend() != "gpu" or dtype != jnp.bfloat16 or head_dim % 8 or head_dim > 128:
     return False
-  capability = getattr(jax.local_devices()[0], "compute_capability", "")  # "9.0"; AMD's read otherwise
+  capability = getattr(
+    jax.local_devices()[0], "compute_capability", ""
+  )  # "9.0"; AMD's read otherwise
   return capability.replace(".", "").isdigit() and float(capability) >= 8
 
 
@@ -289,17 +320,26 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   return attention_weights(q, k).astype(v.dtype) @ v
 
 
-def fused_attention(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str = "cudnn") -> jax.Array:
+def fused_attention(
+  q: jax.Array, k: jax.Array, v: jax.Array, implementation: str = "cudnn"
+) -> jax.Array:
   """`attend` by JAX's kernels ("cudnn", "xla"), which count heads behind tokens.
 
   JAX refuses to differentiate cuDNN's for an odd number of tokens (49 visible ones, say): they get one more, which nobody
   attends to.
   """
   batch, (queries, keys) = len(q), (x.shape[2] for x in (q, k))
-  q, k, v = (jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, x.shape[2] % 2), (0, 0), (0, 0))) for x in (q, k, v))
-  lengths = {name: jnp.full(batch, n, jnp.int32) for name, n in (("query_seq_lengths", queries), ("key_value_seq_lengths", keys))}
+  q, k, v = (
+    jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, x.shape[2] % 2), (0, 0), (0, 0))) for x in (q, k, v)
+  )
+  lengths = {
+    name: jnp.full(batch, n, jnp.int32)
+    for name, n in (("query_seq_lengths", queries), ("key_value_seq_lengths", keys))
+  }
   padded = (queries, keys) != (q.shape[1], k.shape[1])
-  x = jax.nn.dot_product_attention(q, k, v, **(lengths if padded else {}), implementation=implementation)
+  x = jax.nn.dot_product_attention(
+    q, k, v, **(lengths if padded else {}), implementation=implementation
+  )
   return x[:, :queries].swapaxes(1, 2)
 
 
@@ -325,8 +365,11 @@ class Attention(nn.Module):
     """
     dim = x.shape[-1]
     qkv = Dense(3 * dim, dtype=self.dtype, name="qkv")
-    q, k, v = jnp.split(qkv(x), 3, axis=-1) if only is None else (
-        qkv(chosen(x, only), slice(dim)), *jnp.split(qkv(x, slice(dim, None)), 2, axis=-1))
+    q, k, v = (
+      jnp.split(qkv(x), 3, axis=-1)
+      if only is None
+      else (qkv(chosen(x, only), slice(dim)), *jnp.split(qkv(x, slice(dim, None)), 2, axis=-1))
+    )
     q, k, v = (y.reshape(*y.shape[:2], self.num_heads, -1).swapaxes(1, 2) for y in (q, k, v))
     if self.rotate is not None:
       q, k = self.rotate(q), self.rotate(k)
@@ -344,7 +387,9 @@ class Block(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array, drop: DropPath = DropPath(), only: Mask | None = None) -> tuple[jax.Array, jax.Array]:
+  def __call__(
+    self, x: jax.Array, drop: DropPath = DropPath(), only: Mask | None = None
+  ) -> tuple[jax.Array, jax.Array]:
     """[B, T, D] -> [B, T, D], and the first token's attention [B, T] (see `Attention`).
 
     With `only`, which see in `chosen`, [B, V, D]: the other tokens are attended to, and end here.
@@ -357,7 +402,9 @@ class Block(nn.Module):
     return x + drop(dense(x.shape[-1], "fc2")(gelu(h)), 1), attention
 
 
-def rematerialised(block: type[nn.Module], remat: str, static_argnums: tuple[int, ...] = ()) -> type[nn.Module]:
+def rematerialised(
+  block: type[nn.Module], remat: str, static_argnums: tuple[int, ...] = ()
+) -> type[nn.Module]:
   """A kind of block of which the backward pass computes again what was not kept: memory for time, the same numbers.
 
   Args:
@@ -382,7 +429,10 @@ class LayerFusion(nn.Module):
   def __call__(self, depths: list[jax.Array]) -> jax.Array:
     """Streams [B, T, D], the deepest last -> [B, T, D]."""
     *shallow, last = depths
-    streams = [Dense(last.shape[-1], dtype=self.dtype, name=f"depth_{i}")(x)
-               for i, x in enumerate(shallow)] + [last]
-    weights = jax.nn.softmax(self.param("weights", nn.initializers.zeros, (len(streams),))).astype(self.dtype)
+    streams = [
+      Dense(last.shape[-1], dtype=self.dtype, name=f"depth_{i}")(x) for i, x in enumerate(shallow)
+    ] + [last]
+    weights = jax.nn.softmax(self.param("weights", nn.initializers.zeros, (len(streams),))).astype(
+      self.dtype
+    )
     return sum(weight * x for weight, x in zip(weights, streams))

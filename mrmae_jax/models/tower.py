@@ -7,9 +7,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mrmae_jax.models.layers import Attention, Dense, Mask, gelu, layer_norm, patchify, quick_gelu, take_visible, xavier_uniform
+from mrmae_jax.models.layers import (
+  Attention,
+  Dense,
+  Mask,
+  gelu,
+  layer_norm,
+  patchify,
+  quick_gelu,
+  take_visible,
+  xavier_uniform,
+)
 
-ACTIVATIONS = {"gelu": gelu, "gelu_tanh": jax.nn.gelu, "quick_gelu": quick_gelu, "silu": jax.nn.silu}
+ACTIVATIONS = {
+  "gelu": gelu,
+  "gelu_tanh": jax.nn.gelu,
+  "quick_gelu": quick_gelu,
+  "silu": jax.nn.silu,
+}
 
 
 class Tower(nn.Module):
@@ -54,7 +69,9 @@ class Tower(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, images: jax.Array, mask: Mask | None = None) -> tuple[jax.Array, dict[str, Any]]:
+  def __call__(
+    self, images: jax.Array, mask: Mask | None = None
+  ) -> tuple[jax.Array, dict[str, Any]]:
     """Encodes normalised images. T tokens come out: CLS, where there is one, then the N patches row by row.
 
     Args:
@@ -74,7 +91,9 @@ class Tower(nn.Module):
     grid = (h // self.patch_size, w // self.patch_size)
     n = grid[0] * grid[1]
     x = patchify(images.astype(self.dtype), self.patch_size).reshape(b, n, -1)
-    if mask is not None:  # the embedding works patch by patch, so only the visible patches need to be embedded
+    if (
+      mask is not None
+    ):  # the embedding works patch by patch, so only the visible patches need to be embedded
       x = take_visible(x, mask)
     x = Dense(self.dim, use_bias=self.patch_bias, dtype=self.dtype, name="patch_embed")(x)
 
@@ -83,23 +102,38 @@ class Tower(nn.Module):
     rotate = None
     if self.positions == "table":
       pos = self.param("pos_embed", normal, (1, len(prefix) + n, self.dim))
-      patches = pos[:, len(prefix):]
+      patches = pos[:, len(prefix) :]
       x = x + (patches if mask is None else patches[0][mask.ids_keep])
       prefix = [token + pos[:, :1] for token in prefix]
     else:
       rotate = _rotation(grid, self.dim // self.num_heads, self.rope_theta)
     if self.num_registers:
       prefix.append(self.param("registers", normal, (1, self.num_registers, self.dim)))
-    x = jnp.concatenate([*(jnp.broadcast_to(p, (b, *p.shape[1:])) for p in prefix), x], axis=1).astype(self.dtype)
+    x = jnp.concatenate(
+      [*(jnp.broadcast_to(p, (b, *p.shape[1:])) for p in prefix), x], axis=1
+    ).astype(self.dtype)
     if self.norm_pre:
       x = layer_norm(self.eps, self.dtype, "norm_pre")(x)
 
     first_patch = self.cls_token + self.num_registers
-    shown = lambda x: jnp.concatenate([x[:, :self.cls_token], x[:, first_patch:]], axis=1) if self.num_registers else x
+    shown = lambda x: (
+      jnp.concatenate([x[:, : self.cls_token], x[:, first_patch:]], axis=1)
+      if self.num_registers
+      else x
+    )
     layers = []
     for i in range(self.depth):
-      x, attention = _Block(self.num_heads, self.mlp_dim, self.eps, self.activation, self.gated, self.layer_scale, rotate,
-                            self.dtype, name=f"blocks_{i}")(x)
+      x, attention = _Block(
+        self.num_heads,
+        self.mlp_dim,
+        self.eps,
+        self.activation,
+        self.gated,
+        self.layer_scale,
+        rotate,
+        self.dtype,
+        name=f"blocks_{i}",
+      )(x)
       layers.append(shown(x))
     out = {"layers": layers}
     x = layer_norm(self.eps, self.dtype, "norm")(layers[-1])
@@ -109,11 +143,14 @@ class Tower(nn.Module):
       out["proj"] = Dense(self.proj_dim, use_bias=False, dtype=self.dtype, name="proj")(x)
     if self.probe:
       out["pooled"], out["attention"] = _AttentionPool(
-          self.num_heads, self.mlp_dim, self.eps, self.activation, self.dtype, name="head")(x)
+        self.num_heads, self.mlp_dim, self.eps, self.activation, self.dtype, name="head"
+      )(x)
     return x, out
 
 
-def _rotation(grid: tuple[int, int], head_dim: int, theta: float) -> Callable[[jax.Array], jax.Array]:
+def _rotation(
+  grid: tuple[int, int], head_dim: int, theta: float
+) -> Callable[[jax.Array], jax.Array]:
   """Rotary positions of DINOv3 (Siméoni et al. 2025, arXiv 2508.10104): turns the last N tokens of [B, heads, T, head_dim].
 
   Patch centres lie in [-1, 1] on each axis; the angle of channel k is 2 pi * coordinate * theta^(-4k / head_dim), the row's
@@ -121,14 +158,19 @@ def _rotation(grid: tuple[int, int], head_dim: int, theta: float) -> Callable[[j
   """
   rows, columns = np.meshgrid(*((2 * np.arange(n) + 1) / n - 1 for n in grid), indexing="ij")
   periods = theta ** (4 * np.arange(head_dim // 4) / head_dim)
-  angles = np.concatenate([2 * np.pi * axis.reshape(-1, 1) / periods for axis in (rows, columns)] * 2, axis=1)
+  angles = np.concatenate(
+    [2 * np.pi * axis.reshape(-1, 1) / periods for axis in (rows, columns)] * 2, axis=1
+  )
   cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
   def rotate(x):
-    still, x = x[:, :, :-len(angles)], x[:, :, -len(angles):]
+    still, x = x[:, :, : -len(angles)], x[:, :, -len(angles) :]
     a, b = jnp.split(x, 2, axis=-1)
-    turned = x.astype(jnp.float32) * cos + jnp.concatenate([-b, a], axis=-1).astype(jnp.float32) * sin
+    turned = (
+      x.astype(jnp.float32) * cos + jnp.concatenate([-b, a], axis=-1).astype(jnp.float32) * sin
+    )
     return jnp.concatenate([still, turned.astype(x.dtype)], axis=2)
+
   return rotate
 
 
@@ -150,9 +192,15 @@ class _Block(nn.Module):
     dense = lambda features, name: Dense(features, dtype=self.dtype, name=name)
 
     def scaled(name, y):
-      return y * self.param(name, nn.initializers.ones, y.shape[-1:]).astype(self.dtype) if self.layer_scale else y
+      return (
+        y * self.param(name, nn.initializers.ones, y.shape[-1:]).astype(self.dtype)
+        if self.layer_scale
+        else y
+      )
+
     mixed, attention = Attention(self.num_heads, self.rotate, self.dtype, name="attn")(
-        layer_norm(self.eps, self.dtype, "norm1")(x))
+      layer_norm(self.eps, self.dtype, "norm1")(x)
+    )
     x = x + scaled("scale1", mixed)
     h = dense(self.mlp_dim * (1 + self.gated), "fc1")(layer_norm(self.eps, self.dtype, "norm2")(x))
     h, *up = jnp.split(h, 1 + self.gated, axis=-1)
@@ -178,7 +226,9 @@ class _AttentionPool(nn.Module):
     # One packed weight as in the files. Keys of the probe and queries of the tokens are computed and not used.
     qkv = dense(3 * d, "qkv")(jnp.concatenate([jnp.broadcast_to(probe, (b, 1, d)), x], axis=1))
     q, k, v = qkv.reshape(b, n + 1, 3, self.num_heads, -1).transpose(2, 0, 3, 1, 4)
-    logits = jnp.einsum("bhd,bhkd->bhk", q[:, :, 0], k[:, :, 1:], preferred_element_type=jnp.float32)
+    logits = jnp.einsum(
+      "bhd,bhkd->bhk", q[:, :, 0], k[:, :, 1:], preferred_element_type=jnp.float32
+    )
     attention = jax.nn.softmax(logits * q.shape[-1] ** -0.5, axis=-1)
     x = jnp.einsum("bhk,bhkd->bhd", attention.astype(self.dtype), v[:, :, 1:]).reshape(b, d)
     x = dense(d, "proj")(x)

@@ -6,8 +6,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mrmae_jax.models.layers import (Block, Dense, LayerFusion, Mask, drop_paths, layer_norm, patchify, position_table,
-                                     rematerialised, take_visible)
+from mrmae_jax.models.layers import (
+  Block,
+  Dense,
+  LayerFusion,
+  Mask,
+  drop_paths,
+  layer_norm,
+  patchify,
+  position_table,
+  rematerialised,
+  take_visible,
+)
 
 
 class ViT(nn.Module):
@@ -37,8 +47,9 @@ class ViT(nn.Module):
   cls_token = True  # not a choice
 
   @nn.compact
-  def __call__(self, images: jax.Array, mask: Mask | None = None,
-               keys: jax.Array | None = None) -> tuple[jax.Array, dict[str, Any]]:
+  def __call__(
+    self, images: jax.Array, mask: Mask | None = None, keys: jax.Array | None = None
+  ) -> tuple[jax.Array, dict[str, Any]]:
     """Encodes normalised images.
 
     Args:
@@ -62,12 +73,16 @@ class ViT(nn.Module):
       x, token_pos = take_visible(x, mask), pos[1:][mask.ids_keep]
     x = Dense(self.dim, dtype=self.dtype, name="patch_embed")(x)
     cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.dim)) + pos[:1]
-    x = jnp.concatenate([jnp.broadcast_to(cls, (len(x), 1, self.dim)), x + token_pos], axis=1).astype(self.dtype)
+    x = jnp.concatenate(
+      [jnp.broadcast_to(cls, (len(x), 1, self.dim)), x + token_pos], axis=1
+    ).astype(self.dtype)
 
     layers = []
     for i, drop in enumerate(drop_paths(self.drop_path, self.depth, keys)):
       block = rematerialised(Block, self.remat)
-      x, attention = block(self.num_heads, self.mlp_dim, self.eps, self.dtype, name=f"blocks_{i}")(x, drop)
+      x, attention = block(self.num_heads, self.mlp_dim, self.eps, self.dtype, name=f"blocks_{i}")(
+        x, drop
+      )
       layers.append(x)
     out = {"layers": layers, "attention": attention[:, 1:]}
     if self.fuse_layers:

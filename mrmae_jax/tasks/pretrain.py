@@ -20,9 +20,18 @@ def make_model(config, teacher_dims: dict[str, int]) -> mrmae.Model:
   encoder = make_encoder(config.encoder, dtype)
   decoder = make_decoder(config.decoder, encoder, len(config.data.mean), dtype)
   mimics = tuple(
-      mrmae.Mimic(name, MimicHead(teacher_dims[name], options.head, dtype), options.weight, options.tokens, options.source,
-                  options.target_norm, options.loss, options.salient_share)
-      for name, options in teacher_options(config).items())
+    mrmae.Mimic(
+      name,
+      MimicHead(teacher_dims[name], options.head, dtype),
+      options.weight,
+      options.tokens,
+      options.source,
+      options.target_norm,
+      options.loss,
+      options.salient_share,
+    )
+    for name, options in teacher_options(config).items()
+  )
   return mrmae.Model(encoder, decoder, mimics, tuple(config.data.mean), tuple(config.data.std))
 
 
@@ -37,8 +46,11 @@ def init_params(model: mrmae.Model, image_size: tuple[int, int], mask_ratio: flo
   params = {"encoder": encoder["params"], "decoder": decoder["params"]}
   if model.mimics:
     params["mimic_heads"] = {
-        mimic.name: mimic.head.init(k, decoded["tokens"] if mimic.tokens == "masked" else tokens)["params"]
-        for k, mimic in zip(keys[2:], model.mimics)}
+      mimic.name: mimic.head.init(k, decoded["tokens"] if mimic.tokens == "masked" else tokens)[
+        "params"
+      ]
+      for k, mimic in zip(keys[2:], model.mimics)
+    }
   return params
 
 
@@ -48,7 +60,10 @@ def make(config) -> Task:
   Raises:
     WeightsError: a teacher's weights do not load.
   """
-  specs = {name: teachers.configured_spec(options, config) for name, options in teacher_options(config).items()}
+  specs = {
+    name: teachers.configured_spec(options, config)
+    for name, options in teacher_options(config).items()
+  }
   loaded = {name: teachers.load(spec) for name, spec in specs.items()}
   model = make_model(config, {name: teacher.dim for name, teacher in loaded.items()})
   size, options = tuple(config.image_size), dict(config.method)
@@ -64,20 +79,36 @@ def make(config) -> Task:
   def predict(params, frozen, batch, keys):
     del frozen
     return {"features": features(model, params, batch["image"])} | reconstruct(
-        model, params, batch["image"], mrmae.sample_mask(noise(keys), options["mask_ratio"]), options["norm_pix"])
+      model,
+      params,
+      batch["image"],
+      mrmae.sample_mask(noise(keys), options["mask_ratio"]),
+      options["norm_pix"],
+    )
 
-  return Task(functools.partial(init_params, model, size, options["mask_ratio"]), loss, predict,
-              {name: teacher.params for name, teacher in loaded.items()},
-              {f"teacher {name}": teacher.digest for name, teacher in loaded.items()},
-              tuple(f"{name}: teacher {spec.description}, sha256 {loaded[name].digest[:12]}" for name, spec in specs.items()))
+  return Task(
+    functools.partial(init_params, model, size, options["mask_ratio"]),
+    loss,
+    predict,
+    {name: teacher.params for name, teacher in loaded.items()},
+    {f"teacher {name}": teacher.digest for name, teacher in loaded.items()},
+    tuple(
+      f"{name}: teacher {spec.description}, sha256 {loaded[name].digest[:12]}"
+      for name, spec in specs.items()
+    ),
+  )
 
 
 def features(model: mrmae.Model, params, images: jax.Array) -> jax.Array:
   """Image features of the encoder, nothing masked: the mean over the tokens that fine-tuning starts from, float32 [B, D]."""
-  return encode(model.encoder, params["encoder"], mrmae.normalise(images, model.mean, model.std))["pooled"]
+  return encode(model.encoder, params["encoder"], mrmae.normalise(images, model.mean, model.std))[
+    "pooled"
+  ]
 
 
-def reconstruct(model: mrmae.Model, params, images: jax.Array, mask, norm_pix: bool) -> dict[str, jax.Array]:
+def reconstruct(
+  model: mrmae.Model, params, images: jax.Array, mask, norm_pix: bool
+) -> dict[str, jax.Array]:
   """Reconstructions as images in [0, 1], float32 [B, H, W, C].
 
   A prediction of normalised pixels has no brightness or contrast of its own. It is shown with those of the true patch, which
@@ -101,11 +132,17 @@ def reconstruct(model: mrmae.Model, params, images: jax.Array, mask, norm_pix: b
   original, _, _ = mrmae.pixel_targets(pixels, size, norm_pix=False)
   removed = mask.removed[..., None]
   grey = (0.5 - mean) / std
-  pictures = {"original": original, "masked": jnp.where(removed, jnp.tile(grey, size * size), original)}
+  pictures = {
+    "original": original,
+    "masked": jnp.where(removed, jnp.tile(grey, size * size), original),
+  }
   blind = [spread_visible(x, mask, grid) for x in (offset, scale)]
   for suffix, (offset, scale) in {"": (offset, scale), "_blind": blind}.items():
     patches = prediction * scale + offset
-    pictures |= {f"reconstruction{suffix}": patches, f"pasted{suffix}": jnp.where(removed, patches, original)}
+    pictures |= {
+      f"reconstruction{suffix}": patches,
+      f"pasted{suffix}": jnp.where(removed, patches, original),
+    }
   return {name: to_images(patches) for name, patches in pictures.items()}
 
 

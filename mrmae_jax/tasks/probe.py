@@ -2,14 +2,14 @@
 
 The protocol of MAE and ConvMAE (main_linprobe.py): features of a frozen encoder through a BatchNorm without scale and shift and
 one linear layer, LARS, random crops and flips. Every head sees the same images and starts from the same weights. The faster
-way, on features computed once, is `tools.probe`.
+way, on features computed once, is `mrmae knn`.
 """
 
 import jax
 import jax.numpy as jnp
 
 from mrmae_jax import mrmae
-from mrmae_jax.tasks import classify
+from mrmae_jax.tasks import finetune
 from mrmae_jax.train import Task, replaced
 
 HEAD_STD = 0.01  # of the initial weights
@@ -23,19 +23,33 @@ def make(config) -> Task:
     DataError: the training images have no classes.
     WeightsError: what `config.init_from` names does not load or is another architecture.
   """
-  classes, grid, size = classify.class_names(config), len(config.optim.grid), tuple(config.image_size)
+  classes, grid, size = (
+    finetune.class_names(config),
+    len(config.optim.grid),
+    tuple(config.image_size),
+  )
   # The features of fine-tuning before its first step: with "mean", fc_norm is a LayerNorm that has learnt nothing.
-  model = classify.make_model(config, 1)
-  pretrained, notes = classify.read_pretrained(config, model)
-  fresh = jax.jit(lambda: model.init(jax.random.key(config.seed), jnp.zeros((1, *size, len(config.data.mean))))["params"])()
-  frozen = replaced(jax.device_get(fresh), pretrained)  # on the host: where they go is the loop's business
+  model = finetune.make_model(config, 1)
+  pretrained, notes = finetune.read_pretrained(config, model)
+  fresh = jax.jit(
+    lambda: model.init(jax.random.key(config.seed), jnp.zeros((1, *size, len(config.data.mean))))[
+      "params"
+    ]
+  )()
+  frozen = replaced(
+    jax.device_get(fresh), pretrained
+  )  # on the host: where they go is the loop's business
 
   def features(frozen, batch):
-    return model.apply({"params": frozen}, mrmae.normalise(batch["image"], config.data.mean, config.data.std))[1]["features"]
+    return model.apply(
+      {"params": frozen}, mrmae.normalise(batch["image"], config.data.mean, config.data.std)
+    )[1]["features"]
 
   def init(key):
-    return {"head": init_head(key, grid, model.encoder.dim, len(classes)),
-            "running": {"mean": jnp.zeros(model.encoder.dim), "var": jnp.ones(model.encoder.dim)}}
+    return {
+      "head": init_head(key, grid, model.encoder.dim, len(classes)),
+      "running": {"mean": jnp.zeros(model.encoder.dim), "var": jnp.ones(model.encoder.dim)},
+    }
 
   def loss(params, frozen, batch, keys):
     del keys
@@ -53,10 +67,15 @@ def make(config) -> Task:
     x = features(frozen, batch)
     return {"logits": logits(params["head"], standard(x, **params["running"])), "features": x}
 
-  what = {"mean": "mean patch token of the last block, LayerNorm without scale and shift", "cls": "CLS token after the last norm"}
+  what = {
+    "mean": "mean patch token of the last block, LayerNorm without scale and shift",
+    "cls": "CLS token after the last norm",
+  }
   rates = ", ".join(f"{config.optim.blr * factor:g}" for factor in config.optim.grid)
-  notes += (f"probing: {what[config.pool]}; BatchNorm of each batch, running statistics when evaluating; blr {rates}",)
-  return Task(init, loss, predict, frozen, classify.identity(classes, config, pretrained), notes)
+  notes += (
+    f"probing: {what[config.pool]}; BatchNorm of each batch, running statistics when evaluating; blr {rates}",
+  )
+  return Task(init, loss, predict, frozen, finetune.identity(classes, config, pretrained), notes)
 
 
 def init_head(key, grid: int, dim: int, classes: int):

@@ -3,19 +3,32 @@
 import re
 from typing import Any
 
+from mrmae_jax.errors import WeightsError
 from mrmae_jax.models.decoder import Decoder
 from mrmae_jax.models.vit import ViT
 from mrmae_jax.weights.convmae import decoder, decoder_fields, depth, fusion, mlp_ratio, shape_of
-from mrmae_jax.weights.table import Entry, WeightsError, conv, dense, linear, norm, pack, same, timm_block
+from mrmae_jax.weights.table import Entry, conv, dense, linear, norm, pack, same, timm_block
 
-__all__ = ["MARKERS", "decoder", "decoder_fields", "encoder", "fields", "hf_config", "hf_fields", "to_hf"]
+__all__ = [
+  "MARKERS",
+  "decoder",
+  "decoder_fields",
+  "encoder",
+  "fields",
+  "hf_config",
+  "hf_fields",
+  "to_hf",
+]
 
 MARKERS = ("cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight")
 
 
 def encoder(module: ViT) -> list[Entry]:
   """Every parameter of an encoder."""
-  table = [Entry("cls_token", ("cls_token",), same), *dense("patch_embed", "patch_embed.proj", conv(module.patch_size))]
+  table = [
+    Entry("cls_token", ("cls_token",), same),
+    *dense("patch_embed", "patch_embed.proj", conv(module.patch_size)),
+  ]
   table += [Entry("pos_embed", ("pos_embed",), same)] if module.learned_positions else []
   for i in range(module.depth):
     table += timm_block(f"blocks_{i}", f"blocks.{i}")
@@ -29,15 +42,30 @@ def fields(shapes: dict[str, tuple[int, ...]], source: str) -> dict[str, Any]:
     WeightsError: a tensor that would tell is missing or has another rank.
   """
   patch_embed = shape_of(shapes, "patch_embed.proj.weight", 4, source)
-  return dict(name="vit", patch_size=patch_embed[-1], dim=patch_embed[0], depth=depth(shapes, "blocks", source),
-              mlp_dim=shape_of(shapes, "blocks.0.mlp.fc1.weight", 2, source)[0])
+  return dict(
+    name="vit",
+    patch_size=patch_embed[-1],
+    dim=patch_embed[0],
+    depth=depth(shapes, "blocks", source),
+    mlp_dim=shape_of(shapes, "blocks.0.mlp.fc1.weight", 2, source)[0],
+  )
 
 
 # MAE's words for a module, and transformers'. Inside a block, and around the blocks; the decoder's keep theirs.
-_BLOCK = {"norm1": "layernorm_before", "attn.proj": "attention.output.dense", "norm2": "layernorm_after",
-          "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
-_ENCODER = {"cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings", "norm": "layernorm",
-            "patch_embed.proj": "embeddings.patch_embeddings.projection", "blocks": "encoder.layer"}
+_BLOCK = {
+  "norm1": "layernorm_before",
+  "attn.proj": "attention.output.dense",
+  "norm2": "layernorm_after",
+  "mlp.fc1": "intermediate.dense",
+  "mlp.fc2": "output.dense",
+}
+_ENCODER = {
+  "cls_token": "embeddings.cls_token",
+  "pos_embed": "embeddings.position_embeddings",
+  "norm": "layernorm",
+  "patch_embed.proj": "embeddings.patch_embeddings.projection",
+  "blocks": "encoder.layer",
+}
 # The files of facebook/vit-mae-*, which every version reads; transformers 5 writes the second form.
 DECODER_BLOCKS = ("decoder.decoder_layers", "decoder.decoder_encoder.layer")
 
@@ -53,60 +81,126 @@ def to_hf(entry: Entry, prefix: str = "vit.", decoder_blocks: str = DECODER_BLOC
   module, weight = re.fullmatch(r"(.*?)(\.weight|\.bias|)", entry.theirs[0]).groups()
   block = re.fullmatch(r"(decoder_blocks|blocks)\.(\d+)\.(.*)", module)
   if not block:
-    return entry._replace(theirs=((prefix + _ENCODER[module] if module in _ENCODER else f"decoder.{module}") + weight,))
+    return entry._replace(
+      theirs=((prefix + _ENCODER[module] if module in _ENCODER else f"decoder.{module}") + weight,)
+    )
   blocks, i, layer = block.groups()
   blocks = f"{prefix}{_ENCODER[blocks]}.{i}." if blocks in _ENCODER else f"{decoder_blocks}.{i}."
   if layer == "attn.qkv":
-    return Entry(entry.ours, tuple(f"{blocks}attention.attention.{x}{weight}" for x in ("query", "key", "value")),
-                 linear if weight == ".weight" else pack)
+    return Entry(
+      entry.ours,
+      tuple(f"{blocks}attention.attention.{x}{weight}" for x in ("query", "key", "value")),
+      linear if weight == ".weight" else pack,
+    )
   return entry._replace(theirs=(f"{blocks}{_BLOCK[layer]}{weight}",))
 
 
 _DEFAULTS = dict(  # of transformers' ViTMAEConfig, for keys that are left out
-    hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072, hidden_act="gelu",
-    layer_norm_eps=1e-12, image_size=224, patch_size=16, num_channels=3, decoder_num_attention_heads=16,
-    decoder_hidden_size=512, decoder_num_hidden_layers=8, decoder_intermediate_size=2048, mask_ratio=0.75, norm_pix_loss=False)
+  hidden_size=768,
+  num_hidden_layers=12,
+  num_attention_heads=12,
+  intermediate_size=3072,
+  hidden_act="gelu",
+  layer_norm_eps=1e-12,
+  image_size=224,
+  patch_size=16,
+  num_channels=3,
+  decoder_num_attention_heads=16,
+  decoder_hidden_size=512,
+  decoder_num_hidden_layers=8,
+  decoder_intermediate_size=2048,
+  mask_ratio=0.75,
+  norm_pix_loss=False,
+)
 
 
-def hf_fields(config: dict[str, Any], source: str) -> tuple[dict[str, Any], dict[str, Any], tuple[int, int], dict[str, Any]]:
+def hf_fields(
+  config: dict[str, Any], source: str
+) -> tuple[dict[str, Any], dict[str, Any], tuple[int, int], dict[str, Any]]:
   """What config.json tells: fields of ViT, fields of Decoder, grid of the position tables, {"mask_ratio", "norm_pix"}.
 
   Raises:
     WeightsError: another model, another activation, patches that are not square, or sizes that are none.
   """
   if config.get("model_type") != "vit_mae":
-    raise WeightsError(f"{source}: model_type is {config.get('model_type')!r}, expected 'vit_mae'; other models load as "
-                       "teachers, with --config.teacher.path")
+    raise WeightsError(
+      f"{source}: model_type is {config.get('model_type')!r}, expected 'vit_mae'; other models load as "
+      "teachers, with --config.teacher.path"
+    )
   c = _DEFAULTS | config
   if c["hidden_act"] != "gelu":
-    raise WeightsError(f"{source}: hidden_act is {c['hidden_act']!r}, expected 'gelu', which MAE has")
+    raise WeightsError(
+      f"{source}: hidden_act is {c['hidden_act']!r}, expected 'gelu', which MAE has"
+    )
   try:
-    patch, side = (tuple(x) if isinstance(x, list) else (x, x) for x in (c["patch_size"], c["image_size"]))
+    patch, side = (
+      tuple(x) if isinstance(x, list) else (x, x) for x in (c["patch_size"], c["image_size"])
+    )
     if patch[0] != patch[1]:
-      raise WeightsError(f"{source}: patches of {patch[0]}x{patch[1]} pixels are not supported; they must be square")
-    encoder_fields = dict(name="vit", patch_size=patch[0], dim=c["hidden_size"], depth=c["num_hidden_layers"],
-                          num_heads=c["num_attention_heads"], mlp_dim=c["intermediate_size"], eps=c["layer_norm_eps"])
+      raise WeightsError(
+        f"{source}: patches of {patch[0]}x{patch[1]} pixels are not supported; they must be square"
+      )
+    encoder_fields = dict(
+      name="vit",
+      patch_size=patch[0],
+      dim=c["hidden_size"],
+      depth=c["num_hidden_layers"],
+      num_heads=c["num_attention_heads"],
+      mlp_dim=c["intermediate_size"],
+      eps=c["layer_norm_eps"],
+    )
     width, hidden = c["decoder_hidden_size"], c["decoder_intermediate_size"]
-    found = dict(out_dim=patch[0] ** 2 * c["num_channels"], dim=width, depth=c["decoder_num_hidden_layers"],
-                 num_heads=c["decoder_num_attention_heads"], mlp_ratio=mlp_ratio(hidden, width), eps=c["layer_norm_eps"])
-    grid, method = (side[0] // patch[0], side[1] // patch[0]), dict(mask_ratio=c["mask_ratio"], norm_pix=c["norm_pix_loss"])
+    found = dict(
+      out_dim=patch[0] ** 2 * c["num_channels"],
+      dim=width,
+      depth=c["decoder_num_hidden_layers"],
+      num_heads=c["decoder_num_attention_heads"],
+      mlp_ratio=mlp_ratio(hidden, width),
+      eps=c["layer_norm_eps"],
+    )
+    grid, method = (
+      (side[0] // patch[0], side[1] // patch[0]),
+      dict(mask_ratio=c["mask_ratio"], norm_pix=c["norm_pix_loss"]),
+    )
   except (TypeError, ArithmeticError, LookupError) as error:
     raise WeightsError(f"{source} holds a size that is none: {error}") from None
   return encoder_fields, found, grid, method
 
 
-def hf_config(module: ViT, decoder_module: Decoder | None, grid: tuple[int, int], channels: int,
-              method: dict[str, Any]) -> dict[str, Any]:
+def hf_config(
+  module: ViT,
+  decoder_module: Decoder | None,
+  grid: tuple[int, int],
+  channels: int,
+  method: dict[str, Any],
+) -> dict[str, Any]:
   """config.json of a model; `hf_fields` backwards."""
   rows, columns = (side * module.patch_size for side in grid)
-  c = {"architectures": ["ViTMAEModel"], "model_type": "vit_mae", "hidden_size": module.dim, "num_hidden_layers": module.depth,
-       "num_attention_heads": module.num_heads, "intermediate_size": module.mlp_dim, "hidden_act": "gelu",
-       "layer_norm_eps": module.eps, "image_size": rows if rows == columns else [rows, columns],
-       "patch_size": module.patch_size, "num_channels": channels, "qkv_bias": True, "mask_ratio": method["mask_ratio"],
-       "norm_pix_loss": method["norm_pix"], "attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0,
-       "initializer_range": 0.02}
+  c = {
+    "architectures": ["ViTMAEModel"],
+    "model_type": "vit_mae",
+    "hidden_size": module.dim,
+    "num_hidden_layers": module.depth,
+    "num_attention_heads": module.num_heads,
+    "intermediate_size": module.mlp_dim,
+    "hidden_act": "gelu",
+    "layer_norm_eps": module.eps,
+    "image_size": rows if rows == columns else [rows, columns],
+    "patch_size": module.patch_size,
+    "num_channels": channels,
+    "qkv_bias": True,
+    "mask_ratio": method["mask_ratio"],
+    "norm_pix_loss": method["norm_pix"],
+    "attention_probs_dropout_prob": 0.0,
+    "hidden_dropout_prob": 0.0,
+    "initializer_range": 0.02,
+  }
   if decoder_module is None:
     return c
-  return c | {"architectures": ["ViTMAEForPreTraining"], "decoder_hidden_size": decoder_module.dim,
-              "decoder_num_hidden_layers": decoder_module.depth, "decoder_num_attention_heads": decoder_module.num_heads,
-              "decoder_intermediate_size": int(decoder_module.dim * decoder_module.mlp_ratio)}
+  return c | {
+    "architectures": ["ViTMAEForPreTraining"],
+    "decoder_hidden_size": decoder_module.dim,
+    "decoder_num_hidden_layers": decoder_module.depth,
+    "decoder_num_attention_heads": decoder_module.num_heads,
+    "decoder_intermediate_size": int(decoder_module.dim * decoder_module.mlp_ratio),
+  }

@@ -23,11 +23,13 @@ class Rule(NamedTuple):
 
 def _cubic(a: float):
   """Cubic convolution (Keys 1981)."""
+
   def kernel(x):
     x = np.abs(x)
-    near = ((a + 2) * x - (a + 3)) * x ** 2 + 1
+    near = ((a + 2) * x - (a + 3)) * x**2 + 1
     far = a * (((x - 5) * x + 8) * x - 4)
     return np.where(x <= 1, near, np.where(x < 2, far, 0))
+
   return kernel
 
 
@@ -36,7 +38,9 @@ BICUBIC = Rule("bicubic", _cubic(-0.75))
 # facebookresearch/dino, vision_transformer.py: a scale factor of (new + 0.1) / old, against rounding, also moves the rows.
 DINO = Rule("bicubic with DINO's offset", _cubic(-0.75), offset=0.1)
 BICUBIC_ANTIALIAS = Rule("antialiased bicubic", _cubic(-0.5), antialias=True)
-BILINEAR_ANTIALIAS = Rule("antialiased bilinear", lambda x: np.maximum(1 - np.abs(x), 0), antialias=True)
+BILINEAR_ANTIALIAS = Rule(
+  "antialiased bilinear", lambda x: np.maximum(1 - np.abs(x), 0), antialias=True
+)
 
 
 def resize(table: np.ndarray, old: tuple[int, int], new: tuple[int, int], rule: Rule) -> np.ndarray:
@@ -54,7 +58,9 @@ def resize(table: np.ndarray, old: tuple[int, int], new: tuple[int, int], rule: 
     return table
   rows, columns = (_matrix(n_old, n_new, rule) for n_old, n_new in zip(old, new))
   cls, maps = np.split(table, [-old[0] * old[1]], axis=1)
-  maps = np.einsum("pr,qc,brcd->bpqd", rows, columns, maps.reshape(1, *old, -1), optimize=True).astype(np.float32)
+  maps = np.einsum(
+    "pr,qc,brcd->bpqd", rows, columns, maps.reshape(1, *old, -1), optimize=True
+  ).astype(np.float32)
   return np.concatenate([cls, maps.reshape(1, new[0] * new[1], -1)], axis=1)
 
 

@@ -14,14 +14,13 @@ import jax
 import numpy as np
 
 from mrmae_jax.config import CHOICES
+from mrmae_jax.errors import WeightsError
 
-
-MAX_SIZE, MAX_DEPTH = 2 ** 17, 200  # of a network that a file describes: several times the largest ever published
+MAX_SIZE, MAX_DEPTH = (
+  2**17,
+  200,
+)  # of a network that a file describes: several times the largest ever published
 _MAY_BE_ZERO = ("num_registers", "proj_dim", "fuse_layers", "drop_path")
-
-
-class WeightsError(ValueError):
-  """Weights that do not fit the model; the message lists every problem."""
 
 
 class Layout(NamedTuple):
@@ -52,42 +51,61 @@ class Entry(NamedTuple):
 
 same = Layout(lambda x: x, lambda x, parts: [x])
 # (out, in) -> (in, out); several (query, key, value) are packed side by side in the order given.
-linear = Layout(lambda *weights: np.concatenate([w.T for w in weights], axis=1),
-                lambda x, parts: [w.T for w in np.split(x, parts, axis=1)])
+linear = Layout(
+  lambda *weights: np.concatenate([w.T for w in weights], axis=1),
+  lambda x, parts: [w.T for w in np.split(x, parts, axis=1)],
+)
 pack = Layout(lambda *biases: np.concatenate(biases), np.split)
 # Depthwise kernels: (C, 1, k, k) -> (k, k, C).
-depthwise = Layout(lambda w: w[:, 0].transpose(1, 2, 0), lambda x, parts: [x.transpose(2, 0, 1)[:, None]])
+depthwise = Layout(
+  lambda w: w[:, 0].transpose(1, 2, 0), lambda x, parts: [x.transpose(2, 0, 1)[:, None]]
+)
 # Learned tokens or positions: (D,), (T, D) or (1, T, D) -> (1, T, D); written in the last form.
 tokens = Layout(lambda x: x.reshape(1, -1, x.shape[-1]), lambda x, parts: [x])
 
 
 def conv(p: int) -> Layout:
   """Kernel of a convolution with stride = kernel = p: (O, I, p, p) -> (p*p*I, O), rows in (row, column, channel) order."""
-  return Layout(lambda w: w.transpose(2, 3, 1, 0).reshape(-1, w.shape[0]),
-                lambda x, parts: [x.reshape(p, p, -1, x.shape[1]).transpose(3, 2, 0, 1)])
+  return Layout(
+    lambda w: w.transpose(2, 3, 1, 0).reshape(-1, w.shape[0]),
+    lambda x, parts: [x.reshape(p, p, -1, x.shape[1]).transpose(3, 2, 0, 1)],
+  )
 
 
 def dense(ours: str, theirs: str, kernel: Layout = linear) -> list[Entry]:
   """Weight and bias of a linear layer or convolution."""
-  return [Entry(f"{ours}/kernel", (f"{theirs}.weight",), kernel), Entry(f"{ours}/bias", (f"{theirs}.bias",), same)]
+  return [
+    Entry(f"{ours}/kernel", (f"{theirs}.weight",), kernel),
+    Entry(f"{ours}/bias", (f"{theirs}.bias",), same),
+  ]
 
 
 def norm(ours: str, theirs: str) -> list[Entry]:
   """Gain and bias of a LayerNorm."""
-  return [Entry(f"{ours}/scale", (f"{theirs}.weight",), same), Entry(f"{ours}/bias", (f"{theirs}.bias",), same)]
+  return [
+    Entry(f"{ours}/scale", (f"{theirs}.weight",), same),
+    Entry(f"{ours}/bias", (f"{theirs}.bias",), same),
+  ]
 
 
 def qkv(ours: str, theirs: tuple[str, str, str]) -> list[Entry]:
   """Separate query, key, value layers packed into one."""
-  return [Entry(f"{ours}/kernel", tuple(f"{t}.weight" for t in theirs), linear),
-          Entry(f"{ours}/bias", tuple(f"{t}.bias" for t in theirs), pack)]
+  return [
+    Entry(f"{ours}/kernel", tuple(f"{t}.weight" for t in theirs), linear),
+    Entry(f"{ours}/bias", tuple(f"{t}.bias" for t in theirs), pack),
+  ]
 
 
 def timm_block(ours: str, theirs: str) -> list[Entry]:
   """A transformer block in the names of timm, which ConvMAE, MAE and DINO share."""
-  return [*norm(f"{ours}/norm1", f"{theirs}.norm1"), *dense(f"{ours}/attn/qkv", f"{theirs}.attn.qkv"),
-          *dense(f"{ours}/attn/proj", f"{theirs}.attn.proj"), *norm(f"{ours}/norm2", f"{theirs}.norm2"),
-          *dense(f"{ours}/fc1", f"{theirs}.mlp.fc1"), *dense(f"{ours}/fc2", f"{theirs}.mlp.fc2")]
+  return [
+    *norm(f"{ours}/norm1", f"{theirs}.norm1"),
+    *dense(f"{ours}/attn/qkv", f"{theirs}.attn.qkv"),
+    *dense(f"{ours}/attn/proj", f"{theirs}.attn.proj"),
+    *norm(f"{ours}/norm2", f"{theirs}.norm2"),
+    *dense(f"{ours}/fc1", f"{theirs}.mlp.fc1"),
+    *dense(f"{ours}/fc2", f"{theirs}.mlp.fc2"),
+  ]
 
 
 def check_fields(module, fields: dict[str, Any], source: str) -> None:
@@ -103,14 +121,21 @@ def check_fields(module, fields: dict[str, Any], source: str) -> None:
   """
   known = dataclasses.fields(module)
   types = {field.name: field.type for field in known}
-  if lost := [field.name for field in known if field.default is dataclasses.MISSING and field.name not in fields]:
+  if lost := [
+    field.name
+    for field in known
+    if field.default is dataclasses.MISSING and field.name not in fields
+  ]:
     raise WeightsError(f"{source} holds no {', '.join(lost)}")
   for name, value in fields.items():
     usual = getattr(module, name, None)
     several = typing.get_args(types.get(name))
     if several:
-      ok = isinstance(value, (tuple, list)) and (len(value) == len(usual) or not usual) and all(
-          _possible(name, x, several[0]) for x in value)
+      ok = (
+        isinstance(value, (tuple, list))
+        and (len(value) == len(usual) or not usual)
+        and all(_possible(name, x, several[0]) for x in value)
+      )
     else:
       ok = _possible(name, value, types.get(name))
     if not ok:
@@ -119,10 +144,16 @@ def check_fields(module, fields: dict[str, Any], source: str) -> None:
 
 def _possible(name: str, value, kind) -> bool:
   if kind is int:
-    return type(value) is int and (name not in _MAY_BE_ZERO) <= value <= (MAX_DEPTH if name.startswith("depth") else MAX_SIZE)
+    return type(value) is int and (name not in _MAY_BE_ZERO) <= value <= (
+      MAX_DEPTH if name.startswith("depth") else MAX_SIZE
+    )
   if kind is float:
     return type(value) in (int, float) and 0 <= value < 1e6 and (value > 0 or name in _MAY_BE_ZERO)
-  return kind in (bool, str) and isinstance(value, kind) and (name != "remat" or value in CHOICES["encoder.remat"])
+  return (
+    kind in (bool, str)
+    and isinstance(value, kind)
+    and (name != "remat" or value in CHOICES["encoder.remat"])
+  )
 
 
 def count_blocks(numbers: typing.Iterable[str], what: str, source: str) -> int:
@@ -133,15 +164,22 @@ def count_blocks(numbers: typing.Iterable[str], what: str, source: str) -> int:
   """
   found = set(numbers)
   last = max(found, key=lambda number: (len(number), number), default="0")
-  if len(last) > 4 or int(last) >= min(MAX_DEPTH, 4 * len(found) + 1):  # a few that are left out show as missing tensors
-    raise WeightsError(f"{source} does not fit the model: {what} are numbered up to {last[:20]}, but {len(found)} are there (of at "
-                       f"most {MAX_DEPTH})")
+  if len(last) > 4 or int(last) >= min(
+    MAX_DEPTH, 4 * len(found) + 1
+  ):  # a few that are left out show as missing tensors
+    raise WeightsError(
+      f"{source} does not fit the model: {what} are numbered up to {last[:20]}, but {len(found)} are there (of at "
+      f"most {MAX_DEPTH})"
+    )
   return int(last) + 1 if found else 0
 
 
 def leaves(params) -> dict[str, Any]:
   """The leaves of a parameter tree by their paths, joined by "/"."""
-  return {"/".join(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+  return {
+    "/".join(k.key for k in path): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+  }
 
 
 def _list(names, limit=5):
@@ -149,7 +187,14 @@ def _list(names, limit=5):
   return ", ".join(names[:limit]) + (f", ... ({len(names)} in all)" if len(names) > limit else "")
 
 
-def convert(tensors: dict[str, np.ndarray], table: list[Entry], expected, *, ignore: tuple[str, ...] = (), source: str):
+def convert(
+  tensors: dict[str, np.ndarray],
+  table: list[Entry],
+  expected,
+  *,
+  ignore: tuple[str, ...] = (),
+  source: str,
+):
   """Builds the parameter tree `expected` out of foreign tensors.
 
   Args:
@@ -167,14 +212,20 @@ def convert(tensors: dict[str, np.ndarray], table: list[Entry], expected, *, ign
   """
   shapes = {name: leaf.shape for name, leaf in leaves(expected).items()}
   if {e.ours for e in table} != shapes.keys() or len(table) != len(shapes):
-    raise WeightsError(f"{source}: name table and model disagree on {_list({e.ours for e in table} ^ shapes.keys())}")
+    raise WeightsError(
+      f"{source}: name table and model disagree on {_list({e.ours for e in table} ^ shapes.keys())}"
+    )
 
   problems, params = [], {}
   names = [name for entry in table for name in entry.theirs]
   missing = set(names) - tensors.keys()
-  extra = {name for name in tensors.keys() - set(names) if not any(re.fullmatch(p, name) for p in ignore)}
+  extra = {
+    name for name in tensors.keys() - set(names) if not any(re.fullmatch(p, name) for p in ignore)
+  }
   if missing:
-    problems.append(f"missing: {_list(missing)} (another depth, a part of a sharded file, or another model?)")
+    problems.append(
+      f"missing: {_list(missing)} (another depth, a part of a sharded file, or another model?)"
+    )
   if extra:
     problems.append(f"unknown: {_list(extra)}")
   for entry in table:
@@ -210,6 +261,13 @@ def export(params, table: list[Entry]) -> dict[str, np.ndarray]:
   """
   ours = leaves(params)
   if {e.ours for e in table} != ours.keys() or len(table) != len(ours):
-    raise WeightsError(f"name table and parameters disagree on {_list({e.ours for e in table} ^ ours.keys())}")
-  return {name: np.ascontiguousarray(part) for entry in table
-          for name, part in zip(entry.theirs, entry.layout.write(np.asarray(ours[entry.ours]), len(entry.theirs)), strict=True)}
+    raise WeightsError(
+      f"name table and parameters disagree on {_list({e.ours for e in table} ^ ours.keys())}"
+    )
+  return {
+    name: np.ascontiguousarray(part)
+    for entry in table
+    for name, part in zip(
+      entry.theirs, entry.layout.write(np.asarray(ours[entry.ours]), len(entry.theirs)), strict=True
+    )
+  }

@@ -2,8 +2,8 @@
 
   python -m tests.faults.fuzz --inputs=20000 --seed=0 --out=/tmp/fuzz
 
-Three targets: image files for `decode_image`; weight files and folders for `teachers.load` and `students.read` (PyTorch's are
-tried where torch is installed); configurations and command lines for `validate` and `main.parse`. Each runs in a process of its
+Three targets: image files for `decode_image`; weight files and folders for `teachers.load` and `model_files.read` (PyTorch's are
+tried where torch is installed); configurations and command lines for `validate` and `train.parse`. Each runs in a process of its
 own, so that a crash is seen and belongs to an input. A finding is an exception of another kind, a message of several lines, more
 than 2 s of computing for one input, a crash, a hang, or memory that grows by more than 200 MB.
 
@@ -19,7 +19,6 @@ import io
 import json
 import math
 import os
-from pathlib import Path
 import re
 import select
 import shutil
@@ -29,21 +28,25 @@ import tempfile
 import threading
 import time
 import traceback
-from typing import Any, Callable, NamedTuple
 import zlib
+from pathlib import Path
+from typing import Any, Callable, NamedTuple
 
 import numpy as np
-from PIL import Image, features
 import tqdm
+from PIL import Image, features
+
+from mrmae_jax.errors import ConfigError, DataError, UsageError, WeightsError
 
 SHARES = {"images": 0.5, "weights": 0.3, "configs": 0.2}  # of the inputs
 KNOWN = {  # numbers that once were findings; always tried
-    "images": (2001191,),  # half a gigabyte out of one kilobyte
-    "weights": (1000384, 1000402, 1000608, 1000878, 2000556, 2001675, 3002705),
-    "configs": (140, 388, 1000459)}
+  "images": (2001191,),  # half a gigabyte out of one kilobyte
+  "weights": (1000384, 1000402, 1000608, 1000878, 2000556, 2001675, 3002705),
+  "configs": (140, 388, 1000459),
+}
 CPU_S, HANG_S, GROWTH = 2.0, 60.0, 200e6
 WARM_UP = 100  # inputs before memory is looked at
-REPEAT = 10 ** 6  # numbers of a seed
+REPEAT = 10**6  # numbers of a seed
 
 
 class Case(NamedTuple):
@@ -71,34 +74,78 @@ def mutate(data: bytes, other: bytes, rng: np.random.Generator) -> bytes:
     if not size:
       break
     at, end = sorted(int(x) for x in rng.integers(0, size + 1, 2))
-    near = int(min(size - 1, rng.exponential(64))) if rng.random() < 0.5 else int(rng.integers(size))  # headers come first
+    near = (
+      int(min(size - 1, rng.exponential(64))) if rng.random() < 0.5 else int(rng.integers(size))
+    )  # headers come first
     kind = rng.integers(7)
     if kind == 0:
       for place in rng.integers(0, size, rng.integers(1, 20)):
         data[place] ^= 1 << int(rng.integers(8))
     elif kind == 1:
-      del data[near if rng.random() < 0.3 else at:]
+      del data[near if rng.random() < 0.3 else at :]
     elif kind == 2:
-      data[at:min(end, at + 4096)] = bytes(min(end, at + 4096) - at)
+      data[at : min(end, at + 4096)] = bytes(min(end, at + 4096) - at)
     elif kind == 3:
       cut = int(rng.integers(len(other) + 1))
       data[at:] = other[cut:]
     elif kind == 4:
       width = int(rng.choice([1, 2, 4, 8]))
-      value = int(rng.choice([0, 1, 2 ** 31 - 1, 2 ** 31, 2 ** 62, int(rng.integers(2 ** 16)), size, 2 ** 40])) % 2 ** (8 * width)
-      data[near:near + width] = value.to_bytes(width, str(rng.choice(["little", "big"])))
+      value = int(
+        rng.choice([0, 1, 2**31 - 1, 2**31, 2**62, int(rng.integers(2**16)), size, 2**40])
+      ) % 2 ** (8 * width)
+      data[near : near + width] = value.to_bytes(width, str(rng.choice(["little", "big"])))
     elif kind == 5:
       data[at:at] = rng.bytes(int(rng.integers(1, 64)))
     else:
-      del data[at:min(end, at + 256)]
+      del data[at : min(end, at + 256)]
   return bytes(data)
 
 
-HOSTILE = (None, True, False, 0, 1, -1, 3, 7, 2 ** 31, 2 ** 63, 10 ** 30, -10 ** 30, 0.5, -0.5, 1.5, 1e-300, 1e30, float("nan"),
-           float("inf"),
-           float("-inf"), "", "x", "0", "../../etc/passwd", "/etc/passwd", "nan", "a\0b", "~nobody/x", "\x1b[2J", "é" * 300,
-           "x" * 5000,
-           [], [0], [1, 2], [1, 2, 3], [-1, -1], [float("nan")] * 3, ["x"] * 3, [[]], [10 ** 9] * 4, {}, {"x": 1}, {"name": "vit"})
+HOSTILE = (
+  None,
+  True,
+  False,
+  0,
+  1,
+  -1,
+  3,
+  7,
+  2**31,
+  2**63,
+  10**30,
+  -(10**30),
+  0.5,
+  -0.5,
+  1.5,
+  1e-300,
+  1e30,
+  float("nan"),
+  float("inf"),
+  float("-inf"),
+  "",
+  "x",
+  "0",
+  "../../etc/passwd",
+  "/etc/passwd",
+  "nan",
+  "a\0b",
+  "~nobody/x",
+  "\x1b[2J",
+  "é" * 300,
+  "x" * 5000,
+  [],
+  [0],
+  [1, 2],
+  [1, 2, 3],
+  [-1, -1],
+  [float("nan")] * 3,
+  ["x"] * 3,
+  [[]],
+  [10**9] * 4,
+  {},
+  {"x": 1},
+  {"name": "vit"},
+)
 
 
 def hostile(rng: np.random.Generator):
@@ -117,6 +164,7 @@ def mutate_json(content, rng: np.random.Generator):
         places.append((node, key))
         if isinstance(node[key], (dict, list)):
           walk(node[key])
+
     walk(content)
     if not places:
       break
@@ -126,7 +174,11 @@ def mutate_json(content, rng: np.random.Generator):
       del node[key]
     elif kind == 1:
       there, other = places[rng.integers(len(places))]
-      node[key] = copy.deepcopy(there[other]) if other in (there if isinstance(there, dict) else range(len(there))) else None
+      node[key] = (
+        copy.deepcopy(there[other])
+        if other in (there if isinstance(there, dict) else range(len(there)))
+        else None
+      )
     elif kind == 2 and isinstance(node, dict):
       node[str(hostile(rng))] = node.pop(key)
     elif kind == 3 and isinstance(node[key], (int, float)) and not isinstance(node[key], bool):
@@ -153,22 +205,42 @@ def json_bytes(content, rng: np.random.Generator) -> bytes:
 def image_files() -> list[bytes]:
   """Small pictures in every format and colour that is read."""
   rng = np.random.default_rng(0)
-  pixels = np.clip(np.add.outer(np.arange(24), np.arange(40))[..., None] * [3, 4, 1] + rng.integers(0, 40, (24, 40, 3)), 0, 255)
+  pixels = np.clip(
+    np.add.outer(np.arange(24), np.arange(40))[..., None] * [3, 4, 1]
+    + rng.integers(0, 40, (24, 40, 3)),
+    0,
+    255,
+  )
   picture = Image.fromarray(pixels.astype(np.uint8))
   second = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
   deep = Image.fromarray((pixels[..., 0] * 257).astype(np.uint16))
   exif = Image.Exif()
   exif[0x0112], exif[0x010E] = 6, "a picture"
-  forms = [(picture, "JPEG", dict(quality=90)), (picture, "JPEG", dict(progressive=True, exif=exif)),
-           (picture.convert("L"), "JPEG", {}),
-           (picture.convert("CMYK"), "JPEG", {}), (picture, "PNG", {}), (picture.convert("RGBA"), "PNG", {}),
-           (picture.convert("P"), "PNG", dict(transparency=0)), (picture.convert("1"), "PNG", {}),
-           (picture.convert("LA"), "PNG", {}),
-           (deep, "PNG", {}), (picture, "PNG", dict(save_all=True, append_images=[second])), (picture, "WEBP", {}),
-           (picture, "WEBP", dict(lossless=True)), (picture.convert("RGBA"), "WEBP", dict(save_all=True, append_images=[second])),
-           (picture, "GIF", dict(save_all=True, append_images=[second])), (picture, "BMP", {}), (picture, "PPM", {}),
-           (picture, "TIFF", {}), (picture, "TIFF", dict(compression="tiff_lzw")), (picture, "TIFF", dict(compression="jpeg"))]
-  forms += [(picture, "JPEG2000", {})] * features.check("jpg_2000") + [(picture, "AVIF", {})] * features.check("avif")
+  forms = [
+    (picture, "JPEG", dict(quality=90)),
+    (picture, "JPEG", dict(progressive=True, exif=exif)),
+    (picture.convert("L"), "JPEG", {}),
+    (picture.convert("CMYK"), "JPEG", {}),
+    (picture, "PNG", {}),
+    (picture.convert("RGBA"), "PNG", {}),
+    (picture.convert("P"), "PNG", dict(transparency=0)),
+    (picture.convert("1"), "PNG", {}),
+    (picture.convert("LA"), "PNG", {}),
+    (deep, "PNG", {}),
+    (picture, "PNG", dict(save_all=True, append_images=[second])),
+    (picture, "WEBP", {}),
+    (picture, "WEBP", dict(lossless=True)),
+    (picture.convert("RGBA"), "WEBP", dict(save_all=True, append_images=[second])),
+    (picture, "GIF", dict(save_all=True, append_images=[second])),
+    (picture, "BMP", {}),
+    (picture, "PPM", {}),
+    (picture, "TIFF", {}),
+    (picture, "TIFF", dict(compression="tiff_lzw")),
+    (picture, "TIFF", dict(compression="jpeg")),
+  ]
+  forms += [(picture, "JPEG2000", {})] * features.check("jpg_2000") + [
+    (picture, "AVIF", {})
+  ] * features.check("avif")
   found = []
   for image, form, options in forms:
     buffer = io.BytesIO()
@@ -181,20 +253,23 @@ def repaired_png(data: bytes) -> bytes:
   """A PNG with right checksums, so that damage reaches the decoder behind them."""
   parts, at = [data[:8]], 8
   while at + 12 <= len(data):
-    length = int.from_bytes(data[at:at + 4], "big")
-    body = data[at + 4:at + 8 + length]
-    parts.append(data[at:at + 4] + body + zlib.crc32(body).to_bytes(4, "big"))
+    length = int.from_bytes(data[at : at + 4], "big")
+    body = data[at + 4 : at + 8 + length]
+    parts.append(data[at : at + 4] + body + zlib.crc32(body).to_bytes(4, "big"))
     at += 12 + length
   return b"".join(parts)
 
 
 def images() -> Callable[[np.random.Generator], Case]:
-  from mrmae_jax.data import DataError, augment
+  from mrmae_jax.data import augment
+
   bases = image_files()
 
   def decode(folder):
     pixels = augment.decode_image((folder / "image").read_bytes(), "image")
-    assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.size, pixels.shape
+    assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.size, (
+      pixels.shape
+    )
     augment.random_resized_crop(pixels, np.random.default_rng(0), (16, 16))
 
   def make(rng):
@@ -203,6 +278,7 @@ def images() -> Callable[[np.random.Generator], Case]:
     if base.startswith(b"\x89PNG") and rng.random() < 0.5:
       data = repaired_png(data)
     return Case({"image": data}, decode, (DataError,))
+
   return make
 
 
@@ -214,7 +290,9 @@ def safetensors(header, values: bytes, rng: np.random.Generator) -> bytes:
   return len(text).to_bytes(8, "little") + text + values
 
 
-def mutate_tensors(tensors: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
+def mutate_tensors(
+  tensors: dict[str, np.ndarray], rng: np.random.Generator
+) -> dict[str, np.ndarray]:
   """A whole file of other tensors: names, shapes, types and values changed, some left out or doubled."""
   tensors = dict(tensors)
   for _ in range(rng.choice([1, 1, 2, 3])):
@@ -224,19 +302,41 @@ def mutate_tensors(tensors: dict[str, np.ndarray], rng: np.random.Generator) -> 
       del tensors[name]
     elif kind == 1:
       shape = [max(1, side + int(rng.choice([-1, 0, 0, 1, 8]))) for side in x.shape]
-      tensors[name] = np.resize(x, [*shape, *[1] * int(rng.random() < 0.2)][int(rng.random() < 0.2):])
+      tensors[name] = np.resize(
+        x, [*shape, *[1] * int(rng.random() < 0.2)][int(rng.random() < 0.2) :]
+      )
     elif kind == 2:
-      tensors[name] = x.astype(rng.choice(["float16", "float64", "int64", "bool", "int8", "uint8", "int32"]))
+      tensors[name] = x.astype(
+        rng.choice(["float16", "float64", "int64", "bool", "int8", "uint8", "int32"])
+      )
     elif kind == 3:
       tensors[name] = np.full_like(x, rng.choice([np.nan, np.inf, 0, 1e38]))
     elif kind == 4:
       number = str(rng.choice(["1", "7", "99", "9999999999", "00", "-1", "\u0661"]))
       tensors[name.replace("0", number) if "0" in name else f"{name}.{number}"] = x
     elif kind == 5:
-      tensors[str(rng.choice(["x", "cls_token", "pos_embed", "norm.weight", "head.weight", "fc_norm.weight", "mask_token", "a\nb",
-                              ""]))] = x
+      tensors[
+        str(
+          rng.choice(
+            [
+              "x",
+              "cls_token",
+              "pos_embed",
+              "norm.weight",
+              "head.weight",
+              "fc_norm.weight",
+              "mask_token",
+              "a\nb",
+              "",
+            ]
+          )
+        )
+      ] = x
     elif kind == 6:  # every tensor of that width
-      side, other = int(rng.choice(x.shape)) if x.ndim else 1, int(rng.choice([1, 2, 3, 5, 64, 1000]))
+      side, other = (
+        int(rng.choice(x.shape)) if x.ndim else 1,
+        int(rng.choice([1, 2, 3, 5, 64, 1000])),
+      )
       for key, value in tensors.items():
         shape = [other if n == side else n for n in value.shape]
         tensors[key] = np.resize(value, shape) if math.prod(shape) < 1e6 else value
@@ -249,42 +349,75 @@ def weights() -> Callable[[np.random.Generator], Case]:
   import jax
   import jax.numpy as jnp
   from flax import serialization
-  from safetensors import SafetensorError, numpy as numpy_format
+  from safetensors import SafetensorError
+  from safetensors import numpy as numpy_format
+
   from mrmae_jax import teachers
   from mrmae_jax.models import ConvViT, Decoder, ViT
   from mrmae_jax.models.tower import Tower
-  from mrmae_jax.weights import files, students, table, towers
+  from mrmae_jax.weights import files, model_files, table, towers
+
   rng = np.random.default_rng(0)
-  noise = lambda shapes: jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), shapes)
+  noise = lambda shapes: jax.tree.map(
+    lambda x: rng.standard_normal(x.shape).astype(np.float32), shapes
+  )
 
   def tower(family, prefix, **options):
     module = Tower(8, 8, 1, 2, 12, **family.tower | options)
-    shapes = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32))["params"]
+    shapes = jax.eval_shape(
+      module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
+    )["params"]
     return table.export(noise(shapes), towers.name_table(family, prefix, module))
 
   def teacher(folder, **options):
-    spec = teachers.read_spec(path=folder / "weights", image_size=(16, 24), token_size=8, dtype="float32", **options)
+    spec = teachers.read_spec(
+      path=folder / "weights", image_size=(16, 24), token_size=8, dtype="float32", **options
+    )
     jax.block_until_ready(jax.tree.leaves(teachers.load(spec).params))
 
   def student(folder):
-    students.read(folder / "weights", num_heads=2, decoder_heads=2)
+    model_files.read(folder / "weights", num_heads=2, decoder_heads=2)
 
   root = Path(tempfile.mkdtemp(prefix="mrmae_jax_fuzz"))
   bases = []  # (files, reader)
   try:
-    config = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12, image_size=16, patch_size=8,
-                  hidden_act="gelu", layer_norm_eps=1e-6)
+    config = dict(
+      hidden_size=8,
+      num_hidden_layers=1,
+      num_attention_heads=2,
+      intermediate_size=12,
+      image_size=16,
+      patch_size=8,
+      hidden_act="gelu",
+      layer_norm_eps=1e-6,
+    )
     statistics = json.dumps({"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}).encode()
     by_type = {kind: family for family in towers.FAMILIES for kind in family.model_types}
-    for kind, form in (("vit", "plain"), ("clip_vision_model", "sharded"), ("siglip_vision_model", "msgpack"), ("dinov2", "plain"),
-                       ("dinov3_vit", "plain")):
+    for kind, form in (
+      ("vit", "plain"),
+      ("clip_vision_model", "sharded"),
+      ("siglip_vision_model", "msgpack"),
+      ("dinov2", "plain"),
+      ("dinov3_vit", "plain"),
+    ):
       family = by_type[kind]
-      options = {"vit": {}, "clip_vision_model": {}, "siglip_vision_model": dict(probe=False), "dinov2": {}, "dinov3_vit": dict(
-          num_registers=2)}[kind]
+      options = {
+        "vit": {},
+        "clip_vision_model": {},
+        "siglip_vision_model": dict(probe=False),
+        "dinov2": {},
+        "dinov3_vit": dict(num_registers=2),
+      }[kind]
       stored = tower(family, family.prefixes[0], eps=1e-6, activation="gelu", **options)
-      described = config | dict(model_type=kind,
-                                vision_use_head=False) | (dict(num_register_tokens=2) if kind == "dinov3_vit" else {})
-      content = {"weights/config.json": json.dumps(described).encode(), "weights/preprocessor_config.json": statistics}
+      described = (
+        config
+        | dict(model_type=kind, vision_use_head=False)
+        | (dict(num_register_tokens=2) if kind == "dinov3_vit" else {})
+      )
+      content = {
+        "weights/config.json": json.dumps(described).encode(),
+        "weights/preprocessor_config.json": statistics,
+      }
       if form == "msgpack":
         tree = {}
         for name, x in stored.items():
@@ -299,26 +432,52 @@ def weights() -> Callable[[np.random.Generator], Case]:
         for i, part in enumerate((names[:4], names[4:])):
           files.write_safetensors(root / "x", {name: stored[name] for name in part})
           content[f"weights/model-{i}.safetensors"] = (root / "x").read_bytes()
-        content["weights/model.safetensors.index.json"] = json.dumps({"weight_map": {
-            name: f"model-{int(name not in names[:4])}.safetensors" for name in names}}).encode()
+        content["weights/model.safetensors.index.json"] = json.dumps(
+          {
+            "weight_map": {
+              name: f"model-{int(name not in names[:4])}.safetensors" for name in names
+            }
+          }
+        ).encode()
       else:
         files.write_safetensors(root / "x", stored)
         content["weights/model.safetensors"] = (root / "x").read_bytes()
       bases.append((content, teacher))
-    for encoder, decoder in ((ConvViT((2, 2, 2), (4, 8, 8), (1, 1, 1), 2, (2.0, 2.0, 2.0)), Decoder(192, 8, 1, 2, 2)),
-                             (ViT(8, 8, 1, 2, 12), Decoder(192, 8, 1, 2, 2))):
-      shapes = students.param_shapes(encoder, decoder, (2, 3))
-      made = students.Student(encoder, decoder, noise(shapes), (2, 3), (0.5,) * 3, (0.5,) * 3,
-                              {"mask_ratio": 0.75, "norm_pix": True},
-                              True, None)
-      students.write(made, root / "x.safetensors", "timm" if isinstance(encoder, ViT) else "convmae")
+    for encoder, decoder in (
+      (ConvViT((2, 2, 2), (4, 8, 8), (1, 1, 1), 2, (2.0, 2.0, 2.0)), Decoder(192, 8, 1, 2, 2)),
+      (ViT(8, 8, 1, 2, 12), Decoder(192, 8, 1, 2, 2)),
+    ):
+      shapes = model_files.param_shapes(encoder, decoder, (2, 3))
+      made = model_files.Student(
+        encoder,
+        decoder,
+        noise(shapes),
+        (2, 3),
+        (0.5,) * 3,
+        (0.5,) * 3,
+        {"mask_ratio": 0.75, "norm_pix": True},
+        True,
+        None,
+      )
+      model_files.write(
+        made, root / "x.safetensors", "timm" if isinstance(encoder, ViT) else "convmae"
+      )
       bases.append(({"weights": (root / "x.safetensors").read_bytes()}, student))
       plain = files.open_weights(root / "x.safetensors")
-      files.write_safetensors(root / "x", {name: np.asarray(x) for name, x in plain.items() if "pos_embed" not in name} | {
-          name: np.zeros((1, 4 + isinstance(encoder, ViT), 8), np.float32) for name in plain if "pos_embed" in name})
+      files.write_safetensors(
+        root / "x",
+        {name: np.asarray(x) for name, x in plain.items() if "pos_embed" not in name}
+        | {
+          name: np.zeros((1, 4 + isinstance(encoder, ViT), 8), np.float32)
+          for name in plain
+          if "pos_embed" in name
+        },
+      )
       bases.append(({"weights": (root / "x").read_bytes()}, student))
-    students.write(made, root / "hf", "hf")
-    bases.append(({f"weights/{path.name}": path.read_bytes() for path in (root / "hf").iterdir()}, student))
+    model_files.write(made, root / "hf", "hf")
+    bases.append(
+      ({f"weights/{path.name}": path.read_bytes() for path in (root / "hf").iterdir()}, student)
+    )
     bases += _torch_bases(root, teacher)
   finally:
     shutil.rmtree(root)
@@ -338,23 +497,26 @@ def weights() -> Callable[[np.random.Generator], Case]:
           pass  # it was mutated before
       if data[8:9] == b"{" and rng.random() < 0.85:
         length = int.from_bytes(data[:8], "little")
-        with contextlib.suppress(ValueError, KeyError, RecursionError, AttributeError, SafetensorError):
+        with contextlib.suppress(
+          ValueError, KeyError, RecursionError, AttributeError, SafetensorError
+        ):
           if rng.random() < 0.4:
-            notes = json.loads(data[8:8 + length]).get("__metadata__")
+            notes = json.loads(data[8 : 8 + length]).get("__metadata__")
             content[name] = numpy_format.save(mutate_tensors(numpy_format.load(data), rng), notes)
             continue
-          header = json.loads(data[8:8 + length])
+          header = json.loads(data[8 : 8 + length])
           notes = header.get("__metadata__", {})
           if "mrmae_jax" in notes and rng.random() < 0.5:
             notes["mrmae_jax"] = json.dumps(mutate_json(json.loads(notes["mrmae_jax"]), rng))
           else:
             header = mutate_json(header, rng)
-          content[name] = safetensors(header, data[8 + length:], rng)
+          content[name] = safetensors(header, data[8 + length :], rng)
           continue
       content[name] = mutate(data, other, rng)
     if rng.random() < 0.05:
       content.pop(names[rng.integers(len(names))])
-    return Case(content, reader, (table.WeightsError,))
+    return Case(content, reader, (WeightsError,))
+
   return make
 
 
@@ -362,38 +524,109 @@ def _torch_bases(root: Path, teacher) -> list[tuple[dict[str, bytes], Callable[[
   """PyTorch's files. Without torch all but TorchScript are refused as they are; the bases stay as many, for the numbers' sake."""
   goldens = Path(__file__).parent.parent / "goldens" / "teachers"
   old = goldens / "dino_backbone.pth"
-  found = [({"weights": (goldens / name).read_bytes()}, functools.partial(teacher, num_heads=4))
-           for name in ("dino_backbone.pth", "dino_full_checkpoint.pth", "openai_clip_jit.pt")]
+  found = [
+    ({"weights": (goldens / name).read_bytes()}, functools.partial(teacher, num_heads=4))
+    for name in ("dino_backbone.pth", "dino_full_checkpoint.pth", "openai_clip_jit.pt")
+  ]
   with contextlib.suppress(ImportError):
     import torch
-    torch.save(torch.load(old, weights_only=True), root / "old.pth", _use_new_zipfile_serialization=False)
+
+    torch.save(
+      torch.load(old, weights_only=True), root / "old.pth", _use_new_zipfile_serialization=False
+    )
     old = root / "old.pth"
   return found + [({"weights": old.read_bytes()}, functools.partial(teacher, num_heads=4))]
 
 
 # Configurations.
 
-TEXTS = ("", "0", "1", "-1", "3", "0.5", "1e30", "-1e30", "nan", "inf", "-inf", "True", "none", "None", "()", "(1,)", "(1, 2)",
-         "(1, 2, 3)",
-         "(nan, 1)", "(1e9, 1e9)", "1000000000", "99999999999999999999", "[1, 2]", "{}", "{'a': 1}", "x", "x,y", "'x'", "\"", "(",
-         "1 2", "=",
-         "a=b", "--", "~nobody/x", "/", "../..", "digits", "folder:", "packed:/none", "checkpoint:/none", "random", "vit",
-         "focused", "proj",
-         "masked", "visible+cls", "rand-m9-inc1", "rand-n" + "9" * 400 + "-inc1", "x" * 300, "é", "float32", "__import__('os')",
-         "1_000", "0x10")
-FLAGS = ("config", "workdir", "check", "multihost", "coordinator_address", "num_processes", "process_id", "init_timeout",
-         "flagfile", "confg",
-         "nocheck", "v", "lr", "-", "help ", "undefok")
+TEXTS = (
+  "",
+  "0",
+  "1",
+  "-1",
+  "3",
+  "0.5",
+  "1e30",
+  "-1e30",
+  "nan",
+  "inf",
+  "-inf",
+  "True",
+  "none",
+  "None",
+  "()",
+  "(1,)",
+  "(1, 2)",
+  "(1, 2, 3)",
+  "(nan, 1)",
+  "(1e9, 1e9)",
+  "1000000000",
+  "99999999999999999999",
+  "[1, 2]",
+  "{}",
+  "{'a': 1}",
+  "x",
+  "x,y",
+  "'x'",
+  '"',
+  "(",
+  "1 2",
+  "=",
+  "a=b",
+  "--",
+  "~nobody/x",
+  "/",
+  "../..",
+  "digits",
+  "folder:",
+  "packed:/none",
+  "checkpoint:/none",
+  "random",
+  "vit",
+  "focused",
+  "proj",
+  "masked",
+  "visible+cls",
+  "rand-m9-inc1",
+  "rand-n" + "9" * 400 + "-inc1",
+  "x" * 300,
+  "é",
+  "float32",
+  "__import__('os')",
+  "1_000",
+  "0x10",
+)
+FLAGS = (
+  "config",
+  "workdir",
+  "check",
+  "multihost",
+  "coordinator_address",
+  "num_processes",
+  "process_id",
+  "init_timeout",
+  "flagfile",
+  "confg",
+  "nocheck",
+  "v",
+  "lr",
+  "-",
+  "help ",
+  "undefok",
+)
 
 
 def configs() -> Callable[[np.random.Generator], Case]:
-  from absl import flags
   import jax
   import ml_collections
-  from mrmae_jax import main, sharding, teachers, train
-  from mrmae_jax.config import ConfigError, finetune, flatten, probe, validate
+  from absl import flags
+
+  from mrmae_jax import sharding, teachers, train
+  from mrmae_jax.config import finetune, flatten, probe, validate
   from mrmae_jax.tasks import pretrain
   from tests import tiny
+
   del teachers  # imported here, and not at the first input
   home = tempfile.TemporaryDirectory(prefix="mrmae_jax_fuzz")
   for name in ("train/a", "train/b", "validation/a", "validation/b"):
@@ -404,8 +637,15 @@ def configs() -> Callable[[np.random.Generator], Case]:
   def base(task):
     c = tiny.get_config()
     if task != "pretrain":
-      other = {"classify": finetune, "probe": probe}[task]()
-      other.update(image_size=c.image_size, batch_size=16, epochs=20.0, dtype="float32", encoder=c.encoder, init_from="")
+      other = {"finetune": finetune, "probe": probe}[task]()
+      other.update(
+        image_size=c.image_size,
+        batch_size=16,
+        epochs=20.0,
+        dtype="float32",
+        encoder=c.encoder,
+        init_from="",
+      )
       c = other
     c.data.source = f"folder:{home.name}"
     return c
@@ -413,12 +653,14 @@ def configs() -> Callable[[np.random.Generator], Case]:
   def judge(config, deep: bool):
     validate(config, num_devices=1)
     config.to_json()
-    if deep and config.task == "pretrain" and not (config.teacher.name or "").strip():  # what comes next, without computing
+    if (
+      deep and config.task == "pretrain" and not (config.teacher.name or "").strip()
+    ):  # what comes next, without computing
       train.plan(config, pretrain.make(config), sharding.make_mesh(devices=jax.devices()[:1]), 8)
 
   def structural(rng, text):
     """A configuration as a file could make it."""
-    config = base(str(rng.choice(["pretrain", "pretrain", "classify", "probe"])))
+    config = base(str(rng.choice(["pretrain", "pretrain", "finetune", "probe"])))
     for _ in range(rng.choice([1, 1, 2, 3])):
       names = list(flatten(config)) * 3 + list(config)
       *parents, leaf = names[rng.integers(len(names))].split(".")
@@ -436,7 +678,9 @@ def configs() -> Callable[[np.random.Generator], Case]:
         elif kind == 1:
           node[f"{leaf}s"] = value
         elif kind < 6 and type(node[leaf]) in (int, float):
-          node[leaf] = type(node[leaf])(node[leaf] * rng.choice([-1, 0, 0.1, 2, 3, 1000]) + rng.choice([0, 1]))
+          node[leaf] = type(node[leaf])(
+            node[leaf] * rng.choice([-1, 0, 0.1, 2, 3, 1000]) + rng.choice([0, 1])
+          )
         elif kind == 6:
           node[leaf] = str(rng.choice(TEXTS))
         else:
@@ -445,20 +689,46 @@ def configs() -> Callable[[np.random.Generator], Case]:
     return config
 
   def command_line(rng):
-    names = list(flatten(base("pretrain"))) + ["encoder", "data", "optim", "optim.lr", "evals", "x", "task", "extra_teachers.a", ""]
-    argv = ["main", "--config=tests/tiny.py", f"--workdir={home.name}/run", f"--config.data.source=folder:{home.name}"]
+    names = list(flatten(base("pretrain"))) + [
+      "encoder",
+      "data",
+      "optim",
+      "optim.lr",
+      "evals",
+      "x",
+      "task",
+      "extra_teachers.a",
+      "",
+    ]
+    argv = [
+      "main",
+      "--config=tests/tiny.py",
+      f"--workdir={home.name}/run",
+      f"--config.data.source=folder:{home.name}",
+    ]
     for _ in range(rng.integers(1, 4)):
       dashes = str(rng.choice(["--", "--", "--", "--", "--", "-", "", "---", "--no"]))
-      name = f"config.{names[rng.integers(len(names))]}" if rng.random() < 0.85 else str(rng.choice(FLAGS))
+      name = (
+        f"config.{names[rng.integers(len(names))]}"
+        if rng.random() < 0.85
+        else str(rng.choice(FLAGS))
+      )
       given = str(rng.choice(TEXTS))
-      argv += [f"{dashes}{name}={given}"] if rng.random() < 0.9 else [f"{dashes}{name}",
-                                                                      given] if rng.random() < 0.5 else [dashes + name]
+      argv += (
+        [f"{dashes}{name}={given}"]
+        if rng.random() < 0.9
+        else [f"{dashes}{name}", given]
+        if rng.random() < 0.5
+        else [dashes + name]
+      )
     return argv
+
+  from mrmae_jax.cli import train as cli_train
 
   def parse(argv):
     old, sys.argv = sys.argv, argv  # ml_collections reads it itself
     try:
-      return main.parse(argv)[0]
+      return cli_train.parse(argv)[0]
     finally:
       sys.argv = old
       for name in list(flags.FLAGS):
@@ -471,10 +741,18 @@ def configs() -> Callable[[np.random.Generator], Case]:
     deep = rng.random() < 0.06
     if rng.random() < 0.5:
       argv = command_line(rng)
-      return Case({"input": repr(argv).encode()}, lambda folder: judge(parse(argv), deep), (ConfigError, main.UsageError))
+      return Case(
+        {"input": repr(argv).encode()},
+        lambda folder: judge(parse(argv), deep),
+        (ConfigError, UsageError),
+      )
     text = []
     config = structural(rng, text)
-    return Case({"input": text[0].encode(errors="replace")}, lambda folder: judge(config, deep), (ConfigError,))
+    return Case(
+      {"input": text[0].encode(errors="replace")},
+      lambda folder: judge(config, deep),
+      (ConfigError,),
+    )
 
   make.home = home  # which is there as long as what makes inputs
   return make
@@ -482,8 +760,10 @@ def configs() -> Callable[[np.random.Generator], Case]:
 
 # Running them.
 
+
 def itself() -> Callable[[np.random.Generator], Case]:
   """For the test of this script: everything that may be found."""
+
   def fail(folder):
     what = (folder / "what").read_bytes()
     if what == b"refused":
@@ -515,7 +795,7 @@ def make_case(make: Callable[[np.random.Generator], Case], number: int) -> Case:
 
 
 def attempt(case: Case) -> str:
-  """"" for a result, "refused" for a documented error, else what is wrong."""
+  """ "" for a result, "refused" for a documented error, else what is wrong."""
   with tempfile.TemporaryDirectory(prefix="mrmae_jax_fuzz") as folder:
     for name, content in case.files.items():
       path = Path(folder) / name
@@ -526,9 +806,13 @@ def attempt(case: Case) -> str:
       case.run(Path(folder))
       outcome = ""
     except case.refusals as error:
-      multiline = type(error).__name__ != "ConfigError" and "\n" in str(error)  # a ConfigError has a line for each mistake
-      outcome = f"a message of several lines: {error}" if multiline or not str(error).strip() else "refused"
-    except BaseException:  # pylint: disable=broad-except; these are what is looked for
+      multiline = type(error).__name__ != "ConfigError" and "\n" in str(
+        error
+      )  # a ConfigError has a line for each mistake
+      outcome = (
+        f"a message of several lines: {error}" if multiline or not str(error).strip() else "refused"
+      )
+    except BaseException:  # these are what is looked for
       outcome = traceback.format_exc()
     spent = time.process_time() - began
   return f"{spent:.1f} s of computing" if spent > CPU_S and outcome in ("", "refused") else outcome
@@ -541,7 +825,9 @@ def work(target: str, numbers: list[int]) -> None:
   for number in numbers:
     say(begin=number)
     outcome = attempt(make_case(make, number))
-    status = Path("/proc/self/status").read_text()  # getrusage would begin with the peak of the parent
+    status = Path(
+      "/proc/self/status"
+    ).read_text()  # getrusage would begin with the peak of the parent
     say(end=number, outcome=outcome, peak=1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1]))
 
 
@@ -562,8 +848,13 @@ class Outcome(NamedTuple):
   seconds: float
 
 
-def run(target: str, numbers: list[int], out: Path | None = None, done: Callable[[], Any] = lambda: None,
-        hang_s: float = HANG_S) -> Outcome:
+def run(
+  target: str,
+  numbers: list[int],
+  out: Path | None = None,
+  done: Callable[[], Any] = lambda: None,
+  hang_s: float = HANG_S,
+) -> Outcome:
   """Tries inputs in processes that may die.
 
   Args:
@@ -573,12 +864,23 @@ def run(target: str, numbers: list[int], out: Path | None = None, done: Callable
     done: called after each input.
     hang_s: without an answer for so long a process is ended.
   """
-  began, left, counts, findings, grown = time.monotonic(), list(numbers), {"": 0, "refused": 0}, {}, 0.0
+  began, left, counts, findings, grown = (
+    time.monotonic(),
+    list(numbers),
+    {"": 0, "refused": 0},
+    {},
+    0.0,
+  )
   while left:
     with tempfile.TemporaryFile() as errors:
       command = [sys.executable, "-m", "tests.faults.fuzz", f"--worker={target}"]
-      process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
-                                 env=os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"})
+      process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"},
+      )
       process.stdin.write(json.dumps(left).encode())
       process.stdin.close()
       current, first, tried = None, 0, 0
@@ -591,7 +893,9 @@ def run(target: str, numbers: list[int], out: Path | None = None, done: Callable
           tried += 1
           first = message["peak"] if tried <= WARM_UP else first
           if message["peak"] - first > max(grown, GROWTH):
-            findings[message["end"]] = f"memory has grown by {(message['peak'] - first) / 1e6:.0f} MB"
+            findings[message["end"]] = (
+              f"memory has grown by {(message['peak'] - first) / 1e6:.0f} MB"
+            )
           grown = max(grown, message["peak"] - first)
           if message["outcome"] in counts:
             counts[message["outcome"]] += 1
@@ -608,13 +912,17 @@ def run(target: str, numbers: list[int], out: Path | None = None, done: Callable
         left.remove(current)
         done()
       elif left:  # it did not even begin
-        raise RuntimeError(f"the process of {target} ended with {code}: {errors.read().decode(errors='replace')}")
+        raise RuntimeError(
+          f"the process of {target} ended with {code}: {errors.read().decode(errors='replace')}"
+        )
   if out and findings:
     make = TARGETS[target]()
     for number, what in findings.items():
       folder = out / f"{target}-{number}"
       folder.mkdir(parents=True, exist_ok=True)
-      (folder / "reason.txt").write_text(f"python -m tests.faults.fuzz --only={target}:{number}\n{what}\n")
+      (folder / "reason.txt").write_text(
+        f"python -m tests.faults.fuzz --only={target}:{number}\n{what}\n"
+      )
       for name, content in make_case(make, number).files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
@@ -640,7 +948,9 @@ def numbers_of(target: str, inputs: int, seed: int) -> list[int]:
 
 def main(argv: list[str] | None = None) -> int:
   """The command line; 1 if anything was found."""
-  parser = argparse.ArgumentParser(prog="python -m tests.faults.fuzz", description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(
+    prog="python -m tests.faults.fuzz", description=__doc__.splitlines()[0]
+  )
   parser.add_argument("--inputs", type=int, default=20_000)
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--out", type=Path, help="folder for findings")
@@ -660,18 +970,28 @@ def main(argv: list[str] | None = None) -> int:
     outcome = attempt(make_case(TARGETS[target](), int(number)))
     print(outcome or "a result")
     return int(outcome not in ("", "refused"))
-  asked = {target: numbers_of(target, options.inputs, options.seed) for target in options.targets.split(",")}
-  with tqdm.tqdm(total=sum(map(len, asked.values())), unit="input", smoothing=0.05) as bar, \
-      concurrent.futures.ThreadPoolExecutor(len(asked)) as pool:
+  asked = {
+    target: numbers_of(target, options.inputs, options.seed)
+    for target in options.targets.split(",")
+  }
+  with (
+    tqdm.tqdm(total=sum(map(len, asked.values())), unit="input", smoothing=0.05) as bar,
+    concurrent.futures.ThreadPoolExecutor(len(asked)) as pool,
+  ):
     lock = threading.Lock()
 
     def done():
       with lock:
         bar.update()
-    outcomes = dict(zip(asked, pool.map(lambda target: run(target, asked[target], options.out, done), asked)))
+
+    outcomes = dict(
+      zip(asked, pool.map(lambda target: run(target, asked[target], options.out, done), asked))
+    )
   for target, o in outcomes.items():
-    print(f"{target}: {o.results + o.refused + len(o.findings)} inputs in {o.seconds:.0f} s: {o.results} results, {o.refused} refused, "
-          f"{len(o.findings)} findings; memory grew by {o.grown / 1e6:.0f} MB")
+    print(
+      f"{target}: {o.results + o.refused + len(o.findings)} inputs in {o.seconds:.0f} s: {o.results} results, {o.refused} refused, "
+      f"{len(o.findings)} findings; memory grew by {o.grown / 1e6:.0f} MB"
+    )
     for number, what in o.findings.items():
       print(f"  {target}:{number}: {what.strip().splitlines()[-1]}")
   return int(any(o.findings for o in outcomes.values()))

@@ -19,12 +19,16 @@ def get_config(kind: str = ""):
   c.evals = {}
   if kind == "killed":  # with all that may go wrong in a save
     c.optim.ema_decay = 0.99
-    c.evals = {"knn": dict(k=5, temperature=0.07, batch_size=64, bank=64), "reconstruct": dict(images=2)}
+    c.evals = {
+      "knn": dict(k=5, temperature=0.07, batch_size=64, bank=64),
+      "reconstruct": dict(images=2),
+    }
   return c
 
 
 def toy_task(spoil=lambda brightness: 0.0):
   """Predicts the brightness of the channels of a digit, with noise; `spoil` is added to the loss."""
+
   def loss(params, frozen, batch, keys):
     del frozen
     x = batch["image"].astype(jnp.float32).mean((1, 2)) / 255

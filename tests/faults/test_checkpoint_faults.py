@@ -2,19 +2,22 @@
 
 import json
 import os
-from pathlib import Path
 import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mrmae_jax import checkpoint, config as config_lib, metrics, nonfinite, optim, sharding, train, workdir
-from mrmae_jax.checkpoint import Checkpoints, StorageError
+from mrmae_jax import config as config_lib
+from mrmae_jax import optim, sharding, train
+from mrmae_jax.errors import DataError, NonFiniteError, StorageError, WorkdirError
+from mrmae_jax.runs import checkpoint, log, nonfinite, workdir
+from mrmae_jax.runs.checkpoint import Checkpoints
 from tests.faults import small
 
 # What orbax leaves behind of a read that failed is not waited for.
@@ -27,9 +30,15 @@ GOLDEN = ROOT / "tests" / "goldens" / "checkpoint_format_1"
 def state_of(step, rng=np.random.default_rng):
   """Arrays of all kinds, as far from compressible as weights are."""
   r = rng(step)
-  return {"params": {"kernel": jnp.asarray(r.standard_normal((7, 33)), jnp.float32), "half": jnp.asarray(r.standard_normal(50), jnp.bfloat16),
-                     "zeros": jnp.zeros((40, 5))}, "opt_state": [{"mu": jnp.asarray(r.standard_normal(64), jnp.float32)}],
-          "step": jnp.int32(step)}
+  return {
+    "params": {
+      "kernel": jnp.asarray(r.standard_normal((7, 33)), jnp.float32),
+      "half": jnp.asarray(r.standard_normal(50), jnp.bfloat16),
+      "zeros": jnp.zeros((40, 5)),
+    },
+    "opt_state": [{"mu": jnp.asarray(r.standard_normal(64), jnp.float32)}],
+    "step": jnp.int32(step),
+  }
 
 
 def shapes(state):
@@ -59,7 +68,11 @@ def outcome(folder):
     found = opened.restore(shapes(state_of(0)))
     if found.step == 8 and equal(found.state, state_of(8)) and not found.notes:
       return "the newest"
-    if found.step == 4 and equal(found.state, state_of(4)) and "checkpoint 8 is damaged" in found.notes[0]:
+    if (
+      found.step == 4
+      and equal(found.state, state_of(4))
+      and "checkpoint 8 is damaged" in found.notes[0]
+    ):
       return "the one before"
     return f"wrong: step {found.step}, {found.notes}"
   finally:
@@ -74,7 +87,9 @@ def flip(path, bit):
 
 def flips(saved, tmp_path, count):
   """Outcomes of `count` flips of one bit each, spread over the files of the newest checkpoint."""
-  files = sorted(p for p in (saved / "checkpoints" / "8").rglob("*") if p.is_file() and p.stat().st_size)
+  files = sorted(
+    p for p in (saved / "checkpoints" / "8").rglob("*") if p.is_file() and p.stat().st_size
+  )
   rng, found = np.random.default_rng(0), {}
   for i in range(count):
     path = files[i % len(files)]
@@ -115,14 +130,16 @@ def test_f15_no_whole_checkpoint_is_an_error_and_nothing_is_touched(saved, tmp_p
 
 @pytest.mark.parametrize("damage", ["trim", "empty", "delete"])
 def test_f16_files_that_are_cut_empty_or_gone(saved, tmp_path, damage):
-  files = sorted(p for p in (saved / "checkpoints" / "8").rglob("*") if p.is_file() and p.stat().st_size)
+  files = sorted(
+    p for p in (saved / "checkpoints" / "8").rglob("*") if p.is_file() and p.stat().st_size
+  )
   for path in files:
     folder = shutil.copytree(saved, tmp_path / "run")
     target = folder / path.relative_to(saved)
     if damage == "delete":
       target.unlink()
     else:
-      target.write_bytes(path.read_bytes()[:path.stat().st_size // 2 if damage == "trim" else 0])
+      target.write_bytes(path.read_bytes()[: path.stat().st_size // 2 if damage == "trim" else 0])
     assert outcome(folder) in ("the newest", "the one before"), path
     shutil.rmtree(folder)
 
@@ -151,12 +168,18 @@ def test_f15_features_come_from_a_whole_checkpoint(saved, tmp_path):
 def test_f15_the_checksum_sees_every_kind_of_change():
   total = lambda x: int(checkpoint._checksum(x))
   r = np.random.default_rng(0)
-  for x in (r.standard_normal((5, 6)).astype(np.float32), r.integers(0, 9, (4, 7)).astype(np.int32),
-            np.asarray(jnp.asarray(r.standard_normal(12), jnp.bfloat16)), r.integers(0, 2, 16).astype(bool)):
+  for x in (
+    r.standard_normal((5, 6)).astype(np.float32),
+    r.integers(0, 9, (4, 7)).astype(np.int32),
+    np.asarray(jnp.asarray(r.standard_normal(12), jnp.bfloat16)),
+    r.integers(0, 2, 16).astype(bool),
+  ):
     base = total(x)
     for i in range(x.size):
       changed = x.copy()
-      changed.reshape(-1)[i] = ~changed.reshape(-1)[i] if x.dtype == bool else changed.reshape(-1)[i] + x.dtype.type(1)
+      changed.reshape(-1)[i] = (
+        ~changed.reshape(-1)[i] if x.dtype == bool else changed.reshape(-1)[i] + x.dtype.type(1)
+      )
       assert total(changed) != base
     rolled = np.roll(x, 1)
     assert total(rolled) != base or np.array_equal(rolled, x)
@@ -180,7 +203,9 @@ def test_f18_another_format_is_refused_with_versions(tmp_path, monkeypatch):
   saving = Checkpoints(tmp_path, {})
   saving.save(1, state_of(1), wait=True)
   monkeypatch.undo()
-  with pytest.raises(workdir.WorkdirError, match=r"written in format 2 \(with \{.*'jax': .*this version reads format 1"):
+  with pytest.raises(
+    WorkdirError, match=r"written in format 2 \(with \{.*'jax': .*this version reads format 1"
+  ):
     saving.restore(shapes(state_of(0)))
   saving.close()
 
@@ -200,7 +225,8 @@ def test_f19_a_save_that_fails_leaves_the_one_before(tmp_path):
   """The disk takes no file above a size, from the second save on: the run goes on, and says so; its end is exit code 5."""
   code = """if True:
     import resource, signal, sys
-    from mrmae_jax import main, checkpoint
+    from mrmae_jax.cli import train
+    from mrmae_jax.runs import checkpoint
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     save = checkpoint.Checkpoints.save
     def limited(self, step, *a, **k):
@@ -210,32 +236,47 @@ def test_f19_a_save_that_fails_leaves_the_one_before(tmp_path):
       finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10**9, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     checkpoint.Checkpoints.save = limited
-    sys.exit(main.main(["main", "--config=tests/faults/small.py", f"--workdir=WORKDIR"]))
+    sys.exit(train.main(["main", "--config=tests/faults/small.py", f"--workdir=WORKDIR"]))
   """.replace("WORKDIR", str(tmp_path))
-  done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=dict(os.environ, PYTHONPATH=str(ROOT)), capture_output=True,
-                        text=True, timeout=120, check=False)
+  done = subprocess.run(
+    [sys.executable, "-c", code],
+    cwd=ROOT,
+    env=dict(os.environ, PYTHONPATH=str(ROOT)),
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=False,
+  )
   assert done.returncode == 5, done.stderr[-2000:]
   assert "\nerror: checkpoint 20 could not be saved: " in done.stderr
   assert "warning: checkpoint 8 is not saved" in done.stdout and "step 20/20" in done.stdout
-  assert [p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()] in (["1", "4"], ["4", "1"], ["4"])
+  assert [p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()] in (
+    ["1", "4"],
+    ["4", "1"],
+    ["4"],
+  )
 
 
 def toy_run(folder, task=None, **values):
   config = small.get_config()
   with config.unlocked():
-    config.update_from_flattened_dict({key.replace("__", "."): value for key, value in values.items()})
-  return train.fit(config, task or small.toy_task(), folder), metrics.read(folder)
+    config.update_from_flattened_dict(
+      {key.replace("__", "."): value for key, value in values.items()}
+    )
+  return train.fit(config, task or small.toy_task(), folder), log.read(folder)
 
 
 def test_f20_a_workdir_that_vanishes(tmp_path, monkeypatch, capsys):
   """It is gone after the first save: that is said at the next, and the run does not end well."""
   save = Checkpoints.save
+
   def gone(self, step, *args, **kwargs):
     result = save(self, step, *args, **kwargs)
     if step == 1:
       shutil.rmtree(tmp_path / "run")
       (tmp_path / "run").write_text("a file")  # so that it cannot be made anew
     return result
+
   monkeypatch.setattr(Checkpoints, "save", gone)
   with pytest.raises(StorageError, match="checkpoint 20 could not be saved"):
     toy_run(tmp_path / "run")
@@ -246,11 +287,15 @@ def test_f22_slow_storage_does_not_stop_the_steps(tmp_path, monkeypatch, capsys)
   """Each save takes longer than the next four steps: those in between are left out, the last one waits."""
   saver = checkpoint.ocp.StandardCheckpointHandler
   finalize = saver.finalize
-  monkeypatch.setattr(saver, "finalize", lambda self, directory: (time.sleep(1.5), finalize(self, directory))[1])
+  monkeypatch.setattr(
+    saver, "finalize", lambda self, directory: (time.sleep(1.5), finalize(self, directory))[1]
+  )
   _, records = toy_run(tmp_path)
   said = capsys.readouterr().out
   assert "checkpoint 8 is not saved: the save before is still under way" in said
-  assert (tmp_path / "checkpoints" / "20").is_dir() and {r["step"] for r in records if "loss" in r} == set(range(1, 21))
+  assert (tmp_path / "checkpoints" / "20").is_dir() and {
+    r["step"] for r in records if "loss" in r
+  } == set(range(1, 21))
   assert json.loads((tmp_path / "goodput.json").read_text())["seconds"]["saving"] > 1.5
 
 
@@ -262,7 +307,10 @@ def test_f25_nan_is_never_the_best(tmp_path):
     if np.isfinite(score):  # as train.fit does, see below
       scores[step] = score
   saving.close()
-  assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) == [2, 5]
+  assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) == [
+    2,
+    5,
+  ]
 
 
 def test_f25_the_best_checkpoint_of_a_run_stays(tmp_path, monkeypatch):
@@ -276,16 +324,33 @@ def test_f25_the_best_checkpoint_of_a_run_stays(tmp_path, monkeypatch):
 
     def run(self, params, step):
       return {"accuracy": next(values)}
+
   monkeypatch.setitem(sys.modules, "mrmae_jax.evals.fake", type(sys)("fake"))
   sys.modules["mrmae_jax.evals.fake"].Evaluator = Evaluator
   save = Checkpoints.save  # the toy's steps are faster than any disk
-  monkeypatch.setattr(Checkpoints, "save", lambda self, step, state, wait: save(self, step, state, wait=True))
-  _, records = toy_run(tmp_path, evals__fake=config_lib.ml_collections.ConfigDict(), keep_best="fake/accuracy", keep_checkpoints=1,
-                       eval_every=small.get_config().checkpoint_every)
+  monkeypatch.setattr(
+    Checkpoints, "save", lambda self, step, state, wait: save(self, step, state, wait=True)
+  )
+  _, records = toy_run(
+    tmp_path,
+    evals__fake=config_lib.ml_collections.ConfigDict(),
+    keep_best="fake/accuracy",
+    keep_checkpoints=1,
+    eval_every=small.get_config().checkpoint_every,
+  )
   # evaluated at 0, 4, 8, 12 (nan), 16, 20 (nan): the best is 16
   assert {r["step"]: r.get("fake/accuracy") for r in records if "evaluation_s" in r} == {
-      0: 0.1, 4: 0.2, 8: 0.5, 12: None, 16: 0.9, 20: None}
-  assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) == [16, 20]
+    0: 0.1,
+    4: 0.2,
+    8: 0.5,
+    12: None,
+    16: 0.9,
+    20: None,
+  }
+  assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) == [
+    16,
+    20,
+  ]
 
 
 def test_f23_a_step_that_is_not_finite_changes_nothing():
@@ -299,7 +364,9 @@ def test_f23_a_step_that_is_not_finite_changes_nothing():
   one, told = step(state, {}, dark)
   two, bad = step(one, {}, bright)
   assert (int(told["skipped"]), int(bad["skipped"]), int(two.step)) == (0, 1, 2)
-  assert equal((one.params, one.opt_state, one.usual_norm), (two.params, two.opt_state, two.usual_norm))
+  assert equal(
+    (one.params, one.opt_state, one.usual_norm), (two.params, two.opt_state, two.usual_norm)
+  )
   three, _ = step(two, {}, dark)
   assert not equal(two.params, three.params)
 
@@ -312,24 +379,32 @@ def test_f24_a_spike_may_be_left_out():
   state = train.TrainState(jnp.int32(0), params, tx.init(params), jnp.float32(0))
   usual = {"image": np.random.default_rng(0).integers(0, 40, (16, 32, 48, 3), np.uint8)}
   for max_spike, skipped in ((0.0, 0), (100.0, 1)):
-    scaled = task._replace(loss=lambda p, f, b, k: jax.tree.map(lambda v: v * b["scale"], task.loss(p, f, b, k)))
+    scaled = task._replace(
+      loss=lambda p, f, b, k: jax.tree.map(lambda v: v * b["scale"], task.loss(p, f, b, k))
+    )
     step = jax.jit(train.make_train_step(scaled, tx, schedule, 0, max_spike=max_spike))
     before, _ = step(state, {}, usual | {"scale": 1.0})
     after, told = step(before, {}, usual | {"scale": 1e4})
     assert int(told["skipped"]) == skipped and equal(before.params, after.params) == bool(skipped)
-    assert "more than optim.max_spike times" in nonfinite.reason({k: float(v) for k, v in told.items()})
+    assert "more than optim.max_spike times" in nonfinite.reason(
+      {k: float(v) for k, v in told.items()}
+    )
 
 
 def test_f23_a_run_that_is_lost_leaves_a_bundle_that_replays(tmp_path, monkeypatch, capsys):
   """From step 10 on every loss is nan: after three the run ends, and replay gives the same numbers in another process."""
-  from mrmae_jax.tools import replay
+  from mrmae_jax.cli import replay
+
   monkeypatch.chdir(ROOT)
   config = small.get_config()
   with config.unlocked():
     config.optim.update(max_skips=3, blr=1e14)
   config_lib.validate(config, jax.device_count())
   from mrmae_jax.tasks import pretrain
-  with pytest.raises(nonfinite.NonFiniteError, match="3 updates in a row were left out.*tools.replay --bundle=") as error:
+
+  with pytest.raises(
+    NonFiniteError, match="3 updates in a row were left out.*mrmae replay --bundle="
+  ) as error:
     train.fit(config, pretrain.make(config), tmp_path)
   bundle = Path(str(error.value).split("--bundle=")[1])
   told = json.loads((bundle / "bundle.json").read_text())
@@ -340,7 +415,10 @@ def test_f23_a_run_that_is_lost_leaves_a_bundle_that_replays(tmp_path, monkeypat
   printed = capsys.readouterr().out
   assert "the same numbers, bit for bit" in printed and "not the same\n" not in printed, printed
   assert "gradients that are not finite: " in printed and "encoder/" in printed
-  assert replay.main(["replay", f"--bundle={tmp_path}"]) == 2 and "is no bundle" in capsys.readouterr().err
+  assert (
+    replay.main(["replay", f"--bundle={tmp_path}"]) == 2
+    and "is no bundle" in capsys.readouterr().err
+  )
 
 
 def test_f23_a_few_bad_batches_do_not_end_a_run(tmp_path, capsys):
@@ -361,17 +439,21 @@ def test_f26_what_was_trained_before_a_bad_image_is_saved(tmp_path, monkeypatch)
 
   def failing(*args, **kwargs):
     stream = batches(*args, **kwargs)
+
     class Failing:
       close = stream.close
       count = 0
+
       def __next__(self):
         self.count += 1
         if self.count == 8:
-          raise train.data.DataError("planted")
+          raise DataError("planted")
         return next(stream)
+
     return Failing()
+
   monkeypatch.setattr(train.data, "train_batches", failing)
-  with pytest.raises(train.data.DataError, match="planted"):
+  with pytest.raises(DataError, match="planted"):
     toy_run(tmp_path / "run")
   monkeypatch.undo()
   assert (tmp_path / "run" / "checkpoints" / "7").is_dir()
@@ -383,7 +465,8 @@ def test_f26_what_was_trained_before_a_bad_image_is_saved(tmp_path, monkeypatch)
 def test_f38_a_logger_that_breaks_is_no_reason_to_stop(tmp_path, monkeypatch, capsys):
   def broken(*args, **kwargs):
     raise RuntimeError("the logger is down")
-  monkeypatch.setattr(metrics.tensorboardX.SummaryWriter, "add_scalar", broken)
+
+  monkeypatch.setattr(log.tensorboardX.SummaryWriter, "add_scalar", broken)
   _, records = toy_run(tmp_path)
   assert [r["step"] for r in records if "loss" in r] == list(range(1, 21))
   assert capsys.readouterr().out.count("the logger is down") == 1
@@ -399,7 +482,7 @@ def test_f39_half_a_line_and_a_clock_that_jumps(tmp_path, monkeypatch):
   monkeypatch.setattr(time, "time", lambda: now() - 1e6)
   _, records = toy_run(tmp_path / "run", checkpoint_every=1000.0)
   losses = lambda rows: {r["step"]: r["loss"].hex() for r in rows if "loss" in r}
-  assert losses(records) == losses(metrics.read(tmp_path / "whole")) and len(losses(records)) == 20
+  assert losses(records) == losses(log.read(tmp_path / "whole")) and len(losses(records)) == 20
 
 
 def test_f21_two_runs_in_one_workdir(tmp_path):
@@ -407,7 +490,7 @@ def test_f21_two_runs_in_one_workdir(tmp_path):
     assert note == ""
     told = json.loads((tmp_path / "lock").read_text())
     assert told["pid"] == os.getpid()
-    with pytest.raises(workdir.WorkdirError, match=f"is in use by process {os.getpid()} on .* since 20"):
+    with pytest.raises(WorkdirError, match=f"is in use by process {os.getpid()} on .* since 20"):
       with workdir.held(tmp_path):
         pass
   with workdir.held(tmp_path) as note:
@@ -421,7 +504,7 @@ def test_f21_a_holder_elsewhere_is_given_time_to_end(tmp_path, monkeypatch):
     waited = []
     monkeypatch.setattr(workdir.time, "sleep", waited.append)
     monkeypatch.setattr(workdir.time, "monotonic", iter([0.0, 0.05, 0.09, 0.2]).__next__)
-    with pytest.raises(workdir.WorkdirError, match="is in use by process"):
+    with pytest.raises(WorkdirError, match="is in use by process"):
       with workdir.held(tmp_path):
         pass
     assert waited == [1, 1]
@@ -435,12 +518,20 @@ def test_f21_a_lock_ends_with_its_process(tmp_path):
 
 
 def test_f37_out_of_memory_says_what_to_turn():
-  from mrmae_jax import main
+  from mrmae_jax.cli import train as cli_train
+
   config = small.get_config()
-  text = main.out_of_memory("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes. Largest program allocations: "
-                            "1. Size: 4.00G shape: bf16[1024,784,384]{2,1,0} 2. f32[1024,3136,256]", config)
+  text = cli_train.out_of_memory(
+    "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes. Largest program allocations: "
+    "1. Size: 4.00G shape: bf16[1024,784,384]{2,1,0} 2. f32[1024,3136,256]",
+    config,
+  )
   assert "17179869184" in text and "bf16[1024,784,384], f32[1024,3136,256]" in text
-  assert "config.optim.accum_steps=2" in text and "config.encoder.remat=full" in text and "\n" not in text
+  assert (
+    "config.optim.accum_steps=2" in text
+    and "config.encoder.remat=full" in text
+    and "\n" not in text
+  )
 
 
 @pytest.mark.slow
@@ -448,7 +539,8 @@ def test_f42_a_long_run_does_not_grow(tmp_path):
   """2,000 steps in a process of their own: resident memory at the end against that after 500."""
   code = f"""if True:
     from pathlib import Path
-    from mrmae_jax import supervision, train
+    from mrmae_jax import train
+    from mrmae_jax.runs import supervision
     from tests.faults import small
     resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
     seen, beat = [], supervision.beat
@@ -458,8 +550,15 @@ def test_f42_a_long_run_does_not_grow(tmp_path):
     train.fit(config, small.toy_task(), {str(tmp_path)!r})
     print("MEMORY", len(seen), seen[499], seen[1999])
   """
-  out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=dict(os.environ, PYTHONPATH=str(ROOT)), capture_output=True,
-                       text=True, timeout=600, check=True).stdout
+  out = subprocess.run(
+    [sys.executable, "-c", code],
+    cwd=ROOT,
+    env=dict(os.environ, PYTHONPATH=str(ROOT)),
+    capture_output=True,
+    text=True,
+    timeout=600,
+    check=True,
+  ).stdout
   count, early, late = map(float, out.split("MEMORY ")[1].split())
   print(f"{early:.1f} MB after 500 steps, {late:.1f} MB after 2,000")
   assert count == 2000 and late - early < 20

@@ -20,26 +20,24 @@ import numpy as np
 import pytest
 
 from mrmae_jax import config as config_lib
-from mrmae_jax import main
 from mrmae_jax import train
-from mrmae_jax.data import augment
-from mrmae_jax.data import DataError
-from mrmae_jax.data import eval_batches
-from mrmae_jax.data import open_source
-from mrmae_jax.data import train_batches
+from mrmae_jax.cli import pack
+from mrmae_jax.cli import verify as tool
+from mrmae_jax.data import augment, eval_batches, open_source, train_batches
 from mrmae_jax.data.sources import Remaining
-from mrmae_jax.tools import data as tool
-from mrmae_jax.tools import pack
-from tests.test_data import assert_same
-from tests.test_data import encode
-from tests.test_data import good_files
-from tests.test_data import lying_jpeg
-from tests.test_data import Numbered
-from tests.test_data import photo
-from tests.test_data import png_header
-from tests.test_data import SIZE
-from tests.test_data import train_steps
-from tests.test_data import write_images
+from mrmae_jax.errors import ConfigError, DataError
+from tests.test_data import (
+  SIZE,
+  Numbered,
+  assert_same,
+  encode,
+  good_files,
+  lying_jpeg,
+  photo,
+  png_header,
+  train_steps,
+  write_images,
+)
 
 ROOT = pathlib.Path(__file__).parents[2]
 needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc")
@@ -47,7 +45,11 @@ COUNT = 24
 VIEW = dict(seed=5, batch_size=8, image_size=SIZE, crop_scale=(0.2, 1.0), flip=True)
 JPEG = encode(photo(200, 300))
 BAD = {  # image of the folder below -> what is found in its place
-    3: b"", 4: b"<!DOCTYPE html><html>404</html>", 10: JPEG[:len(JPEG) // 2], 17: None}
+  3: b"",
+  4: b"<!DOCTYPE html><html>404</html>",
+  10: JPEG[: len(JPEG) // 2],
+  17: None,
+}
 
 
 def name(i):
@@ -74,7 +76,10 @@ def folders(tmp_path):
 
 
 def joined(source, steps, **options):
-  return {key: np.concatenate([step[key] for step in train_steps(source, steps, **options)]) for key in ("image", "label")}
+  return {
+    key: np.concatenate([step[key] for step in train_steps(source, steps, **options)])
+    for key in ("image", "label")
+  }
 
 
 # F26: images that cannot be read.
@@ -126,9 +131,16 @@ def test_f26_each_skipped_image_is_named_once(folders, capfd, workers):
     for _ in range(12):  # four epochs
       assert next(batches).keys() == {"image", "label"}
     assert batches.skipped.keys() == places
-  lines = [line for line in capfd.readouterr().err.splitlines() if "another image takes its place" in line]
+  lines = [
+    line for line in capfd.readouterr().err.splitlines() if "another image takes its place" in line
+  ]
   assert len(lines) == len(BAD) and all(line.startswith("warning: ") for line in lines)
-  for i, cause in {3: "is empty", 4: "begins b'<!DOCTYPE html><'", 10: "truncated", 17: "No such file"}.items():
+  for i, cause in {
+    3: "is empty",
+    4: "begins b'<!DOCTYPE html><'",
+    10: "truncated",
+    17: "No such file",
+  }.items():
     assert any(name(i) in line and cause in line for line in lines)
   assert "(4 of 24 images skipped so far, at most 4)" in lines[-1]
 
@@ -137,10 +149,14 @@ def test_f26_each_skipped_image_is_named_once(folders, capfd, workers):
 def test_f26_too_many_skipped_images_end_the_run(folders, shards):
   options = VIEW | dict(on_error="skip", max_skipped=0.1, num_shards=shards, shard=shards - 1)
   batches = train_batches(folders[1], **options)
-  with pytest.raises(DataError, match="3 of 24 images could not be read, max_skipped=0.1 allows 2; list them"):
+  with pytest.raises(
+    DataError, match="3 of 24 images could not be read, max_skipped=0.1 allows 2; list them"
+  ):
     for _ in range(20):
       next(batches)
-  with pytest.raises(DataError, match="1 of 24 images could not be read, max_skipped=0.01 allows 0"):
+  with pytest.raises(
+    DataError, match="1 of 24 images could not be read, max_skipped=0.01 allows 0"
+  ):
     train_steps(folders[1], 20, on_error="skip")  # the default is no licence
 
 
@@ -157,10 +173,21 @@ def test_f26_a_source_without_a_readable_image_ends_the_run(tmp_path):
 def test_f26_evaluation_does_not_count_bad_images_and_says_so(folders, shards, capsys):
   whole, bad, places = folders
   expected = list(eval_batches(whole, batch_size=8, image_size=SIZE, crop_pct=0.875))
-  parts = [list(eval_batches(bad, batch_size=8, image_size=SIZE, crop_pct=0.875, shard=i, num_shards=shards, **SKIP))
-           for i in range(shards)]
-  got = [{key: np.concatenate([part[key] for part in step]) for key in step[0]} for step in zip(*parts)]
-  got, expected = ({key: np.concatenate([step[key] for step in steps]) for key in steps[0]} for steps in (got, expected))
+  parts = [
+    list(
+      eval_batches(
+        bad, batch_size=8, image_size=SIZE, crop_pct=0.875, shard=i, num_shards=shards, **SKIP
+      )
+    )
+    for i in range(shards)
+  ]
+  got = [
+    {key: np.concatenate([part[key] for part in step]) for key in step[0]} for step in zip(*parts)
+  ]
+  got, expected = (
+    {key: np.concatenate([step[key] for step in steps]) for key in steps[0]}
+    for steps in (got, expected)
+  )
   np.testing.assert_array_equal(np.flatnonzero(~got["valid"]), sorted(places))
   for key in ("image", "label"):
     np.testing.assert_array_equal(got[key][got["valid"]], expected[key][got["valid"]])
@@ -175,7 +202,7 @@ def test_f26_a_run_with_a_quarantine_list_equals_one_without_these_files(folders
   (tmp_path / "bad" / name(17)).write_bytes(JPEG[:20])
   source = f"folder:{tmp_path}/bad"
   options = [f"--source={source}", "--holdout_every=0", "--splits=train", "--workers=2"]
-  assert tool.main(["data", "verify", *options, f"--json={report}", f"--quarantine={listed}"]) == 3
+  assert tool.main(["verify", *options, f"--json={report}", f"--quarantine={listed}"]) == 3
   assert json.loads(listed.read_text())["train"].keys() == {name(i) for i in BAD}
   assert "4 of 24 images are bad" in capsys.readouterr().err
   left = open_source(source, "train", holdout_every=0, quarantine=str(listed))
@@ -183,25 +210,46 @@ def test_f26_a_run_with_a_quarantine_list_equals_one_without_these_files(folders
   for i in BAD:
     (tmp_path / "good" / name(i)).unlink()
   expected = open_source(f"folder:{tmp_path}/good", "train", holdout_every=0)
-  assert len(left) == 20 and "24 images, 2 classes; nothing held out; without 4 of these in quarantine" in left.description
+  assert (
+    len(left) == 20
+    and "24 images, 2 classes; nothing held out; without 4 of these in quarantine"
+    in left.description
+  )
   assert_same(train_steps(left, 5, workers=1), train_steps(expected, 5))
-  assert left.fingerprint not in (expected.fingerprint, open_source(source, "train", holdout_every=0).fingerprint)
+  assert left.fingerprint not in (
+    expected.fingerprint,
+    open_source(source, "train", holdout_every=0).fingerprint,
+  )
   assert [left.name(i) for i in range(20)] == [expected.name(i) for i in range(20)]
 
 
 def test_f26_quarantine_keeps_the_split_of_the_others(tmp_path):
-  (tmp_path / "list.json").write_text(json.dumps({"train": ["digits/0000"], "eval": {"digits/0009": "cause"}}))
+  (tmp_path / "list.json").write_text(
+    json.dumps({"train": ["digits/0000"], "eval": {"digits/0009": "cause"}})
+  )
   for split, gone in (("train", "digits/0000"), ("eval", "digits/0009")):
-    whole, left = (open_source("digits", split, quarantine=path) for path in ("", str(tmp_path / "list.json")))
+    whole, left = (
+      open_source("digits", split, quarantine=path) for path in ("", str(tmp_path / "list.json"))
+    )
     names = [whole.name(i) for i in range(len(whole))]
     assert names[0] == gone and [left.name(i) for i in range(len(left))] == names[1:]
     assert left[3]["name"] == left.name(3)
 
 
-@pytest.mark.parametrize("content, message", [
-    ('{"train": ["digits/0000", "digits/9999"]}', "1 of its 2 'train' images are not in digits.*: digits/9999;"),
+@pytest.mark.parametrize(
+  "content, message",
+  [
+    (
+      '{"train": ["digits/0000", "digits/9999"]}',
+      "1 of its 2 'train' images are not in digits.*: digits/9999;",
+    ),
     ('{"train": ["digits/0009"]}', "not in digits"),  # that one is held out
-    (None, "No such file"), ("[1]", "expected an object"), ('{"test": []}', "expected an object"), ("{", "cannot be read")])
+    (None, "No such file"),
+    ("[1]", "expected an object"),
+    ('{"test": []}', "expected an object"),
+    ("{", "cannot be read"),
+  ],
+)
 def test_f26_quarantine_lists_that_do_not_fit(tmp_path, content, message):
   if content is not None:
     (tmp_path / "list.json").write_text(content)
@@ -210,7 +258,7 @@ def test_f26_quarantine_lists_that_do_not_fit(tmp_path, content, message):
   config = config_lib.pretrain()
   config.batch_size, config.teacher.path = 8, ""
   config.data.update(source="digits", quarantine=str(tmp_path / "list.json"))
-  with pytest.raises(config_lib.ConfigError, match=f"config.data: quarantine .*{message}"):
+  with pytest.raises(ConfigError, match=f"config.data: quarantine .*{message}"):
     config_lib.validate(config, 8)
 
 
@@ -231,11 +279,19 @@ def test_f26_the_policy_may_change_when_a_run_continues():
   assert train.identity(config, task, images(2)) != before  # what a quarantine does
 
 
-@pytest.mark.parametrize("key, value", [("on_error", "ignore"), ("max_skipped", 1.5), ("max_skipped", -0.1), ("timeout_s", -1.0)])
+@pytest.mark.parametrize(
+  "key, value",
+  [("on_error", "ignore"), ("max_skipped", 1.5), ("max_skipped", -0.1), ("timeout_s", -1.0)],
+)
 def test_f26_options_that_do_not_fit(key, value):
   config = config_lib.pretrain()
-  config.batch_size, config.teacher.path, config.data.source, config.data[key] = 8, "", "digits", value
-  with pytest.raises(config_lib.ConfigError, match=f"config.data.{key}={value!r}"):
+  config.batch_size, config.teacher.path, config.data.source, config.data[key] = (
+    8,
+    "",
+    "digits",
+    value,
+  )
+  with pytest.raises(ConfigError, match=f"config.data.{key}={value!r}"):
     config_lib.validate(config, 8)
 
 
@@ -245,16 +301,25 @@ def test_f26_options_that_do_not_fit(key, value):
 @pytest.mark.parametrize("form, options", [("WEBP", {"lossless": True}), ("GIF", {}), ("PNG", {})])
 def test_f26_of_an_animation_the_first_frame_is_taken(form, options):
   frames = [augment.Image.fromarray(np.full((20, 30, 3), colour, np.uint8)) for colour in (50, 200)]
-  image = augment.decode_image(encode(frames[0], form, save_all=True, append_images=frames[1:], **options), "x")
+  image = augment.decode_image(
+    encode(frames[0], form, save_all=True, append_images=frames[1:], **options), "x"
+  )
   np.testing.assert_array_equal(image, np.full((20, 30, 3), 50))
 
 
 def test_f26_sixteen_bit_colour_keeps_its_high_byte():
   values = np.random.default_rng(0).integers(0, 2**16, (5, 7, 3), np.uint16)
   rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-  chunk = lambda kind, body: len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
-  data = b"\x89PNG\r\n\x1a\n" + b"".join(map(chunk, (b"IHDR", b"IDAT", b"IEND"), (
-      struct.pack(">IIBBBBB", 7, 5, 16, 2, 0, 0, 0), zlib.compress(rows), b"")))
+  chunk = lambda kind, body: (
+    len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+  )
+  data = b"\x89PNG\r\n\x1a\n" + b"".join(
+    map(
+      chunk,
+      (b"IHDR", b"IDAT", b"IEND"),
+      (struct.pack(">IIBBBBB", 7, 5, 16, 2, 0, 0, 0), zlib.compress(rows), b""),
+    )
+  )
   np.testing.assert_array_equal(augment.decode_image(data, "x"), values >> 8)
   assert ("kind", "16-bit") in tool._about(data)
 
@@ -265,7 +330,7 @@ def test_f26_sixteen_bit_colour_keeps_its_high_byte():
 def noticed_flip():
   """A JPEG with one changed byte, which Pillow reads and whose damage the decoder notices."""
   for i in range(len(JPEG) // 2, len(JPEG)):
-    data = JPEG[:i] + bytes([JPEG[i] ^ 255]) + JPEG[i + 1:]
+    data = JPEG[:i] + bytes([JPEG[i] ^ 255]) + JPEG[i + 1 :]
     with contextlib.suppress(DataError):
       augment.decode_image(data, "x")
       try:
@@ -278,17 +343,34 @@ def test_f26_verify_counts_everything_and_finds_what_is_bad(tmp_path, capsys):
   deep = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)
   frames = [augment.Image.fromarray(photo(40, 50, i)) for i in range(2)]
   good = {f"{i:02d}_{name}": data for i, (name, data) in enumerate(good_files().items())} | {
-      "deep.png": encode(deep, "PNG"),
-      "moves.webp": encode(frames[0], "WEBP", save_all=True, append_images=frames[1:])}
-  bad = {"empty.jpg": (b"", "is empty"), "page.jpg": (b"<html>", "not an image"), "short.jpg": (BAD[10], "Premature end|truncated"),
-         "flip.jpg": (noticed_flip(), "cannot be decoded"), "bomb.png": (png_header(60000, 60000), "3600000000|60000")}
+    "deep.png": encode(deep, "PNG"),
+    "moves.webp": encode(frames[0], "WEBP", save_all=True, append_images=frames[1:]),
+  }
+  bad = {
+    "empty.jpg": (b"", "is empty"),
+    "page.jpg": (b"<html>", "not an image"),
+    "short.jpg": (BAD[10], "Premature end|truncated"),
+    "flip.jpg": (noticed_flip(), "cannot be decoded"),
+    "bomb.png": (png_header(60000, 60000), "3600000000|60000"),
+  }
   folder, files = tmp_path / "images", good | {name: data for name, (data, _) in bad.items()}
   folder.mkdir()
   for file, data in files.items():
     (folder / file).write_bytes(data)
   (folder / "nobody.jpg").symlink_to(tmp_path / "gone.jpg")
-  assert tool.main(["data", "verify", f"--source=folder:{folder}", "--holdout_every=0", "--splits=train",
-                    f"--json={tmp_path}/report.json"]) == 3
+  assert (
+    tool.main(
+      [
+        "data",
+        "verify",
+        f"--source=folder:{folder}",
+        "--holdout_every=0",
+        "--splits=train",
+        f"--json={tmp_path}/report.json",
+      ]
+    )
+    == 3
+  )
   printed = capsys.readouterr()
   report = json.loads((tmp_path / "report.json").read_text())
   assert json.loads(printed.out) == report
@@ -300,9 +382,19 @@ def test_f26_verify_counts_everything_and_finds_what_is_bad(tmp_path, capsys):
     assert re.search(cause, found["causes"][file])
   assert "No such file" in found["causes"]["nobody.jpg"]
   assert found["format"] == {"JPEG": 7, "PNG": 7, "WEBP": 2}
-  assert found["kind"] == {"grey": 4, "cmyk": 1, "alpha": 2, "16-bit": 1, "exif-turned": 1, "animated": 1}
+  assert found["kind"] == {
+    "grey": 4,
+    "cmyk": 1,
+    "alpha": 2,
+    "16-bit": 1,
+    "exif-turned": 1,
+    "animated": 1,
+  }
   assert found["short_side"] == {"32-63": 1, "64-127": 1, "128-255": 14}
-  pixels = np.concatenate([augment.decode_image(data, name).reshape(-1, 3) for name, data in good.items()]) / 255
+  pixels = (
+    np.concatenate([augment.decode_image(data, name).reshape(-1, 3) for name, data in good.items()])
+    / 255
+  )
   assert found["pixels"] == len(pixels)
   np.testing.assert_allclose(found["mean"], pixels.mean(0), rtol=1e-9)
   np.testing.assert_allclose(found["std"], pixels.std(0), rtol=1e-9)
@@ -310,18 +402,36 @@ def test_f26_verify_counts_everything_and_finds_what_is_bad(tmp_path, capsys):
 
 def test_f26_verify_of_good_images(tmp_path, capsys):
   listed = tmp_path / "list.json"
-  assert tool.main(["data", "verify", "--source=digits", "--splits=eval", "--workers=1", f"--quarantine={listed}"]) == 0
+  assert (
+    tool.main(
+      [
+        "data",
+        "verify",
+        "--source=digits",
+        "--splits=eval",
+        "--workers=1",
+        f"--quarantine={listed}",
+      ]
+    )
+    == 0
+  )
   assert json.loads(listed.read_text()) == {"eval": {}}
   out = capsys.readouterr().out
   assert out.endswith("all 179 images are good\n") and '"pixels": 179' in out
   assert len(open_source("digits", "eval", quarantine=str(listed))) == 179
 
 
-@pytest.mark.parametrize("options, message", [
-    ([], "is not verify"), (["look"], "'look' is not verify"), (["verify"], "--source is missing"),
-    (["verify", "--source=digits", "--splits=dev"], "--splits=dev must be")])
+@pytest.mark.parametrize(
+  "options, message",
+  [
+    ([], "is not verify"),
+    (["look"], "'look' is not verify"),
+    (["verify"], "--source is missing"),
+    (["verify", "--source=digits", "--splits=dev"], "--splits=dev must be"),
+  ],
+)
 def test_f26_command_lines_that_do_not_fit(options, message, capsys):
-  assert tool.main(["data", *options]) == 2
+  assert tool.main(["verify", *options]) == 2
   assert message in capsys.readouterr().err
 
 
@@ -333,14 +443,16 @@ def png_bomb(side):
   small = png_header(side, side)
   squeeze, row = zlib.compressobj(9), bytes(1 + 3 * side)
   body = b"".join(squeeze.compress(row) for _ in range(side)) + squeeze.flush()
-  chunk = len(body).to_bytes(4, "big") + b"IDAT" + body + zlib.crc32(b"IDAT" + body).to_bytes(4, "big")
+  chunk = (
+    len(body).to_bytes(4, "big") + b"IDAT" + body + zlib.crc32(b"IDAT" + body).to_bytes(4, "big")
+  )
   start, end = small.index(b"IDAT") - 4, small.index(b"IEND") - 4
   return small[:start] + chunk + small[end:]
 
 
 MEASURE = """
 import re, sys
-from mrmae_jax.data import augment, DataError
+from mrmae_jax.data import augment
 augment.Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which other libraries switch off
 with open(sys.argv[1], "rb") as file:
   data = file.read()
@@ -358,7 +470,9 @@ print(peak() - before)
 
 def growth(path):
   """What decoding a file says, and by how many MB it makes a process grow."""
-  done = subprocess.run([sys.executable, "-c", MEASURE, path], cwd=ROOT, capture_output=True, text=True, check=True)
+  done = subprocess.run(
+    [sys.executable, "-c", MEASURE, path], cwd=ROOT, capture_output=True, text=True, check=True
+  )
   *said, grown = done.stdout.splitlines()
   return said, int(grown) / 1024
 
@@ -366,7 +480,9 @@ def growth(path):
 @needs_proc
 @pytest.mark.parametrize("kind", ["png 14000", "png 20000", "jpeg 65500"])
 def test_f27_bombs_are_refused_from_their_header(tmp_path, kind):
-  (tmp_path / "bomb").write_bytes(lying_jpeg() if kind == "jpeg 65500" else png_bomb(int(kind.split()[1])))
+  (tmp_path / "bomb").write_bytes(
+    lying_jpeg() if kind == "jpeg 65500" else png_bomb(int(kind.split()[1]))
+  )
   said, grown = growth(tmp_path / "bomb")
   assert len(said) == 1 and said[0].startswith("bomb: cannot be decoded: ") and grown < 200
 
@@ -391,21 +507,43 @@ def test_f28_a_file_that_goes_away_makes_no_epoch_shorter(tmp_path, shards):
     train_steps(source, 6)
   got = joined(source, 6, shards=shards, **SKIP)  # two epochs
   assert (got["image"] == expected["image"]).all((1, 2, 3)).sum() == 2 * COUNT - 2
-  parts = [list(eval_batches(source, batch_size=6, image_size=SIZE, crop_pct=1.0, shard=i, num_shards=shards, **SKIP))
-           for i in range(shards)]
-  assert {len(part) for part in parts} == {4} and sum(int(b["valid"].sum()) for part in parts for b in part) == COUNT - 1
+  parts = [
+    list(
+      eval_batches(
+        source, batch_size=6, image_size=SIZE, crop_pct=1.0, shard=i, num_shards=shards, **SKIP
+      )
+    )
+    for i in range(shards)
+  ]
+  assert {len(part) for part in parts} == {4} and sum(
+    int(b["valid"].sum()) for part in parts for b in part
+  ) == COUNT - 1
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_f28_a_packed_shard_that_is_cut_during_a_run(tmp_path, workers):
   write_images(tmp_path / "whole", map(name, range(COUNT)))
-  assert pack.main(["pack", f"--source=folder:{tmp_path}/whole", f"--out={tmp_path}/packed", "--shards=4", "--splits=train",
-                    "--holdout_every=0"]) == 0
+  assert (
+    pack.main(
+      [
+        "pack",
+        f"--source=folder:{tmp_path}/whole",
+        f"--out={tmp_path}/packed",
+        "--shards=4",
+        "--splits=train",
+        "--holdout_every=0",
+      ]
+    )
+    == 0
+  )
   expected = joined(open_source(f"packed:{tmp_path}/packed", "train"), 3)
   source = open_source(f"packed:{tmp_path}/packed", "train")
   shard = tmp_path / "packed" / "train-00002-of-00004.array_record"
   os.truncate(shard, shard.stat().st_size // 4)
-  with pytest.raises(DataError, match="packed:.*image 1[2-7] of 'train' cannot be read.*find the damaged shard.*--verify="):
+  with pytest.raises(
+    DataError,
+    match="packed:.*image 1[2-7] of 'train' cannot be read.*find the damaged shard.*--verify=",
+  ):
     train_steps(source, 3, workers=workers)
   got = joined(source, 3, workers=workers, on_error="skip", max_skipped=0.3)
   whole = (got["image"] == expected["image"]).all((1, 2, 3))
@@ -438,7 +576,9 @@ def test_f29_a_killed_worker_is_reported(tmp_path):
       next(batches)
   assert time.monotonic() < began + 5
   assert "killed by signal 9: probably out of memory (of " in str(caught.value)
-  assert "GiB on this machine" in str(caught.value) and "use fewer data.workers" in str(caught.value)
+  assert "GiB on this machine" in str(caught.value) and "use fewer data.workers" in str(
+    caught.value
+  )
   assert not multiprocessing.active_children() and "\n" not in str(caught.value)
 
 
@@ -452,7 +592,7 @@ class Ends(Numbered):
 
 
 def test_f29_a_worker_that_crashes_is_reported():
-  with pytest.raises(DataError, match="ended with signal 11; .*tools.data verify finds the image"):
+  with pytest.raises(DataError, match="ended with signal 11; .*mrmae verify finds the image"):
     train_steps(Ends(9), 3, workers=1)
 
 
@@ -473,7 +613,10 @@ class Hungry(Numbered):
 
 @needs_proc
 def test_f36_a_worker_out_of_memory_is_reported_and_no_image_blamed():
-  with pytest.raises(DataError, match=r"memory ran out .*of [0-9.]+ GiB on this machine [0-9.]+ are available now.*use fewer"):
+  with pytest.raises(
+    DataError,
+    match=r"memory ran out .*of [0-9.]+ GiB on this machine [0-9.]+ are available now.*use fewer",
+  ):
     train_steps(Hungry(9), 3, workers=1, on_error="skip", max_skipped=1.0, timeout_s=100.0)
 
 
@@ -488,15 +631,21 @@ class Slow(Numbered):
 
   def __getitem__(self, index):
     if index == 7:
-      time.sleep(60 if multiprocessing.parent_process() else 4)  # a thread is waited for when the tests end
+      time.sleep(
+        60 if multiprocessing.parent_process() else 4
+      )  # a thread is waited for when the tests end
     return super().__getitem__(index)
 
 
 @pytest.mark.parametrize("workers, shards", [(0, 1), (0, 2), (2, 1)])
 def test_f30_a_stalled_image_is_named(workers, shards):
   order = [step["label"].reshape(shards, -1) for step in train_steps(Numbered(40), 8, first_step=2)]
-  step, shard = next((i, s) for i, labels in enumerate(order) for s in range(shards) if 7 in labels[s])
-  batches = train_batches(Slow(40), workers=workers, first_step=2, timeout_s=100.0, shard=shard, num_shards=shards, **VIEW)
+  step, shard = next(
+    (i, s) for i, labels in enumerate(order) for s in range(shards) if 7 in labels[s]
+  )
+  batches = train_batches(
+    Slow(40), workers=workers, first_step=2, timeout_s=100.0, shard=shard, num_shards=shards, **VIEW
+  )
   assert step  # so that the first batch, which waits for workers to start, is not the one
   with pytest.raises(DataError, match="waited 1 s") as caught:
     for i in range(8):
@@ -512,18 +661,35 @@ def test_f30_a_stalled_image_is_named(workers, shards):
 def test_f30_evaluation_too():
   batches = eval_batches(Slow(10), batch_size=4, image_size=SIZE, crop_pct=1.0, timeout_s=1.0)
   next(batches)
-  with pytest.raises(DataError, match="waited 1 s for batch 1 .*: image 4!, image 5!, image 6!, image 7!$"):
+  with pytest.raises(
+    DataError, match="waited 1 s for batch 1 .*: image 4!, image 5!, image 6!, image 7!$"
+  ):
     next(batches)
 
 
 def start(tmp_path, *arguments):
   """A training run in a process of its own, on one device."""
-  env = dict(os.environ, PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1",
-             XLA_FLAGS="--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0")
-  command = [sys.executable, "-m", "mrmae_jax.main", "--config=tests/tiny.py", f"--workdir={tmp_path}/run",
-             f"--config.data.source=folder:{tmp_path}/images", "--config.data.holdout_every=0", "--config.teacher.path=",
-             "--config.optim.warmup_epochs=0", *arguments]
-  return subprocess.Popen(command, cwd=ROOT, env=env, stdout=open(tmp_path / "log", "w"), stderr=subprocess.STDOUT)
+  env = dict(
+    os.environ,
+    PYTHONPATH=str(ROOT),
+    PYTHONUNBUFFERED="1",
+    XLA_FLAGS="--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",
+  )
+  command = [
+    sys.executable,
+    "-m",
+    "mrmae_jax.cli.train",
+    "--config=tests/tiny.py",
+    f"--workdir={tmp_path}/run",
+    f"--config.data.source=folder:{tmp_path}/images",
+    "--config.data.holdout_every=0",
+    "--config.teacher.path=",
+    "--config.optim.warmup_epochs=0",
+    *arguments,
+  ]
+  return subprocess.Popen(
+    command, cwd=ROOT, env=env, stdout=open(tmp_path / "log", "w"), stderr=subprocess.STDOUT
+  )
 
 
 def test_f30_a_run_ends_although_a_thread_waits_for_ever(tmp_path):
@@ -531,10 +697,12 @@ def test_f30_a_run_ends_although_a_thread_waits_for_ever(tmp_path):
   os.mkfifo(tmp_path / "images" / "stalled.jpg")  # nobody ever writes to it
   process = start(tmp_path, "--config.data.timeout_s=3", "--config.epochs=10")
   try:
-    assert process.wait(100) == main.DATA_ERROR
+    assert process.wait(100) == DataError.exit_code
   finally:
     process.kill()
-  errors = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("error: ")]
+  errors = [
+    line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("error: ")
+  ]
   assert len(errors) == 1 and "waited 3 s for batch" in errors[0] and "stalled.jpg" in errors[0]
 
 
@@ -546,7 +714,12 @@ def outlived(pids):
   end, alive = time.monotonic() + 5, pids
   while alive and time.monotonic() < end:
     time.sleep(0.1)
-    alive = [pid for pid in pids if os.path.exists(f"/proc/{pid}") and "State:\tZ" not in pathlib.Path(f"/proc/{pid}/status").read_text()]
+    alive = [
+      pid
+      for pid in pids
+      if os.path.exists(f"/proc/{pid}")
+      and "State:\tZ" not in pathlib.Path(f"/proc/{pid}/status").read_text()
+    ]
   for pid in alive:
     os.kill(pid, signal.SIGKILL)
   return alive
@@ -566,7 +739,11 @@ if __name__ == "__main__":
 @needs_proc
 def test_f31_workers_do_not_outlive_their_parent(tmp_path):
   (tmp_path / "loop.py").write_text(LOOP)
-  process = subprocess.Popen([sys.executable, tmp_path / "loop.py"], env=dict(os.environ, PYTHONPATH=str(ROOT)), stdout=subprocess.PIPE)
+  process = subprocess.Popen(
+    [sys.executable, tmp_path / "loop.py"],
+    env=dict(os.environ, PYTHONPATH=str(ROOT)),
+    stdout=subprocess.PIPE,
+  )
   try:
     assert process.stdout.readline() == b"8\n"
     workers = workers_of(process.pid)
@@ -581,9 +758,16 @@ def test_f31_workers_do_not_outlive_their_parent(tmp_path):
 def test_f31_workers_do_not_outlive_the_trainer(tmp_path):
   write_images(tmp_path / "images", [f"{i}.jpg" for i in range(16)])
   (tmp_path / "images" / "bad.jpg").write_bytes(b"<html>")
-  process = start(tmp_path, "--config.data.workers=2", "--config.epochs=1000", "--config.data.on_error=skip",
-                  "--config.data.max_skipped=0.1", "--config.checkpoint_every=1000", "--config.eval_every=1000",
-                  "--config.evals.reconstruct.images=1")
+  process = start(
+    tmp_path,
+    "--config.data.workers=2",
+    "--config.epochs=1000",
+    "--config.data.on_error=skip",
+    "--config.data.max_skipped=0.1",
+    "--config.checkpoint_every=1000",
+    "--config.eval_every=1000",
+    "--config.evals.reconstruct.images=1",
+  )
   try:
     end, log = time.monotonic() + 100, tmp_path / "log"
     while "step 5/" not in log.read_text() and time.monotonic() < end and process.poll() is None:
@@ -594,7 +778,9 @@ def test_f31_workers_do_not_outlive_the_trainer(tmp_path):
     process.kill()
     process.wait()
   assert not outlived(workers)
-  assert "bad.jpg: cannot be decoded: not an image that is read" in log.read_text()  # a worker met it, the user is told
+  assert (
+    "bad.jpg: cannot be decoded: not an image that is read" in log.read_text()
+  )  # a worker met it, the user is told
 
 
 # F32: fewer images than a batch.
@@ -606,11 +792,25 @@ def test_f32_any_number_of_images_on_any_number_of_shards(count, shards):
   labels = joined(Numbered(count), count, shards=shards)["label"]
   np.testing.assert_array_equal(labels, joined(Numbered(count), count)["label"])
   assert labels.shape == (8 * count,)
-  np.testing.assert_array_equal(np.bincount(labels), np.full(count, 8))  # eight epochs, each image once in each
-  parts = [list(eval_batches(Numbered(count), batch_size=8, image_size=SIZE, crop_pct=1.0, shard=i, num_shards=shards))
-           for i in range(shards)]
+  np.testing.assert_array_equal(
+    np.bincount(labels), np.full(count, 8)
+  )  # eight epochs, each image once in each
+  parts = [
+    list(
+      eval_batches(
+        Numbered(count), batch_size=8, image_size=SIZE, crop_pct=1.0, shard=i, num_shards=shards
+      )
+    )
+    for i in range(shards)
+  ]
   assert {len(part) for part in parts} == {-(-count // 8)}
-  predicted = lambda batch: batch["image"][:, 0, 0, 0] % 2  # whatever it is, it must not depend on the shards
-  hits = sum(int(((predicted(b) == b["label"] % 2) & b["valid"]).sum()) for part in parts for b in part)
-  alone = [augment.center_crop(photo(30, 30, i), SIZE, 1.0)[0, 0, 0] % 2 == i % 2 for i in range(count)]
+  predicted = lambda batch: (
+    batch["image"][:, 0, 0, 0] % 2
+  )  # whatever it is, it must not depend on the shards
+  hits = sum(
+    int(((predicted(b) == b["label"] % 2) & b["valid"]).sum()) for part in parts for b in part
+  )
+  alone = [
+    augment.center_crop(photo(30, 30, i), SIZE, 1.0)[0, 0, 0] % 2 == i % 2 for i in range(count)
+  ]
   assert hits == sum(alone) and sum(int(b["valid"].sum()) for part in parts for b in part) == count

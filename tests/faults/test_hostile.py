@@ -4,7 +4,6 @@ import copy
 import io
 import json
 import os
-from pathlib import Path
 import pickle
 import shutil
 import struct
@@ -12,20 +11,23 @@ import sys
 import tracemalloc
 import zipfile
 import zlib
+from pathlib import Path
 
-from absl import flags
 import ml_collections
 import numpy as np
-from PIL import Image
 import pytest
+from absl import flags
+from PIL import Image
 from safetensors.numpy import load_file, save
 
-from mrmae_jax import config as config_lib, main, teachers, train
-from mrmae_jax.config import ConfigError, flatten, validate
-from mrmae_jax.data import DataError, augment, open_source, packed
+from mrmae_jax import config as config_lib
+from mrmae_jax import teachers, train
+from mrmae_jax.cli import train as cli_train
+from mrmae_jax.config import flatten, validate
+from mrmae_jax.data import augment, open_source, packed
 from mrmae_jax.data.randaugment import parse as parse_randaug
-from mrmae_jax.weights import files, students
-from mrmae_jax.weights.table import WeightsError
+from mrmae_jax.errors import ConfigError, DataError, WeightsError
+from mrmae_jax.weights import files, model_files
 from tests import tiny
 from tests.faults import fuzz
 
@@ -42,9 +44,11 @@ def command(monkeypatch, capsys, tmp_path):
   monkeypatch.setattr(train, "fit", lambda *args, **kwargs: pytest.fail("training began"))
 
   def run(*arguments):
-    monkeypatch.setattr(sys, "argv", ["main", "--config=tests/tiny.py", f"--workdir={tmp_path}/run", *arguments])
+    monkeypatch.setattr(
+      sys, "argv", ["main", "--config=tests/tiny.py", f"--workdir={tmp_path}/run", *arguments]
+    )
     try:
-      code = main.main()
+      code = cli_train.main()
     finally:
       for name in list(flags.FLAGS):  # a process parses one command line as a rule
         if name.startswith("config."):
@@ -53,56 +57,95 @@ def command(monkeypatch, capsys, tmp_path):
           flags.FLAGS[name].unparse()
     assert not (tmp_path / "run").exists()
     return code, capsys.readouterr().err
+
   return run
 
 
 BAD = [  # of 8 devices
-    ("--config.optim.blr=nan", "config.optim.blr=nan must be a finite number > 0"),
-    ("--config.optim.blr=-1e-4", "config.optim.blr=-0.0001 must be"), ("--config.optim.blr=inf", "config.optim.blr=inf must be"),
-    ("--config.optim.blr=1e30", "config.optim.blr=1e+30 must be"), ("--config.optim.min_lr=nan", "config.optim.min_lr=nan must be"),
-    ("--config.epochs=0", "config.epochs=0.0 must be"), ("--config.epochs=-3", "config.epochs=-3.0 must be"),
-    ("--config.epochs=1e30", "config.epochs=1e+30 must be"), ("--config.epochs=ten", "could not convert string to float: 'ten'"),
-    ("--config.image_size=(36, 48)", "config.image_size=(36, 48) is not a multiple of the token size 8; nearest: (32, 48)"),
-    ("--config.image_size=(1000000000, 1000000000)", "config.image_size=(1000000000, 1000000000) must be from 1 to 16384"),
-    ("--config.image_size=(16384, 16384)", "makes 4194304 tokens of 8 pixels, at most 65536"),
-    ("--config.image_size=32", "config.image_size=(32,) must hold two numbers, e.g. (224, 224)"),
-    ("--config.batch_size=20", "config.batch_size=20 is not divisible by 8 devices x 1 accumulation steps; nearest: 16 or 24"),
-    ("--config.batch_size=0", "config.batch_size=0 must be"), ("--config.mesh.fsdp=3", "fsdp=3 does not fit 8 devices"),
-    ("--config.mesh.data=0", "config.mesh data=0 x fsdp=1 does not fit"), ("--config.seed=-1", "config.seed=-1 must be from 0 to"),
-    ("--config.seed=4294967296", "config.seed=4294967296 must be"),
-    ("--config.log_every=nan", "--config.log_every=nan: invalid literal"),
-    ("--config.log_every=0", "config.log_every=0 must be"), ("--config.eval_every=-1", "config.eval_every=-1.0 must be"),
-    ("--config.checkpoint_every=nan", "config.checkpoint_every=nan must be"),
-    ("--config.keep_checkpoints=0", "keep_checkpoints=0 must"),
-    ("--config.method.mask_ratio=0", "config.method.mask_ratio=0.0 leaves 0 of 24 tokens visible"),
-    ("--config.method.mask_ratio=1", "config.method.mask_ratio=1.0 leaves 0"),
-    ("--config.method.mask_ratio=nan", "must lie in [0, 1]"),
-    ("--config.data.crop_scale=(0.9, 0.1)", "config.data.crop_scale=(0.9, 0.1) must satisfy 0 < low <= high <= 1"),
-    ("--config.data.crop_scale=(nan, 1)", "config.data.crop_scale=('(nan, 1)',) must hold two numbers"),
-    ("--config.data.mean=(123.7, 116.3, 103.5)", "config.data.mean=(123.7, 116.3, 103.5) must lie in [0, 1]"),
-    ("--config.data.std=(0.2, 0.0, 0.2)", "config.data.std=(0.2, 0.0, 0.2) must"),
-    ("--config.data.randaug=rand-m9", "config.data.randaug='rand-m9' is not understood"),
-    ("--config.data.workers=-1", "config.data.workers=-1 must be"), ("--config.data.flip=perhaps", "--config.data.flip=perhaps"),
-    ("--config.data.source=", "config.data.source is not set; use digits, folder:"),
-    ("--config.data.source=folder:", "dataset 'folder:' given; expected"),
-    ("--config.evals.knn.temperature=nan", "config.evals.knn.temperature=nan must"),
-    ("--config.evals.knn.k=0", "config.evals.knn.k=0"),
-    ("--config.evals.reconstruct.images=-1", "config.evals.reconstruct.images=-1 must"),
-    ("--config.teacher.path=~no_such_user/teacher", "config.teacher: ~no_such_user/teacher: no such file or folder"),
-    ("--config.teacher.path=" + "x" * 5000, "no such file or folder"),
-    ("--config.teacher.weight=nan", "config.teacher.weight=nan must"), ("--config.encoder.name=vit", "a vit takes ['depth', 'dim'"),
-    ("--config.encoder.patch_sizes=(2, 2, 0)", "config.encoder.patch_sizes=(2, 2, 0) must"),
-    ("--config.encoder.num_heads=0", "config.encoder.num_heads=0 must"),
-    ("--config.task=pretraining", "config.task='pretraining' is not one of pretrain, classify, probe"),
-    ("--epochs=3", "Unknown command line flag 'epochs'; did you mean --config.epochs=VALUE?"),
-    ("blr=3", "'blr=3' is not an option; did you mean --config.optim.blr=VALUE?"),
-    ("optim.blr=3", "'optim.blr=3' is not an option; did you mean --config.optim.blr=VALUE?"),
-    ("train", "'train' is not an option"),
-    ("--check=maybe", "--check=maybe"), ("--num_processes=2", "--num_processes says where other processes are: add --multihost"),
-    ("--num_processes=0", "num_processes"), ("--workdir=", "--workdir is missing"),
-    ("--workdir=~no_such_user/run", "~no_such_user/run: "),
-    ("--config=", "--config=: no such file"), ("--config.optim=3", "--config.optim=3"), ("--flagfile=/none", "/none"),
-    ("---config.epochs=3", "Unknown command line flag"), ("--config.epochs", "Missing value for flag --config.epochs"),
+  ("--config.optim.blr=nan", "config.optim.blr=nan must be a finite number > 0"),
+  ("--config.optim.blr=-1e-4", "config.optim.blr=-0.0001 must be"),
+  ("--config.optim.blr=inf", "config.optim.blr=inf must be"),
+  ("--config.optim.blr=1e30", "config.optim.blr=1e+30 must be"),
+  ("--config.optim.min_lr=nan", "config.optim.min_lr=nan must be"),
+  ("--config.epochs=0", "config.epochs=0.0 must be"),
+  ("--config.epochs=-3", "config.epochs=-3.0 must be"),
+  ("--config.epochs=1e30", "config.epochs=1e+30 must be"),
+  ("--config.epochs=ten", "could not convert string to float: 'ten'"),
+  (
+    "--config.image_size=(36, 48)",
+    "config.image_size=(36, 48) is not a multiple of the token size 8; nearest: (32, 48)",
+  ),
+  (
+    "--config.image_size=(1000000000, 1000000000)",
+    "config.image_size=(1000000000, 1000000000) must be from 1 to 16384",
+  ),
+  ("--config.image_size=(16384, 16384)", "makes 4194304 tokens of 8 pixels, at most 65536"),
+  ("--config.image_size=32", "config.image_size=(32,) must hold two numbers, e.g. (224, 224)"),
+  (
+    "--config.batch_size=20",
+    "config.batch_size=20 is not divisible by 8 devices x 1 accumulation steps; nearest: 16 or 24",
+  ),
+  ("--config.batch_size=0", "config.batch_size=0 must be"),
+  ("--config.mesh.fsdp=3", "fsdp=3 does not fit 8 devices"),
+  ("--config.mesh.data=0", "config.mesh data=0 x fsdp=1 does not fit"),
+  ("--config.seed=-1", "config.seed=-1 must be from 0 to"),
+  ("--config.seed=4294967296", "config.seed=4294967296 must be"),
+  ("--config.log_every=nan", "--config.log_every=nan: invalid literal"),
+  ("--config.log_every=0", "config.log_every=0 must be"),
+  ("--config.eval_every=-1", "config.eval_every=-1.0 must be"),
+  ("--config.checkpoint_every=nan", "config.checkpoint_every=nan must be"),
+  ("--config.keep_checkpoints=0", "keep_checkpoints=0 must"),
+  ("--config.method.mask_ratio=0", "config.method.mask_ratio=0.0 leaves 0 of 24 tokens visible"),
+  ("--config.method.mask_ratio=1", "config.method.mask_ratio=1.0 leaves 0"),
+  ("--config.method.mask_ratio=nan", "must lie in [0, 1]"),
+  (
+    "--config.data.crop_scale=(0.9, 0.1)",
+    "config.data.crop_scale=(0.9, 0.1) must satisfy 0 < low <= high <= 1",
+  ),
+  (
+    "--config.data.crop_scale=(nan, 1)",
+    "config.data.crop_scale=('(nan, 1)',) must hold two numbers",
+  ),
+  (
+    "--config.data.mean=(123.7, 116.3, 103.5)",
+    "config.data.mean=(123.7, 116.3, 103.5) must lie in [0, 1]",
+  ),
+  ("--config.data.std=(0.2, 0.0, 0.2)", "config.data.std=(0.2, 0.0, 0.2) must"),
+  ("--config.data.randaug=rand-m9", "config.data.randaug='rand-m9' is not understood"),
+  ("--config.data.workers=-1", "config.data.workers=-1 must be"),
+  ("--config.data.flip=perhaps", "--config.data.flip=perhaps"),
+  ("--config.data.source=", "config.data.source is not set; use digits, folder:"),
+  ("--config.data.source=folder:", "dataset 'folder:' given; expected"),
+  ("--config.evals.knn.temperature=nan", "config.evals.knn.temperature=nan must"),
+  ("--config.evals.knn.k=0", "config.evals.knn.k=0"),
+  ("--config.evals.reconstruct.images=-1", "config.evals.reconstruct.images=-1 must"),
+  (
+    "--config.teacher.path=~no_such_user/teacher",
+    "config.teacher: ~no_such_user/teacher: no such file or folder",
+  ),
+  ("--config.teacher.path=" + "x" * 5000, "no such file or folder"),
+  ("--config.teacher.weight=nan", "config.teacher.weight=nan must"),
+  ("--config.encoder.name=vit", "a vit takes ['depth', 'dim'"),
+  ("--config.encoder.patch_sizes=(2, 2, 0)", "config.encoder.patch_sizes=(2, 2, 0) must"),
+  ("--config.encoder.num_heads=0", "config.encoder.num_heads=0 must"),
+  (
+    "--config.task=pretraining",
+    "config.task='pretraining' is not one of pretrain, finetune, probe",
+  ),
+  ("--epochs=3", "Unknown command line flag 'epochs'; did you mean --config.epochs=VALUE?"),
+  ("blr=3", "'blr=3' is not an option; did you mean --config.optim.blr=VALUE?"),
+  ("optim.blr=3", "'optim.blr=3' is not an option; did you mean --config.optim.blr=VALUE?"),
+  ("train", "'train' is not an option"),
+  ("--check=maybe", "--check=maybe"),
+  ("--num_processes=2", "--num_processes says where other processes are: add --multihost"),
+  ("--num_processes=0", "num_processes"),
+  ("--workdir=", "--workdir is missing"),
+  ("--workdir=~no_such_user/run", "~no_such_user/run: "),
+  ("--config=", "--config=: no such file"),
+  ("--config.optim=3", "--config.optim=3"),
+  ("--flagfile=/none", "/none"),
+  ("---config.epochs=3", "Unknown command line flag"),
+  ("--config.epochs", "Missing value for flag --config.epochs"),
 ]
 
 
@@ -153,15 +196,35 @@ HARMLESS = {("mesh.data", "-1"): "the default: all devices that are left"}
 def test_f33_every_number_of_every_task(photos):
   """NaN, infinity, -1, huge values and other types, at every number of the configuration."""
   tried, accepted = set(), set()
-  for task, encoder in (("pretrain", "convvit"), ("pretrain", "vit"), ("classify", "convvit"), ("probe", "vit")):
+  for task, encoder in (
+    ("pretrain", "convvit"),
+    ("pretrain", "vit"),
+    ("finetune", "convvit"),
+    ("probe", "vit"),
+  ):
     config = valid(task, photos, encoder)
     for name, value in flatten(config).items():
       several = isinstance(value, tuple)
       numbers = value if several else (value,)
-      if name in tried or name == "optim.no_decay" or not all(type(x) in (int, float) for x in numbers):
+      if (
+        name in tried
+        or name == "optim.no_decay"
+        or not all(type(x) in (int, float) for x in numbers)
+      ):
         continue
       tried.add(name)
-      for bad in (float("nan"), float("inf"), float("-inf"), -1, 1e30, 10 ** 300, "3", None, [[1.0]], {}):
+      for bad in (
+        float("nan"),
+        float("inf"),
+        float("-inf"),
+        -1,
+        1e30,
+        10**300,
+        "3",
+        None,
+        [[1.0]],
+        {},
+      ):
         changed = copy.deepcopy(config)
         given = (bad, *(numbers[1:])) if several else bad
         put(changed, name, given)
@@ -170,7 +233,11 @@ def test_f33_every_number_of_every_task(photos):
           accepted.add((name, repr(bad)))
         except ConfigError as error:
           # The two axes of a mesh are judged together.
-          key = "config.mesh " if name.startswith("mesh.") and f"config.{name}" not in str(error) else f"config.{name}"
+          key = (
+            "config.mesh "
+            if name.startswith("mesh.") and f"config.{name}" not in str(error)
+            else f"config.{name}"
+          )
           assert key in str(error) and "\n" not in str(error), (name, bad, error)
   assert accepted == set(HARMLESS) and set(config_lib.RULES) <= tried
 
@@ -182,8 +249,12 @@ def test_f33_every_number_has_a_range():
     c = task()
     for size in ("convvit", "vit"):
       c.encoder = config_lib.encoder(size, "base")
-      names |= {name for name, value in flatten(c).items() for x in (value if isinstance(value, tuple) else (value,))
-                if type(x) in (int, float)}
+      names |= {
+        name
+        for name, value in flatten(c).items()
+        for x in (value if isinstance(value, tuple) else (value,))
+        if type(x) in (int, float)
+      }
   assert names | {"encoder.fuse_layers", "teacher.bands"} == set(config_lib.RULES)
 
 
@@ -196,16 +267,26 @@ def _no_key(c):
     del c.optim["eps"]
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda c: put(c, "optim.lr", 3), "config.optim.lr is no key of the task 'pretrain'; did you mean config.optim.blr?"),
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    (
+      lambda c: put(c, "optim.lr", 3),
+      "config.optim.lr is no key of the task 'pretrain'; did you mean config.optim.blr?",
+    ),
     (lambda c: put(c, "data.mean", "abc"), "config.data.mean='abc' must hold three numbers"),
     (lambda c: put(c, "data.flip", "no"), "config.data.flip='no' must be of type bool"),
     (lambda c: put(c, "teacher.path", 3), "config.teacher.path=3 must be a text"),
     (lambda c: put(c, "extra_teachers", {"dino": 3}), "config.extra_teachers"),
-    (lambda c: put(c, "evals.knnn", ml_collections.ConfigDict({"k": 3})),
-     "config.evals.knnn is no evaluator of the task 'pretrain'"),
+    (
+      lambda c: put(c, "evals.knnn", ml_collections.ConfigDict({"k": 3})),
+      "config.evals.knnn is no evaluator of the task 'pretrain'",
+    ),
     (lambda c: put(c, "task", ["pretrain"]), "config.task=['pretrain'] is not one of"),
-    (_no_section, "config.optim must be a section"), (_no_key, "not in the configuration: config.optim.eps")])
+    (_no_section, "config.optim must be a section"),
+    (_no_key, "not in the configuration: config.optim.eps"),
+  ],
+)
 def test_f33_what_a_configuration_file_can_do(photos, change, message):
   config = valid("pretrain", photos)
   change(config)
@@ -220,7 +301,9 @@ def test_f33_no_configuration_at_all(found):
     validate(found, num_devices=1)
 
 
-@pytest.mark.parametrize("text", ["rand-inc1-n" + "9" * 400, "rand-inc1-n101", "rand-inc1-m" + "9" * 400])
+@pytest.mark.parametrize(
+  "text", ["rand-inc1-n" + "9" * 400, "rand-inc1-n101", "rand-inc1-m" + "9" * 400]
+)
 def test_f33_randaug_is_bounded(text):
   with pytest.raises(DataError, match="is not understood"):
     parse_randaug(text)
@@ -240,32 +323,47 @@ def entry(shape=(2, 3), offsets=(0, 24), dtype="F32"):
 
 two = lambda *offsets: {name: entry((3,), place) for name, place in zip("ab", offsets)}
 HEADERS = {  # what the file claims -> the answer
-    "terabytes of header": (stored({"a": entry()}, length=2 ** 42), "header asks for 4398046511112 bytes"),
-    "all of 64 bits": (stored({"a": entry()}, length=2 ** 64 - 1), "header asks for"),
-    "terabytes of values": (stored({"a": entry((2 ** 20, 2 ** 20), (0, 2 ** 42))}), "header asks for 4398046511"),
-    "a huge shape over little": (stored({"a": entry((2 ** 31, 2 ** 31))}), r"\(2147483648, 2147483648\) takes 24 bytes"),
-    "an overflowing shape": (stored({"a": entry((2 ** 32, 2 ** 32, 0), (0, 0))}, b""), "holds nothing"),
-    "a negative side": (stored({"a": entry((-2, -3))}), r"a has type 'F32', shape \[-2, -3\]"),
-    "a fraction of a side": (stored({"a": entry((2.0, 3))}), "a has type"),
-    "a truth for a side": (stored({"a": entry((True, 6))}), "a has"),
-    "values before the file": (stored({"a": entry((2, 3), (-24, 0))}), "a has type"),
-    "an end before the beginning": (stored({"a": entry((2, 3), (24, 0))}), "a has type"),
-    "values beyond the file": (stored({"a": entry((2, 3), (0, 24)), "b": entry((2, 3), (24, 48))}), "header asks for"),
-    "overlapping tensors": (stored(two((0, 12), (8, 20))), "b begins at 8, expected 12"),
-    "the same bytes twice": (stored(two((0, 12), (0, 12))), "b begins at 0, expected 12"),
-    "a hole": (stored(two((0, 12), (16, 28)), bytes(28)), "b begins at 16, expected 12"),
-    "hidden bytes at the end": (stored({"a": entry()}, bytes(99)), "header asks for"),
-    "a name twice": (stored(b'{"a": %b, "a": %b}' % ((json.dumps(entry()).encode(),) * 2)), "'a' comes twice"),
-    "an unknown type": (stored({"a": entry(dtype="F4096")}), "a is F4096"),
-    "a list for a type": (stored({"a": entry(dtype=["F32"])}), "a has"),
-    "no offsets": (stored({"a": {"dtype": "F32", "shape": [2, 3]}}), "KeyError"),
-    "a list": (stored(b"[" + b"1," * 9 + b"1]"), "no weight"),
-    "a list inside": (stored({"a": [1, 2]}), "its header is not that of a safetensors file"),
-    "a deep header": (stored(b'{"a":' + b"[" * 200_000), "its header is not that"),
-    "cut JSON": (stored(b'{"a": {'), "its header is not"),
-    "notes that are none": (stored({"__metadata__": [1], "a": entry()}), "its header is not"),
-    "a name for a terminal": (stored({"\x1b[2Ja": entry()}), r"called '\\x1b\[2Ja'"),
-    "nothing": (stored({}, b""), "family|no student"),
+  "terabytes of header": (
+    stored({"a": entry()}, length=2**42),
+    "header asks for 4398046511112 bytes",
+  ),
+  "all of 64 bits": (stored({"a": entry()}, length=2**64 - 1), "header asks for"),
+  "terabytes of values": (
+    stored({"a": entry((2**20, 2**20), (0, 2**42))}),
+    "header asks for 4398046511",
+  ),
+  "a huge shape over little": (
+    stored({"a": entry((2**31, 2**31))}),
+    r"\(2147483648, 2147483648\) takes 24 bytes",
+  ),
+  "an overflowing shape": (stored({"a": entry((2**32, 2**32, 0), (0, 0))}, b""), "holds nothing"),
+  "a negative side": (stored({"a": entry((-2, -3))}), r"a has type 'F32', shape \[-2, -3\]"),
+  "a fraction of a side": (stored({"a": entry((2.0, 3))}), "a has type"),
+  "a truth for a side": (stored({"a": entry((True, 6))}), "a has"),
+  "values before the file": (stored({"a": entry((2, 3), (-24, 0))}), "a has type"),
+  "an end before the beginning": (stored({"a": entry((2, 3), (24, 0))}), "a has type"),
+  "values beyond the file": (
+    stored({"a": entry((2, 3), (0, 24)), "b": entry((2, 3), (24, 48))}),
+    "header asks for",
+  ),
+  "overlapping tensors": (stored(two((0, 12), (8, 20))), "b begins at 8, expected 12"),
+  "the same bytes twice": (stored(two((0, 12), (0, 12))), "b begins at 0, expected 12"),
+  "a hole": (stored(two((0, 12), (16, 28)), bytes(28)), "b begins at 16, expected 12"),
+  "hidden bytes at the end": (stored({"a": entry()}, bytes(99)), "header asks for"),
+  "a name twice": (
+    stored(b'{"a": %b, "a": %b}' % ((json.dumps(entry()).encode(),) * 2)),
+    "'a' comes twice",
+  ),
+  "an unknown type": (stored({"a": entry(dtype="F4096")}), "a is F4096"),
+  "a list for a type": (stored({"a": entry(dtype=["F32"])}), "a has"),
+  "no offsets": (stored({"a": {"dtype": "F32", "shape": [2, 3]}}), "KeyError"),
+  "a list": (stored(b"[" + b"1," * 9 + b"1]"), "no weight"),
+  "a list inside": (stored({"a": [1, 2]}), "its header is not that of a safetensors file"),
+  "a deep header": (stored(b'{"a":' + b"[" * 200_000), "its header is not that"),
+  "cut JSON": (stored(b'{"a": {'), "its header is not"),
+  "notes that are none": (stored({"__metadata__": [1], "a": entry()}), "its header is not"),
+  "a name for a terminal": (stored({"\x1b[2Ja": entry()}), r"called '\\x1b\[2Ja'"),
+  "nothing": (stored({}, b""), "family|no student"),
 }
 
 
@@ -274,7 +372,10 @@ def test_f34_safetensors_headers(tmp_path, case):
   content, message = HEADERS[case]
   path = tmp_path / "x.safetensors"
   path.write_bytes(content)
-  for read in (lambda: teachers.read_spec(path=path, image_size=(32, 32), token_size=8), lambda: students.read(path)):
+  for read in (
+    lambda: teachers.read_spec(path=path, image_size=(32, 32), token_size=8),
+    lambda: model_files.read(path),
+  ):
     tracemalloc.start()
     with pytest.raises(WeightsError, match=message) as error:
       read()
@@ -286,9 +387,11 @@ def test_f34_safetensors_headers(tmp_path, case):
 def test_f34_a_terabyte_that_is_there(tmp_path):
   """A sparse file makes good the claim of its size: it is not read all the same."""
   path = tmp_path / "x.safetensors"
-  path.write_bytes((2 ** 40).to_bytes(8, "little") + b"{")
-  os.truncate(path, 8 + 2 ** 40)
-  with pytest.raises(WeightsError, match="a header of 1099511627776 bytes, at most 100000000 are read"):
+  path.write_bytes((2**40).to_bytes(8, "little") + b"{")
+  os.truncate(path, 8 + 2**40)
+  with pytest.raises(
+    WeightsError, match="a header of 1099511627776 bytes, at most 100000000 are read"
+  ):
     files.open_weights(path)
 
 
@@ -297,71 +400,146 @@ def test_f34_names_cannot_ask_for_a_billion_blocks(tmp_path, number):
   tensors = load_file(GOLDENS / "teachers" / "dino_backbone.safetensors")
   tensors[f"blocks.{number}.attn.qkv.weight"] = np.ones(3, np.float32)
   (tmp_path / "x.safetensors").write_bytes(save(tensors))
-  for read in (lambda: teachers.read_spec(path=tmp_path / "x.safetensors", image_size=(32, 32), token_size=8, num_heads=4),
-               lambda: students.read(tmp_path / "x.safetensors", num_heads=4)):
-    with pytest.raises(WeightsError, match=f"blocks are numbered up to {number[:20]}, but 4 are there"):
+  for read in (
+    lambda: teachers.read_spec(
+      path=tmp_path / "x.safetensors", image_size=(32, 32), token_size=8, num_heads=4
+    ),
+    lambda: model_files.read(tmp_path / "x.safetensors", num_heads=4),
+  ):
+    with pytest.raises(
+      WeightsError, match=f"blocks are numbered up to {number[:20]}, but 4 are there"
+    ):
       read()
 
 
-@pytest.mark.parametrize("notes", [
-    {"encoder": {"name": "vit", "depth": 10 ** 9}}, {"encoder": {"name": "vit", "dim": 10 ** 12}}, {"grid": [10 ** 9, 10 ** 9]},
-    {"grid": [-2, -2]}, {"mean": [float("nan")] * 3}, {"std": [0.0] * 3}, {"method": {"mask_ratio": 2.0, "norm_pix": True}},
+@pytest.mark.parametrize(
+  "notes",
+  [
+    {"encoder": {"name": "vit", "depth": 10**9}},
+    {"encoder": {"name": "vit", "dim": 10**12}},
+    {"grid": [10**9, 10**9]},
+    {"grid": [-2, -2]},
+    {"mean": [float("nan")] * 3},
+    {"std": [0.0] * 3},
+    {"method": {"mask_ratio": 2.0, "norm_pix": True}},
     {"method": 3},
-    {"encoder": {"name": "vit", "remat": "x", "dim": 8, "patch_size": 8}}, {"encoder": [[]]}, {"decoder": "abc"}, {"surplus": 1}])
+    {"encoder": {"name": "vit", "remat": "x", "dim": 8, "patch_size": 8}},
+    {"encoder": [[]]},
+    {"decoder": "abc"},
+    {"surplus": 1},
+  ],
+)
 def test_f34_notes_of_a_model_are_checked(tmp_path, notes):
   path = tmp_path / "x.safetensors"
-  tensors = load_file(GOLDENS / "teachers" / "dino_backbone.safetensors") | {"decoder_embed.weight": np.ones((8, 48), np.float32)}
-  good = {"encoder": {"name": "vit", "dim": 48, "patch_size": 8, "depth": 3, "num_heads": 4, "mlp_dim": 72}, "decoder": None,
-          "grid": [4, 4], "mean": [0.5] * 3, "std": [0.5] * 3, "method": {"mask_ratio": 0.75, "norm_pix": True}}
-  files.write_safetensors(path, tensors, {students.NOTES: json.dumps(good)})
-  students.read(path, decoder=False)  # without the change it is one
-  files.write_safetensors(path, tensors, {students.NOTES: json.dumps(good | notes)})
-  with pytest.raises(WeightsError,
-                     match="is damaged: what it notes|holds a size that is none|must hold equally many numbers|does not fit") as error:
-    students.read(path, decoder=False)
+  tensors = load_file(GOLDENS / "teachers" / "dino_backbone.safetensors") | {
+    "decoder_embed.weight": np.ones((8, 48), np.float32)
+  }
+  good = {
+    "encoder": {
+      "name": "vit",
+      "dim": 48,
+      "patch_size": 8,
+      "depth": 3,
+      "num_heads": 4,
+      "mlp_dim": 72,
+    },
+    "decoder": None,
+    "grid": [4, 4],
+    "mean": [0.5] * 3,
+    "std": [0.5] * 3,
+    "method": {"mask_ratio": 0.75, "norm_pix": True},
+  }
+  files.write_safetensors(path, tensors, {model_files.NOTES: json.dumps(good)})
+  model_files.read(path, decoder=False)  # without the change it is one
+  files.write_safetensors(path, tensors, {model_files.NOTES: json.dumps(good | notes)})
+  with pytest.raises(
+    WeightsError,
+    match="is damaged: what it notes|holds a size that is none|must hold equally many numbers|does not fit",
+  ) as error:
+    model_files.read(path, decoder=False)
   assert "\n" not in str(error.value)
 
 
 def folder_with(tmp_path, source=DINO, **contents):
   folder = shutil.copytree(source, tmp_path / "teacher")
   for name, content in contents.items():
-    (folder / f"{name}.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    (folder / f"{name}.json").write_text(
+      content if isinstance(content, str) else json.dumps(content)
+    )
   return folder
 
 
 def refused(folder, message, **options):
   with pytest.raises(WeightsError, match=message) as error:
-    teachers.load(teachers.read_spec(**dict(path=folder, image_size=(32, 32), token_size=8) | options))
+    teachers.load(
+      teachers.read_spec(**dict(path=folder, image_size=(32, 32), token_size=8) | options)
+    )
   assert "\n" not in str(error.value) and len(str(error.value)) < 2000
 
 
-@pytest.mark.parametrize("change", [
-    {"hidden_size": 10 ** 30}, {"num_hidden_layers": 10 ** 9}, {"num_attention_heads": 0}, {"num_attention_heads": -4},
+@pytest.mark.parametrize(
+  "change",
+  [
+    {"hidden_size": 10**30},
+    {"num_hidden_layers": 10**9},
+    {"num_attention_heads": 0},
+    {"num_attention_heads": -4},
     {"patch_size": 0},
-    {"patch_size": []}, {"image_size": -32}, {"image_size": [10 ** 12, 10 ** 12]}, {"intermediate_size": "x" * 10_000},
-    {"layer_norm_eps": float("nan")}, {"layer_norm_eps": 0}, {"hidden_size": [48]}, {"hidden_act": ["gelu"]},
+    {"patch_size": []},
+    {"image_size": -32},
+    {"image_size": [10**12, 10**12]},
+    {"intermediate_size": "x" * 10_000},
+    {"layer_norm_eps": float("nan")},
+    {"layer_norm_eps": 0},
+    {"hidden_size": [48]},
+    {"hidden_act": ["gelu"]},
     {"hidden_act": "x" * 10_000},
-    {"model_type": ["vit"]}, {"hidden_size": None}, {"num_attention_heads": 4.0}, {"intermediate_size": {}}])
+    {"model_type": ["vit"]},
+    {"hidden_size": None},
+    {"num_attention_heads": 4.0},
+    {"intermediate_size": {}},
+  ],
+)
 def test_f34_numbers_of_config_json(tmp_path, change):
   config = json.loads((DINO / "config.json").read_text())
-  refused(folder_with(tmp_path, config=config | change), "config.json.*(holds a size that is none|is not supported)")
+  refused(
+    folder_with(tmp_path, config=config | change),
+    "config.json.*(holds a size that is none|is not supported)",
+  )
 
 
 @pytest.mark.parametrize("name", ["config", "preprocessor_config"])
-@pytest.mark.parametrize("content", ["", "{", "[1, 2]", "3", '"text"', "[" * 200_000, '{"a":' * 200_000, "\0", "9" * 10_000],
-                         ids=["empty", "cut", "list", "number", "text", "deep", "deeper", "null", "digits"])
+@pytest.mark.parametrize(
+  "content",
+  ["", "{", "[1, 2]", "3", '"text"', "[" * 200_000, '{"a":' * 200_000, "\0", "9" * 10_000],
+  ids=["empty", "cut", "list", "number", "text", "deep", "deeper", "null", "digits"],
+)
 def test_f34_json_that_is_no_object(tmp_path, name, content):
   refused(folder_with(tmp_path, **{name: content}), f"{name}.json is not")
 
 
-@pytest.mark.parametrize("shard",
-                         ["../outside.safetensors", "/etc/passwd", "a/../../outside.safetensors", "..", ".", "",
-                          "sub/x.safetensors",
-                                   "x\0y", 3, None, ["model.safetensors"]])
+@pytest.mark.parametrize(
+  "shard",
+  [
+    "../outside.safetensors",
+    "/etc/passwd",
+    "a/../../outside.safetensors",
+    "..",
+    ".",
+    "",
+    "sub/x.safetensors",
+    "x\0y",
+    3,
+    None,
+    ["model.safetensors"],
+  ],
+)
 def test_f34_an_index_stays_in_its_folder(tmp_path, shard):
   folder = folder_with(tmp_path)
   (folder / "sub").mkdir()
-  (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")  # what it points at would do
+  (folder / "model.safetensors").rename(
+    tmp_path / "outside.safetensors"
+  )  # what it points at would do
   shutil.copy(tmp_path / "outside.safetensors", folder / "sub" / "x.safetensors")
   (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
   refused(folder, "the index lists .*, expected names of files in its own folder|is no index")
@@ -387,14 +565,19 @@ def archive(path, **parts):
 def test_f34_torchscript_is_read_and_not_run(tmp_path):
   """Pickles inside are refused; torch is not asked."""
   for harm in (Harm(tmp_path / "executed"), {"visual": Harm(tmp_path / "executed")}):
-    path = archive(tmp_path / "x.pt", **{"x/constants.pkl": b"", "x/data.pkl": pickle.dumps(harm, protocol=2)})
+    path = archive(
+      tmp_path / "x.pt", **{"x/constants.pkl": b"", "x/data.pkl": pickle.dumps(harm, protocol=2)}
+    )
     with pytest.raises(WeightsError, match="needs pickled class io.open; refusing"):
       files.open_weights(path)
   assert not (tmp_path / "executed").exists()
 
 
 def test_f34_torchscript_gives_the_same_tensors():
-  script, plain = (files.open_weights(GOLDENS / "teachers" / f"openai_clip{end}") for end in ("_jit.pt", ".safetensors"))
+  script, plain = (
+    files.open_weights(GOLDENS / "teachers" / f"openai_clip{end}")
+    for end in ("_jit.pt", ".safetensors")
+  )
   common = plain.keys() & script.keys()
   assert len(common) > 30 and {name for name in script if script[name].dtype == "float32"} <= common
   for name in common:
@@ -407,7 +590,6 @@ def test_f34_code_of_torchscript_is_not_run(tmp_path):
   target = tmp_path / "executed"
 
   class Module(torch.nn.Module):
-
     def __init__(self):
       super().__init__()
       self.weight = torch.nn.Parameter(torch.ones(3))
@@ -424,6 +606,7 @@ def test_f34_code_of_torchscript_is_not_run(tmp_path):
     def __setstate__(self, state: tuple[torch.Tensor, str, bool]):
       self.weight, self.path, self.training = state[0], state[1], state[2]
       torch.save(state[0], state[1])
+
   torch.jit.script(Module()).save(str(tmp_path / "x.pt"))
   target.unlink(missing_ok=True)
   with pytest.raises(WeightsError):
@@ -437,13 +620,26 @@ def test_f34_archives_are_not_unpacked(tmp_path):
   """Of all files only PyTorch's are archives, and those are read in memory: names that lead elsewhere lead nowhere."""
   inside = tmp_path / "inside"
   inside.mkdir()
-  path = archive(inside / "x.pt",
-                 **{"x/constants.pkl": b"", "../outside": b"x", "/tmp/mrmae_jax_outside": b"x", "x/data.pkl": b"\x80\x02}."})
+  path = archive(
+    inside / "x.pt",
+    **{
+      "x/constants.pkl": b"",
+      "../outside": b"x",
+      "/tmp/mrmae_jax_outside": b"x",
+      "x/data.pkl": b"\x80\x02}.",
+    },
+  )
   with pytest.raises(WeightsError, match="no PyTorch archive"):
     files.open_weights(path)
-  assert os.listdir(tmp_path) == ["inside"] and os.listdir(inside) == ["x.pt"] and not os.path.exists("/tmp/mrmae_jax_outside")
+  assert (
+    os.listdir(tmp_path) == ["inside"]
+    and os.listdir(inside) == ["x.pt"]
+    and not os.path.exists("/tmp/mrmae_jax_outside")
+  )
   source = "".join(path.read_text() for path in Path(files.__file__).parents[1].rglob("*.py"))
-  assert not any(word in source for word in ("extractall", ".extract(", "unpack_archive", "import tarfile"))
+  assert not any(
+    word in source for word in ("extractall", ".extract(", "unpack_archive", "import tarfile")
+  )
 
 
 def test_f34_archives_do_not_swell(tmp_path):
@@ -457,8 +653,10 @@ def test_f34_archives_do_not_swell(tmp_path):
 @pytest.mark.torch
 def test_f34_one_number_is_no_terabyte(tmp_path):
   torch = pytest.importorskip("torch")
-  torch.save({"cls_token": torch.zeros(1).expand(2 ** 20, 2 ** 20)}, tmp_path / "x.pth")
-  with pytest.raises(WeightsError, match=r"cls_token \(1048576, 1048576\) is not stored value by value"):
+  torch.save({"cls_token": torch.zeros(1).expand(2**20, 2**20)}, tmp_path / "x.pth")
+  with pytest.raises(
+    WeightsError, match=r"cls_token \(1048576, 1048576\) is not stored value by value"
+  ):
     files.open_weights(tmp_path / "x.pth")
 
 
@@ -468,11 +666,17 @@ def test_f34_one_number_is_no_terabyte(tmp_path):
 def test_f34_images_run_no_programs(monkeypatch):
   """Pillow would hand PostScript to Ghostscript, whatever the file is called."""
   import subprocess
-  monkeypatch.setattr(subprocess, "check_call", lambda *args, **kwargs: pytest.fail("a program was run"))
+
+  monkeypatch.setattr(
+    subprocess, "check_call", lambda *args, **kwargs: pytest.fail("a program was run")
+  )
   monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: pytest.fail("a program was run"))
   data = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n"
   assert Image.open(io.BytesIO(data)).format == "EPS"
-  with pytest.raises(DataError, match="photo.jpg: cannot be decoded: not an image that is read, it begins b'%!PS-Adobe"):
+  with pytest.raises(
+    DataError,
+    match="photo.jpg: cannot be decoded: not an image that is read, it begins b'%!PS-Adobe",
+  ):
     augment.decode_image(data, "photo.jpg")
 
 
@@ -484,13 +688,19 @@ def test_f34_a_kilobyte_is_no_huge_image(monkeypatch):
   data[16:24] = struct.pack(">II", 12_000, 12_000)  # 144 million pixels: fewer than MAX_PIXELS
   data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
   monkeypatch.setattr(augment, "_decode_opened", lambda *args: pytest.fail("decoded"))
-  with pytest.raises(DataError, match=r"claims 12000 x 12000 pixels, at most 6\d0,000 of 6\d bytes are decoded"):
+  with pytest.raises(
+    DataError, match=r"claims 12000 x 12000 pixels, at most 6\d0,000 of 6\d bytes are decoded"
+  ):
     augment.decode_image(bytes(data), "x.png")
 
 
 def test_f34_solid_colours_are_decoded():
-  for mode, form, options in (("1", "PNG", dict(optimize=True)), ("L", "PNG", dict(optimize=True)), ("P", "GIF", {}),
-                              ("RGB", "JPEG", {})):
+  for mode, form, options in (
+    ("1", "PNG", dict(optimize=True)),
+    ("L", "PNG", dict(optimize=True)),
+    ("P", "GIF", {}),
+    ("RGB", "JPEG", {}),
+  ):
     picture = io.BytesIO()
     Image.new(mode, (4000, 4000)).save(picture, form, **options)
     assert augment.decode_image(picture.getvalue(), "x").shape == (4000, 4000, 3), form
@@ -503,28 +713,52 @@ def test_f34_packed_shards_lie_in_their_folder(tmp_path, photos):
   shard = index["splits"]["train"][0]
   shutil.copy(root / shard["file"], tmp_path / "outside")
   assert len(packed.PackedSource(str(root), "train")) == 2
-  for key, values in {"file": ("../outside", str(tmp_path / "outside"), "a/b", "..", "", "x[0:9]", 3, None),
-                      "images": (-1, 0, 10 ** 15, 1.0, "2"),
-                      "bytes": (-1, "9", None), "sha256": ("", 3, "../x")}.items():
+  for key, values in {
+    "file": ("../outside", str(tmp_path / "outside"), "a/b", "..", "", "x[0:9]", 3, None),
+    "images": (-1, 0, 10**15, 1.0, "2"),
+    "bytes": (-1, "9", None),
+    "sha256": ("", 3, "../x"),
+  }.items():
     for value in values:
       changed = copy.deepcopy(index)
       changed["splits"]["train"][0][key] = value
       (root / "index.json").write_text(json.dumps(changed))
-      for read in (lambda: packed.PackedSource(str(root), "train"), lambda: packed.verify(root), lambda: packed.count_images(root)):
+      for read in (
+        lambda: packed.PackedSource(str(root), "train"),
+        lambda: packed.verify(root),
+        lambda: packed.count_images(root),
+      ):
         with pytest.raises(DataError, match="no packed folder"):
           read()
-  for text in ("[" * 100_000, "[]", "{}", json.dumps(index | {"splits": {"train": 3}}),
-               json.dumps(index | {"splits": {"train": []}}),
-               json.dumps(index | {"class_names": [1]}), json.dumps(index | {"options": 3})):
+  for text in (
+    "[" * 100_000,
+    "[]",
+    "{}",
+    json.dumps(index | {"splits": {"train": 3}}),
+    json.dumps(index | {"splits": {"train": []}}),
+    json.dumps(index | {"class_names": [1]}),
+    json.dumps(index | {"options": 3}),
+  ):
     (root / "index.json").write_text(text)
     with pytest.raises(DataError, match="no packed folder"):
       packed.PackedSource(str(root), "train")
 
 
-@pytest.mark.parametrize("about",
-                         [b"", b"3", b"[]", b"{}", b'{"name": "x", "label": "x"}', b'{"name": "x", "label": 0, "shape": [9, 9, 3]}',
-                                   b'{"name": "x", "label": 0, "shape": [2, 6]}', b'{"name": "x", "label": 0, "shape": [-1, 0, 3]}',
-                                   b'{"name": "x", "label": 0, "shape": [12, 1]}', b"[" * 100_000])
+@pytest.mark.parametrize(
+  "about",
+  [
+    b"",
+    b"3",
+    b"[]",
+    b"{}",
+    b'{"name": "x", "label": "x"}',
+    b'{"name": "x", "label": 0, "shape": [9, 9, 3]}',
+    b'{"name": "x", "label": 0, "shape": [2, 6]}',
+    b'{"name": "x", "label": 0, "shape": [-1, 0, 3]}',
+    b'{"name": "x", "label": 0, "shape": [12, 1]}',
+    b"[" * 100_000,
+  ],
+)
 def test_f34_packed_records_are_checked(tmp_path, photos, about):
   packed.write({"train": open_source(photos, "train")}, tmp_path / "packed", {"source": "photos"})
   source = packed.PackedSource(str(tmp_path / "packed"), "train")
@@ -536,14 +770,29 @@ def test_f34_packed_records_are_checked(tmp_path, photos, about):
 # F35: teachers.
 
 
-@pytest.mark.parametrize("statistics", [
-    {"image_mean": [float("nan")] * 3}, {"image_std": [float("nan")] * 3}, {"image_std": [float("inf")] * 3},
+@pytest.mark.parametrize(
+  "statistics",
+  [
+    {"image_mean": [float("nan")] * 3},
+    {"image_std": [float("nan")] * 3},
+    {"image_std": [float("inf")] * 3},
     {"image_std": [0.0, 0.2, 0.2]},
-    {"image_std": [-0.2, 0.2, 0.2]}, {"image_mean": [123.7, 116.3, 103.5]}, {"image_std": [58.4, 57.1, 57.4]}, {"image_mean": None},
-    {"image_mean": "abc"}, {"image_mean": [0.5, 0.5]}, {"image_mean": [True, 0, 0]}, {"image_mean": 0.5},
-    {"image_std": [[0.2]] * 3}])
+    {"image_std": [-0.2, 0.2, 0.2]},
+    {"image_mean": [123.7, 116.3, 103.5]},
+    {"image_std": [58.4, 57.1, 57.4]},
+    {"image_mean": None},
+    {"image_mean": "abc"},
+    {"image_mean": [0.5, 0.5]},
+    {"image_mean": [True, 0, 0]},
+    {"image_mean": 0.5},
+    {"image_std": [[0.2]] * 3},
+  ],
+)
 def test_f35_wrong_preprocessing(tmp_path, statistics):
-  refused(folder_with(tmp_path, preprocessor_config=statistics), "preprocessor_config.json: image_mean .* must hold 3 numbers each")
+  refused(
+    folder_with(tmp_path, preprocessor_config=statistics),
+    "preprocessor_config.json: image_mean .* must hold 3 numbers each",
+  )
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -557,19 +806,33 @@ def test_f35_weights_that_are_no_numbers(tmp_path, value):
 
 def test_f35_files_of_two_models(tmp_path):
   """Swapped weights are named as what they are, with what was expected."""
-  for weights, config, message in ((CLIP, DINO, "looks like CLIP .*its config.json says vit, which is DINO"),
-                                   (DINO, CLIP, "looks like DINO .*its config.json says clip, which is CLIP")):
+  for weights, config, message in (
+    (CLIP, DINO, "looks like CLIP .*its config.json says vit, which is DINO"),
+    (DINO, CLIP, "looks like DINO .*its config.json says clip, which is CLIP"),
+  ):
     folder = folder_with(tmp_path / weights.name, config)
     shutil.copy(weights / "model.safetensors", folder)
     refused(folder, message)
 
 
-@pytest.mark.parametrize("content",
-                         ["{", "[]", "{}", '{"encoder": 3, "data": 3}', '{"encoder": {"name": "swin"}, "data": {}}', "[" * 100_000])
+@pytest.mark.parametrize(
+  "content",
+  [
+    "{",
+    "[]",
+    "{}",
+    '{"encoder": 3, "data": 3}',
+    '{"encoder": {"name": "swin"}, "data": {}}',
+    "[" * 100_000,
+  ],
+)
 def test_f35_a_run_that_is_none(tmp_path, content):
   (tmp_path / "checkpoints" / "7").mkdir(parents=True)
   (tmp_path / "config.json").write_text(content)
-  refused(f"checkpoint:{tmp_path}", "teacher.path=checkpoint:.*(config.json there is not that of a run|holds no run|cannot be read)")
+  refused(
+    f"checkpoint:{tmp_path}",
+    "teacher.path=checkpoint:.*(config.json there is not that of a run|holds no run|cannot be read)",
+  )
 
 
 # Fuzzing.
@@ -580,22 +843,41 @@ def test_the_fuzzer_finds(tmp_path):
   make, numbers = fuzz.itself(), {}
   for number in range(100, 1000):
     numbers.setdefault(fuzz.make_case(make, number).files["what"].decode(), number)
-  first = [number for number in range(1000, 3000) if fuzz.make_case(make, number).files["what"] in (b"result",
-                                                                                                    b"refused")][:fuzz.WARM_UP]
+  first = [
+    number
+    for number in range(1000, 3000)
+    if fuzz.make_case(make, number).files["what"] in (b"result", b"refused")
+  ][: fuzz.WARM_UP]
   order = [*first, *(numbers[what] for what in ("raises", "two lines", "dies", "is slow", "hangs"))]
   outcome = fuzz.run("itself", order, tmp_path, hang_s=20)
-  found = {what: outcome.findings.pop(numbers[what]) for what in ("raises", "two lines", "dies", "is slow", "hangs")}
-  assert not outcome.findings and outcome.results + outcome.refused == len(first) and min(outcome.results, outcome.refused) > 20
-  assert "KeyError: 'raises'" in found["raises"] and "several lines" in found["two lines"] and "died with -6" in found["dies"]
+  found = {
+    what: outcome.findings.pop(numbers[what])
+    for what in ("raises", "two lines", "dies", "is slow", "hangs")
+  }
+  assert (
+    not outcome.findings
+    and outcome.results + outcome.refused == len(first)
+    and min(outcome.results, outcome.refused) > 20
+  )
+  assert (
+    "KeyError: 'raises'" in found["raises"]
+    and "several lines" in found["two lines"]
+    and "died with -6" in found["dies"]
+  )
   assert "s of computing" in found["is slow"] and "no answer for 20 s" in found["hangs"]
   assert (tmp_path / f"itself-{numbers['dies']}" / "what").read_bytes() == b"dies"
   outcome = fuzz.run("itself", [*first, numbers["takes memory"]], tmp_path)
-  assert "memory has grown by" in outcome.findings[numbers["takes memory"]] and len(outcome.findings) == 1
+  assert (
+    "memory has grown by" in outcome.findings[numbers["takes memory"]]
+    and len(outcome.findings) == 1
+  )
 
 
 def assert_nothing_found(target, inputs):
   outcome = fuzz.run(target, fuzz.numbers_of(target, inputs, seed=0))
-  assert not outcome.findings, "\n".join(f"{target}:{number}: {what[-500:]}" for number, what in outcome.findings.items())
+  assert not outcome.findings, "\n".join(
+    f"{target}:{number}: {what[-500:]}" for number, what in outcome.findings.items()
+  )
   assert outcome.results > inputs * fuzz.SHARES[target] / 40 and outcome.refused  # both happen
 
 

@@ -1,7 +1,6 @@
 """What becomes of runs whose processes are stopped, killed, stuck, or disagree. Whole programs, on a model of a few weights."""
 
 import os
-from pathlib import Path
 import random
 import re
 import shutil
@@ -9,17 +8,19 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from mrmae_jax import metrics, supervision
+from mrmae_jax.errors import Interrupted
+from mrmae_jax.runs import log, supervision
 from tests.test_multihost import finish, free_port
 
 ROOT = Path(__file__).parent.parent.parent
 # Does what it is told at the end of a step, in a process that is otherwise that of a user.
 INJECT = """
 import os, signal, sys, time
-from mrmae_jax import supervision
+from mrmae_jax.runs import supervision
 what, index, step = {what!r}, {index}, {step}
 beat, seen = supervision.beat, [0]
 def injected():
@@ -35,28 +36,67 @@ def injected():
   beat()
 supervision.beat = injected
 sys.argv = ["main"] + {arguments!r}
-from mrmae_jax import main
-sys.exit(main.command())
+from mrmae_jax.cli import train
+sys.exit(train.command())
 """
 
 
-def start(workdir, log, *arguments, index=0, count=1, port=None, what="", step=0, pause=0.0, argument="", devices=2):
+def start(
+  workdir,
+  log,
+  *arguments,
+  index=0,
+  count=1,
+  port=None,
+  what="",
+  step=0,
+  pause=0.0,
+  argument="",
+  devices=2,
+):
   """A process of a run; alone with count 1. `what` happens at the end of a step, each of which takes `pause` seconds longer."""
-  env = dict(os.environ, PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1",
-             XLA_FLAGS=f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0")
+  env = dict(
+    os.environ,
+    PYTHONPATH=str(ROOT),
+    PYTHONUNBUFFERED="1",
+    XLA_FLAGS=f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+  )
   flags = [f"--config=tests/faults/small.py{argument}", f"--workdir={workdir}", *arguments]
   if count > 1:
-    flags += ["--multihost", f"--coordinator_address=localhost:{port}", f"--num_processes={count}", f"--process_id={index}"]
+    flags += [
+      "--multihost",
+      f"--coordinator_address=localhost:{port}",
+      f"--num_processes={count}",
+      f"--process_id={index}",
+    ]
   code = INJECT.format(what=what, index=index, step=step, pause=pause, arguments=flags)
-  return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env, stdout=open(log, "w"), stderr=subprocess.STDOUT,
-                          start_new_session=True)
+  return subprocess.Popen(
+    [sys.executable, "-c", code],
+    cwd=ROOT,
+    env=env,
+    stdout=open(log, "w"),
+    stderr=subprocess.STDOUT,
+    start_new_session=True,
+  )
 
 
 def pair(folder, *arguments, what=("", ""), **options):
   """Two processes of a run, and their logs."""
   port, logs = free_port(), [folder / f"{i}.log" for i in range(2)]
-  return [start(folder / "run", logs[i], *arguments, index=i, count=2, port=port, what=what[i], devices=1, **options)
-          for i in range(2)], logs
+  return [
+    start(
+      folder / "run",
+      logs[i],
+      *arguments,
+      index=i,
+      count=2,
+      port=port,
+      what=what[i],
+      devices=1,
+      **options,
+    )
+    for i in range(2)
+  ], logs
 
 
 def wait_for(condition, process, log, timeout=120):
@@ -68,13 +108,13 @@ def wait_for(condition, process, log, timeout=120):
 
 def losses(workdir):
   """{step: loss as a hexadecimal float}; a step logged twice is an error."""
-  records = [r for r in metrics.read(workdir) if "loss" in r]
+  records = [r for r in log.read(workdir) if "loss" in r]
   assert len({r["step"] for r in records}) == len(records)
   return {r["step"]: r["loss"].hex() for r in records}
 
 
 def reached(workdir):
-  return max((r["step"] for r in metrics.read(workdir)), default=0)
+  return max((r["step"] for r in log.read(workdir)), default=0)
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +135,14 @@ def test_f6_stopped_by_a_signal_and_continued(tmp_path, whole, number):
   began = time.monotonic()
   assert finish([process], 60) == [75], log.read_text()[-3000:]
   assert time.monotonic() - began < 30
-  said = re.search(r"stopped after step (\d+) of 20, which is saved; the same command goes on", log.read_text())
-  assert said and (tmp_path / "run" / "checkpoints" / said[1]).is_dir() and "Traceback" not in log.read_text()
+  said = re.search(
+    r"stopped after step (\d+) of 20, which is saved; the same command goes on", log.read_text()
+  )
+  assert (
+    said
+    and (tmp_path / "run" / "checkpoints" / said[1]).is_dir()
+    and "Traceback" not in log.read_text()
+  )
   assert (tmp_path / "run" / "lock").read_text() == ""
   assert finish([start(tmp_path / "run", log)], 60) == [0]
   assert losses(tmp_path / "run") == whole and f"continuing after step {said[1]}" in log.read_text()
@@ -105,16 +151,31 @@ def test_f6_stopped_by_a_signal_and_continued(tmp_path, whole, number):
 
 def test_f4_stopped_while_compiling_and_while_evaluating(tmp_path):
   log = tmp_path / "log"
-  code = INJECT.format(what="", index=0, step=0, pause=0.05, arguments=["--config=tests/tiny.py", f"--workdir={tmp_path}/run"])
-  env = dict(os.environ, PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1", JAX_ENABLE_COMPILATION_CACHE="false")
-  process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env, stdout=open(log, "w"), stderr=subprocess.STDOUT)
+  code = INJECT.format(
+    what="",
+    index=0,
+    step=0,
+    pause=0.05,
+    arguments=["--config=tests/tiny.py", f"--workdir={tmp_path}/run"],
+  )
+  env = dict(
+    os.environ, PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1", JAX_ENABLE_COMPILATION_CACHE="false"
+  )
+  process = subprocess.Popen(
+    [sys.executable, "-c", code], cwd=ROOT, env=env, stdout=open(log, "w"), stderr=subprocess.STDOUT
+  )
   wait_for(lambda: "parameters: " in log.read_text(), process, log)
   time.sleep(0.3)  # it compiles for seconds now
   process.send_signal(signal.SIGTERM)
   assert finish([process], 60) == [75], log.read_text()[-3000:]
   assert "stopped during compile: nothing is lost" in log.read_text()
-  process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=dict(os.environ, PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1"),
-                             stdout=open(log, "w"), stderr=subprocess.STDOUT)
+  process = subprocess.Popen(
+    [sys.executable, "-c", code],
+    cwd=ROOT,
+    env=dict(os.environ, PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1"),
+    stdout=open(log, "w"),
+    stderr=subprocess.STDOUT,
+  )
   wait_for(lambda: "compiled the training step" in log.read_text(), process, log)
   time.sleep(0.5)  # the first evaluation
   process.send_signal(signal.SIGTERM)
@@ -123,11 +184,26 @@ def test_f4_stopped_while_compiling_and_while_evaluating(tmp_path):
 
 
 def test_f4_stopped_while_features_are_computed(tmp_path, monkeypatch, capsys):
-  from mrmae_jax.tools import features
+  from mrmae_jax.cli import features
+
   beats = iter(range(2))
-  monkeypatch.setattr(supervision, "beat", lambda: next(beats, None) is None and (_ for _ in ()).throw(supervision.Interrupted("SIGTERM")))
-  arguments = ["features", "--model=pixels", "--images=digits", "--image_size=16", "--batch_size=16", f"--out={tmp_path}/f.npz"]
-  assert features.main(arguments) == 75 and "stopped by a signal; nothing was written" in capsys.readouterr().err
+  monkeypatch.setattr(
+    supervision,
+    "beat",
+    lambda: next(beats, None) is None and (_ for _ in ()).throw(Interrupted("SIGTERM")),
+  )
+  arguments = [
+    "features",
+    "--model=pixels",
+    "--images=digits",
+    "--image_size=16",
+    "--batch_size=16",
+    f"--out={tmp_path}/f.npz",
+  ]
+  assert (
+    features.main(arguments) == 75
+    and "stopped by a signal; nothing was written" in capsys.readouterr().err
+  )
   assert not list(tmp_path.iterdir())
 
 
@@ -137,12 +213,18 @@ def test_f3_both_stop_at_the_same_step(tmp_path, whole, whom):
   wait_for(lambda: reached(tmp_path / "run") >= 6, processes[0], logs[0])
   for index in whom:
     processes[index].send_signal(signal.SIGTERM)
-  assert finish(processes, 60) == [75, 75], logs[0].read_text()[-3000:] + logs[1].read_text()[-3000:]
+  assert finish(processes, 60) == [75, 75], (
+    logs[0].read_text()[-3000:] + logs[1].read_text()[-3000:]
+  )
   said = re.search(r"stopped after step (\d+) of 20, which is saved", logs[0].read_text())
   assert said and (tmp_path / "run" / "checkpoints" / said[1]).is_dir()
-  assert finish([start(tmp_path / "run", logs[0])], 60) == [0]  # one process of two devices has the numbers of two of one
+  assert finish([start(tmp_path / "run", logs[0])], 60) == [
+    0
+  ]  # one process of two devices has the numbers of two of one
   assert losses(tmp_path / "run").keys() == whole.keys()
-  assert all(abs(float.fromhex(losses(tmp_path / "run")[i]) - float.fromhex(whole[i])) < 1e-5 for i in whole)
+  assert all(
+    abs(float.fromhex(losses(tmp_path / "run")[i]) - float.fromhex(whole[i])) < 1e-5 for i in whole
+  )
 
 
 def test_f8_a_process_that_raises_ends_all(tmp_path):
@@ -151,7 +233,10 @@ def test_f8_a_process_that_raises_ends_all(tmp_path):
   began = time.monotonic()
   assert finish([processes[0]], 60) == [1] and time.monotonic() - began < 15
   assert logs[1].read_text().splitlines()[-1] == "error: RuntimeError: planted in process 1"
-  assert "process 1 has ended: RuntimeError: planted in process 1; this process ends too" in logs[0].read_text()
+  assert (
+    "process 1 has ended: RuntimeError: planted in process 1; this process ends too"
+    in logs[0].read_text()
+  )
 
 
 def test_f9_a_process_that_hangs_says_where(tmp_path):
@@ -159,7 +244,10 @@ def test_f9_a_process_that_hangs_says_where(tmp_path):
   process = start(tmp_path / "run", log, "--config.hang_s=3", what="hang", step=6)
   assert finish([process], 120) == [6]
   said = log.read_text()
-  assert re.search(r"error: nothing has happened for [3-9] s in phase 'step' \(after 5 beats\); the stacks of all threads:", said)
+  assert re.search(
+    r"error: nothing has happened for [3-9] s in phase 'step' \(after 5 beats\); the stacks of all threads:",
+    said,
+  )
   assert "in injected" in said and said.count("Thread 0x") > 1
 
 
@@ -168,7 +256,9 @@ def test_f7_a_process_that_is_killed_ends_all(tmp_path, whole):
   for victim in (1, 0):
     folder = tmp_path / str(victim)
     folder.mkdir()
-    processes, logs = pair(folder, what=("kill", "") if victim == 0 else ("", "kill"), step=10, pause=0.1)
+    processes, logs = pair(
+      folder, what=("kill", "") if victim == 0 else ("", "kill"), step=10, pause=0.1
+    )
     assert finish([processes[victim]], 120) == [-signal.SIGKILL]
     began = time.monotonic()
     codes = finish([processes[1 - victim]], 60)
@@ -216,19 +306,37 @@ def killed_at_random(folder, count, kills, seed=0):
 
   Returns how many kills came in the middle of a save.
   """
+
   def begin(name, pause):
     port, logs = free_port(), [folder / f"{i}.log" for i in range(count)]
-    return [start(folder / name, logs[i], *KILLED, index=i, count=count, port=port, pause=pause, argument=":killed", devices=2 // count)
-            for i in range(count)], logs[0]
+    return [
+      start(
+        folder / name,
+        logs[i],
+        *KILLED,
+        index=i,
+        count=count,
+        port=port,
+        pause=pause,
+        argument=":killed",
+        devices=2 // count,
+      )
+      for i in range(count)
+    ], logs[0]
 
   processes, log = begin("whole", 0.0)
   assert finish(processes, 120) == [0] * count, log.read_text()[-3000:]
   expected, rng, torn = losses(folder / "whole"), random.Random(seed), 0
-  unfinished = lambda: [p for p in (folder / "run" / "checkpoints").glob("*") if not p.name.isdigit()]
+  unfinished = lambda: [
+    p for p in (folder / "run" / "checkpoints").glob("*") if not p.name.isdigit()
+  ]
   for _ in range(kills):
     if reached(folder / "run") > 50:  # nearly at its end: once more from the beginning
       shutil.rmtree(folder / "run")
-    before = max((int(p.name) for p in (folder / "run" / "checkpoints").glob("*") if p.name.isdigit()), default=-1)
+    before = max(
+      (int(p.name) for p in (folder / "run" / "checkpoints").glob("*") if p.name.isdigit()),
+      default=-1,
+    )
     processes, log = begin("run", 0.03)
     wait_for(lambda: reached(folder / "run") > before + 1, processes[0], log)
     end, inside = time.monotonic() + rng.uniform(0, 0.5), rng.random() < 0.8
@@ -268,6 +376,10 @@ def test_f41_many_starts_and_stops(tmp_path):
     wait_for(lambda: reached(tmp_path / "run") > before or process.poll() is not None, process, log)
     process.send_signal(signal.SIGTERM)
     assert finish([process], 60)[0] in (0, 75), log.read_text()[-2000:]
-    files.append(sum(not p.is_dir() for p in (tmp_path / "run").rglob("*") if "tensorboard" not in str(p)))
-    assert not subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True, text=True, check=False).stdout
+    files.append(
+      sum(not p.is_dir() for p in (tmp_path / "run").rglob("*") if "tensorboard" not in str(p))
+    )
+    assert not subprocess.run(
+      ["pgrep", "-g", str(process.pid)], capture_output=True, text=True, check=False
+    ).stdout
   assert max(files) <= files[2] + 40, files  # the second checkpoint is there by then

@@ -1,0 +1,165 @@
+"""Looks at a teacher before hundreds of hours depend on it: a picture, and how much its features have to teach.
+
+  mrmae show-teacher --config=configs/mrmae.py --images=folder:/my/photos --out=teacher.png
+
+takes the teacher, image size and masking of a configuration; any key can be overridden as in training
+(--config.teacher.path=my_teacher --config.image_size="(224, 224)"). Each row of the picture is one image: what its CLS token
+attends to, the tokens that focused and random masking would show the student, and the three main directions of the features as
+colours. The text says what share of the normalised features is one constant vector, which a student learns without looking
+(near 0 is good; with most of it constant choose another config.teacher.layer or target_norm), and over how many tokens the
+attention spreads (few: raise config.method.attention_temperature or attention_mix).
+"""
+
+import sys
+
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+from PIL import Image
+
+from mrmae_jax.cli import command_line
+from mrmae_jax.viz.grid import draw_grid, enlarge, overlay, principal_colours
+
+
+def define_flags() -> flags.FlagValues:
+  """The options, apart from absl's global ones."""
+  own = flags.FlagValues()
+  config_flags.DEFINE_config_file(
+    "config", "configs/mrmae.py", "Configuration file.", flag_values=own
+  )
+  flags.DEFINE_string(
+    "images",
+    None,
+    "Images: folder:/path, digits or tfds:name; default: those of the configuration.",
+    flag_values=own,
+  )
+  flags.DEFINE_string("out", "teacher.png", "The picture.", flag_values=own)
+  flags.DEFINE_integer("count", 6, "Rows of the picture.", flag_values=own)
+  flags.DEFINE_integer("statistics", 256, "Images behind the printed numbers.", flag_values=own)
+  return own
+
+
+def look(config, images: np.ndarray, options=None):
+  """A teacher on images uint8 [B, H, W, C]: its one-line description and TeacherOutput as numpy arrays.
+
+  Args:
+    config: of a run.
+    images: see above.
+    options: which of its teachers, see config.teacher; None: the first.
+  """
+  import jax  # a mistyped command line is answered before jax is loaded
+
+  from mrmae_jax import teachers
+
+  spec = teachers.configured_spec(options or config.teacher, config)
+  teacher = teachers.load(spec)
+  see = jax.jit(teacher.look)
+  outputs = [
+    jax.device_get(see(teacher.params, images[i : i + 32])) for i in range(0, len(images), 32)
+  ]
+  return spec.description, jax.tree.map(lambda *parts: np.concatenate(parts), *outputs)
+
+
+def constant_share(features: np.ndarray, how: str) -> float:
+  """Share, in [0, 1], of the mean square of the targets [B, N, D] that their mean vector makes up."""
+  from mrmae_jax.mrmae import normalise_features
+
+  targets = np.asarray(normalise_features(features, how), np.float64)
+  return float(np.square(targets.mean((0, 1))).sum() / np.square(targets).sum(-1).mean())
+
+
+def attention_columns(images: np.ndarray, output, config) -> dict[str, np.ndarray]:
+  """What a teacher's CLS token attends to, and the tokens that focused and random masking would show.
+
+  Args:
+    images: uint8 [B, H, W, 3].
+    output: TeacherOutput of these.
+    config: its `method` and `seed` decide on the masks; the token size is that of its `encoder`.
+
+  Returns:
+    {title: float [B, H, W, 3]}; a teacher without attention leaves random masking alone.
+  """
+  import jax
+
+  from mrmae_jax import mrmae
+  from mrmae_jax.config import token_size
+
+  size, pixels = token_size(config), images / np.float32(255)
+  grid = images.shape[1] // size, images.shape[2] // size
+  noise = jax.random.uniform(jax.random.key(config.seed), output.features.shape[:2])
+  method, masks, columns = config.method, {}, {"image": pixels}
+  if output.attention is not None:
+    columns["CLS attention"] = overlay(pixels, output.attention, grid)
+    masks["focused"] = mrmae.sample_mask(
+      noise,
+      method.mask_ratio,
+      1,
+      output.attention,
+      method.attention_temperature,
+      method.attention_mix,
+    )
+  masks["random"] = mrmae.sample_mask(noise, method.mask_ratio)
+  return columns | {
+    f"{name}: visible": np.where(enlarge(mask.removed, grid, size), 0.5, pixels)
+    for name, mask in masks.items()
+  }
+
+
+def draw(images: np.ndarray, output, config) -> np.ndarray:
+  """The picture: uint8 [height, width, 3] of images uint8 [B, H, W, C] and what the teacher makes of them."""
+  from mrmae_jax.config import token_size
+  from mrmae_jax.evals.reconstruct import bands_shown
+  from mrmae_jax.mrmae import normalise_features
+
+  bands, caption = bands_shown(config)
+  size, columns = token_size(config), attention_columns(images[..., bands], output, config)
+  grid = images.shape[1] // size, images.shape[2] // size
+  columns["features (PCA)"] = enlarge(
+    principal_colours(normalise_features(output.features, "layer_norm")), grid, size
+  )
+  note = "attention relative to each image's largest; PCA over all images shown"
+  return draw_grid(list(columns.values()), list(columns), f"{caption}; {note}" if caption else note)
+
+
+def show(options) -> str:
+  """Draws and prints; returns what to say at the end."""
+  from mrmae_jax import data
+
+  config, count = options.config, options.count
+  config.data.source = options.images or config.data.source
+  config.data.holdout_every = 0
+  limit = max(count, options.statistics)
+  batches = data.eval_batches(
+    data.open_split(config.data, "train"),
+    batch_size=limit,
+    image_size=tuple(config.image_size),
+    crop_pct=config.data.eval_crop,
+    limit=limit,
+    channels=len(config.data.mean),
+  )
+  batch = next(batches)
+  batches.close()
+  images = batch["image"][batch["valid"]]
+  description, output = look(config, images)
+  print(f"{description}; {len(images)} images")
+  shares = {how: constant_share(output.features, how) for how in ("layer_norm", "batch", "none")}
+  print(
+    "constant share of the targets: "
+    + ", ".join(f"{how} {share:.0%}" for how, share in shares.items())
+  )
+  if output.attention is not None:
+    p = output.attention / output.attention.sum(1, keepdims=True)
+    spread = np.exp(-(p * np.log(p + 1e-12)).sum(1)).mean()
+    print(f"CLS attention spreads over {spread:.0f} of {p.shape[1]} tokens (perplexity)")
+  first = type(output)(*(None if x is None else x[:count] for x in output))
+  Image.fromarray(draw(images[:count], first, config)).save(options.out)
+  return f"wrote {options.out}"
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs a command line (default: sys.argv); returns the exit code: 0 done, 2 usage, 3 data."""
+  return command_line(__doc__, define_flags(), show, argv)
+
+
+if __name__ == "__main__":
+  sys.exit(main())

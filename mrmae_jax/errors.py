@@ -1,0 +1,64 @@
+"""Errors that a user can cause or must know of: one clear text each, and an exit code.
+
+Only the command line catches them. The text says what was given, what was expected, and what to do.
+"""
+
+
+class UserError(Exception):
+  """An error whose text is for the user; the command line prints it and exits with `exit_code`."""
+
+  exit_code = 2
+
+
+class UsageError(UserError):
+  """A command line that cannot be understood, or options that do not fit together."""
+
+
+class ConfigError(UserError):
+  """Mistakes in a configuration, one per line."""
+
+
+class WeightsError(UserError):
+  """A weight file that cannot be used: damaged, incomplete, or of another architecture."""
+
+
+class WorkdirError(UserError):
+  """A working directory that belongs to a different run, or cannot be used."""
+
+
+class OutOfMemoryError(UserError):
+  """A device whose memory does not suffice for the step."""
+
+
+class DistributedError(UserError):
+  """Processes that do not fit together."""
+
+
+class LostError(DistributedError):
+  """Processes that did not come, or are gone. The launcher may try again."""
+
+  exit_code = 1
+
+
+class DataError(UserError):
+  """A data set or an image that cannot be used."""
+
+  exit_code = 3
+
+
+class NonFiniteError(UserError):
+  """Too many losses or gradients in a row that are not finite."""
+
+  exit_code = 4
+
+
+class StorageError(UserError):
+  """A checkpoint that could not be saved."""
+
+  exit_code = 5
+
+
+class Interrupted(UserError):
+  """A signal asked the process to stop. What it has done is saved, or can be done again."""
+
+  exit_code = 75  # "try again" in sysexits.h

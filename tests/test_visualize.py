@@ -1,0 +1,573 @@
+"""mrmae visualize: what is in its pictures and numbers, and a page that needs nothing else."""
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import mrmae_jax
+from mrmae_jax import mrmae
+from mrmae_jax.cli import show_teacher, visualize
+from mrmae_jax.models import ConvViT, ViT, encode, head_attention
+from mrmae_jax.runs.checkpoint import Checkpoints
+from mrmae_jax.tasks import pretrain
+from mrmae_jax.train import TrainState
+from mrmae_jax.viz import grid, page
+from mrmae_jax.weights import model_files
+from tests import tiny
+from tests.test_stages import changed
+from tests.test_weights import make
+
+SIZE, GRID = (32, 48), (4, 6)  # of tiny's images, 8-pixel patches
+PLAIN = ("--count=2", "--bank=9", "--neighbours=2")
+
+
+def run_with_teacher(workdir, encoder="convvit", **values):
+  """What a run that mimics leaves; returns its configuration and parameters."""
+  config = changed(tiny.get_config(encoder), **values)
+  model = pretrain.make_model(config, {"mimic": 48})
+  params = jax.jit(lambda key: pretrain.init_params(model, SIZE, 0.75, key))(jax.random.key(3))
+  saving = Checkpoints(workdir, {})
+  saving.save(7, TrainState(jnp.int32(7), params, (jnp.zeros(3),), jnp.float32(0)))
+  saving.close()
+  (workdir / "config.json").write_text(config.to_json())
+  return config, params
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("a<b>&c")
+  return workdir, *run_with_teacher(workdir, "vit")  # compiles sooner than a ConvViT
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+  """Eight images; the fifth is the second again."""
+  root = tmp_path_factory.mktemp("photos")
+  for i in range(8):
+    coarse = np.random.default_rng(1 if i == 4 else i).integers(0, 256, (4, 6, 3), np.uint8)
+    Image.fromarray(coarse).resize((60, 40), Image.Resampling.BICUBIC).save(root / f"{i}.png")
+  return root
+
+
+@pytest.fixture
+def command(tmp_path, capsys):
+  def call(*arguments):
+    code = visualize.main(["visualise", f"--out={tmp_path}/look", *map(str, arguments)])
+    return code, capsys.readouterr(), tmp_path / "look"
+
+  return call
+
+
+def subject_of(workdir, config, images=None, seen=None, **options):
+  """A Subject without the command; random images unless some are given."""
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (2, *SIZE, 3), np.uint8) if images is None else images
+  flags = visualize.define_flags()
+  flags(["visualise"] + [f"--{name}={value}" for name, value in options.items()])
+  return visualize.Subject(
+    mrmae_jax.load(workdir, mimic_heads=True),
+    images,
+    None,
+    [0, 1],
+    config,
+    seen,
+    "a teacher",
+    flags,
+  )
+
+
+class Parsed(HTMLParser):
+  """Tags in order, each closed; fails on a page that is not well-formed."""
+
+  VOID = {"meta", "link", "img"}
+
+  def __init__(self, text):
+    super().__init__()
+    self.tags, self.texts, self._open = [], [], []
+    self.feed(text)
+    self.close()
+    assert not self._open
+
+  def handle_starttag(self, tag, attrs):
+    self.tags.append((tag, dict(attrs)))
+    if tag not in self.VOID:
+      self._open.append(tag)
+
+  def handle_endtag(self, tag):
+    assert self._open.pop() == tag
+
+  def handle_data(self, data):
+    if self._open[-1:] != ["style"]:
+      self.texts.append(data)
+
+  def named(self, tag):
+    return [attrs for name, attrs in self.tags if name == tag]
+
+
+def test_the_whole_page(run, command):
+  workdir, _, _ = run
+  code, printed, out = command(f"--model={workdir}", *PLAIN)
+  assert code == 0, printed.err
+  assert sorted(path.name for path in out.iterdir()) == sorted(
+    [f"{name}.png" for name in visualize.PANELS] + ["index.html"]
+  )
+  text = (out / "index.html").read_text()
+  parsed = Parsed(text)
+  content = " ".join(" ".join(parsed.texts).split())
+  assert not parsed.named("script") and "a<b>&c0 after 7 steps" in content and "<b>" not in text
+  assert re.search("<title>a&lt;b&gt;&amp;c0 after 7 steps</title>", text)
+  for attrs in (attrs for _, attrs in parsed.tags):
+    for name in ("src", "href"):
+      assert attrs.get(name, "data:").startswith(("data:", "#"))
+  assert "url(" not in text and "@import" not in text
+  images = parsed.named("img")
+  assert len(images) == len(visualize.PANELS) and all(len(attrs["alt"]) > 30 for attrs in images)
+  assert len([attrs for attrs in parsed.named("div") if attrs["tabindex"] == "0"]) >= len(images)
+  targets = {attrs["id"] for attrs in parsed.named("h2")}
+  assert {attrs["href"][1:] for attrs in parsed.named("a")} == targets and len(targets) == 1 + len(
+    images
+  )
+  assert (
+    "digits: 359 images" in content and "4 x 6 patches of 8 pixels" in content
+  )  # the run's held-out ones
+  assert (
+    "6 of 24 patches are visible" in content
+    and "CLIP ViT/8" in content
+    and "prefers-color-scheme: dark" in text
+  )
+  stored = [
+    np.asarray(Image.open(io.BytesIO(base64.b64decode(attrs["src"].split(",")[1]))))
+    for attrs in images
+  ]
+  for name, picture in zip(visualize.PANELS, stored):
+    np.testing.assert_array_equal(picture, np.asarray(Image.open(out / f"{name}.png")))
+
+
+def test_page_escapes_and_takes_an_svg(tmp_path):
+  made = page.Page("<script>alert(1)</script>", "a & b")
+  made.section("One <i>", "first <p>\n\nsecond")
+  made.figure("<svg xmlns='http://www.w3.org/2000/svg'/>", 'a "quoted" <alt>', "<caption>")
+  made.table(["<h>", "n"], [["<td>", 1.5], ["\udcff", None]])  # a file name that is no text
+  made.write(tmp_path / "page.html")
+  parsed = Parsed((tmp_path / "page.html").read_text())
+  assert not parsed.named("script") and not parsed.named("i") and len(parsed.named("p")) == 3
+  (image,) = parsed.named("img")
+  assert image["alt"] == 'a "quoted" <alt>' and image["src"].startswith(
+    "data:image/svg+xml;base64,"
+  )
+  assert {
+    "<script>alert(1)</script>",
+    "a & b",
+    "One <i>",
+    "first <p>",
+    "second",
+    "<caption>",
+    "<h>",
+    "<td>",
+    "1.5",
+    "?",
+  } <= set(parsed.texts)
+  assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+
+
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_reconstructions_are_what_they_are_said_to_be(monkeypatch, norm_pix):
+  """A known decoder output: visible patches bit for bit, hidden ones with the statistics of the visible ones around them."""
+  config = changed(tiny.get_config(), teacher__path="")
+  model, rng = pretrain.make_model(config, {}), np.random.default_rng(0)
+  images, output = (
+    rng.integers(0, 256, (2, *SIZE, 3), np.uint8),
+    rng.standard_normal((2, 24, 192)).astype(np.float32),
+  )
+  mask = mrmae.sample_mask(jax.random.uniform(jax.random.key(0), (2, 24)), 0.75)
+  monkeypatch.setattr(mrmae, "encode_decode", lambda *arguments: (None, jnp.asarray(output)))
+  drawn = {
+    name: np.asarray(x)
+    for name, x in pretrain.reconstruct(model, {}, images, mask, norm_pix).items()
+  }
+  blocks = lambda x: x.reshape(2, 4, 8, 6, 8, 3).swapaxes(2, 3).reshape(2, 24, 8, 8, 3)
+  removed, mean, std = np.asarray(mask.removed), np.float32(model.mean), np.float32(model.std)
+  for name in ("pasted", "pasted_blind", "masked"):
+    bytes_ = np.round(blocks(drawn[name]) * 255).astype(np.uint8)
+    np.testing.assert_array_equal(bytes_[~removed], blocks(images)[~removed])
+  np.testing.assert_allclose(blocks(drawn["masked"])[removed], 0.5, atol=1e-6)
+
+  pixels = ((blocks(images) / np.float32(255) - mean) / std).reshape(2, 24, 192).astype(np.float64)
+  statistics = (
+    np.stack([pixels.mean(-1), pixels.std(-1, ddof=1)], -1)
+    if norm_pix
+    else np.broadcast_to([0.0, 1], (2, 24, 2))
+  )
+  for suffix in ("", "_blind"):
+    for b, i in np.argwhere(removed):
+      offset, scale = statistics[b, i]
+      if suffix:
+        weights = {
+          j: ((i // 6 - j // 6) ** 2 + (i % 6 - j % 6) ** 2) ** -1.5
+          for j in np.flatnonzero(~removed[b])
+        }
+        offset, scale = sum(w * statistics[b, j] for j, w in weights.items()) / sum(
+          weights.values()
+        )
+      expected = np.clip((output[b, i] * scale + offset).reshape(8, 8, 3) * std + mean, 0, 1)
+      for name in ("reconstruction", "pasted"):
+        np.testing.assert_allclose(blocks(drawn[name + suffix])[b, i], expected, atol=1e-4)
+
+
+def test_nothing_hidden_gets_into_the_blind_picture(run):
+  workdir, config, _ = run
+  subject = subject_of(workdir, config)
+  before = subject.model.reconstruct(subject.images)
+  hidden = np.repeat(
+    np.repeat(
+      np.asarray((before["masked"] == 0.5).all(-1)).reshape(2, 4, 8, 6, 8).all((2, 4)), 8, 1
+    ),
+    8,
+    2,
+  )
+  others = np.where(hidden[..., None], 255 - subject.images // 2, subject.images)
+  after = subject.model.reconstruct(others)
+  for name in ("pasted_blind", "reconstruction_blind"):
+    np.testing.assert_array_equal(before[name], after[name])
+  assert np.abs(np.asarray(before["pasted"]) - np.asarray(after["pasted"])).max() > 0.1
+
+
+def test_the_picture_holds_the_visible_patches_as_they_are(run):
+  """Through drawing too: 48-pixel images are drawn three times as large."""
+  workdir, config, _ = run
+  subject = subject_of(workdir, config)
+  picture = visualize.reconstruction(subject).picture
+  cell = lambda column, row: picture[
+    20 + row * 100 : 20 + row * 100 + 96 : 3, 4 + column * 148 : 4 + column * 148 + 144 : 3
+  ]
+  for row in range(2):
+    np.testing.assert_array_equal(cell(0, row), subject.images[row])
+    visible = (cell(1, row) != 128).any(-1)
+    assert visible.sum() == 6 * 64
+    np.testing.assert_array_equal(cell(3, row)[visible], subject.images[row][visible])
+    assert np.abs(cell(3, row)[~visible].astype(int) - subject.images[row][~visible]).mean() > 10
+
+
+def test_ratios_hide_what_they_say(run):
+  workdir, config, _ = run
+  subject = subject_of(workdir, config)
+  _, _, caption, (_, rows) = visualize.ratios(subject)
+  assert [row[:2] for row in rows] == [
+    ["50%", "12 of 24"],
+    ["75%", "6 of 24"],
+    ["85%", "3 of 24"],
+    ["90%", "2 of 24"],
+    ["95%", "1 of 24"],
+  ]
+  assert "trained at 75%" in caption
+  seen = None
+  for ratio, (_, told, error) in zip(visualize.RATIOS, rows):
+    drawn = {
+      name: np.asarray(x, np.float64)
+      for name, x in subject.model.reconstruct(subject.images, ratio).items()
+    }
+    hidden = np.repeat(
+      np.repeat((drawn["masked"] == 0.5).all(-1).reshape(2, 4, 8, 6, 8).all((2, 4)), 8, 1), 8, 2
+    )
+    assert ((~hidden).sum((1, 2)) == 64 * int(told.split()[0])).all()
+    assert seen is None or not (seen & ~hidden).any()
+    seen = hidden
+    expected = 255 * np.sqrt(np.square(drawn["pasted_blind"] - drawn["original"])[hidden].mean())
+    assert abs(float(error) - expected) < 0.06
+
+
+@pytest.mark.parametrize(
+  "encoder",
+  [
+    ConvViT((2, 2, 2), (8, 12, 24), (1, 1, 2), 3),
+    ConvViT((2, 2, 2), (8, 12, 24), (1, 1, 2), 3, cls_token=True, remat="full"),
+    ViT(8, 24, 2, 3, 48),
+  ],
+)
+def test_attention_of_each_head(encoder):
+  pixels = jnp.asarray(np.random.default_rng(0).standard_normal((2, *SIZE, 3)), jnp.float32)
+  params = jax.jit(encoder.init)(jax.random.key(0), pixels)["params"]
+  params = jax.tree.map(
+    lambda x: x + 0.3 * np.random.default_rng(x.size).standard_normal(x.shape), params
+  )  # biases too
+  weights = np.asarray(jax.jit(lambda p, x: head_attention(encoder, p, x))(params, pixels))
+  cls = int(encoder.cls_token)
+  assert (
+    weights.shape == (2, 3, 24 + cls, 24 + cls)
+    and weights.min() >= 0
+    and np.abs(weights[:, 0] - weights[:, 1]).max() > 1e-3
+  )
+  np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
+  _, out = jax.jit(encoder.apply)({"params": params}, pixels)
+  if cls:
+    np.testing.assert_allclose(weights[:, :, 0, 1:].mean(1), out["attention"], atol=1e-5)
+  # The block's own values, weighted by it, give the block's output.
+  name = f"{'blocks' if isinstance(encoder, ViT) else 'blocks3'}_1"
+  block, x = params[name], out["layers"][0]
+  norm = lambda x, p: (
+    (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-6) * p["scale"]
+    + p["bias"]
+  )
+  dense = lambda x, p: x @ p["kernel"] + p["bias"]
+  v = dense(norm(x, block["norm1"]), block["attn"]["qkv"])[..., 48:].reshape(2, -1, 3, 8)
+  x = x + dense(jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape), block["attn"]["proj"])
+  h = dense(norm(x, block["norm2"]), block["fc1"])
+  x = x + dense(jax.nn.gelu(h, approximate=False), block["fc2"])
+  np.testing.assert_allclose(x, out["layers"][-1], atol=2e-4)
+
+
+def test_queries(run, monkeypatch):
+  """Which row of the attention is drawn, and where its frame is."""
+  workdir, config, _ = run
+  rng = np.random.default_rng(0)
+  weights = rng.random((2, 2, 24, 24)).astype(np.float32)
+  drawn = []
+  monkeypatch.setattr(visualize, "overlay", lambda pixels, heat, grid: drawn.append(heat) or pixels)
+  for query, expected in (("", weights.mean(2)), ("2,5", weights[:, :, 17])):
+    subject = subject_of(workdir, config, query=query)
+    monkeypatch.setattr(subject.model, "attention", lambda images: weights)
+    drawn.clear()
+    panel = visualize.attention(subject)
+    np.testing.assert_allclose(drawn, [expected[:, 0], expected[:, 1], expected.mean(1)], rtol=1e-6)
+    share = expected / expected.sum(-1, keepdims=True)
+    spread = np.exp(-(share * np.log(share)).sum(-1)).mean(0)
+    np.testing.assert_allclose([float(row[1]) for row in panel.table[1]], spread, atol=0.06)
+    picture = panel.picture[20:116:3, 4:148:3]
+    red = (picture == [255, 0, 0]).all(-1)
+    assert red.sum() == (28 if query else 0) and (not query or (red[16:24, 40:].sum() == 28))
+  vit = model_files.Student(*make(ViT(8, 16, 1, 2, 32), None))
+  subject = subject._replace(
+    model=mrmae_jax.pretrained.Pretrained(
+      vit._replace(report=model_files.Report("x", "", (), (), ()))
+    ),
+    options=subject_of(workdir, config).options,
+  )
+  drawn.clear()
+  assert "the CLS token" in visualize.attention(subject).caption
+  np.testing.assert_allclose(
+    drawn[0], np.asarray(subject.model.attention(subject.images))[:, 0, 0, 1:], rtol=1e-6
+  )
+
+
+@pytest.mark.parametrize(
+  "source, head, norm", [("fused", "linear", "layer_norm"), ("last_block", "mlp", "l2")]
+)
+def test_cosine_map(tmp_path, source, head, norm):
+  config, params = run_with_teacher(
+    tmp_path, teacher__source=source, teacher__head=head, teacher__target_norm=norm
+  )
+  images = np.random.default_rng(0).integers(0, 256, (2, *SIZE, 3), np.uint8)
+  _, seen = show_teacher.look(config, images)
+  panel = visualize.cosine(subject_of(tmp_path, config, images, seen))
+  student = mrmae_jax.load(tmp_path).student
+  x, out = jax.jit(student.encoder.apply)(
+    {"params": student.params["encoder"]}, mrmae.normalise(images, student.mean, student.std)
+  )
+  tokens, own = (
+    np.asarray(x if source == "fused" else out["layers"][-1]),
+    jax.device_get(params["mimic_heads"]["mimic"]),
+  )
+  dense = lambda x, p: x @ p["kernel"] + p["bias"]
+  if head == "mlp":
+    tokens = np.asarray(jax.nn.gelu(dense(tokens, own["hidden"]), approximate=False))
+  predicted = dense(tokens, own["linear"])
+  targets = (
+    seen.features - seen.features.mean(-1, keepdims=True) if norm == "layer_norm" else seen.features
+  )
+  unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
+  expected = (unit(predicted) * unit(targets)).sum(-1)
+  told = np.array(panel.table[1], float)
+  np.testing.assert_allclose(
+    told[:, 1:], np.stack([expected.mean(1), expected.min(1), expected.max(1)], 1), atol=6e-4
+  )
+  assert f"Mean cosine {expected.mean():.3f}" in panel.caption
+  low, high = np.percentile(expected, [2, 98])
+  shades = np.round(grid.shades(np.clip((expected - low) / (high - low), 0, 1)) * 255).reshape(
+    2, *GRID, 3
+  )
+  np.testing.assert_allclose(
+    panel.picture[20 + 12 : 20 + 96 : 24, 152 + 12 : 152 + 144 : 24], shades[0], atol=1
+  )  # centres of the patches
+
+
+def test_what_has_no_cosine(run):
+  workdir, config, _ = run
+  subject = subject_of(workdir, config)
+  seen = mrmae.TeacherOutput(np.zeros((2, 24, 7), np.float32), None, None)
+  masked = changed(config.copy_and_resolve_references(), teacher__tokens="masked")
+  for changes, message in (
+    ({}, "a teacher"),
+    (dict(seen=seen), "gives 48 channels; a teacher has 7"),
+    (dict(seen=seen, config=masked), "on masked tokens"),
+  ):
+    with pytest.raises(visualize.LeftOut, match=message):
+      visualize.cosine(subject._replace(**changes))
+  with pytest.raises(visualize.LeftOut, match="no CLS token"):
+    visualize.focused(subject._replace(seen=seen))
+
+
+def test_neighbours(photos, run, command):
+  """An image that is there twice finds the other one first, and never itself."""
+  workdir, _, _ = run
+  code, printed, out = command(
+    f"--model={workdir}",
+    f"--images={photos}",
+    "--count=8",
+    "--bank=0",
+    "--neighbours=3",
+    "--panels=neighbours",
+  )
+  assert code == 0, printed.err
+  content = (out / "index.html").read_text()
+  rows = re.findall(
+    r"<tr><td>(\S+?)</td><td>(\S+) \((\S+)\)</td><td>(\S+) \((\S+)\)</td><td>(\S+) \((\S+)\)</td></tr>",
+    content,
+  )
+  files = [[int(name.split("/")[-1][0]) for name in (row[0], *row[1::2])] for row in rows]
+  assert [row[0] for row in files] == list(range(8)) and all(len(set(row)) == 4 for row in files)
+  assert files[1][1] == 4 and files[4][1] == 1 and float(rows[1][2]) == float(rows[4][2]) == 1
+  model = mrmae_jax.load(workdir)
+  images = np.stack(
+    [
+      np.asarray(Image.open(photos / f"{i}.png").resize((48, 32), Image.Resampling.BICUBIC))
+      for i in range(8)
+    ]
+  )
+  x = np.asarray(
+    encode(
+      model.student.encoder,
+      model.student.params["encoder"],
+      mrmae.normalise(images, model.student.mean, model.student.std),
+    )["pooled"]
+  )
+  similarity = x @ x.T / np.linalg.norm(x, axis=1) / np.linalg.norm(x, axis=1)[:, None]
+  np.fill_diagonal(similarity, -2)
+  np.testing.assert_array_equal(
+    [row[1:] for row in files], np.argsort(-similarity, axis=1, kind="stable")[:, :3]
+  )
+  picture = np.asarray(Image.open(out / "neighbours.png"))
+  cell = lambda column, row: picture[
+    20 + row * 100 : 20 + row * 100 + 96 : 3, 4 + column * 148 : 4 + column * 148 + 144 : 3
+  ]
+  np.testing.assert_array_equal(cell(1, 1), images[4])
+  np.testing.assert_array_equal(cell(0, 1), images[1])
+
+
+def test_colours_of_a_basis():
+  rng = np.random.default_rng(0)
+  basis = rng.standard_normal((2, 30, 8)) * [9, 5, 3, 1, 1, 1, 1, 1] + 4
+  own = grid.principal_colours(basis)
+  np.testing.assert_allclose(grid.principal_colours(basis[:1, :7], basis), own[:1, :7], atol=1e-9)
+  for channel in range(3):  # in the order of their spread
+    assert abs(np.corrcoef(own[..., channel].ravel(), basis[..., channel].ravel())[0, 1]) > 0.9
+  shades = grid.shades(np.linspace(0, 1, 50))
+  assert (np.diff(shades @ [0.299, 0.587, 0.114]) > 0).all()
+
+
+def test_one_image_of_any_size_on_published_weights(tmp_path, photos, command):
+  """A file without decoder and run: a square asked by one number, another grid than the file's, no teacher."""
+  model_files.write(make(ViT(8, 16, 1, 2, 32), None), tmp_path / "vit.safetensors", "timm")
+  code, printed, out = command(
+    f"--model={tmp_path}/vit.safetensors", f"--images={photos}/3.png", "--image_size=40"
+  )
+  assert code == 0, printed.err
+  assert sorted(path.name for path in out.iterdir()) == ["attention.png", "index.html", "pca.png"]
+  content = " ".join(Parsed((out / "index.html").read_text()).texts)
+  for reason in (
+    "40 x 40 pixels",
+    "5 x 5 patches",
+    "3.png: one image",
+    "vit.safetensors",
+    "without a decoder and cannot reconstruct",
+    "facebook/vit-mae-",
+    "there is no teacher; give one with --teacher",
+    "the source has 1 image",
+    "holds no mimic head",
+  ):
+    assert reason in content
+  picture = np.asarray(Image.open(out / "attention.png"))[20 : 20 + 160 : 4, 4 : 4 + 160 : 4]
+  wide = Image.open(photos / "3.png").resize((60, 40), Image.Resampling.BICUBIC)
+  np.testing.assert_array_equal(picture, np.asarray(wide)[:, 10:50])  # its middle
+
+
+def test_a_preset_by_name_and_a_teacher_that_has_gone(tmp_path, run, monkeypatch):
+  workdir, config, _ = run
+  flags = lambda *arguments: (own := visualize.define_flags(), own(["visualise", *arguments]))[0]
+  model, stored = (
+    mrmae_jax.load(workdir),
+    {"teacher": config.teacher.to_dict() | {"last_k": 2}, "method": {"masking": "focused"}},
+  )
+  found = visualize._configuration(flags("--teacher=clip_vit_b16"), model, SIZE, stored)
+  assert (found.teacher.name, found.teacher.path, found.teacher.last_k, found.method.masking) == (
+    "clip_vit_b16",
+    "",
+    2,
+    "focused",
+  )
+  assert (
+    visualize._configuration(flags("--teacher=clip/"), model, SIZE, stored).teacher.path == "clip/"
+  )
+  gone = changed(config.copy_and_resolve_references(), teacher__path=str(tmp_path / "gone"))
+  seen, why = visualize._look(flags(), gone, np.zeros((1, *SIZE, 3), np.uint8))
+  assert seen is None and "the run's teacher cannot be loaded" in why and "gone" in why
+  none = visualize._configuration(flags(), model, SIZE, {})
+  assert not none.teacher.path and "no teacher" in visualize._look(flags(), none, None)[1]
+
+
+def test_refusals(tmp_path, run, photos, command):
+  workdir, _, _ = run
+  model_files.write(make(ViT(8, 16, 1, 2, 32), None), tmp_path / "vit.safetensors", "timm")
+  model, vit = f"--model={workdir}", f"--model={tmp_path}/vit.safetensors"
+  for arguments, code, message in (
+    ([], 2, "--model is missing"),
+    ([vit], 2, "--images is missing"),
+    (
+      [vit, f"--images={photos}", "--panels=reconstruction"],
+      2,
+      "--panels=reconstruction: .*without a decoder .*vit-mae-",
+    ),
+    (
+      [vit, f"--images={photos}", "--panels=pca,focused"],
+      2,
+      "--panels=focused: there is no teacher; give one with --teacher",
+    ),
+    ([vit, f"--images={photos}", "--panels=cosine"], 2, "--panels=cosine: .*holds no mimic head"),
+    ([vit, f"--images={photos}", "--teacher=/no/such"], 2, "/no/such"),
+    (
+      [model, "--image_size=32,50"],
+      2,
+      "--image_size=32,50 is not a multiple of the model's token size 8; nearest: 32,48",
+    ),
+    ([model, "--image_size=a"], 2, "--image_size=a"),
+    ([model, "--image_size=0"], 2, "not a multiple"),
+    ([model, "--image_size=8,8,8"], 2, "must be HEIGHT,WIDTH"),
+    (
+      [model, "--panels=attention", "--query=4,0", *PLAIN],
+      2,
+      "--query=4,0 is none of the 4 rows and 6 columns",
+    ),
+    ([model, "--panels=attention", "--query=1", *PLAIN], 2, "--query=1 must be ROW,COLUMN"),
+    ([model, "--panels=what"], 2, "'what' is not one of reconstruction"),
+    ([model, "--count=0"], 2, "--count=0 must be 1 or more"),
+    ([model, "--images=/no/such.jpg"], 3, "/no/such.jpg"),
+    ([model, "--images=folder:/no/such"], 3, "/no/such: does not exist"),
+    ([f"--model={tmp_path}/none", "--images=digits"], 2, "no such file or folder"),
+  ):
+    found, printed, out = command(*arguments)
+    errors = [line for line in printed.err.splitlines() if line.startswith("error:")]
+    assert found == code and len(errors) == 1 and re.search(message, errors[0]), (
+      arguments,
+      found,
+      printed.err,
+    )
+    assert not out.exists()
+  (tmp_path / "broken.png").write_bytes(b"no image")
+  found, printed, out = command(model, f"--images={tmp_path}/broken.png")
+  assert found == 3 and "broken.png" in printed.err and not out.exists()
