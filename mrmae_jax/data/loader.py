@@ -28,7 +28,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from mrmae_jax.config import IMAGENET_MEAN, IMAGENET_STD
+from mrmae_jax.constants import IMAGENET_MEAN, IMAGENET_STD
 from mrmae_jax.data import augment, randaugment
 from mrmae_jax.data.sources import Source
 from mrmae_jax.errors import DataError
