@@ -26,8 +26,6 @@ def mix(
   *,
   mixup_alpha: float,
   cutmix_alpha: float,
-  prob: float = 1.0,
-  switch_prob: float = 0.5,
   smoothing: float = 0.0,
   groups: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
@@ -46,8 +44,6 @@ def mix(
     labels: int [B], in [0, num_classes).
     num_classes: of the targets.
     mixup_alpha, cutmix_alpha: of the Beta law; 0 switches that kind off, two zeros switch mixing off.
-    prob: that a batch is mixed at all.
-    switch_prob: that it is cutmix, where both are on.
     smoothing: label smoothing inside the targets.
     groups: must divide B; static.
 
@@ -65,7 +61,7 @@ def mix(
     return images.astype(dtype), targets
 
   def mix_group(key, x, y):
-    own, lam = _own_share(key, *x.shape[1:3], mixup_alpha, cutmix_alpha, prob, switch_prob)
+    own, lam = _own_share(key, *x.shape[1:3], mixup_alpha, cutmix_alpha)
     x = x.astype(jnp.float32)
     return (x * own + x[::-1] * (1 - own)).astype(dtype), y * lam + y[::-1] * (1 - lam)
 
@@ -74,17 +70,15 @@ def mix(
   return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), mixed)
 
 
-def _own_share(key, height, width, mixup_alpha, cutmix_alpha, prob, switch_prob):
+def _own_share(key, height, width, mixup_alpha, cutmix_alpha):
   """How much of itself an image keeps: at each pixel [H, W, 1] (0 or 1 in cutmix, lambda in mixup), and in all, a scalar."""
-  on_key, kind_key, mixup_key, cutmix_key, box_key = jax.random.split(key, 5)
-  on = jax.random.uniform(on_key) < prob
+  kind_key, mixup_key, cutmix_key, box_key = jax.random.split(key, 4)
   if mixup_alpha and cutmix_alpha:
-    is_cutmix = jax.random.uniform(kind_key) < switch_prob
+    is_cutmix = jax.random.bernoulli(kind_key)
   else:
     is_cutmix = bool(cutmix_alpha)
   draw = lambda key, alpha: jax.random.beta(key, alpha, alpha) if alpha else 1.0
-  blend = jnp.where(on, draw(mixup_key, mixup_alpha), 1.0)
-  cut = jnp.where(on, draw(cutmix_key, cutmix_alpha), 1.0)
+  blend, cut = draw(mixup_key, mixup_alpha), draw(cutmix_key, cutmix_alpha)
   outside = 1.0 - _box(box_key, height, width, cut)
   return jnp.where(is_cutmix, outside, blend)[..., None], jnp.where(
     is_cutmix, outside.mean(), blend

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import importlib
-import json
 import math
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from clu import parameter_overview
 
+from mrmae_jax import config as config_lib
 from mrmae_jax import data, optim, sharding
 from mrmae_jax.errors import DataError, Interrupted, NonFiniteError, StorageError
 from mrmae_jax.runs import nonfinite, supervision
@@ -286,7 +286,7 @@ def _fit(config, task: Task, workdir, check: bool, closing: contextlib.ExitStack
     batch_size=config.batch_size,
     image_size=tuple(config.image_size),
     crop_scale=tuple(config.data.crop_scale),
-    single_try=config.data.single_try,
+    single_try=config.task == "probe",
     resize=config.data.resize,
     flip=config.data.flip,
     randaug=config.data.randaug,
@@ -446,28 +446,7 @@ def identity(config, task: Task, source) -> dict[str, Any]:
 
   Teachers and pretrained weights count by their values, which the task names, not by where they lie.
   """
-  free = {
-    "encoder.remat",
-    "data.workers",
-    "data.on_error",
-    "data.max_skipped",
-    "data.timeout_s",
-    "optim.accum_steps",
-    "optim.max_skips",
-    "log_every",
-    "eval_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "keep_best",
-    "hang_s",
-    "wandb",
-  }
-  flat = {
-    name: value
-    for name, value in _flat(config).items()
-    if name not in free and not name.startswith(("mesh.", "evals."))
-  }
-  return flat | {"train images": source.fingerprint} | task.identity
+  return config_lib.identity(config) | {"train images": source.fingerprint} | task.identity
 
 
 def agreed(config, task: Task) -> dict[str, Any]:
@@ -485,20 +464,7 @@ def agreed(config, task: Task) -> dict[str, Any]:
 
 def _flat(config) -> dict[str, Any]:
   """A configuration as {"optim.blr": 1.5e-4, ...}, without what says where things lie on a host."""
-  flat = {}
-
-  def walk(node, prefix):
-    for key, value in node.items():
-      name = f"{prefix}{key}"
-      if isinstance(value, dict):
-        walk(value, f"{name}.")
-      elif name not in ("init_from", "data.workers", "data.data_dir", "data.quarantine") and not (
-        "teacher" in name and key in ("name", "path")
-      ):
-        flat[name] = value
-
-  walk(json.loads(config.to_json()), "")
-  return flat
+  return config_lib.shared_values(config)
 
 
 def describe(config, mesh, source, total_steps: int, first_step: int, params) -> str:

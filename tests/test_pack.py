@@ -232,7 +232,7 @@ def test_memory_does_not_grow(root):
 
 def test_pillow_is_the_default_and_evaluation_has_no_choice(root):
   source = open_source(f"folder:{root}/folder", "train")
-  assert config_lib.pretrain().data.resize == config_lib.CHOICES["data.resize"][0] == "pillow"
+  assert config_lib.pretrain().data.resize == config_lib.RESIZE[0] == "pillow"
   assert_same(train_steps(source, 2, resize="pillow"), train_steps(source, 2))
   with pytest.raises(TypeError):
     eval_batches(source, batch_size=1, image_size=SIZE, crop_pct=1.0, resize="cv2")

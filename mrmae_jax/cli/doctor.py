@@ -211,7 +211,7 @@ def images(config, report: Report, out: str):
           batch_size=min(config.batch_size, COUNT),
           image_size=tuple(config.image_size),
           crop_scale=tuple(config.data.crop_scale),
-          single_try=config.data.single_try,
+          single_try=config.task == "probe",
           resize=config.data.resize,
           flip=config.data.flip,
           randaug=config.data.randaug,

@@ -238,15 +238,15 @@ def _help(argv: list[str], task: str | None) -> str:
   """The options, and every key of the configuration with its value, from --config if that is given."""
   from mrmae_jax import config as schema  # answered fast
 
-  defaults = schema.TASKS[task or "pretrain"]
+  defaults = schema.defaults(task or "pretrain")
   title = "Keys of a configuration (--config.KEY=VALUE), their defaults and meaning:"
   try:
     _check_config(argv)
     flags.FLAGS([arg for arg in argv if arg not in ("-h", "--help", "--helpfull")])
-    config = _CONFIG.value or defaults()
+    config = _CONFIG.value or defaults
     title = "Keys of --config, with their values there and meaning:" if _CONFIG.value else title
   except (UsageError, flags.Error):
-    config = defaults()
+    config = defaults
   options = [f"  --{flag.name}: {flags.FLAGS[flag.name].help}" for flag in FLAGS]
   keys = [
     f"  {name}={value!r}".ljust(46) + f"  {meaning}"

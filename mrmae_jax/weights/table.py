@@ -13,7 +13,7 @@ from typing import Any, Callable, NamedTuple
 import jax
 import numpy as np
 
-from mrmae_jax.config import CHOICES
+from mrmae_jax.config import REMAT
 from mrmae_jax.errors import WeightsError
 
 MAX_SIZE, MAX_DEPTH = (
@@ -149,11 +149,7 @@ def _possible(name: str, value, kind) -> bool:
     )
   if kind is float:
     return type(value) in (int, float) and 0 <= value < 1e6 and (value > 0 or name in _MAY_BE_ZERO)
-  return (
-    kind in (bool, str)
-    and isinstance(value, kind)
-    and (name != "remat" or value in CHOICES["encoder.remat"])
-  )
+  return kind in (bool, str) and isinstance(value, kind) and (name != "remat" or value in REMAT)
 
 
 def count_blocks(numbers: typing.Iterable[str], what: str, source: str) -> int:
