@@ -243,7 +243,7 @@ def _encoder(options):
 
   square = (options.image_size,) * 2
   if options.model == "pixels":
-    pixels = lambda images: mrmae.normalise(
+    pixels = lambda images: mrmae.normalize(
       images, config.IMAGENET_MEAN, config.IMAGENET_STD
     ).reshape(len(images), -1)
     return pixels, square if options.image_size else (32, 32), 3, "pixels, normalised"
