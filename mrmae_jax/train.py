@@ -282,21 +282,13 @@ def _fit(config, task: Task, workdir, check: bool, closing: contextlib.ExitStack
   # 3. One program, compiled before the first batch is used.
   batches = data.train_batches(
     source,
+    data.image_views(config).train,
     seed=config.seed,
     batch_size=config.batch_size,
-    image_size=tuple(config.image_size),
-    crop_scale=tuple(config.data.crop_scale),
-    single_try=config.data.single_try,
-    resize=config.data.resize,
-    flip=config.data.flip,
-    randaug=config.data.randaug,
-    erase_prob=config.data.erase_prob,
-    mean=tuple(config.data.mean),
-    std=tuple(config.data.std),
     first_step=first_step,
     shard=jax.process_index(),
     num_shards=jax.process_count(),
-    **data.loader_options(config.data),
+    options=data.loader_options(config.data),
   )
   closing.callback(batches.close)
   batch = sharding.global_batch(next(batches), mesh)

@@ -43,12 +43,11 @@ class Evaluator:
     del step
     batches = data.eval_batches(
       self._source,
+      data.image_views(self._config).eval,
       batch_size=self._batch_size,
-      image_size=tuple(self._config.image_size),
-      crop_pct=self._config.data.eval_crop,
       shard=jax.process_index(),
       num_shards=jax.process_count(),
-      **data.loader_options(self._config.data),
+      options=data.loader_options(self._config.data),
     )
     images, top1, top5 = 0, 0, 0
     for batch in batches:

@@ -94,13 +94,12 @@ class Evaluator:
     features, labels = [], []
     batches = data.eval_batches(
       source,
+      data.image_views(self._config).eval,
       batch_size=self._batch_size,
-      image_size=tuple(self._config.image_size),
-      crop_pct=self._config.data.eval_crop,
       shard=jax.process_index(),
       num_shards=jax.process_count(),
       limit=limit,
-      **data.loader_options(self._config.data),
+      options=data.loader_options(self._config.data),
     )
     for batch in batches:
       supervision.beat()

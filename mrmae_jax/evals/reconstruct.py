@@ -35,13 +35,12 @@ class Evaluator:
     count = -(-images // mesh.size) * mesh.size
     batches = data.eval_batches(
       source,
+      data.image_views(config).eval,
       batch_size=count,
-      image_size=tuple(config.image_size),
-      crop_pct=config.data.eval_crop,
       shard=jax.process_index(),
       num_shards=jax.process_count(),
       limit=images,
-      **data.loader_options(config.data) | {"workers": 0},
+      options=data.loader_options(config.data)._replace(workers=0),
     )
     self._batch = sharding.global_batch(next(batches), mesh)
     batches.close()
