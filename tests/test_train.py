@@ -38,8 +38,9 @@ def setup():
   """Tiny configuration, its task, and five batches."""
   config = tiny.get_config()
   source = data.open_split(config.data, "train")
-  config.data.update(crop_scale=(0.5, 1.0), flip=False)
-  view = data.image_views(config).train
+  plain = config.copy_and_resolve_references()
+  plain.data.update(crop_scale=(0.5, 1.0), flip=False)
+  view = data.image_views(plain).train
   stream = data.train_batches(source, view, seed=0, batch_size=16)
   batches = [next(stream) for _ in range(5)]
   stream.close()

@@ -109,7 +109,7 @@ def extract(
   named, done = _Named(source), 0
   # In threads of this process: the names are remembered here.
   batches = data.eval_batches(
-    named, batch_size=batch_size, image_size=image_size, crop_pct=crop, channels=channels
+    named, data.center_view(image_size, crop, channels), batch_size=batch_size
   )
   try:
     for batch in batches:

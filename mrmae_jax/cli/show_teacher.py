@@ -131,11 +131,9 @@ def show(options) -> str:
   limit = max(count, options.statistics)
   batches = data.eval_batches(
     data.open_split(config.data, "train"),
+    data.center_view(config.image_size, config.data.eval_crop, len(config.data.mean)),
     batch_size=limit,
-    image_size=tuple(config.image_size),
-    crop_pct=config.data.eval_crop,
     limit=limit,
-    channels=len(config.data.mean),
   )
   batch = next(batches)
   batches.close()

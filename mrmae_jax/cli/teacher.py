@@ -283,7 +283,7 @@ def knn_accuracy(
 
   def encode(source):
     batches = data.eval_batches(
-      source, batch_size=64, image_size=(size, size), crop_pct=1.0, limit=50_000
+      source, data.center_view((size, size), 1.0), batch_size=64, limit=50_000
     )
     rows = [
       {"label": b["label"], "valid": b["valid"], **features(params, b["image"])} for b in batches
@@ -435,7 +435,7 @@ def centred(vit: Tower, params, source, size: int):
     ].mean(1)
   )
   batches = data.eval_batches(
-    source, batch_size=64, image_size=(size, size), crop_pct=1.0, limit=4096
+    source, data.center_view((size, size), 1.0), batch_size=64, limit=4096
   )
   mean = np.concatenate([tokens(batch["image"])[batch["valid"]] for batch in batches]).mean(0)
   batches.close()

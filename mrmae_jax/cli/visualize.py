@@ -515,10 +515,8 @@ def _batches(source, places: list[int], like: np.ndarray):
 
   batches = data.eval_batches(
     _Chosen(source, places),
+    data.center_view(like.shape[1:3], 1.0, like.shape[3]),
     batch_size=min(BATCH, len(places)),
-    image_size=like.shape[1:3],
-    crop_pct=1.0,
-    channels=like.shape[3],
   )
   try:
     for batch in batches:
