@@ -46,7 +46,7 @@ def run(options) -> str:
   import ml_collections
   import numpy as np
 
-  from mrmae_jax import data, sharding, train
+  from mrmae_jax import sharding, train
   from mrmae_jax.runs import checkpoint, workdir
 
   folder = workdir.open_workdir(options.bundle)
@@ -79,9 +79,9 @@ def run(options) -> str:
   batch = sharding.global_batch(batch, mesh)
 
   keys = train.sample_keys(config.seed, found.state.step, config.batch_size)
-  grads = jax.jit(jax.grad(lambda params: task.loss(params, found.state.extra, frozen, batch, keys)[0]))(
-    found.state.params
-  )
+  grads = jax.jit(
+    jax.grad(lambda params: task.loss(params, found.state.extra, frozen, batch, keys)[0])
+  )(found.state.params)
   finite = jax.device_get(jax.tree.map(lambda g: jax.numpy.isfinite(g).all(), grads))
   names = [
     jax.tree_util.keystr(path, simple=True, separator="/")
