@@ -4,7 +4,6 @@ Files in `configs/` start from `pretrain()` and override. Reading and changing a
 """
 
 import difflib
-import importlib.util
 import json
 import math
 import os
@@ -15,30 +14,8 @@ from typing import Any, Callable, NamedTuple
 import ml_collections
 from ml_collections.config_dict import placeholder
 
-from mrmae_jax.errors import ConfigError, DataError, WeightsError
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-CONVVIT = {  # fields of models.convvit.ConvViT. B: Alpha-VL/ConvMAE; L: mx-mark/DMJD; S, H: public forks only
-  "small": dict(
-    embed_dims=(128, 256, 384), depths=(2, 2, 11), num_heads=6, mlp_ratios=(4.0, 4.0, 4.0)
-  ),
-  "base": dict(
-    embed_dims=(256, 384, 768), depths=(2, 2, 11), num_heads=12, mlp_ratios=(4.0, 4.0, 4.0)
-  ),
-  "large": dict(
-    embed_dims=(384, 768, 1024), depths=(2, 2, 23), num_heads=16, mlp_ratios=(8.0, 8.0, 4.0)
-  ),
-  "huge": dict(
-    embed_dims=(768, 1024, 1280), depths=(2, 2, 31), num_heads=16, mlp_ratios=(8.0, 8.0, 4.0)
-  ),
-}
-VIT = {  # fields of models.vit.ViT (Dosovitskiy et al. 2021; S as in DeiT; H/14 as in MAE)
-  "small": dict(patch_size=16, dim=384, depth=12, num_heads=6, mlp_dim=1536),
-  "base": dict(patch_size=16, dim=768, depth=12, num_heads=12, mlp_dim=3072),
-  "large": dict(patch_size=16, dim=1024, depth=24, num_heads=16, mlp_dim=4096),
-  "huge": dict(patch_size=14, dim=1280, depth=32, num_heads=16, mlp_dim=5120),
-}
+from mrmae_jax.constants import CONVVIT, IMAGENET_MEAN, IMAGENET_STD, VIT
+from mrmae_jax.errors import ConfigError
 
 DIMENSIONS = {  # what these fields are
   "name": "kind: convvit or vit",
@@ -216,6 +193,14 @@ def teacher() -> ml_collections.ConfigDict:
     ""  # likewise: "gelu", "quick_gelu", "gelu_tanh"; "": what the family is known to use
   )
   return c
+
+
+def teacher_sections(config: ml_collections.ConfigDict) -> dict[str, ml_collections.ConfigDict]:
+  """Returns the sections of the teachers that are set, by their keys: "teacher", "extra_teachers.NAME"."""
+  sections = {"teacher": config.teacher} | {
+    f"extra_teachers.{name}": extra for name, extra in config.extra_teachers.items()
+  }
+  return {key: options for key, options in sections.items() if options.name or options.path}
 
 
 def teacher_options(config: ml_collections.ConfigDict) -> dict[str, ml_collections.ConfigDict]:
@@ -491,27 +476,48 @@ TASKS = {
 }  # modules of mrmae_jax.tasks, and their defaults
 
 
-def validate(config: ml_collections.ConfigDict, num_devices: int) -> None:
-  """Checks a configuration before anything is loaded or compiled.
+class Mistakes:
+  """Collects the mistakes of a configuration, so that all of them are reported at once."""
 
-  Args:
-    config: in the shape of `pretrain()`.
-    num_devices: that the run will use, over all hosts.
+  def __init__(self):
+    self._messages, self._unusable = [], []
+
+  def need(self, is_right, message: str, *keys: str) -> bool:
+    """Notes `message` unless `is_right`, and that the values of `keys` are of no use; returns `is_right`."""
+    if not is_right:
+      self._messages.append(message)
+      self._unusable += keys
+    return bool(is_right)
+
+  def usable(self, *names: str) -> bool:
+    """Returns whether the values of these keys or sections can be computed with."""
+    inside = lambda key, name: f"{key}.".startswith(f"{name}.")
+    return not any(inside(key, name) for key in self._unusable for name in names)
+
+  def report(self) -> None:
+    """Raises a ConfigError with all messages, one per line, if there are any."""
+    if self._messages:
+      raise ConfigError("\n".join(self._messages))
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+  """Checks all that can be checked without devices, data and teachers, see `preflight.check`.
 
   Raises:
-    ConfigError: all problems, one per line: what was given, what was expected, what to do.
+    ConfigError: all problems, one per line: the value given, the value expected, what to do.
   """
-  problems = []
+  find_mistakes(config).report()
 
-  def need(ok, message):
-    if not ok:
-      problems.append(message)
-    return bool(ok)
 
-  wrong = _validate_values(config, need)
-  fine = lambda *names: (
-    not any(f"{key}.".startswith(f"{name}.") for key in wrong for name in names)
-  )  # to be computed with
+def find_mistakes(config: ml_collections.ConfigDict) -> Mistakes:
+  """Returns the mistakes of a configuration in the shape of `pretrain()`.
+
+  Raises:
+    ConfigError: sections that are missing, so that the rest cannot be checked.
+  """
+  mistakes = Mistakes()
+  need, fine = mistakes.need, mistakes.usable
+  _validate_values(config, need)
   if fine("optim.warmup_epochs", "epochs"):
     need(
       config.optim.warmup_epochs <= config.epochs,
@@ -532,20 +538,14 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> None:
       low <= high,
       f"config.data.crop_scale={config.data.crop_scale} must satisfy 0 < low <= high <= 1",
     )
-  if fine("wandb"):
-    need(
-      not config.wandb or importlib.util.find_spec("wandb"),
-      f"config.wandb={config.wandb!r} needs the wandb extra: pip install 'mrmae_jax[wandb]', or leave it empty",
-    )
   if fine("keep_best", "evals"):
     need(
       not config.keep_best or config.keep_best.split("/")[0] in config.evals,
       f"config.keep_best={config.keep_best!r} is no result of an evaluation; config.evals has {', '.join(config.evals) or 'none'}: "
       "knn/accuracy, say",
     )
-  encoder_fits = fine("encoder", "image_size") and _validate_encoder(config, need)
-  if fine("mesh", "batch_size", "optim.accum_steps"):
-    _validate_devices(config, num_devices, need)
+  if fine("encoder", "image_size"):
+    _validate_encoder(config, need)
   if fine("data.mean", "data.std", "data.randaug"):
     mean, std = config.data.mean, config.data.std
     need(
@@ -557,18 +557,23 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> None:
       f"config.data.randaug={config.data.randaug!r} is for RGB; leave it empty for "
       f"images of {len(mean)} channels (config.data.mean): --config.data.randaug=",
     )
-  if fine("data"):
-    _validate_data(config, need)
+  for name in ("data.on_error", "data.resize"):
+    key = name.split(".")[1]
+    if fine(name):
+      need(
+        config.data[key] in CHOICES[name],
+        f"config.{name}={config.data[key]!r} is not one of {', '.join(CHOICES[name])}",
+        name,
+      )
   if config.task == "pretrain":
-    if encoder_fits and fine("method", "decoder"):
+    if fine("encoder", "image_size", "method", "decoder"):
       _validate_method(config, need)
     if fine("teacher", "extra_teachers", "method", "data.mean", "data.std"):
-      _validate_teachers(config, encoder_fits, need)
+      _validate_teachers(config, need)
   elif fine("pool", "init_from", "encoder", "mix", "optim", "batch_size"):
     _validate_pool(config, need)
     {"finetune": _validate_mix, "probe": _validate_grid}[config.task](config, need)
-  if problems:
-    raise ConfigError("\n".join(problems))
+  return mistakes
 
 
 def flatten(node: ml_collections.ConfigDict, prefix: str = "") -> dict[str, Any]:
@@ -626,13 +631,9 @@ def schema(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   return c
 
 
-def _validate_values(config, need) -> list[str]:
-  """Each value for itself: known keys, types, ranges; a configuration file can write anything anywhere.
-
-  Returns:
-    The names of keys that are missing, or whose values are of no use.
-  """
-  defaults, values, wrong = flatten(schema(config)), flatten(config), []
+def _validate_values(config, need) -> None:
+  """Each value for itself: known keys, types, ranges; a configuration file can write anything anywhere."""
+  defaults, values = flatten(schema(config)), flatten(config)
   for name in sorted(values.keys() - defaults.keys()):
     near = difflib.get_close_matches(name, defaults, 1)
     need(
@@ -644,16 +645,16 @@ def _validate_values(config, need) -> list[str]:
     not missing,
     f"not in the configuration: config.{', config.'.join(missing[:5])}{', ...' if len(missing) > 5 else ''}; start "
     f"from {TASKS[config.task].__name__}() of mrmae_jax.config",
+    *missing,
   )
-  wrong += missing
   for name, default in defaults.items():
     if name in values and (mistake := _mistake(name, values[name], default)):
       shown = repr(values[name])
       need(
-        False, f"config.{name}={shown if len(shown) < 100 else f'{shown[:80]}...'} must {mistake}"
+        False,
+        f"config.{name}={shown if len(shown) < 100 else f'{shown[:80]}...'} must {mistake}",
+        name,
       )
-      wrong.append(name)
-  return wrong
 
 
 def _mistake(name: str, value, default) -> str:
@@ -696,8 +697,8 @@ def token_size(config: ml_collections.ConfigDict) -> int:
   )
 
 
-def _validate_encoder(config, need) -> bool:
-  """The encoder; returns whether images divide into its tokens."""
+def _validate_encoder(config, need) -> None:
+  """The encoder, and whether images divide into its tokens."""
   fields = config.encoder
   need(
     fields.remat in CHOICES["encoder.remat"],
@@ -713,15 +714,18 @@ def _validate_encoder(config, need) -> bool:
     f"config.encoder.fuse_layers={fused} must be different blocks from 0 to {depth - 2}; the last, {depth - 1}, always counts",
   )
   patch, (height, width) = token_size(config), config.image_size
-  return need(
+  if need(
     height // patch * (width // patch) <= MAX_TOKENS,
     f"config.image_size=({height}, {width}) makes "
     f"{height // patch * (width // patch)} tokens of {patch} pixels, at most {MAX_TOKENS} are possible",
-  ) and need(
-    height % patch == 0 and width % patch == 0,
-    f"config.image_size=({height}, {width}) is not a multiple of the token size {patch}; nearest: "
-    f"({max(1, round(height / patch)) * patch}, {max(1, round(width / patch)) * patch})",
-  )
+    "image_size",
+  ):
+    need(
+      height % patch == 0 and width % patch == 0,
+      f"config.image_size=({height}, {width}) is not a multiple of the token size {patch}; nearest: "
+      f"({max(1, round(height / patch)) * patch}, {max(1, round(width / patch)) * patch})",
+      "image_size",
+    )
 
 
 def _validate_width(config, name, dim, heads, need):
@@ -791,75 +795,15 @@ def _validate_mix(config, need):
   )
 
 
-def _validate_devices(config, num_devices, need):
-  mesh, batch, accum = config.mesh, config.batch_size, config.optim.accum_steps
-  sizes = [mesh.data, mesh.fsdp]
-  if -1 in sizes:
-    rest = -math.prod(sizes)
-    ok = sizes.count(-1) == 1 and rest > 0 and num_devices % rest == 0
-  else:
-    ok = min(sizes) > 0 and math.prod(sizes) == num_devices
-  need(
-    ok,
-    f"config.mesh data={mesh.data} x fsdp={mesh.fsdp} does not fit {num_devices} devices; -1 on one axis takes the rest",
-  )
-  unit = num_devices * accum
-  below = batch // unit * unit
-  need(
-    batch % unit == 0,
-    f"config.batch_size={batch} is not divisible by {num_devices} devices x {accum} accumulation "
-    f"steps; nearest: {f'{below} or ' if below else ''}{below + unit}",
-  )
-
-
-def _validate_data(config, need):
-  """A cheap check of the data source; images are read later."""
-  from mrmae_jax import data  # keeps the schema free of jax
-  from mrmae_jax.data import randaugment
-
-  if need(
-    config.data.source,
-    "config.data.source is not set; use digits, folder:/path/to/images, tfds:name or packed:/path",
-  ):
-    for split in (
-      ("train",) if config.task == "pretrain" else ("train", "eval")
-    ):  # k-NN does without the second
-      try:
-        data.open_split(config.data, split)
-      except DataError as error:
-        need(False, f"config.data: {error}")
-  need(
-    config.data.on_error in CHOICES["data.on_error"],
-    f"config.data.on_error={config.data.on_error!r} is not one of {', '.join(CHOICES['data.on_error'])}",
-  )
-  try:
-    randaugment.parse(config.data.randaug)
-  except DataError as error:
-    need(False, f"config.data.{error}")
-  if need(
-    config.data.resize in CHOICES["data.resize"],
-    f"config.data.resize={config.data.resize!r} is not one of {', '.join(CHOICES['data.resize'])}",
-  ):
-    try:
-      data.resizer(config.data.resize)
-    except DataError as error:
-      need(False, f"config.data.{error}")
-
-
-def _validate_teachers(config, encoder_fits, need):
-  """The options of each teacher and, if the student's sizes fit, what the teacher's files say; weights are read later."""
-  from mrmae_jax import teachers
-
+def _validate_teachers(config, need):
+  """The options of each teacher; `preflight` reads what its files say."""
   main, method = config.teacher, config.method
   need(
     main.name is not None or main.path is not None,
     "config.teacher is not set; give config.teacher.name=clip_vit_b16 (or "
     "another of teachers.PRESETS), config.teacher.path=FOLDER, or config.teacher.path= (empty) to train without a teacher",
   )
-  named = {"teacher": main} | {
-    f"extra_teachers.{name}": extra for name, extra in config.extra_teachers.items()
-  }
-  named = {where: options for where, options in named.items() if options.name or options.path}
+  named = teacher_sections(config)
   need(
     named or method.pixel_weight,
     "config.method.pixel_weight=0 without a teacher leaves nothing to learn",
@@ -881,43 +825,23 @@ def _validate_teachers(config, encoder_fits, need):
       options.tokens == "visible+cls",
       options.salient_share,
     )
-    checks = [
+    for key in ("layer", "input_norm", "tokens", "source", "head", "target_norm", "loss", "dtype"):
       need(
         options[key] in CHOICES[f"teacher.{key}"],
         f"config.{where}.{key}={options[key]!r} is not one of {', '.join(CHOICES[f'teacher.{key}'])}",
+        f"{where}.{key}",
       )
-      for key in ("layer", "input_norm", "tokens", "source", "head", "target_norm", "loss", "dtype")
-    ]
-    checks += [
-      need(
-        share == 1 or not masked,
-        f"config.{where}.salient_share={share} concerns visible tokens; leave it at 1 with "
-        "tokens='masked'",
-      ),
-      need(
-        has_cls or not cls,
-        f"config.{where}.tokens='visible+cls' needs a student with a CLS token: "
-        "config.encoder.cls_token=True",
-      ),
-    ]
-    if not (encoder_fits and all(checks)):
-      continue
-    try:
-      spec = teachers.configured_spec(options, config)
-    except WeightsError as error:
-      need(False, f"config.{where}: {error}")
-      continue
     need(
-      spec.has_cls or not cls,
-      f"config.{where}.tokens='visible+cls': {spec.description} has no CLS token",
+      share == 1 or not masked,
+      f"config.{where}.salient_share={share} concerns visible tokens; leave it at 1 with "
+      "tokens='masked'",
+      f"{where}.tokens",
     )
     need(
-      spec.has_attention or not (focused and where == "teacher"),
-      f"config.method.masking='focused' needs the attention of a CLS token, which {spec.description} lacks; use 'random'",
-    )
-    need(
-      spec.has_attention or share == 1,
-      f"config.{where}.salient_share={share} needs the attention of a CLS token, which {spec.description} lacks; use 1",
+      has_cls or not cls,
+      f"config.{where}.tokens='visible+cls' needs a student with a CLS token: "
+      "config.encoder.cls_token=True",
+      f"{where}.tokens",
     )
 
 

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from mrmae_jax.config import IMAGENET_MEAN, IMAGENET_STD
 from mrmae_jax.config import token_size as student_token_size
+from mrmae_jax.constants import IMAGENET_MEAN, IMAGENET_STD
 from mrmae_jax.errors import StorageError, WeightsError, WorkdirError
 from mrmae_jax.models import make_encoder
 from mrmae_jax.models.tower import ACTIVATIONS, Tower

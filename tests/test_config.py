@@ -16,8 +16,7 @@ import pytest
 from configs import cifar10, convmae, demo, finetune, mae, mrmae, probe
 from configs.sweeps import ablation
 from mrmae_jax import config as config_lib
-from mrmae_jax import teachers
-from mrmae_jax.config import validate
+from mrmae_jax import preflight, teachers
 from mrmae_jax.errors import ConfigError
 from mrmae_jax.tasks import pretrain
 from tests import tiny
@@ -86,7 +85,7 @@ def test_shipped_configs_validate_and_build(module, size, hub, tmp_path):
   config.data.source = (
     f"folder:{tmp_path}"  # what ships is tfds:imagenet2012, which has to be prepared first
   )
-  validate(config, num_devices=32)
+  preflight.check(config, num_devices=32)
   params = shapes(config, {"mimic": 768})
   assert millions(params) > 20 and ("mimic_heads" in params) == (module is mrmae)
   for word in ("Command:", "Hardware:", "Cost:", "Expected:"):
@@ -126,7 +125,7 @@ def test_every_ablation_validates_and_builds(hub, tmp_path):
     config = ablation.get_config(item.pop("argument"))
     config.update_from_flattened_dict(item)
     config.data.source = f"folder:{tmp_path}"
-    validate(config, num_devices=8)
+    preflight.check(config, num_devices=8)
     params = shapes(config, {"mimic": 768, "mimic_dino_vit_b16": 768})
     assert len(params["mimic_heads"]) == 1 + len(config.extra_teachers)
     seen.add(config.to_json())
@@ -134,7 +133,7 @@ def test_every_ablation_validates_and_builds(hub, tmp_path):
 
 
 def test_demo_validates():
-  validate(demo.get_config(), num_devices=1)
+  preflight.check(demo.get_config(), num_devices=1)
   assert sum(f.stat().st_size for f in (ROOT / "configs" / "demo_teacher").iterdir()) < 2_000_000
 
 
@@ -156,7 +155,7 @@ def test_configs_that_need_labels(module, argument, tmp_path):
       (tmp_path / split / name / "photo.png").touch()
   config = module.get_config(argument)
   config.data.source, config.init_from = f"folder:{tmp_path}", ""
-  validate(config, num_devices=32)
+  preflight.check(config, num_devices=32)
   for word in ("Command:", "Hardware:", "Cost:", "Expected:"):
     assert word in module.__doc__
 
@@ -182,7 +181,7 @@ def test_a_workdir_instead_of_a_size(module, tmp_path):
     0.1 if module is finetune else 0.0
   )
   config.batch_size, config.optim.warmup_epochs = 32, 0.0
-  validate(config, num_devices=8)
+  preflight.check(config, num_devices=8)
   with pytest.raises(ConfigError, match="none is neither a size nor the workdir of a run"):
     module.get_config(str(tmp_path / "none"))
 
@@ -360,14 +359,14 @@ def changed(**overrides):
 )
 def test_mistakes_are_named(overrides, message):
   with pytest.raises(ConfigError) as error:
-    validate(changed(**overrides), num_devices=8)
+    preflight.check(changed(**overrides), num_devices=8)
   assert re.search(message, str(error.value)), error.value
   assert len(str(error.value).splitlines()) == 1
 
 
 def test_all_mistakes_are_reported_at_once():
   with pytest.raises(ConfigError) as error:
-    validate(
+    preflight.check(
       changed(optim__blr=-1.0, batch_size=20, data__source="folder:/nope", teacher__path="/nope"),
       num_devices=8,
     )
@@ -377,7 +376,7 @@ def test_all_mistakes_are_reported_at_once():
 def test_validation_comes_before_compilation(tmp_path):
   (tmp_path / "empty").mkdir()
   with pytest.raises(ConfigError, match="no images; looked for .jpg"):
-    validate(changed(data__source=f"folder:{tmp_path}/empty"), num_devices=8)
+    preflight.check(changed(data__source=f"folder:{tmp_path}/empty"), num_devices=8)
 
 
 def command(*arguments):

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from mrmae_jax import config as config_lib
+from mrmae_jax import preflight
 from mrmae_jax.cli import pack
 from mrmae_jax.data import augment, open_source, packed
 from mrmae_jax.errors import ConfigError, DataError
@@ -255,7 +256,7 @@ def test_resizes_that_are_not_there(root, monkeypatch, resize, message):
   config.batch_size, config.teacher.path = 8, ""
   config.data.update(source=f"folder:{root}/folder", resize=resize)
   with pytest.raises(ConfigError, match=f"config.data.resize='{resize}'.*({message})"):
-    config_lib.validate(config, 8)
+    preflight.check(config, 8)
 
 
 def test_cv2_gives_the_same_crops_in_other_pixels(root):

@@ -20,8 +20,7 @@ from etils import epath
 from PIL import Image
 from safetensors.numpy import load_file
 
-from mrmae_jax import data, optim, sharding, train
-from mrmae_jax.config import validate
+from mrmae_jax import data, optim, preflight, sharding, train
 from mrmae_jax.errors import WorkdirError
 from mrmae_jax.runs import log
 from mrmae_jax.runs.checkpoint import Checkpoints
@@ -373,7 +372,7 @@ def test_check_writes_nothing(tmp_path):
 
 def test_one_compilation(tmp_path, caplog):
   config = tiny.get_config()
-  validate(config, jax.device_count())
+  preflight.check(config, jax.device_count())
   jax.config.update("jax_log_compiles", True)
   try:
     with caplog.at_level(logging.WARNING):

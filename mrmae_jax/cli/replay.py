@@ -40,13 +40,11 @@ def run(options) -> str:
   """
   if not options.bundle:
     raise UsageError("--bundle is missing; see --help")
-  import importlib  # a mistyped command line is answered before jax is loaded
-
-  import jax
+  import jax  # a mistyped command line is answered before jax is loaded
   import ml_collections
   import numpy as np
 
-  from mrmae_jax import sharding, train
+  from mrmae_jax import preflight, sharding, train
   from mrmae_jax.runs import checkpoint, workdir
 
   folder = workdir.open_workdir(options.bundle)
@@ -67,7 +65,7 @@ def run(options) -> str:
     config.dtype = "float32"
     for teacher in (config.get("teacher", {}), *config.get("extra_teachers", {}).values()):
       teacher.dtype = "float32"
-  task = importlib.import_module(f"mrmae_jax.tasks.{config.task}").make(config)
+  task = preflight.open_task(config)
   mesh = sharding.make_mesh(**config.mesh)
   planned = train.make_plan(config, task, mesh)
   saved = checkpoint.Checkpoints(folder, {}, keep=1)

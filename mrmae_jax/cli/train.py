@@ -8,7 +8,6 @@ GKE, Slurm), with --coordinator_address, --num_processes and --process_id too.
 
 import contextlib
 import difflib
-import importlib
 import os
 import re
 import runpy
@@ -87,8 +86,7 @@ def main(argv: list[str] | None = None, task: str | None = None) -> int:
 
   import jax  # a mistyped command line is answered before jax is loaded
 
-  from mrmae_jax import train
-  from mrmae_jax.config import validate
+  from mrmae_jax import preflight, train
   from mrmae_jax.runs import distributed, supervision
   from mrmae_jax.runs.workdir import held, prepare_workdir
 
@@ -97,10 +95,10 @@ def main(argv: list[str] | None = None, task: str | None = None) -> int:
       distributed.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _INIT_TIMEOUT.value)
     with contextlib.ExitStack() as ending:
       try:
-        validate(config, jax.device_count())
+        preflight.check(config, jax.device_count())
         ending.enter_context(supervision.supervised(config.hang_s))
         with supervision.phase("start", at_once=True):
-          task = importlib.import_module(f"mrmae_jax.tasks.{config.task}").make(config)
+          task = preflight.open_task(config)
         if not _CHECK.value:
           prepare_workdir(workdir)
           if note := ending.enter_context(held(workdir)):

@@ -622,8 +622,8 @@ def configs() -> Callable[[np.random.Generator], Case]:
   import ml_collections
   from absl import flags
 
-  from mrmae_jax import sharding, teachers, train
-  from mrmae_jax.config import finetune, flatten, probe, validate
+  from mrmae_jax import preflight, sharding, teachers, train
+  from mrmae_jax.config import finetune, flatten, probe
   from mrmae_jax.tasks import pretrain
   from tests import tiny
 
@@ -651,7 +651,7 @@ def configs() -> Callable[[np.random.Generator], Case]:
     return c
 
   def judge(config, deep: bool):
-    validate(config, num_devices=1)
+    preflight.check(config, num_devices=1)
     config.to_json()
     if (
       deep and config.task == "pretrain" and not (config.teacher.name or "").strip()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mrmae_jax import config as config_lib
-from mrmae_jax import sharding, train
+from mrmae_jax import preflight, sharding, train
 from mrmae_jax.errors import DataError, NonFiniteError, StorageError, WorkdirError
 from mrmae_jax.runs import checkpoint, log, nonfinite, workdir
 from mrmae_jax.runs.checkpoint import Checkpoints
@@ -396,7 +396,7 @@ def test_f23_a_run_that_is_lost_leaves_a_bundle_that_replays(tmp_path, monkeypat
   config = small.get_config()
   with config.unlocked():
     config.optim.update(max_skips=3, blr=1e14)
-  config_lib.validate(config, jax.device_count())
+  preflight.check(config, jax.device_count())
   from mrmae_jax.tasks import pretrain
 
   with pytest.raises(

@@ -21,9 +21,9 @@ from PIL import Image
 from safetensors.numpy import load_file, save
 
 from mrmae_jax import config as config_lib
-from mrmae_jax import teachers, train
+from mrmae_jax import preflight, teachers, train
 from mrmae_jax.cli import train as cli_train
-from mrmae_jax.config import flatten, validate
+from mrmae_jax.config import flatten
 from mrmae_jax.data import augment, open_source, packed
 from mrmae_jax.data.randaugment import parse as parse_randaug
 from mrmae_jax.errors import ConfigError, DataError, WeightsError
@@ -176,7 +176,7 @@ def valid(task, photos, encoder="convvit"):
     other.encoder, other.evals.knn = c.encoder, c.evals.knn
     c = other
   c.data.source = photos
-  validate(c, num_devices=8)
+  preflight.check(c, num_devices=8)
   return c
 
 
@@ -229,7 +229,7 @@ def test_f33_every_number_of_every_task(photos):
         given = (bad, *(numbers[1:])) if several else bad
         put(changed, name, given)
         try:
-          validate(changed, num_devices=8)
+          preflight.check(changed, num_devices=8)
           accepted.add((name, repr(bad)))
         except ConfigError as error:
           # The two axes of a mesh are judged together.
@@ -291,14 +291,14 @@ def test_f33_what_a_configuration_file_can_do(photos, change, message):
   config = valid("pretrain", photos)
   change(config)
   with pytest.raises(ConfigError) as error:
-    validate(config, num_devices=8)
+    preflight.check(config, num_devices=8)
   assert message in str(error.value)
 
 
 @pytest.mark.parametrize("found", [None, 3, {"task": "pretrain"}, ml_collections.ConfigDict()])
 def test_f33_no_configuration_at_all(found):
   with pytest.raises(ConfigError, match="start from pretrain"):
-    validate(found, num_devices=1)
+    preflight.check(found, num_devices=1)
 
 
 @pytest.mark.parametrize(
