@@ -18,8 +18,8 @@ from mrmae_jax import data, optim, sharding
 from mrmae_jax.errors import DataError, Interrupted, NonFiniteError, StorageError
 from mrmae_jax.runs import nonfinite, supervision
 from mrmae_jax.runs.checkpoint import Checkpoints
-from mrmae_jax.runs.log import Clock, Log, read, summary
-from mrmae_jax.runs.workdir import open_workdir
+from mrmae_jax.runs.log import Clock, Log, read_metrics, summary
+from mrmae_jax.runs.paths import open_folder
 
 HINT = "try a lower optim.blr, a longer warm-up, optim.clip_norm, or dtype=float32"
 
@@ -237,7 +237,7 @@ def _fit(config, task: Task, workdir, check: bool, closing: contextlib.ExitStack
   frozen = jax.device_put(task.frozen, place(frozen_shapes))
   found, scores = None, {}
   if not check:
-    workdir = open_workdir(workdir)
+    workdir = open_folder(workdir)
     checkpoints = Checkpoints(
       workdir, identity(config, task, source), config.keep_checkpoints, scores
     )
@@ -266,7 +266,7 @@ def _fit(config, task: Task, workdir, check: bool, closing: contextlib.ExitStack
   evaluated = (
     not config.evals
     or first_step
-    and any("evaluation_s" in record for record in read(workdir) if record["step"] == first_step)
+    and any("evaluation_s" in record for record in read_metrics(workdir) if record["step"] == first_step)
   )
   if first_step >= total_steps and evaluated:
     log.say(
@@ -379,7 +379,7 @@ def _fit(config, task: Task, workdir, check: bool, closing: contextlib.ExitStack
           raise StorageError(f"checkpoint {step} could not be saved: {problem}")
 
   # 5. The loop. What a signal or an image that cannot be read interrupts is saved as it is.
-  for record in read(workdir):
+  for record in read_metrics(workdir):
     rate(record["step"], record)
   clock.start(first_step)
   step, pending = first_step, None
