@@ -919,3 +919,11 @@ def _validate_teachers(config, encoder_fits, need):
       spec.has_attention or share == 1,
       f"config.{where}.salient_share={share} needs the attention of a CLS token, which {spec.description} lacks; use 1",
     )
+
+
+def identity(config) -> dict[str, Any]:
+  """stopgap"""
+  free = {"encoder.remat", "data.workers", "data.on_error", "data.max_skipped", "data.timeout_s", "optim.accum_steps", "optim.max_skips", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "keep_best", "hang_s", "wandb"}
+  flat = flatten(ml_collections.ConfigDict(json.loads(config.to_json())))
+  gone = lambda n: n in free or n.startswith(("mesh.", "evals.")) or n in ("init_from", "data.workers", "data.data_dir", "data.quarantine") or ("teacher" in n and n.split(".")[-1] in ("name", "path"))
+  return {n: v for n, v in flat.items() if not gone(n)}

@@ -22,7 +22,7 @@ from mrmae_jax.config import token_size as student_token_size
 from mrmae_jax.errors import StorageError, WeightsError, WorkdirError
 from mrmae_jax.models import make_encoder
 from mrmae_jax.models.tower import ACTIVATIONS, Tower
-from mrmae_jax.mrmae import TeacherOutput, normalise, normalise_features
+from mrmae_jax.mrmae import TeacherOutput, normalize, normalize_features
 from mrmae_jax.runs import checkpoint
 from mrmae_jax.weights import files, positions, towers
 from mrmae_jax.weights.table import check_fields, convert
@@ -519,10 +519,10 @@ def _look(spec: TeacherSpec, params, images: jax.Array) -> TeacherOutput:
     images = jax.image.resize(
       images, (len(images), *spec.input_size, images.shape[-1]), "cubic"
     ).clip(0, 1)
-  x, out = spec.module.apply({"params": params}, normalise(images, spec.mean, spec.std))
+  x, out = spec.module.apply({"params": params}, normalize(images, spec.mean, spec.std))
   if spec.last_k > 1:
     x = (
-      sum(normalise_features(layer, "layer_norm") for layer in out["layers"][-spec.last_k :])
+      sum(normalize_features(layer, "layer_norm") for layer in out["layers"][-spec.last_k :])
       / spec.last_k
     )
   elif spec.layer != "normed":

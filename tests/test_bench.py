@@ -96,7 +96,7 @@ def test_dense_stages_cost_four_times_as_much_and_are_not_counted_as_necessary()
   config.batch_size, config.data.source = 8, "digits"
   config.encoder.sparse = False
   task = bench_step.bench.make_task(config)
-  plan = train.plan(config, task, sharding.make_mesh(), 100)
+  plan = train.make_plan(config, task, sharding.make_mesh(), 100)
   dense, needed = (
     program.flops(plan.step, plan.state, plan.frozen, plan.batch),
     bench_step.necessary(config),

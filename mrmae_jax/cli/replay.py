@@ -70,7 +70,7 @@ def run(options) -> str:
       teacher.dtype = "float32"
   task = importlib.import_module(f"mrmae_jax.tasks.{config.task}").make(config)
   mesh = sharding.make_mesh(**config.mesh)
-  planned = train.plan(config, task, mesh, len(data.open_split(config.data, "train")))
+  planned = train.make_plan(config, task, mesh)
   saved = checkpoint.Checkpoints(folder, {}, keep=1)
   found = saved.restore(planned.state, any_run=True)
   saved.close()
@@ -80,7 +80,7 @@ def run(options) -> str:
   batch = sharding.global_batch(batch, mesh)
 
   keys = train.sample_keys(config.seed, found.state.step, config.batch_size)
-  grads = jax.jit(jax.grad(lambda params: task.loss(params, frozen, batch, keys)[0]))(
+  grads = jax.jit(jax.grad(lambda params: task.loss(params, found.state.extra, frozen, batch, keys)[0]))(
     found.state.params
   )
   finite = jax.device_get(jax.tree.map(lambda g: jax.numpy.isfinite(g).all(), grads))

@@ -39,7 +39,7 @@ from mrmae_jax.errors import DataError, UsageError
 from mrmae_jax.evals.knn import knn_classify
 from mrmae_jax.models.layers import gelu, sincos_2d
 from mrmae_jax.models.tower import Tower
-from mrmae_jax.mrmae import normalise, sample_mask
+from mrmae_jax.mrmae import normalize, sample_mask
 from mrmae_jax.weights import files, table, towers
 
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -213,7 +213,7 @@ def make_step(options, vit: Tower, total_steps: int):
   schedule = optim.warmup_cosine(options.lr, 0.0, total_steps / 10, total_steps)
   optimiser = optax.chain(
     optax.clip_by_global_norm(3.0),
-    optax.adamw(schedule, weight_decay=options.weight_decay, mask=optim.decayed),
+    optax.adamw(schedule, weight_decay=options.weight_decay, mask=optim.decay_mask),
   )
 
   def outputs(params, x, mask):
@@ -226,7 +226,7 @@ def make_step(options, vit: Tower, total_steps: int):
   @jax.jit
   def train_step(state, images, step):
     view_key, mask_key = jax.random.split(jax.random.fold_in(jax.random.key(options.seed), step))
-    x = normalise(
+    x = normalize(
       photometric(view_key, images.reshape(-1, *images.shape[2:]), options.jitter, options.colour),
       MEAN,
       STD,
@@ -283,7 +283,7 @@ def knn_accuracy(
 
   def encode(source):
     batches = data.eval_batches(
-      source, batch_size=64, image_size=(size, size), crop_pct=1.0, limit=50_000
+      source, data.center_view((size, size), 1.0), batch_size=64, limit=50_000
     )
     rows = [
       {"label": b["label"], "valid": b["valid"], **features(params, b["image"])} for b in batches
@@ -392,7 +392,7 @@ def train(options):
 
   @jax.jit
   def features(params, images):
-    x, out = vit.apply({"params": params}, normalise(images, MEAN, STD))
+    x, out = vit.apply({"params": params}, normalize(images, MEAN, STD))
     patches = out["layers"][-1][:, 1:]  # the residual stream of the patches is what students mimic
     return {"cls": x[:, 0], "patch": patches.mean(1)}
 
@@ -430,12 +430,12 @@ def centred(vit: Tower, params, source, size: int):
   A student that mimics tokens normalised one by one would otherwise learn this one vector and little else.
   """
   tokens = jax.jit(
-    lambda images: vit.apply({"params": params}, normalise(images, MEAN, STD))[1]["layers"][-1][
+    lambda images: vit.apply({"params": params}, normalize(images, MEAN, STD))[1]["layers"][-1][
       :, 1:
     ].mean(1)
   )
   batches = data.eval_batches(
-    source, batch_size=64, image_size=(size, size), crop_pct=1.0, limit=4096
+    source, data.center_view((size, size), 1.0), batch_size=64, limit=4096
   )
   mean = np.concatenate([tokens(batch["image"])[batch["valid"]] for batch in batches]).mean(0)
   batches.close()
@@ -486,7 +486,7 @@ def save(out: str, vit: Tower, params, image_size: int) -> None:
   )
   teacher = teachers.load(spec)
   images = np.random.default_rng(0).integers(0, 256, (2, image_size, image_size, 3), np.uint8)
-  expected = vit.apply({"params": params}, normalise(images, MEAN, STD))[1]["layers"][-1][:, 1:]
+  expected = vit.apply({"params": params}, normalize(images, MEAN, STD))[1]["layers"][-1][:, 1:]
   np.testing.assert_allclose(
     teacher.look(teacher.params, images).features, expected, rtol=1e-5, atol=1e-5
   )

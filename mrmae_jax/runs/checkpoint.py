@@ -24,7 +24,7 @@ from mrmae_jax.errors import StorageError, WorkdirError
 from mrmae_jax.runs import distributed
 from mrmae_jax.runs.paths import open_folder
 
-FORMAT = 1  # of the record
+FORMAT = 2  # of the record
 SPACE = 1.2  # times the size of the state must be free on the disk before a save
 TIMEOUT_S = 300  # for a save; orbax waits 1200 s, on a full disk in vain
 

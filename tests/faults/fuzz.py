@@ -656,7 +656,7 @@ def configs() -> Callable[[np.random.Generator], Case]:
     if (
       deep and config.task == "pretrain" and not (config.teacher.name or "").strip()
     ):  # what comes next, without computing
-      train.plan(config, pretrain.make(config), sharding.make_mesh(devices=jax.devices()[:1]), 8)
+      train.make_plan(config, pretrain.make(config), sharding.make_mesh(devices=jax.devices()[:1]), 8)
 
   def structural(rng, text):
     """A configuration as a file could make it."""
