@@ -33,7 +33,7 @@ def start(workdir):
 
 
 def records(workdir, key):
-  return {r["step"]: r[key] for r in log.read(workdir) if key in r}
+  return {r["step"]: r[key] for r in log.read_metrics(workdir) if key in r}
 
 
 def final_state(workdir):

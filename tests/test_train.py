@@ -205,7 +205,7 @@ def run(workdir, *overrides, devices=1, wait=True):
 
 def losses(workdir):
   """{step: (loss, pixel, mimic)} as hexadecimal floats; a step logged twice is an error."""
-  records = [r for r in log.read(workdir) if "loss" in r]
+  records = [r for r in log.read_metrics(workdir) if "loss" in r]
   assert len({r["step"] for r in records}) == len(records)
   return {r["step"]: tuple(r[k].hex() for k in ("loss", "pixel", "mimic")) for r in records}
 
@@ -258,7 +258,7 @@ def test_a_run_says_what_it_did(runs):
   )
   with Image.open(folder / "whole" / "reconstructions" / "step_0000020.png") as picture:
     assert picture.size[0] > 4 * 128
-  accuracy = [r["knn/accuracy"] for r in log.read(folder / "whole") if "knn/accuracy" in r]
+  accuracy = [r["knn/accuracy"] for r in log.read_metrics(folder / "whole") if "knn/accuracy" in r]
   assert len(accuracy) == 2 and all(0 <= a <= 1 for a in accuracy)
   assert any((folder / "whole" / "tensorboard").iterdir())
   assert json.loads((folder / "whole" / "config.json").read_text())["image_size"] == [32, 48]
@@ -391,11 +391,11 @@ def test_log_survives_a_torn_line_and_drops_what_is_computed_again(tmp_path):
   (tmp_path / "metrics.jsonl").write_text(
     '{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 0.5}\n{"step": 3, "lo'
   )
-  assert [r["step"] for r in log.read(tmp_path)] == [1, 2]
+  assert [r["step"] for r in log.read_metrics(tmp_path)] == [1, 2]
   writer = log.Log(tmp_path, 5, first_step=1)
   writer.scalars(2, {"loss": 0.25})
   writer.close()
-  assert log.read(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.25}]
+  assert log.read_metrics(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.25}]
 
 
 def test_mfu_counts_every_micro_batch(monkeypatch):
@@ -445,9 +445,9 @@ def test_logs_of_a_run_in_a_bucket(monkeypatch):
   writer.scalars(1, {"loss": 0.5})
   writer.scalars(2, {"loss": 0.25})
   writer.text("config.json", "{}")
-  assert log.read("gs://bucket/run") == []  # not yet: once a minute, and at the end
+  assert log.read_metrics("gs://bucket/run") == []  # not yet: once a minute, and at the end
   writer.close()
-  assert [r["loss"] for r in log.read("gs://bucket/run")] == [0.5, 0.25]
+  assert [r["loss"] for r in log.read_metrics("gs://bucket/run")] == [0.5, 0.25]
   names = bucket.names()
   assert {"run/metrics.jsonl", "run/config.json"} < set(names) and any(
     n.startswith("run/tensorboard/events") for n in names
@@ -455,7 +455,10 @@ def test_logs_of_a_run_in_a_bucket(monkeypatch):
   writer = log.Log(epath.Path("gs://bucket/run"), 10, first_step=1)
   writer.scalars(2, {"loss": 0.125})
   writer.close()
-  assert [(r["step"], r["loss"]) for r in log.read("gs://bucket/run")] == [(1, 0.5), (2, 0.125)]
+  assert [(r["step"], r["loss"]) for r in log.read_metrics("gs://bucket/run")] == [
+    (1, 0.5),
+    (2, 0.125),
+  ]
   assert not Path("gs:").exists()
 
 

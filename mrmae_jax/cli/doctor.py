@@ -146,11 +146,12 @@ def folder(workdir: str, report: Report) -> None:
   import fcntl
   import os
 
-  from mrmae_jax.runs import workdir as workdirs
+  from mrmae_jax.errors import WorkdirError
+  from mrmae_jax.runs.paths import open_folder
 
   try:
-    place = workdirs.open_workdir(workdir)
-  except workdirs.WorkdirError as error:
+    place = open_folder(workdir)
+  except WorkdirError as error:
     report.stop(str(error), 2)
     return
   if "://" in workdir:

@@ -45,9 +45,10 @@ def run(options) -> str:
   import numpy as np
 
   from mrmae_jax import preflight, sharding, train
-  from mrmae_jax.runs import checkpoint, workdir
+  from mrmae_jax.runs import checkpoint
+  from mrmae_jax.runs.paths import open_folder
 
-  folder = workdir.open_workdir(options.bundle)
+  folder = open_folder(options.bundle)
   try:
     told = json.loads((folder / "bundle.json").read_text())
     config = ml_collections.ConfigDict(json.loads((folder / "config.json").read_text()))

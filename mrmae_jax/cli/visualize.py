@@ -706,7 +706,7 @@ def _write(subject: Subject, drawn: dict[str, Panel], missing: dict[str, str]) -
   )
   for name, panel in drawn.items():
     found.section(PANELS[name][0])
-    found.figure(panel.picture, panel.alt, panel.caption)
+    found.figure(page.Figure(panel.picture, panel.alt, panel.caption))
     if panel.table:
       found.table(*panel.table)
   if missing:

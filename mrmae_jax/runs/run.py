@@ -19,8 +19,8 @@ from mrmae_jax import data, optim, sharding
 from mrmae_jax.errors import DataError, Interrupted, NonFiniteError, StorageError
 from mrmae_jax.runs import nonfinite, supervision
 from mrmae_jax.runs.checkpoint import Checkpoints
-from mrmae_jax.runs.log import Clock, Log, read, summary
-from mrmae_jax.runs.workdir import open_workdir
+from mrmae_jax.runs.log import Clock, Log, read_metrics, summary
+from mrmae_jax.runs.paths import open_folder
 
 
 class Pending(NamedTuple):
@@ -56,7 +56,7 @@ class Run:
     self._pending: Pending | None = None
     self._log = self._loader = self._checkpoints = None
     self._evaluators, self._pictures = {}, {}
-    self._workdir = workdir and open_workdir(workdir)
+    self._workdir = workdir and open_folder(workdir)
     if workdir:
       self._checkpoints = Checkpoints(
         self._workdir, identity, config.keep_checkpoints, self._scores
@@ -184,7 +184,7 @@ class Run:
     of them it shows a sign of life, which is where a signal ends the run.
     """
     first = self._first_step
-    records = read(self._workdir)
+    records = read_metrics(self._workdir)
     evaluated = not self._config.evals or (
       first > 0 and any("evaluation_s" in record for record in records if record["step"] == first)
     )

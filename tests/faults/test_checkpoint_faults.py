@@ -264,7 +264,7 @@ def toy_run(folder, task=None, **values):
     config.update_from_flattened_dict(
       {key.replace("__", "."): value for key, value in values.items()}
     )
-  return train.fit(config, task or small.toy_task(), folder), log.read(folder)
+  return train.fit(config, task or small.toy_task(), folder), log.read_metrics(folder)
 
 
 def test_f20_a_workdir_that_vanishes(tmp_path, monkeypatch, capsys):
@@ -479,7 +479,9 @@ def test_f39_half_a_line_and_a_clock_that_jumps(tmp_path, monkeypatch):
   monkeypatch.setattr(time, "time", lambda: now() - 1e6)
   _, records = toy_run(tmp_path / "run", checkpoint_every=1000.0)
   losses = lambda rows: {r["step"]: r["loss"].hex() for r in rows if "loss" in r}
-  assert losses(records) == losses(log.read(tmp_path / "whole")) and len(losses(records)) == 20
+  assert (
+    losses(records) == losses(log.read_metrics(tmp_path / "whole")) and len(losses(records)) == 20
+  )
 
 
 def test_f21_two_runs_in_one_workdir(tmp_path):
