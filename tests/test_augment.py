@@ -9,7 +9,7 @@ from PIL import Image
 from mrmae_jax.data import augment, randaugment
 from mrmae_jax.data.randaugment import OPS, Op, Policy
 from mrmae_jax.errors import DataError
-from tests.test_data import Numbered, assert_same, photo, train_steps
+from tests.helpers.images import Numbered, assert_same, photo, train_steps
 
 FILL = (124, 116, 104)
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
@@ -349,8 +349,8 @@ def test_what_comes_after_what():
   assert (
     0.2 < same(randaug=VIEWS["randaug"]) < 0.4
   )  # a quarter, and operations that leave an image as it is
-  assert same(single_try=True) > 0.5  # most first draws fit
-  assert same(single_try=True) < 1
+  assert same(task="probe") > 0.5  # most first draws fit
+  assert same(task="probe") < 1
   with pytest.raises(DataError, match="erase_prob=1.5 given; expected 0 to 1"):
     train_steps(source, 1, erase_prob=1.5)
 

@@ -6,7 +6,7 @@ import pytest
 
 from mrmae_jax.cli import command_line
 from mrmae_jax.cli.bench import loader
-from tests.test_data import write_images
+from tests.helpers.images import write_images
 
 
 @pytest.fixture

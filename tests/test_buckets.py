@@ -14,9 +14,11 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from mrmae_jax.errors import DataError
+from mrmae_jax.data import open_source
+from mrmae_jax.errors import DataError, WorkdirError
 from mrmae_jax.runs import paths
-from tests import fake_gcs, test_data
+from tests import fake_gcs
+from tests.helpers import images
 from tests.test_multihost import ROOT, finish, free_port, run, start
 
 needs_gcsfs = pytest.mark.skipif(
@@ -134,25 +136,25 @@ def test_a_run_in_a_bucket_is_killed_and_continues(server, config, tmp_path):
 @needs_gcsfs
 def test_images_in_a_bucket(server, tmp_path):
   """A prepared dataset is the same from a bucket, also in worker processes; what is not there is named."""
-  rows = [{"image": test_data.encode(test_data.photo(seed=i)), "label": i % 3} for i in range(11)]
+  rows = [{"image": images.encode(images.photo(seed=i)), "label": i % 3} for i in range(11)]
   features = {
     "image": tfds.features.Image(encoding_format="jpeg"),
     "label": tfds.features.ClassLabel(names=["x", "y", "z"]),
   }
-  test_data.prepare_tfds("bucket_photos", tmp_path, features, {"train": rows[:8], "test": rows[8:]})
+  images.prepare_tfds("bucket_photos", tmp_path, features, {"train": rows[:8], "test": rows[8:]})
   for path in tmp_path.rglob("*"):
     if path.is_file():
       server.objects["bucket", f"tfds/{path.relative_to(tmp_path)}"] = (1, path.read_bytes())
   (tmp_path / "c.py").write_text(f"""
 from mrmae_jax.data import open_source
-from tests import test_data
+from tests.helpers import images
 if __name__ == "__main__":
   open_it = lambda where: open_source("tfds:bucket_photos", "train", data_dir=where)
   here = open_it("{tmp_path}")
   for where in ("gs://bucket/tfds", "gs://bucket/tfds/bucket_photos/1.0.0"):
     there = open_it(where)
     assert there.fingerprint == here.fingerprint and [there[i] for i in range(8)] == [here[i] for i in range(8)]
-  test_data.assert_same(test_data.train_steps(there, 2, workers=1), test_data.train_steps(here, 2))
+  images.assert_same(images.train_steps(there, 2, workers=1), images.train_steps(here, 2))
   for where in ("gs://bucket/none", "gs://none/tfds", "gs://private/tfds", "s3://bucket/tfds"):
     try: open_it(where)
     except DataError as error: print(error)
@@ -214,11 +216,11 @@ def test_a_bucket_that_does_not_answer(monkeypatch):
   monkeypatch.setattr(paths, "ANSWER_S", 0.1)
   monkeypatch.setattr(backend.fsspec_backend, "_get_filesystem", lambda name: time.sleep(1))
   with pytest.raises(
-    ValueError, match=r"gs://bucket/x cannot be reached \(no answer within 0.1 s\)"
+    WorkdirError, match=r"gs://bucket/x cannot be reached \(no answer within 0.1 s\)"
   ):
-    paths.folder("gs://bucket/x")
+    paths.open_folder("gs://bucket/x")
 
 
 def test_folders_of_images_are_not_read_from_a_bucket():
   with pytest.raises(DataError, match="folder:gs://bucket/x: a folder of images must be on a disk"):
-    test_data.open_source("folder:gs://bucket/x", "train")
+    open_source("folder:gs://bucket/x", "train")

@@ -21,7 +21,7 @@ from mrmae_jax.tasks import finetune, pretrain, probe
 from mrmae_jax.weights import files, model_files
 from mrmae_jax.weights.table import leaves
 from tests import tiny
-from tests.test_data import photo, train_steps
+from tests.helpers.images import eval_loader, photo, train_steps
 from tests.test_stages import changed, finished_run
 
 MEAN, STD = (0.1, 0.3, 0.5, 0.7), (0.2, 0.25, 0.3, 0.15)
@@ -215,7 +215,7 @@ def test_batches_of_bands_are_those_of_rgb(tmp_path):
   )
   options = dict(batch_size=4, image_size=(16, 24), crop_pct=0.9)
   for a, b in zip(
-    data.eval_batches(rgb, **options), data.eval_batches(four, channels=4, **options), strict=True
+    eval_loader(rgb, **options), eval_loader(four, channels=4, **options), strict=True
   ):
     np.testing.assert_array_equal(b["image"][..., :3], a["image"])
     assert b["image"].shape == (4, 16, 24, 4) and not b["image"][~b["valid"]].any()

@@ -204,7 +204,9 @@ def test_the_ladder_has_one_compute_budget():
     gradient = jax.jit(
       lambda *inputs, task=task: jax.value_and_grad(task.loss, has_aux=True)(*inputs)
     )
-    lowered = gradient.lower(jax.eval_shape(task.init, jax.random.key(0)), task.frozen, batch, keys)
+    lowered = gradient.lower(
+      *jax.eval_shape(task.init, jax.random.key(0)), task.frozen, batch, keys
+    )
     flops[method], epochs[method] = lowered.cost_analysis()["flops"], config.epochs
   budget = flops["convmae"] * epochs["convmae"]
   for method in flops:

@@ -1,65 +1,36 @@
 """The input pipeline: sources, pixels, and the order of batches."""
 
-import io
 import json
 import multiprocessing
 import os
 import pathlib
 import pickle
-import struct
 import subprocess
 import sys
 import time
-import zlib
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from mrmae_jax.data import augment, eval_batches, loader, open_source, train_batches
+from mrmae_jax.data import augment, loader, open_source
 from mrmae_jax.errors import DataError
-
-SIZE = (24, 24)
-
-
-def photo(height=60, width=80, seed=0):
-  """Smooth random colours with some noise, uint8 [H, W, 3]."""
-  rng = np.random.default_rng(seed)
-  coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
-  smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
-  noise = rng.integers(-9, 10, smooth.shape)
-  return np.clip(smooth.astype(int) + noise, 0, 255).astype(np.uint8)
-
-
-def encode(pixels, form="JPEG", **options):
-  buffer = io.BytesIO()
-  picture = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
-  picture.save(buffer, form, **options)
-  return buffer.getvalue()
-
-
-def write_images(root, names):
-  for seed, name in enumerate(names):
-    path = pathlib.Path(root, name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    form = "PNG" if path.suffix.lower() == ".png" else "JPEG"
-    path.write_bytes(encode(photo(50 + seed % 7, 40 + seed % 11, seed), form))
-
-
-class Numbered:
-  """Image i is a texture of its own and has label i."""
-
-  class_names = ()
-  description = "numbered"
-
-  def __init__(self, count):
-    self._images = [photo(30, 30, seed) for seed in range(count)]
-
-  def __len__(self):
-    return len(self._images)
-
-  def __getitem__(self, index):
-    return {"image": self._images[index], "label": index, "name": str(index)}
+from tests.helpers.images import (
+  SIZE,
+  Numbered,
+  as_pillow,
+  assert_same,
+  encode,
+  eval_loader,
+  good_files,
+  lying_jpeg,
+  photo,
+  png_header,
+  prepare_tfds,
+  train_loader,
+  train_steps,
+  write_images,
+)
 
 
 @pytest.fixture(scope="module")
@@ -68,34 +39,6 @@ def folder(tmp_path_factory):
   root = tmp_path_factory.mktemp("folder")
   write_images(root, [f"{'ab'[i % 2]}/{i:02d}.jpg" for i in range(23)])
   return open_source(f"folder:{root}", "train", holdout_every=0)
-
-
-def take(iterator, steps):
-  batches = [next(iterator) for _ in range(steps)]
-  iterator.close()
-  return batches
-
-
-def train_steps(source, steps, *, shards=1, **options):
-  """Global batches: the shards of each step joined in order."""
-  arguments = (
-    dict(seed=5, batch_size=8, image_size=SIZE, crop_scale=(0.2, 1.0), flip=True) | options
-  )
-  parts = [
-    take(train_batches(source, shard=i, num_shards=shards, **arguments), steps)
-    for i in range(shards)
-  ]
-  return [
-    {key: np.concatenate([part[key] for part in step]) for key in step[0]} for step in zip(*parts)
-  ]
-
-
-def assert_same(left, right):
-  assert len(left) == len(right)
-  for a, b in zip(left, right):
-    assert a.keys() == b.keys()
-    for key in a:
-      np.testing.assert_array_equal(a[key], b[key])
 
 
 # The order of batches.
@@ -172,15 +115,7 @@ def test_flip_is_optional_and_applied_to_half():
 
 
 def test_workers_end_when_the_iterator_is_closed(folder):
-  iterator = train_batches(
-    folder,
-    seed=0,
-    batch_size=4,
-    image_size=SIZE,
-    crop_scale=(0.2, 1.0),
-    flip=True,
-    workers=1,
-  )
+  iterator = train_loader(folder, batch_size=4, workers=1)
   next(iterator)
   assert multiprocessing.active_children()
   iterator.close()
@@ -200,17 +135,14 @@ def test_workers_end_when_the_iterator_is_closed(folder):
   ],
 )
 def test_arguments_that_do_not_fit(options, message):
-  arguments = (
-    dict(seed=0, batch_size=8, image_size=SIZE, crop_scale=(0.2, 1.0), flip=True) | options
-  )
   with pytest.raises(DataError, match=message):
-    train_batches(Numbered(3), **arguments)
+    train_loader(Numbered(3), **options)
 
 
 @pytest.mark.parametrize("crop_pct", [0, 1.1])
 def test_crop_fraction_out_of_range(crop_pct):
   with pytest.raises(DataError, match=f"crop_pct={crop_pct}"):
-    eval_batches(Numbered(3), batch_size=1, image_size=SIZE, crop_pct=crop_pct)
+    eval_loader(Numbered(3), crop_pct=crop_pct)
 
 
 def test_reading_ahead_is_bounded():
@@ -221,14 +153,7 @@ def test_reading_ahead_is_bounded():
       Counting.reads += 1
       return super().__getitem__(index)
 
-  batches = train_batches(
-    Counting(1),
-    seed=0,
-    batch_size=4,
-    image_size=SIZE,
-    crop_scale=(0.2, 1.0),
-    flip=True,
-  )
+  batches = train_loader(Counting(1), batch_size=4)
   next(batches)
   time.sleep(0.3)  # Unbounded, this reads a thousand batches.
   batches.close()
@@ -239,7 +164,7 @@ def test_empty_source():
   with pytest.raises(DataError, match="empty"):
     train_steps(Numbered(0), 1)
   with pytest.raises(DataError, match="empty"):
-    eval_batches(Numbered(0), batch_size=1, image_size=SIZE, crop_pct=1.0)
+    eval_loader(Numbered(0))
 
 
 # Evaluation.
@@ -249,16 +174,7 @@ def test_empty_source():
 @pytest.mark.parametrize("shards", [1, 2, 3])
 def test_evaluation_sees_every_image_once(count, shards):
   parts = [
-    list(
-      eval_batches(
-        Numbered(count),
-        batch_size=6,
-        image_size=SIZE,
-        crop_pct=0.875,
-        shard=i,
-        num_shards=shards,
-      )
-    )
+    list(eval_loader(Numbered(count), batch_size=6, shard=i, num_shards=shards))
     for i in range(shards)
   ]
   assert {len(part) for part in parts} == {-(-count // 6)}
@@ -277,7 +193,7 @@ def test_evaluation_sees_every_image_once(count, shards):
 
 def test_evaluation_limit_is_evenly_spaced():
   def labels(limit):
-    batches = eval_batches(Numbered(10), batch_size=3, image_size=SIZE, crop_pct=1.0, limit=limit)
+    batches = eval_loader(Numbered(10), batch_size=3, limit=limit)
     return [l for b in batches for l in b["label"][b["valid"]].tolist()]
 
   assert labels(4) == [0, 2, 5, 7]
@@ -285,10 +201,8 @@ def test_evaluation_limit_is_evenly_spaced():
 
 
 def test_evaluation_with_workers(folder):
-  arguments = dict(batch_size=4, image_size=SIZE, crop_pct=0.875)
   assert_same(
-    list(eval_batches(folder, workers=2, **arguments)),
-    list(eval_batches(folder, **arguments)),
+    list(eval_loader(folder, batch_size=4, workers=2)), list(eval_loader(folder, batch_size=4))
   )
 
 
@@ -376,36 +290,6 @@ def test_center_crop(shape, size, crop_pct, resized, corner):
 # Decoding.
 
 
-def as_pillow(data):
-  return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-
-
-def good_files():
-  pixels = photo(203, 301)
-  picture = Image.fromarray(pixels)
-  alpha = picture.convert("RGBA")
-  alpha.putalpha(77)
-  palette = picture.quantize(16)
-  exif = Image.Exif()
-  exif[0x0112] = 6  # Orientation: turn by 90 degrees.
-  return {
-    "colour.jpg": encode(pixels, quality=90),
-    "progressive.jpg": encode(pixels, quality=75, progressive=True),
-    "full_chroma.jpg": encode(pixels, quality=95, subsampling=0),
-    "grey.jpg": encode(picture.convert("L")),
-    "cmyk.jpg": encode(picture.convert("CMYK")),
-    "exif.jpg": encode(pixels, exif=exif),
-    "trailing.jpg": encode(pixels) + b"some trailing bytes",
-    "colour.png": encode(pixels, "PNG"),
-    "alpha.png": encode(alpha, "PNG"),
-    "palette.png": encode(palette, "PNG"),
-    "clear_palette.png": encode(palette, "PNG", transparency=0),
-    "grey.png": encode(picture.convert("L"), "PNG"),
-    "bilevel.png": encode(picture.convert("1"), "PNG"),
-    "colour.webp": encode(pixels, "WEBP"),
-  }
-
-
 @pytest.mark.parametrize("name, data", good_files().items())
 def test_decoding_equals_pillow(name, data):
   image = augment.decode_image(data, name)
@@ -428,27 +312,6 @@ def test_sixteen_bit_grey_is_scaled_not_clipped():
   assert image.dtype == np.uint8 and image.shape == (64, 64, 3)
   np.testing.assert_array_equal(image[..., 1], values // 256)
   assert np.ptp(image, axis=2).max() == 0
-
-
-def png_header(width, height):
-  def chunk(kind, body):
-    check = zlib.crc32(kind + body)
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", check)
-
-  header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-  return (
-    b"\x89PNG\r\n\x1a\n"
-    + chunk(b"IHDR", header)
-    + chunk(b"IDAT", zlib.compress(bytes(100)))
-    + chunk(b"IEND", b"")
-  )
-
-
-def lying_jpeg():
-  data = bytearray(encode(photo()))
-  start = data.index(b"\xff\xc0") + 5  # Height and width in the frame header.
-  data[start : start + 4] = struct.pack(">HH", 65500, 65500)
-  return bytes(data)
 
 
 def bad_files():
@@ -493,7 +356,7 @@ def test_bad_file_is_named_by_the_loader(tmp_path, workers):
     train_steps(source, 1, batch_size=3, workers=workers)
   if not workers:
     with pytest.raises(DataError, match="b.jpg: cannot be decoded"):
-      list(eval_batches(source, batch_size=3, image_size=SIZE, crop_pct=1.0))
+      list(eval_loader(source, batch_size=3))
 
 
 def test_file_removed_during_the_run(tmp_path):
@@ -680,28 +543,6 @@ def test_digits():
 # Prepared tfds datasets.
 
 
-def prepare_tfds(name, data_dir, features, examples):
-  """Writes a small dataset as tfds does; returns its directory."""
-  import tensorflow_datasets as tfds
-
-  def info(self):
-    return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-  body = {
-    "VERSION": tfds.core.Version("1.0.0"),
-    "_info": info,
-    "_split_generators": lambda self, _: {
-      split: enumerate(rows) for split, rows in examples.items()
-    },
-    "_generate_examples": lambda self: iter(()),
-    "__module__": __name__,
-  }
-  builder = type(name, (tfds.core.GeneratorBasedBuilder,), body)
-  builder = builder(data_dir=str(data_dir), file_format="array_record")
-  builder.download_and_prepare()
-  return str(builder.data_dir)
-
-
 @pytest.fixture(scope="module")
 def tfds_dir(tmp_path_factory):
   import tensorflow_datasets as tfds
@@ -806,12 +647,10 @@ READ_ALL = """
 import sys
 import mrmae_jax.data as data
 print("early", sorted({"sklearn", "tensorflow_datasets"} & set(sys.modules)))
-options = dict(batch_size=4, image_size=(8, 8))
+view = data.center_view((8, 8), 1.0)
 for spec in ("tfds:test_photos", "digits"):
   source = data.open_source(spec, "train", data_dir=sys.argv[1])
-  batches = data.train_batches(
-      source, seed=0, crop_scale=(0.2, 1.0), flip=True, **options
-  )
+  batches = data.train_batches(source, view, seed=0, batch_size=4)
   print(next(batches)["image"].shape)
   batches.close()
 print("heavy", sorted({"tensorflow", "torch"} & set(sys.modules)))

@@ -84,9 +84,7 @@ def test_the_tool(models, average, tmp_path, capsys):
   for path in paths:
     model = mrmae_jax.load(path)
     batch = next(
-      data.eval_batches(
-        source, batch_size=21, image_size=model.config["image_size"], crop_pct=0.875
-      )
+      data.eval_batches(source, data.center_view(model.config["image_size"], 0.875), batch_size=21)
     )
     scores.append(np.asarray(model.classify(batch["image"])))
   result = json.loads((tmp_path / "x.json").read_text())

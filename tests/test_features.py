@@ -136,7 +136,7 @@ def expected(path, folder, size, crop):
     mrmae_jax.load(path),
     data.open_source(f"folder:{folder}", "train", holdout_every=0),
   )
-  batches = data.eval_batches(source, batch_size=1, image_size=size, crop_pct=crop)
+  batches = data.eval_batches(source, data.center_view(size, crop), batch_size=1)
   rows = [
     (source[i]["name"], int(b["label"][0]), np.asarray(model.encode(b["image"])["pooled"][0]))
     for i, b in enumerate(batches)
@@ -197,9 +197,8 @@ def test_cls_size_and_unlabelled_images(paths, folder, tmp_path):
   batch = next(
     data.eval_batches(
       data.open_source(f"folder:{folder / 'a'}", "train", holdout_every=0),
+      data.center_view((16, 16), 1.0),
       batch_size=4,
-      image_size=(16, 16),
-      crop_pct=1.0,
     )
   )
   np.testing.assert_allclose(archive["features"], model.encode(batch["image"])["cls"], atol=1e-5)

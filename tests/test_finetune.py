@@ -14,13 +14,14 @@ from PIL import Image
 
 import mrmae_jax
 from mrmae_jax import config as config_lib
-from mrmae_jax import preflight, sharding, train
+from mrmae_jax import preflight, sharding
 from mrmae_jax.errors import ConfigError, DataError, WeightsError
 from mrmae_jax.evals import accuracy as evaluator
 from mrmae_jax.models.layers import DropPath, drop_paths
 from mrmae_jax.runs.checkpoint import read_params
 from mrmae_jax.tasks import finetune
 from tests import tiny
+from tests.helpers.tasks import predicting_task
 from tests.test_stages import changed, finished_run
 
 ROOT = Path(__file__).parent.parent
@@ -83,7 +84,7 @@ def test_it_starts_from_a_run(tmp_path, encoder, values):
   config = finetune_config(encoder, init_from=str(tmp_path), **values)
   preflight.check(config, num_devices=8)
   task = finetune.make(config)
-  fresh = jax.jit(task.init)(jax.random.key(0))
+  fresh = jax.jit(task.init)(jax.random.key(0))[0]
   known = {
     "/".join(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(fresh)
   }
@@ -161,7 +162,7 @@ def test_accuracy_counts_every_image_once_on_any_devices():
   config = finetune_config(data__holdout_every=9)  # 199 held-out images: no multiple of any batch
 
   def predict(
-    params, frozen, batch, keys
+    params, extra, frozen, batch, keys
   ):  # right for labels below 6, second for the next two, never for 8 and 9
     label = batch["label"]
     shift = jnp.where(label < 6, 0, jnp.where(label < 8, 1, -1))
@@ -171,7 +172,7 @@ def test_accuracy_counts_every_image_once_on_any_devices():
     )
     return {"logits": logits}
 
-  task = train.Task(None, None, predict, {}, {})
+  task = predicting_task(predict, config)
   labels = np.array(
     [
       example["label"]
@@ -182,7 +183,7 @@ def test_accuracy_counts_every_image_once_on_any_devices():
   for devices, batch_size in ((1, 64), (8, 40)):
     mesh = sharding.make_mesh(devices=jax.devices()[:devices])
     results.append(
-      evaluator.Evaluator(task, {}, config, mesh, None, batch_size=batch_size).run({}, 0)
+      evaluator.Evaluator(task, {}, config, mesh, None, batch_size=batch_size).run({}, (), 0)
     )
   assert (
     results[0]
@@ -228,7 +229,9 @@ def test_a_run_from_start_to_end(tmp_path):
   images = np.random.default_rng(0).integers(0, 256, (3, 32, 48, 3), np.uint8)
   config = finetune_config()
   own = read_params(tmp_path / "run", "encoder", "fc_norm", "head").params
-  expected = finetune.make(config).predict(own, {}, {"image": jnp.asarray(images)}, None)["logits"]
+  expected = finetune.make(config).predict(own, (), {}, {"image": jnp.asarray(images)}, None)[
+    "logits"
+  ]
   np.testing.assert_allclose(model.classify(images), expected, atol=1e-5)
   refused = main("--config.init_from=")
   assert refused.returncode == 2 and "start" in refused.stderr

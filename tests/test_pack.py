@@ -13,9 +13,19 @@ from PIL import Image
 from mrmae_jax import config as config_lib
 from mrmae_jax import preflight
 from mrmae_jax.cli import pack
-from mrmae_jax.data import augment, eval_batches, open_source, packed, train_batches
+from mrmae_jax.data import augment, open_source, packed
 from mrmae_jax.errors import ConfigError, DataError
-from tests.test_data import SIZE, as_pillow, assert_same, encode, photo, train_steps, write_images
+from tests.helpers.images import (
+  SIZE,
+  as_pillow,
+  assert_same,
+  encode,
+  make_views,
+  photo,
+  train_loader,
+  train_steps,
+  write_images,
+)
 
 
 @pytest.fixture(scope="module")
@@ -207,14 +217,7 @@ def test_changed_bytes_are_found_by_verify_and_by_reading(copy, capsys):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
 def test_memory_does_not_grow(root):
-  batches = train_batches(
-    open_source(f"packed:{root}/packed", "train"),
-    seed=0,
-    batch_size=16,
-    image_size=SIZE,
-    crop_scale=(0.2, 1.0),
-    flip=True,
-  )
+  batches = train_loader(open_source(f"packed:{root}/packed", "train"), batch_size=16)
 
   def resident(steps):
     for _ in range(steps):
@@ -230,12 +233,13 @@ def test_memory_does_not_grow(root):
 # The resize of training crops.
 
 
-def test_pillow_is_the_default_and_evaluation_has_no_choice(root):
+def test_pillow_is_the_default_and_evaluation_has_no_choice(root, monkeypatch):
   source = open_source(f"folder:{root}/folder", "train")
   assert config_lib.pretrain().data.resize == config_lib.RESIZE[0] == "pillow"
   assert_same(train_steps(source, 2, resize="pillow"), train_steps(source, 2))
-  with pytest.raises(TypeError):
-    eval_batches(source, batch_size=1, image_size=SIZE, crop_pct=1.0, resize="cv2")
+  monkeypatch.setattr(augment, "resizer", lambda name: None)  # training crops would fail
+  image = make_views(resize="cv2").eval(source[0], None)["image"]
+  np.testing.assert_array_equal(image, augment.center_crop(augment.pixels(source[0]), SIZE))
 
 
 @pytest.mark.parametrize(

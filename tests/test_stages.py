@@ -59,7 +59,7 @@ def test_a_trained_encoder_is_a_teacher(tmp_path, encoder, values, layer, last_k
   teacher = teachers.load(spec)
   images = np.random.default_rng(0).integers(0, 256, (2, 32, 48, 3), np.uint8)
   seen = jax.jit(teacher.look)(teacher.params, images)
-  pixels = mrmae.normalise(images, model.mean, model.std)
+  pixels = mrmae.normalize(images, model.mean, model.std)
   x, out = jax.jit(model.encoder.apply)({"params": params["encoder"]}, pixels)
   norm = lambda t: (t - t.mean(-1, keepdims=True)) / np.sqrt(t.var(-1, keepdims=True) + 1e-5)
   x = (
@@ -87,11 +87,10 @@ def test_the_second_stage_learns_from_it(tmp_path):
   finished_run(tmp_path)
   config = changed(tiny.get_config("vit"), teacher__path=f"checkpoint:{tmp_path}")
   task = pretrain.make(config)
-  params = jax.jit(task.init)(jax.random.key(0))
+  params, extra = jax.jit(task.init)(jax.random.key(0))
   images = np.random.default_rng(0).integers(0, 256, (2, 32, 48, 3), np.uint8)
-  loss, terms = jax.jit(task.loss)(
-    params, task.frozen, {"image": images}, jax.random.split(jax.random.key(1), 2)
-  )
+  keys = jax.random.split(jax.random.key(1), 2)
+  loss, (terms, _) = jax.jit(task.loss)(params, extra, task.frozen, {"image": images}, keys)
   assert np.isfinite(loss) and 0.5 < terms["mimic"] < 10
   (tmp_path / "other").mkdir()
   finished_run(tmp_path / "other", encoder__embed_dims=(8, 12, 20))
@@ -112,10 +111,10 @@ def test_several_teachers_of_a_configuration(tmp_path):
     config.extra_teachers[name].update(path=str(path), dtype="float32", **options)
   preflight.check(config, num_devices=8)
   task = pretrain.make(config)
-  params = jax.jit(task.init)(jax.random.key(0))
+  params, extra = jax.jit(task.init)(jax.random.key(0))
   images = np.random.default_rng(0).integers(0, 256, (2, 32, 48, 3), np.uint8)
   keys = jax.random.split(jax.random.key(1), 2)
-  loss, terms = jax.jit(task.loss)(params, task.frozen, {"image": images}, keys)
+  loss, (terms, _) = jax.jit(task.loss)(params, extra, task.frozen, {"image": images}, keys)
   np.testing.assert_allclose(
     loss,
     terms["pixel"] + terms["mimic"] + 0.5 * terms["mimic_dino"] + terms["mimic_own"],

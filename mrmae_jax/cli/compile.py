@@ -126,7 +126,7 @@ def measure(config, task, devices, images: int) -> dict[str, Any]:
   from mrmae_jax.runs import log
 
   mesh, chip = sharding.make_mesh(**config.mesh, devices=devices), find_chip(devices)
-  plan = train.plan(config, task, mesh, images)
+  plan = train.make_plan(config, task, mesh, images)
   began = time.monotonic()
   compiled = plan.step.lower(plan.state, plan.frozen, plan.batch).compile()
   seconds = time.monotonic() - began

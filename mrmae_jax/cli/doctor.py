@@ -115,11 +115,9 @@ def examine(config, workdir: str | None, report: Report, out: str, compiled: boo
       iter(
         data.eval_batches(
           source,
+          data.center_view(config.image_size, 1.0, len(config.data.mean)),
           batch_size=COUNT,
-          image_size=tuple(config.image_size),
-          crop_pct=1.0,
           limit=COUNT,
-          channels=len(config.data.mean),
         )
       )
     )
@@ -148,11 +146,12 @@ def folder(workdir: str, report: Report) -> None:
   import fcntl
   import os
 
-  from mrmae_jax.runs import workdir as workdirs
+  from mrmae_jax.errors import WorkdirError
+  from mrmae_jax.runs.paths import open_folder
 
   try:
-    place = workdirs.open_workdir(workdir)
-  except workdirs.WorkdirError as error:
+    place = open_folder(workdir)
+  except WorkdirError as error:
     report.stop(str(error), 2)
     return
   if "://" in workdir:
@@ -202,23 +201,14 @@ def images(config, report: Report, out: str):
         if (pixels == pixels[..., :1]).all()
         else "colour"
       )
-    options = data.loader_options(config.data) | {"workers": 0}
     batch = next(
       iter(
         data.train_batches(
           source,
+          data.image_views(config).train,
           seed=config.seed,
           batch_size=min(config.batch_size, COUNT),
-          image_size=tuple(config.image_size),
-          crop_scale=tuple(config.data.crop_scale),
-          single_try=config.task == "probe",
-          resize=config.data.resize,
-          flip=config.data.flip,
-          randaug=config.data.randaug,
-          erase_prob=config.data.erase_prob,
-          mean=tuple(config.data.mean),
-          std=tuple(config.data.std),
-          **options,
+          options=data.loader_options(config.data)._replace(workers=0),
         )
       )
     )
@@ -348,7 +338,7 @@ def step(config, task, count: int, workdir: str | None, compiled: bool, report: 
   from mrmae_jax.cli import compile as pods
   from mrmae_jax.runs import log
 
-  plan = train.plan(config, task, sharding.make_mesh(**config.mesh), count)
+  plan = train.make_plan(config, task, sharding.make_mesh(**config.mesh), count)
   sizes = {
     name: sum(x.size for x in jax.tree.leaves(part)) / 1e6
     for name, part in plan.state.params.items()

@@ -109,7 +109,7 @@ def extract(
   named, done = _Named(source), 0
   # In threads of this process: the names are remembered here.
   batches = data.eval_batches(
-    named, batch_size=batch_size, image_size=image_size, crop_pct=crop, channels=channels
+    named, data.center_view(image_size, crop, channels), batch_size=batch_size
   )
   try:
     for batch in batches:
@@ -243,7 +243,7 @@ def _encoder(options):
 
   square = (options.image_size,) * 2
   if options.model == "pixels":
-    pixels = lambda images: mrmae.normalise(
+    pixels = lambda images: mrmae.normalize(
       images, constants.IMAGENET_MEAN, constants.IMAGENET_STD
     ).reshape(len(images), -1)
     return pixels, square if options.image_size else (32, 32), 3, "pixels, normalised"

@@ -109,8 +109,11 @@ def main(argv: list[str] | None = None, task: str | None = None) -> int:
       if (
         _MULTIHOST.value
       ):  # else there is nobody to agree with, and the images need not be listed again
-        distributed.agree("start", train.agreed(config, task))
-      train.fit(config, task, workdir, check=_CHECK.value)
+        distributed.agree("start", train.host_agreement(config, task))
+      if _CHECK.value:
+        train.check(config, task)
+      else:
+        train.fit(config, task, workdir)
   except Interrupted as error:
     return error.exit_code
   except UserError as error:

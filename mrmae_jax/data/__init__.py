@@ -1,10 +1,29 @@
 """Input pipeline: sources of images, views of them, and batches per step."""
 
 from mrmae_jax.data.augment import resizer
-from mrmae_jax.data.loader import eval_batches, loader_options, train_batches
+from mrmae_jax.data.loader import (
+  LoaderOptions,
+  element_shapes,
+  eval_batches,
+  loader_options,
+  train_batches,
+)
 from mrmae_jax.data.sources import Source, open_source, open_split
+from mrmae_jax.data.views import ImageView, View, Views, center_view, image_views
 
 __all__ = [
-    "Source", "eval_batches", "loader_options", "open_source", "open_split", "resizer",
-    "train_batches",
-]  # fmt: skip
+  "ImageView",
+  "LoaderOptions",
+  "Source",
+  "View",
+  "Views",
+  "center_view",
+  "element_shapes",
+  "eval_batches",
+  "image_views",
+  "loader_options",
+  "open_source",
+  "open_split",
+  "resizer",
+  "train_batches",
+]

@@ -1,17 +1,18 @@
-"""Batches of uint8 images from a source, in an order that is a formula.
+"""Batches of numpy arrays from a source, in an order that is a formula.
 
-The global batch of step s depends on (seed, s) alone: not on how many hosts
-share it, how many worker processes decode it, or where the run was resumed. No
-iterator state is ever saved; the step number is the state.
+The global batch of step s depends on (seed, s) alone: not on the number of hosts that share it, not
+on the number of worker processes, and not on the step from which a run was resumed. No iterator
+state is saved; the step number is the state.
 
-That holds for images that cannot be read, too: with on_error="skip" the place
-of one is taken by another that is drawn with the generator of this place in the
-stream. Worker processes are spawned, so the script that calls with
-`workers > 0` needs a `__main__` guard; they end with the process that they work
-for, however it ends.
+The formula covers images that cannot be read, too: with on_error="skip" another image takes the
+place of such an image, drawn with the random generator of that place in the stream.
+
+Worker processes are spawned, so a script that asks for `workers > 0` needs a `__main__` guard. They
+end with the process that started them, however it ends.
 """
 
 import dataclasses
+import functools
 import multiprocessing
 import os
 import queue
@@ -22,202 +23,197 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from mrmae_jax.constants import IMAGENET_MEAN, IMAGENET_STD
-from mrmae_jax.data import augment, randaugment
 from mrmae_jax.data.sources import Source
+from mrmae_jax.data.views import View
 from mrmae_jax.errors import DataError
 
-# More decoding threads than this in one process fight for the interpreter.
-MAX_THREADS = 8
-# So many images are drawn in the place of one that cannot be read.
-MAX_DRAWS = 100
-# Of the reason why an image was skipped, as it travels with a batch.
-REASON_BYTES = 400
-# Longest wait, in seconds, for the thread that fetches batches, at the end.
-CLOSE_S = 1.0
+MAX_THREADS = 8  # more decoding threads in one process fight for the interpreter
+MAX_DRAWS = 100  # images tried for one place in the stream
+REASON_BYTES = 400  # of the reason why an image was skipped, as it travels with a batch
+CLOSE_S = 1.0  # longest wait in seconds for the thread that fetches batches, at the end
 
 
-def loader_options(config) -> dict:
-  """What both functions below take from a run's `config.data`, by name."""
-  names = ("workers", "on_error", "max_skipped", "timeout_s")
-  return {name: config[name] for name in names} | {"channels": len(config.mean)}
+class LoaderOptions(NamedTuple):
+  """How batches are made; none of these changes a batch whose images can all be read.
+
+  Attributes:
+    workers: decoding processes; 0 decodes in threads of this process.
+    on_error: "raise" at an image that cannot be read, or "skip" it.
+    max_skipped: share of the source's images that may be skipped. Each shard counts the different
+      images that it skipped itself.
+    timeout_s: longest wait for a batch in seconds; 0 for no limit.
+  """
+
+  workers: int = 0
+  on_error: str = "raise"
+  max_skipped: float = 0.01
+  timeout_s: float = 0.0
+
+
+def loader_options(config) -> LoaderOptions:
+  """Returns the options that a run's `config.data` sets."""
+  return LoaderOptions(**{name: config[name] for name in LoaderOptions._fields})
 
 
 def train_batches(
   source: Source,
+  view: View,
   *,
   seed: int,
   batch_size: int,
-  image_size: tuple[int, int],
-  crop_scale: tuple[float, float],
-  flip: bool,
-  single_try: bool = False,
-  resize: str = "pillow",
-  randaug: str = "",
-  erase_prob: float = 0.0,
-  mean: tuple[float, ...] = IMAGENET_MEAN,
-  std: tuple[float, ...] = IMAGENET_STD,
-  channels: int = 3,
   first_step: int = 0,
   shard: int = 0,
   num_shards: int = 1,
-  workers: int = 0,
-  on_error: str = "raise",
-  max_skipped: float = 0.01,
-  timeout_s: float = 0.0,
+  options: LoaderOptions = LoaderOptions(),
 ) -> "Batches":
-  """Endless training batches, from step `first_step` on.
+  """Returns endless training batches, from step `first_step` on.
 
-  Every epoch is a new permutation. Batches run across the end of an epoch, so
-  no image is dropped, and a dataset smaller than a batch is repeated in it.
+  Every epoch is a new permutation. Batches run across the end of an epoch, so that no image is
+  dropped; a source with fewer images than a batch is repeated within the batch.
 
   Args:
     source: the images.
-    seed: 0 <= seed; decides order and views.
+    view: turns an example into the arrays of one row of a batch.
+    seed: 0 <= seed; decides the order and the random numbers of the views.
     batch_size: images per step over all shards.
-    image_size: (H, W) of the output.
-    crop_scale: range of the crop area relative to the image.
-    flip: whether half of the images are mirrored.
-    single_try: crops by the rule of MAE's linear probe, see `augment.crop_box`.
-    resize: "pillow", the exact one, or "cv2", see `augment.resizer`.
-    randaug: RandAugment after that, see `randaugment.parse`; "" for none. RGB
-      alone.
-    erase_prob: of erasing a part after that, see `augment.random_erase`.
-    mean, std: which will normalise the images; `randaug` and erasing use them.
-    channels: C of the output, see `augment.with_channels`.
     first_step: step of the first batch.
-    shard: which part of each batch, of num_shards; joined in this order the
-      parts are the same global batch for any num_shards.
-    num_shards: parts that a global batch is cut into, one per host.
-    workers: decoding processes; 0 decodes in threads of this process.
-    on_error: "raise" at an image that cannot be read, or "skip": another image
-      takes its place, see `_TrainView`.
-    max_skipped: share of the source's images that may be skipped; each shard
-      counts the different ones that it has met.
-    timeout_s: longest wait for a batch in seconds; 0 for no limit.
+    shard: index of this host's part of each batch. The parts joined in the order of this index
+      are the same global batch for any num_shards.
+    num_shards: number of parts that a global batch is cut into, one per host.
+    options: see `LoaderOptions`. With on_error="skip" another image takes the place of one that
+      cannot be read.
 
   Returns:
-    Iterator of {"image": uint8 [b, H, W, C], "label": int32 [b]} with
-    b = batch_size / num_shards; label -1 where the source has none.
+    Iterator of {name: [b, ...]} with the names of the view and b = batch_size / num_shards.
 
   Raises:
-    DataError: at once for arguments that do not fit; from next() as `Batches`
-      says.
+    DataError: at once for arguments that do not fit; from next() as `Batches` says.
   """
-  shard_size = _check(source, batch_size, shard, num_shards, workers, on_error)
+  shard_size = _shard_size(source, batch_size, shard, num_shards, options)
   if seed < 0 or first_step < 0:
     raise DataError(f"seed={seed}, first_step={first_step} given; neither may be negative")
-  if not 0 <= erase_prob <= 1:
-    raise DataError(f"erase_prob={erase_prob} given; expected 0 to 1")
-  if randaug and channels != 3:
-    raise DataError(f"randaug={randaug!r} given; of {channels} channels expected ''")
-  # Grain reshuffles epoch e with (shuffle seed + e): hashing the seed first
-  # keeps the second epoch of seed 0 from being the first epoch of seed 1.
+  # Grain reshuffles epoch e with (shuffle seed + e): hashing the seed first keeps the second epoch
+  # of seed 0 from being the first epoch of seed 1.
   shuffle_seed, augment_seed = np.random.SeedSequence(seed).generate_state(2)
-  view = _TrainView(
-    source,
-    channels,
-    on_error == "skip",
-    image_size,
-    crop_scale,
-    flip,
-    single_try,
-    augment.resizer(resize),
-    randaugment.parse(randaug),
-    erase_prob,
-    mean,
-    std,
-  )
   order = grain.MapDataset.range(len(source)).shuffle(seed=int(shuffle_seed)).repeat()
+  row = _TrainRow(source, view, options.on_error == "skip")
 
-  def mine(stream):
+  def shard_batches(stream):
     batches = stream.batch(shard_size, drop_remainder=True)
     return batches[first_step * num_shards + shard :: num_shards]
 
   return Batches(
     source,
-    mine(order),
-    mine(order.random_map(view, seed=int(augment_seed))),
-    workers=workers,
-    max_skipped=max_skipped,
-    timeout_s=timeout_s,
-    first_step=first_step,
+    shard_batches(order),
+    shard_batches(order.random_map(row, seed=int(augment_seed))),
+    options,
     consequence="another image takes its place",
+    first_step=first_step,
   )
 
 
 def eval_batches(
   source: Source,
+  view: View,
   *,
   batch_size: int,
-  image_size: tuple[int, int],
-  crop_pct: float,
-  channels: int = 3,
   shard: int = 0,
   num_shards: int = 1,
-  workers: int = 0,
   limit: int = 0,
-  on_error: str = "raise",
-  max_skipped: float = 0.01,
-  timeout_s: float = 0.0,
+  options: LoaderOptions = LoaderOptions(),
 ) -> "Batches":
-  """One pass over the images in order, each exactly once over all shards.
+  """Returns one pass over the images in order, each exactly once over all shards.
 
   Args:
     source: the images.
+    view: turns an example into the arrays of one row. Its random numbers depend on the index of
+      the image alone.
     batch_size: images per batch over all shards.
-    image_size: (H, W) of the output.
-    crop_pct: see `augment.center_crop`.
-    channels: C of the output, see `augment.with_channels`.
-    shard: which part of each batch, of num_shards.
-    num_shards: parts that a global batch is cut into, one per host.
-    workers: decoding processes; 0 decodes in threads of this process.
+    shard, num_shards: as in `train_batches`.
     limit: if positive, only this many images, evenly spaced.
-    on_error: "raise" at an image that cannot be read, or "skip": it is not
-      valid. Nothing takes its place: no image may count twice.
-    max_skipped, timeout_s: as in `train_batches`.
+    options: see `LoaderOptions`. With on_error="skip" an image that cannot be read is a row that
+      is not valid. Nothing takes its place, because an image must not count twice.
 
   Returns:
-    Iterator of {"image": uint8 [b, H, W, C], "label": int32 [b],
-    "valid": bool [b]} with b = batch_size / num_shards. The last global batch
-    is filled up with black images, label -1, valid False, so that all shards
-    see the same number of batches.
+    Iterator of {name: [b, ...]} with the names of the view and "valid" (bool [b]), where
+    b = batch_size / num_shards. Rows of zeros that are not valid fill the last global batch, so
+    that all shards get the same number of batches.
 
   Raises:
     DataError: as in `train_batches`.
   """
-  shard_size = _check(source, batch_size, shard, num_shards, workers, on_error)
-  if not 0 < crop_pct <= 1:
-    raise DataError(f"crop_pct={crop_pct} given; expected 0 < crop_pct <= 1")
+  shard_size = _shard_size(source, batch_size, shard, num_shards, options)
   count = min(limit, len(source)) if limit > 0 else len(source)
   padded = -(-count // batch_size) * batch_size
-  view = _EvalView(source, channels, on_error == "skip", image_size, crop_pct)
   order = grain.MapDataset.range(padded).map(_Spaced(len(source), count))
 
-  def mine(stream):
+  def shard_batches(stream):
     return stream.batch(shard_size, drop_remainder=True)[shard::num_shards]
 
   return Batches(
     source,
-    mine(order),
-    mine(order.map(view)),
-    workers=workers,
-    max_skipped=max_skipped,
-    timeout_s=timeout_s,
+    shard_batches(order),
+    shard_batches(order.map(_EvalRow(source, view, options))),
+    options,
     consequence="it is not counted",
   )
 
 
-def _check(source, batch_size, shard, num_shards, workers, on_error) -> int:
-  """Images per batch and shard, or DataError for arguments that do not fit."""
+def element_shapes(
+  source: Source, view: View, options: LoaderOptions = LoaderOptions()
+) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+  """Returns {name: (shape, dtype)} of one row of a batch, from the first image that can be read.
+
+  Raises:
+    DataError: the first image cannot be read; with on_error="skip" more images at the beginning
+      of the source than options.max_skipped allows. Or reading takes longer than
+      options.timeout_s.
+  """
+  _check_source(source)
+  read = functools.partial(_first_row, source, view, options)
+  if not options.timeout_s:
+    row = read()
+  else:
+    fetcher = _Fetcher(read)
+    fetcher.request()
+    try:
+      row = fetcher.get(options.timeout_s)
+    except queue.Empty:
+      raise DataError(
+        f"waited {options.timeout_s:g} s for the first image of {source.description}"
+        f" ({source.name(0)}): it cannot be read or decoded to its end; look at the storage, or"
+        " give a larger timeout_s"
+      ) from None
+  return {name: (np.shape(value), np.asarray(value).dtype) for name, value in row.items()}
+
+
+def _first_row(source: Source, view: View, options: LoaderOptions) -> dict[str, Any]:
+  """Returns the view of the first example that can be read."""
+  most = int(options.max_skipped * len(source)) if options.on_error == "skip" else 0
+  last = min(most, len(source) - 1)
+  for index in range(last + 1):
+    try:
+      return view(source[index], np.random.default_rng(index))
+    except DataError:
+      if index == last:
+        raise
+
+
+def _check_source(source: Source) -> None:
   if not len(source):
     raise DataError(f"{source.description}: the dataset is empty; expected an image or more")
+
+
+def _shard_size(source, batch_size, shard, num_shards, options) -> int:
+  """Returns the images per batch and shard, or raises DataError for arguments that do not fit."""
+  _check_source(source)
   if batch_size < 1 or num_shards < 1 or batch_size % num_shards:
     lower = batch_size // max(num_shards, 1) * num_shards
     raise DataError(
@@ -226,26 +222,26 @@ def _check(source, batch_size, shard, num_shards, workers, on_error) -> int:
     )
   if not 0 <= shard < num_shards:
     raise DataError(f"shard {shard} of {num_shards} given; expected 0 to {num_shards - 1}")
-  if workers < 0:
-    raise DataError(f"workers={workers} given; expected 0 or more")
-  if on_error not in ("raise", "skip"):
-    raise DataError(f"on_error={on_error!r} given; expected 'raise' or 'skip'")
+  if options.workers < 0:
+    raise DataError(f"workers={options.workers} given; expected 0 or more")
+  if options.on_error not in ("raise", "skip"):
+    raise DataError(f"on_error={options.on_error!r} given; expected 'raise' or 'skip'")
   return batch_size // num_shards
 
 
 class Batches:
-  """Iterator over the batches of one shard, see the two functions above.
+  """Iterates over the batches of one shard; `train_batches` and `eval_batches` make it.
 
-  `next()` gives a dict of numpy arrays. Each image that was skipped is named by
-  a warning on stderr, once. `close()` ends threads and worker processes.
+  `next()` gives a dict of numpy arrays. A warning on stderr names each image that is skipped, once.
+  `close()` ends threads and worker processes.
 
   Attributes:
-    skipped: {index in the source: why}, of the images that could not be read.
+    skipped: {index in the source: reason} of the images that could not be read.
 
   Raises:
-    DataError: from next(), after which the iterator is closed: an image cannot
-      be read, or more than may be; a worker process died; memory ran out; a
-      batch did not come in time.
+    DataError: from next(), after which the iterator is closed. An image cannot be read, or more
+      images than options.max_skipped allows; a worker process died; memory ran out; a batch did
+      not come in time.
   """
 
   def __init__(
@@ -253,38 +249,37 @@ class Batches:
     source: Source,
     order: grain.MapDataset,
     batches: grain.MapDataset,
+    options: LoaderOptions,
     *,
-    workers: int,
-    max_skipped: float,
-    timeout_s: float,
     consequence: str,
     first_step: int = 0,
   ):
-    """Starts nothing yet.
+    """Starts worker processes at the first `next()`, not before.
 
     Args:
       source: the images.
-      order: their indices, batch by batch; -1 for what is no image.
-      batches: the same as dicts of arrays. "skipped", the reason why an image
-        was, is taken out.
-      workers, max_skipped, timeout_s, first_step: see `train_batches`.
-      consequence: what the warning says becomes of an image.
+      order: their indices, batch by batch; -1 for a row that pads a batch.
+      batches: the same as dicts of arrays. `next()` removes their field "skipped", the reasons
+        why images were skipped.
+      options: see `LoaderOptions`.
+      consequence: how the warning ends that names a skipped image.
+      first_step: number of the first batch, for messages.
     """
     self.skipped = {}
     self._source, self._order = source, order
-    self._max_skipped, self._timeout_s = max_skipped, timeout_s
-    self._consequence, self._first_step = consequence, first_step
+    self._options, self._first_step = options, first_step
+    self._consequence = consequence
     self._taken = 0
     self._other_processes = set(multiprocessing.active_children())
-    self._batches = _iterate(batches, workers)
-    self._requests = self._results = self._fetcher = None  # see _ask
+    self._batches = _iterate(batches, options.workers)
+    self._fetcher = None
 
   def __iter__(self):
     return self
 
-  def __next__(self) -> dict:
+  def __next__(self) -> dict[str, np.ndarray]:
     try:
-      batch = self._wait() if self._timeout_s else next(self._batches)
+      batch = self._wait() if self._options.timeout_s else next(self._batches)
       self._count(batch.pop("skipped"))
     except DataError:
       self.close()
@@ -295,7 +290,7 @@ class Batches:
         f"memory ran out while images were decoded{_memory()}; {_SAVE_MEMORY}"
       ) from error
     except RuntimeError as error:
-      # Grain's words; it has no type of its own for that.
+      # Grain has no error type of its own for a worker that died, only this text.
       code = re.search("terminated unexpectedly with exit code (-?[0-9]+)", str(error))
       if not code:
         raise
@@ -306,17 +301,17 @@ class Batches:
 
   def close(self) -> None:
     if self._fetcher:
-      self._requests.put(False)
-      self._fetcher.join(CLOSE_S)  # it may be stuck
+      self._fetcher.close()
       self._fetcher = None
     self._batches.close()
 
-  def _wait(self) -> dict:
-    """The next batch; DataError if it does not come in time."""
+  def _wait(self) -> dict[str, np.ndarray]:
+    """Returns the next batch; raises DataError if it does not come in time."""
     if not self._fetcher:
-      self._ask()
+      self._fetcher = _Fetcher(functools.partial(next, self._batches))
+      self._fetcher.request()
     try:
-      batch, error = self._results.get(timeout=self._timeout_s)
+      batch = self._fetcher.get(self._options.timeout_s)
     except queue.Empty:
       # Grain would wait for its workers to end by themselves.
       for process in multiprocessing.active_children():
@@ -324,56 +319,36 @@ class Batches:
           process.kill()
       names = [self._source.name(i) for i in self._indices() if i >= 0]
       raise DataError(
-        f"waited {self._timeout_s:g} s for batch"
-        f" {self._first_step + self._taken} (the first is 0) of"
-        f" {self._source.description}: an image cannot be read or decoded to its"
-        f" end, or a worker has no memory{_memory()}; look at the storage, or"
-        " give a larger timeout_s; the images of this batch:"
-        f" {', '.join(names)}"
+        f"waited {self._options.timeout_s:g} s for batch {self._first_step + self._taken} (the"
+        f" first is 0) of {self._source.description}: an image cannot be read or decoded to its"
+        f" end, or a worker has no memory{_memory()}; look at the storage, or give a larger"
+        f" timeout_s; the images of this batch: {', '.join(names)}"
       ) from None
-    if error:
-      self._fetcher = None  # it has ended, too
-      raise error
-    self._ask()
+    self._fetcher.request()  # one batch ahead
     return batch
 
-  def _ask(self) -> None:
-    """Lets a thread fetch a batch, whose coming can be waited for with a limit.
-
-    It is the same thread each time, and asked one batch ahead: while the step
-    keeps all cores busy, a new one takes a fifth of a second to begin.
-    """
-    if not self._fetcher:
-      self._requests, self._results = queue.SimpleQueue(), queue.SimpleQueue()
-      self._fetcher = threading.Thread(
-        target=_fetch, args=(self._batches, self._requests, self._results), daemon=True
-      )
-      self._fetcher.start()
-      weakref.finalize(self, self._requests.put, False)  # it ends with this object
-    self._requests.put(True)
-
   def _indices(self) -> np.ndarray:
-    """Of the images in the next batch, int [b]."""
+    """Returns the indices of the images in the next batch, int [b]."""
     return self._order[self._taken]
 
   def _count(self, reasons: np.ndarray) -> None:
-    """Warns of images that were skipped, or DataError if there are too many."""
+    """Warns of skipped images; raises DataError if there are too many."""
     if not reasons.any():
       return
     for index, reason in zip(self._indices().tolist(), reasons.tolist()):
       if not reason or index in self.skipped:
         continue
       self.skipped[index] = reason.decode(errors="replace")
-      number, most = len(self.skipped), int(self._max_skipped * len(self._source))
+      number, total = len(self.skipped), len(self._source)
+      most = int(self._options.max_skipped * total)
       if number > most:
         raise DataError(
-          f"{self.skipped[index]}; {number} of {len(self._source)} images could"
-          f" not be read, max_skipped={self._max_skipped:g} allows {most}; list"
-          " them with mrmae verify"
+          f"{self.skipped[index]}; {number} of {total} images could not be read,"
+          f" max_skipped={self._options.max_skipped:g} allows {most}; list them with mrmae verify"
         )
       tqdm.write(
-        f"warning: {self.skipped[index]}; {self._consequence} ({number} of"
-        f" {len(self._source)} images skipped so far, at most {most})",
+        f"warning: {self.skipped[index]}; {self._consequence} ({number} of {total} images skipped"
+        f" so far, at most {most})",
         file=sys.stderr,
       )
       sys.stderr.flush()
@@ -386,7 +361,7 @@ _SAVE_MEMORY = (
 
 
 def _death(code: int) -> str:
-  """What to say of a worker process that ended with this exit code."""
+  """Returns the message about a worker process that ended with an exit code."""
   if code == -signal.SIGKILL:
     return (
       "a worker process of the loader was killed by signal 9: probably out of"
@@ -394,14 +369,13 @@ def _death(code: int) -> str:
     )
   how = f"signal {-code}" if code < 0 else f"exit code {code}"
   return (
-    f"a worker process of the loader ended with {how}; what it wrote stands"
-    " above. If it was a decoder that crashed, python -m mrmae_jax.cli.verify"
-    " verify finds the image"
+    f"a worker process of the loader ended with {how}; its own messages stand above. If a decoder"
+    " crashed, mrmae verify finds the image"
   )
 
 
 def _memory() -> str:
-  """The memory of this machine as Linux counts it; "" elsewhere."""
+  """Returns the memory of this machine as Linux counts it; "" elsewhere."""
   try:
     with open("/proc/meminfo", encoding="ascii") as file:
       kib = {line.split()[0]: int(line.split()[1]) for line in file}
@@ -411,41 +385,57 @@ def _memory() -> str:
   return f" (of {total:.1f} GiB on this machine {available:.1f} are available now)"
 
 
-def _end_with_parent(worker: int, workers: int) -> None:
-  """Runs in each worker process: it ends when the one that started it has.
+class _Fetcher:
+  """Calls a function in a daemon thread, so that a caller can wait for the result with a limit.
 
-  A process that is killed cannot end its workers. prctl's signal would come
-  with the end of the thread that started them, which is grain's.
+  The thread stays the same for all calls: a new one takes a fifth of a second to begin while the
+  training step keeps all cores busy. It ends with this object.
   """
-  del worker, workers
-  parent = multiprocessing.parent_process().pid
 
-  def watch():
-    while os.getppid() == parent:
-      time.sleep(0.5)
-    os._exit(1)  # nobody is left to clean up for
+  def __init__(self, function: Callable[[], Any]):
+    self._requests, self._results = queue.SimpleQueue(), queue.SimpleQueue()
+    self._thread = threading.Thread(
+      target=_serve, args=(function, self._requests, self._results), daemon=True
+    )
+    self._thread.start()
+    weakref.finalize(self, self._requests.put, False)
 
-  threading.Thread(target=watch, daemon=True).start()
+  def request(self) -> None:
+    """Starts a call."""
+    self._requests.put(True)
+
+  def get(self, timeout_s: float) -> Any:
+    """Returns the result of a requested call, or raises its error; queue.Empty if it is late."""
+    result, error = self._results.get(timeout=timeout_s)
+    if error:
+      self._results.put((None, error))  # the thread has ended: later calls raise the same
+      raise error
+    return result
+
+  def close(self) -> None:
+    self._requests.put(False)
+    self._thread.join(CLOSE_S)  # it may be stuck
 
 
-def _fetch(batches, requests: queue.SimpleQueue, results: queue.SimpleQueue) -> None:
-  """Puts a batch, or why there is none, into `results` for each request, until the first error or a request that is False."""
+def _serve(function, requests: queue.SimpleQueue, results: queue.SimpleQueue) -> None:
+  """Puts (result, error) into `results` for each request, until an error or a request of False."""
   error = None
   while not error and requests.get():
     try:
-      results.put((next(batches), None))
-    except BaseException as caught:  # it is raised where the batch is waited for
-      results.put((None, error := caught))
+      results.put((function(), None))
+    except BaseException as caught:  # `get` raises it in the thread that waits
+      error = caught
+      results.put((None, error))
 
 
 def _iterate(batches: grain.MapDataset, workers: int) -> grain.DatasetIterator:
-  """Iterator over a map dataset of batches, decoded ahead of their use.
+  """Returns an iterator over a map dataset of batches that decodes them ahead of their use.
 
-  The batches are formed before this point, so that the division of labour
-  between threads and processes cannot change what is in them.
+  The batches are formed before this point, so that the division of labor between threads and
+  processes cannot change them.
   """
   threads = 1 if workers else min(os.cpu_count() or 1, MAX_THREADS)
-  # Grain's default buffer is 500 elements, and an element is a whole batch.
+  # Grain's default buffer is 500 elements, and an element is a batch.
   batches = batches.to_iter_dataset(
     grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
   )
@@ -458,59 +448,46 @@ def _iterate(batches: grain.MapDataset, workers: int) -> grain.DatasetIterator:
   return iter(batches)
 
 
+def _end_with_parent(worker: int, workers: int) -> None:
+  """Makes a worker process end when the process that started it has ended.
+
+  A process that is killed cannot end its workers. prctl's signal would come with the end of the
+  thread that started them, which is grain's.
+  """
+  del worker, workers
+  parent = multiprocessing.parent_process().pid
+
+  def watch():
+    while os.getppid() == parent:
+      time.sleep(0.5)
+    os._exit(1)  # nobody is left to clean up for
+
+  threading.Thread(target=watch, daemon=True).start()
+
+
 def _reason(error: DataError | str) -> np.ndarray:
-  """A text as an array that batches can hold."""
+  """Returns a text as an array that batches can hold."""
   text = str(error).encode(errors="backslashreplace")
   return np.array(text, f"S{REASON_BYTES}")
 
 
 @dataclasses.dataclass(frozen=True)
-class _TrainView:
-  """Index of an image -> one random view of it.
+class _TrainRow:
+  """Maps the index of an image to a row of a training batch.
 
-  The generator is per stream position. With `skip` it also draws another image,
-  uniformly, in the place of one that cannot be read, until one can.
+  The random generator belongs to the place in the stream. With `skip` it also draws another image,
+  uniformly, for one that cannot be read, until one can.
   """
 
   source: Source
-  channels: int
+  view: View
   skip: bool
-  image_size: tuple[int, int]
-  crop_scale: tuple[float, float]
-  flip: bool
-  single_try: bool
-  resize: Callable
-  policy: randaugment.Policy | None
-  erase_prob: float
-  mean: tuple[float, ...]
-  std: tuple[float, ...]
 
-  def __call__(self, index: int, rng: np.random.Generator) -> dict:
-    image, label, skipped = self._read(index, rng)
-    image = augment.random_resized_crop(
-      image,
-      rng,
-      self.image_size,
-      self.crop_scale,
-      single_try=self.single_try,
-      resize=self.resize,
-    )
-    if self.flip:
-      image = augment.random_flip(image, rng)
-    if self.policy:
-      image = randaugment.randaugment(image, rng, self.policy, randaugment.mean_colour(self.mean))
-    if self.erase_prob:
-      image = augment.random_erase(image, rng, self.erase_prob, self.mean, self.std)
-    return {"image": image, "label": label, "skipped": skipped}
-
-  def _read(self, index, rng):
-    """Pixels, label, and why it is not those of `index`, if it is not."""
+  def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
     reason = ""
     for _ in range(MAX_DRAWS):
       try:
-        example = self.source[index]
-        image = augment.pixels(example, self.channels)
-        return image, np.int32(example["label"]), _reason(reason)
+        return self.view(self.source[index], rng) | {"skipped": _reason(reason)}
       except DataError as error:
         if not self.skip:
           raise
@@ -521,46 +498,41 @@ class _TrainView:
 
 @dataclasses.dataclass(frozen=True)
 class _Spaced:
-  """Position in a padded pass -> index of its image, or -1."""
+  """Maps a position in a padded pass to the index of its image, or to -1.
+
+  Attributes:
+    images: number of images in the source.
+    count: number of positions that have an image, evenly spaced.
+  """
 
   images: int
-  count: int  # Of positions that have one.
+  count: int
 
   def __call__(self, position: int) -> int:
-    # The identity when all images are wanted, else evenly spaced.
     return position * self.images // self.count if position < self.count else -1
 
 
 @dataclasses.dataclass(frozen=True)
-class _EvalView:
-  """Index of an image -> the evaluation view of it, black for -1."""
+class _EvalRow:
+  """Maps the index of an image to a row of an evaluation batch; -1 to a row of zeros."""
 
   source: Source
-  channels: int
-  skip: bool
-  image_size: tuple[int, int]
-  crop_pct: float
+  view: View
+  options: LoaderOptions
 
-  def __call__(self, index: int) -> dict:
+  def __call__(self, index: int) -> dict[str, Any]:
     reason = ""
     if index >= 0:
       try:
-        example = self.source[index]
-        image = augment.pixels(example, self.channels)
-        image = augment.center_crop(image, self.image_size, self.crop_pct)
-        return {
-          "image": image,
-          "label": np.int32(example["label"]),
-          "valid": np.bool_(True),
-          "skipped": _reason(""),
-        }
+        row = self.view(self.source[index], np.random.default_rng(index))
+        return row | {"valid": np.bool_(True), "skipped": _reason("")}
       except DataError as error:
-        if not self.skip:
+        if self.options.on_error != "skip":
           raise
         reason = error
-    return {
-      "image": np.zeros((*self.image_size, self.channels), np.uint8),
-      "label": np.int32(-1),
-      "valid": np.bool_(False),
-      "skipped": _reason(reason),
-    }
+    return self._zeros | {"valid": np.bool_(False), "skipped": _reason(reason)}
+
+  @functools.cached_property
+  def _zeros(self) -> dict[str, np.ndarray]:
+    row = _first_row(self.source, self.view, self.options)
+    return {name: np.zeros_like(value) for name, value in row.items()}

@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from mrmae_jax.errors import DataError
+from mrmae_jax.errors import DataError, WorkdirError
 from mrmae_jax.runs import paths
 
 ARRAY_SUFFIX = ".npy"
@@ -500,8 +500,8 @@ def _open_tfds(name: str, split: str, data_dir: str) -> "TfdsSource":
     ) from error
   directory = os.path.expanduser(data_dir)
   try:
-    folder = paths.folder(directory)
-  except ValueError as error:
+    folder = paths.open_folder(directory)
+  except WorkdirError as error:
     raise DataError(f"dataset 'tfds:{name}', data_dir: {error}") from error
   if not (folder / "dataset_info.json").is_file():
     try:

@@ -23,18 +23,20 @@ from mrmae_jax import config as config_lib
 from mrmae_jax import preflight, train
 from mrmae_jax.cli import pack
 from mrmae_jax.cli import verify as tool
-from mrmae_jax.data import augment, eval_batches, open_source, train_batches
+from mrmae_jax.data import augment, open_source
 from mrmae_jax.data.sources import Remaining
 from mrmae_jax.errors import ConfigError, DataError
-from tests.test_data import (
+from tests.helpers.images import (
   SIZE,
   Numbered,
   assert_same,
   encode,
+  eval_loader,
   good_files,
   lying_jpeg,
   photo,
   png_header,
+  train_loader,
   train_steps,
   write_images,
 )
@@ -42,7 +44,6 @@ from tests.test_data import (
 ROOT = pathlib.Path(__file__).parents[2]
 needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc")
 COUNT = 24
-VIEW = dict(seed=5, batch_size=8, image_size=SIZE, crop_scale=(0.2, 1.0), flip=True)
 JPEG = encode(photo(200, 300))
 BAD = {  # image of the folder below -> what is found in its place
   3: b"",
@@ -127,7 +128,7 @@ def test_f26_skip_does_not_depend_on_shards_workers_or_start(folders, shards, wo
 @pytest.mark.parametrize("workers", [0, 1])
 def test_f26_each_skipped_image_is_named_once(folders, capfd, workers):
   _, bad, places = folders
-  with contextlib.closing(train_batches(bad, workers=workers, **VIEW, **SKIP)) as batches:
+  with contextlib.closing(train_loader(bad, workers=workers, **SKIP)) as batches:
     for _ in range(12):  # four epochs
       assert next(batches).keys() == {"image", "label"}
     assert batches.skipped.keys() == places
@@ -147,8 +148,8 @@ def test_f26_each_skipped_image_is_named_once(folders, capfd, workers):
 
 @pytest.mark.parametrize("shards", [1, 2])
 def test_f26_too_many_skipped_images_end_the_run(folders, shards):
-  options = VIEW | dict(on_error="skip", max_skipped=0.1, num_shards=shards, shard=shards - 1)
-  batches = train_batches(folders[1], **options)
+  options = dict(on_error="skip", max_skipped=0.1, num_shards=shards, shard=shards - 1)
+  batches = train_loader(folders[1], **options)
   with pytest.raises(
     DataError, match="3 of 24 images could not be read, max_skipped=0.1 allows 2; list them"
   ):
@@ -172,15 +173,8 @@ def test_f26_a_source_without_a_readable_image_ends_the_run(tmp_path):
 @pytest.mark.parametrize("shards", [1, 2])
 def test_f26_evaluation_does_not_count_bad_images_and_says_so(folders, shards, capsys):
   whole, bad, places = folders
-  expected = list(eval_batches(whole, batch_size=8, image_size=SIZE, crop_pct=0.875))
-  parts = [
-    list(
-      eval_batches(
-        bad, batch_size=8, image_size=SIZE, crop_pct=0.875, shard=i, num_shards=shards, **SKIP
-      )
-    )
-    for i in range(shards)
-  ]
+  expected = list(eval_loader(whole))
+  parts = [list(eval_loader(bad, shard=i, num_shards=shards, **SKIP)) for i in range(shards)]
   got = [
     {key: np.concatenate([part[key] for part in step]) for key in step[0]} for step in zip(*parts)
   ]
@@ -191,10 +185,10 @@ def test_f26_evaluation_does_not_count_bad_images_and_says_so(folders, shards, c
   np.testing.assert_array_equal(np.flatnonzero(~got["valid"]), sorted(places))
   for key in ("image", "label"):
     np.testing.assert_array_equal(got[key][got["valid"]], expected[key][got["valid"]])
-  assert (got["label"][~got["valid"]] == -1).all() and not got["image"][~got["valid"]].any()
+  assert not got["label"][~got["valid"]].any() and not got["image"][~got["valid"]].any()
   assert capsys.readouterr().err.count("it is not counted") == len(BAD)
   with pytest.raises(DataError, match="cannot be"):
-    list(eval_batches(bad, batch_size=8, image_size=SIZE, crop_pct=0.875))
+    list(eval_loader(bad))
 
 
 def test_f26_a_run_with_a_quarantine_list_equals_one_without_these_files(folders, tmp_path, capsys):
@@ -508,11 +502,7 @@ def test_f28_a_file_that_goes_away_makes_no_epoch_shorter(tmp_path, shards):
   got = joined(source, 6, shards=shards, **SKIP)  # two epochs
   assert (got["image"] == expected["image"]).all((1, 2, 3)).sum() == 2 * COUNT - 2
   parts = [
-    list(
-      eval_batches(
-        source, batch_size=6, image_size=SIZE, crop_pct=1.0, shard=i, num_shards=shards, **SKIP
-      )
-    )
+    list(eval_loader(source, batch_size=6, shard=i, num_shards=shards, **SKIP))
     for i in range(shards)
   ]
   assert {len(part) for part in parts} == {4} and sum(
@@ -567,7 +557,7 @@ def workers_of(pid):
 
 @needs_proc
 def test_f29_a_killed_worker_is_reported(tmp_path):
-  batches = train_batches(Numbered(9), workers=2, timeout_s=60.0, **VIEW)
+  batches = train_loader(Numbered(9), workers=2, timeout_s=60.0)
   next(batches)
   os.kill(workers_of(os.getpid())[0], signal.SIGKILL)
   began = time.monotonic()
@@ -643,14 +633,15 @@ def test_f30_a_stalled_image_is_named(workers, shards):
   step, shard = next(
     (i, s) for i, labels in enumerate(order) for s in range(shards) if 7 in labels[s]
   )
-  batches = train_batches(
-    Slow(40), workers=workers, first_step=2, timeout_s=100.0, shard=shard, num_shards=shards, **VIEW
+  batches = train_loader(
+    Slow(40), workers=workers, first_step=2, timeout_s=100.0, shard=shard, num_shards=shards
   )
   assert step  # so that the first batch, which waits for workers to start, is not the one
   with pytest.raises(DataError, match="waited 1 s") as caught:
     for i in range(8):
       next(batches)
-      batches._timeout_s, began = 1.0, time.monotonic()
+      batches._options = batches._options._replace(timeout_s=1.0)
+      began = time.monotonic()
   assert i == step and time.monotonic() - began < 10
   assert f"for batch {2 + step} (the first is 0) of slow" in str(caught.value)
   named = str(caught.value).split("the images of this batch: ")[1].split(", ")
@@ -659,7 +650,7 @@ def test_f30_a_stalled_image_is_named(workers, shards):
 
 
 def test_f30_evaluation_too():
-  batches = eval_batches(Slow(10), batch_size=4, image_size=SIZE, crop_pct=1.0, timeout_s=1.0)
+  batches = eval_loader(Slow(10), batch_size=4, timeout_s=1.0)
   next(batches)
   with pytest.raises(
     DataError, match="waited 1 s for batch 1 .*: image 4!, image 5!, image 6!, image 7!$"
@@ -727,10 +718,10 @@ def outlived(pids):
 
 LOOP = """
 import time
-from mrmae_jax.data import open_source, train_batches
+from mrmae_jax.data import open_source
+from tests.helpers.images import train_loader
 if __name__ == "__main__":
-  batches = train_batches(open_source("digits", "train"), seed=0, batch_size=8, image_size=(8, 8), crop_scale=(0.2, 1.0), flip=True,
-                          workers=2)
+  batches = train_loader(open_source("digits", "train"), image_size=(8, 8), workers=2)
   print(len(next(batches)["label"]), flush=True)
   time.sleep(60)
 """
@@ -796,11 +787,7 @@ def test_f32_any_number_of_images_on_any_number_of_shards(count, shards):
     np.bincount(labels), np.full(count, 8)
   )  # eight epochs, each image once in each
   parts = [
-    list(
-      eval_batches(
-        Numbered(count), batch_size=8, image_size=SIZE, crop_pct=1.0, shard=i, num_shards=shards
-      )
-    )
+    list(eval_loader(Numbered(count), crop_pct=1.0, shard=i, num_shards=shards))
     for i in range(shards)
   ]
   assert {len(part) for part in parts} == {-(-count // 8)}

@@ -71,7 +71,7 @@ def make_step(config, task=None, batch=None, safeguards: bool = True) -> Step:
   from mrmae_jax import sharding, train
 
   task = make_task(config) if task is None else task
-  plan = train.plan(config, task, sharding.make_mesh(**config.mesh), 1_281_167, safeguards)
+  plan = train.make_plan(config, task, sharding.make_mesh(**config.mesh), 1_281_167)
   placed = lambda shapes: jax.tree.map(lambda x: x.sharding, shapes)
   state = jax.jit(plan.init, out_shardings=placed(plan.state))(jax.random.key(0), task.pretrained)
   frozen, rng = jax.device_put(task.frozen, placed(plan.frozen)), np.random.default_rng(0)

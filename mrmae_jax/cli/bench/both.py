@@ -56,7 +56,7 @@ def run(options) -> str:
   with tempfile.TemporaryDirectory() as folder:
     with contextlib.redirect_stdout(io.StringIO()):  # a line a step
       train.fit(config, bench.make_task(config), folder)
-    steps = [record for record in log.read(folder) if record["step"] > WARM_UP]
+    steps = [record for record in log.read_metrics(folder) if record["step"] > WARM_UP]
   seconds = [config.batch_size / record["images_per_s"] for record in steps]
   waited = sum(record["data_wait"] * second for record, second in zip(steps, seconds)) / sum(
     seconds

@@ -13,6 +13,7 @@ processes, where the system tells (Linux); other programs disturb it less than i
 --memory_batches=N instead streams N batches of the source and prints the memory of all processes on the way.
 """
 
+import functools
 import importlib.util
 import io
 import multiprocessing
@@ -105,16 +106,20 @@ class _Repeated:
 
 def _batches(options, source, resize="pillow"):
   from mrmae_jax import data
+  from mrmae_jax.data import augment
 
+  crop = functools.partial(
+    augment.random_resized_crop,
+    size=(options.image_size,) * 2,
+    scale=CROP_SCALE,
+    resize=data.resizer(resize),
+  )
   return data.train_batches(
     source,
+    data.ImageView(3, (crop, augment.random_flip)),
     seed=0,
     batch_size=options.batch_size,
-    image_size=(options.image_size,) * 2,
-    crop_scale=CROP_SCALE,
-    flip=True,
-    resize=resize,
-    workers=options.workers,
+    options=data.LoaderOptions(workers=options.workers),
   )
 
 
