@@ -48,15 +48,6 @@ class Mistakes:
       raise ConfigError("\n".join(self._messages))
 
 
-def validate(config: ConfigDict) -> None:
-  """Checks what can be checked without devices, data and teachers; `preflight.check` does the rest.
-
-  Raises:
-    ConfigError: all mistakes, one per line: the value given, the value expected, what to do.
-  """
-  find_mistakes(config).report()
-
-
 def find_mistakes(config: ConfigDict) -> Mistakes:
   """Returns the mistakes of a configuration.
 

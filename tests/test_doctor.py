@@ -100,7 +100,7 @@ def test_the_step_is_compiled_and_timed(capsys, monkeypatch):
   assert doctor.main() == 0
   out = capsys.readouterr().out
   assert "ms a step, " in out and "for 8 steps" in out and "GiB a device" in out
-  assert "look  no teacher: this is MAE or ConvMAE" in out
+  assert "warn  no teacher: this is MAE or ConvMAE" in out
 
 
 # The twenty mistakes. (what is planted, exit code, what is said)
@@ -156,7 +156,7 @@ def test_planted_settings(examine, arguments, code, said):
   found, out = examine(*arguments)
   assert found == code and said in out, out
   assert out.endswith("the run would start\n") == (code == 0) and any(
-    said in line and line.startswith("stop" if code else "look") for line in out.splitlines()
+    said in line and line.startswith("stop" if code else "warn") for line in out.splitlines()
   )
 
 
@@ -167,7 +167,7 @@ def test_planted_images(examine, tmp_path):
   assert code == 3 and "000.png" in out and "not an image" in out
   plain = folder_of_images(tmp_path / "plain", value=90, classes=0)  # 19 nothing in them, no labels
   code, out = examine(f"data.source=folder:{plain}")
-  assert code == 0 and "are of one colour" in out and "the images have no labels" in out
+  assert code == 0 and "are of one color" in out and "the images have no labels" in out
 
 
 def test_planted_workdirs(examine, tmp_path, monkeypatch):
