@@ -1,4 +1,4 @@
-"""mrmae doctor finds mistakes before hours are spent on them; mrmae itself finds its commands."""
+"""mrmae doctor finds mistakes before they cost hours; mrmae finds its commands."""
 
 import fcntl
 import json
@@ -21,7 +21,7 @@ from tests import tiny
 ROOT = Path(__file__).parent.parent
 
 
-def forget():
+def reset_flags():
   """A process parses one command line; these tests parse many."""
   for name in [name for name in flags.FLAGS if name.startswith("config.")]:
     delattr(flags.FLAGS, name)
@@ -36,7 +36,7 @@ def examine(tmp_path, capsys, monkeypatch):
   monkeypatch.chdir(ROOT)
 
   def run(*arguments, workdir=tmp_path / "run"):
-    forget()
+    reset_flags()
     words = [
       f"--config.{word}" if "=" in word and not word.startswith("--") else word
       for word in arguments
@@ -93,7 +93,7 @@ def test_a_sound_run(examine, tmp_path):
 
 def test_the_step_is_compiled_and_timed(capsys, monkeypatch):
   monkeypatch.chdir(ROOT)
-  forget()
+  reset_flags()
   monkeypatch.setattr(
     sys, "argv", ["doctor", "--config=tests/tiny.py:vit", "--config.teacher.path="]
   )
@@ -103,11 +103,11 @@ def test_the_step_is_compiled_and_timed(capsys, monkeypatch):
   assert "warn  no teacher: this is MAE or ConvMAE" in out
 
 
-# The twenty mistakes. (what is planted, exit code, what is said)
+# Planted mistakes: (options, exit code, words of the line)
 
 
 @pytest.mark.parametrize(
-  "arguments, code, said",
+  "arguments, code, message",
   [
     (["optim.bler=1e-4"], 2, "did you mean config.optim.blr?"),  # 1 a misspelt key
     (["batch_size=many"], 2, "batch_size"),  # 2 a wrong type
@@ -152,11 +152,11 @@ def test_the_step_is_compiled_and_timed(capsys, monkeypatch):
     ),  # 17 other statistics
   ],
 )
-def test_planted_settings(examine, arguments, code, said):
-  found, out = examine(*arguments)
-  assert found == code and said in out, out
+def test_planted_settings(examine, arguments, code, message):
+  exit_code, out = examine(*arguments)
+  assert exit_code == code and message in out, out
   assert out.endswith("the run would start\n") == (code == 0) and any(
-    said in line and line.startswith("stop" if code else "warn") for line in out.splitlines()
+    message in line and line.startswith("stop" if code else "warn") for line in out.splitlines()
   )
 
 
@@ -225,7 +225,7 @@ def test_planted_teachers(examine, tmp_path):
 
 
 def test_every_command_answers_help(capsys):
-  forget()
+  reset_flags()
   assert entry.main(["mrmae"]) == 0
   listing = capsys.readouterr().out
   assert all(f"  {name} " in listing for name in entry.COMMANDS)
@@ -235,20 +235,20 @@ def test_every_command_answers_help(capsys):
 
 
 def test_the_script_finds_configurations_that_import_each_other(tmp_path, monkeypatch, capsys):
-  """An installed script has the folder of scripts on its path, where `python -m` has the current one."""
+  """An installed script has its folder on the path, `python -m` has the current folder."""
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(sys, "path", [str(ROOT), *(p for p in sys.path if p)])
-  (tmp_path / "neighbour_of_mine.py").write_text("from tests.tiny import get_config")
-  (tmp_path / "mine.py").write_text("from neighbour_of_mine import get_config")
-  forget()
+  (tmp_path / "my_neighbor.py").write_text("from tests.tiny import get_config")
+  (tmp_path / "mine.py").write_text("from my_neighbor import get_config")
+  reset_flags()
   assert entry.main(["mrmae", "finetune", f"--config={tmp_path}/mine.py", "--workdir=/tmp/x"]) == 2
   assert "needs a configuration of task 'finetune'" in capsys.readouterr().err  # so it was read
 
 
 def test_mistakes_are_answered(capsys, monkeypatch):
-  forget()
+  reset_flags()
   monkeypatch.chdir(ROOT)
-  for arguments, said in (
+  for arguments, message in (
     (["pretrian"], "did you mean pretrain?"),
     (
       ["finetune", "--config=tests/tiny.py", "--workdir=/tmp/x"],
@@ -258,7 +258,7 @@ def test_mistakes_are_answered(capsys, monkeypatch):
   ):
     assert entry.main(["mrmae", *arguments]) == 2
     printed = capsys.readouterr().err
-    assert said in printed and printed.startswith("error: ") and printed.count("\n") == 1
+    assert message in printed and printed.startswith("error: ") and printed.count("\n") == 1
   assert entry.main(["mrmae", "features", "--modl=x", "--debug"]) == 2
   assert "Traceback" in capsys.readouterr().err
 
