@@ -1,6 +1,6 @@
 """The paper's ladder in an hour on two CPU cores: MAE, ConvMAE and MR-MAE on CIFAR-10 with one compute budget.
 
-Command:   python -m mrmae_jax.cli.train --config=configs/cifar10.py:mrmae --workdir=DIR --config.data.source=folder:/path/to/cifar10
+Command:   mrmae pretrain --config=configs/cifar10.py:mrmae --workdir=DIR --config.data.source=folder:/path/to/cifar10
                --config.teacher.path=TEACHER
            The folder has train/ and test/ with a sub-folder per class. The teacher is trained on train/ without labels:
            see the section "CIFAR-10" of README.md, which has every command and the results.

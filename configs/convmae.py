@@ -1,6 +1,6 @@
 """ConvMAE: masked auto-encoding with the convolutional-stage ViT, no teacher (arXiv 2205.03892).
 
-Command:   python -m mrmae_jax.cli.train --config=configs/convmae.py:base --workdir=DIR --config.data.data_dir=TFDS
+Command:   mrmae pretrain --config=configs/convmae.py:base --workdir=DIR --config.data.data_dir=TFDS
            (or --config.data.source=folder:/path/to/imagenet)
 Sizes:     small, base, large, huge
 Hardware:  one TPU v4-32 slice, or 8 GPUs of 80 GB; fewer devices with --config.optim.accum_steps=K

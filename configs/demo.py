@@ -1,6 +1,6 @@
 """The demo: MR-MAE on scikit-learn's 1,797 handwritten digits, with the bundled teacher. Needs no download, no GPU.
 
-Command:   python -m mrmae_jax.cli.train --config=configs/demo.py --workdir=/tmp/mrmae_demo
+Command:   mrmae pretrain --config=configs/demo.py --workdir=/tmp/mrmae_demo
 Hardware:  2 CPU cores
 Cost:      under 4 minutes (measured: 2 min 33 s)
 Expected:  mimic loss 2.20 to 0.15, pixel loss 1.78 to 0.57, k-NN accuracy of the frozen encoder on 359 held-out digits 0.74

@@ -1,6 +1,6 @@
 """Fine-tunes what configs/demo.py has pre-trained, on the labels of the same digits.
 
-Command:   python -m mrmae_jax.cli.train --config=configs/demo_finetune.py --workdir=/tmp/mrmae_demo_finetuned
+Command:   mrmae finetune --config=configs/demo_finetune.py --workdir=/tmp/mrmae_demo_finetuned
            (--config.init_from= for the same from random weights)
 Hardware:  2 CPU cores
 Cost:      2 min 20 s

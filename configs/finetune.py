@@ -1,6 +1,6 @@
 """Fine-tuning on labelled images: the MAE/ConvMAE recipe.
 
-Command:   python -m mrmae_jax.cli.train --config=configs/finetune.py:base --workdir=DIR --config.init_from=PRETRAINED
+Command:   mrmae finetune --config=configs/finetune.py:base --workdir=DIR --config.init_from=PRETRAINED
            --config.data.source=folder:/path/to/imagenet (or tfds with --config.data.data_dir=TFDS)
            PRETRAINED is a workdir of pre-training, an exported file or a published checkpoint; "" starts from random weights
 Arguments: configs/finetune.py:SIZE,encoder=convvit (or vit); SIZE is base, large or huge. Or configs/finetune.py:PRETRAINED with the

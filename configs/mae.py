@@ -1,6 +1,6 @@
 """MAE: masked auto-encoding with the plain ViT, no teacher (arXiv 2111.06377).
 
-Command:   python -m mrmae_jax.cli.train --config=configs/mae.py:base --workdir=DIR --config.data.data_dir=TFDS
+Command:   mrmae pretrain --config=configs/mae.py:base --workdir=DIR --config.data.data_dir=TFDS
            (or --config.data.source=folder:/path/to/imagenet)
 Sizes:     small, base, large, huge (huge has 14-pixel tokens)
 Hardware:  one TPU v4-32 slice, or 8 GPUs of 40 GB; fewer devices with --config.optim.accum_steps=K

@@ -2,7 +2,7 @@
 
 The full recipe: convolutional stages, focused mimicking, multi-layer fusion. Each trick can be switched by an argument.
 
-Command:   python -m mrmae_jax.cli.train --config=configs/mrmae.py:base --workdir=DIR --config.data.data_dir=TFDS
+Command:   mrmae pretrain --config=configs/mrmae.py:base --workdir=DIR --config.data.data_dir=TFDS
            (or --config.data.source=folder:/path/to/imagenet). CLIP-B/16 is fetched from the Hugging Face hub; where there is
            no network give --config.teacher.path=FOLDER
 Arguments: configs/mrmae.py:SIZE,NAME=VALUE,...

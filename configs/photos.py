@@ -1,6 +1,6 @@
 """MR-MAE on a folder of your own photographs, small enough for one GPU or a patient CPU.
 
-Command:   python -m mrmae_jax.cli.train --config=configs/photos.py --workdir=DIR --config.data.source=folder:/path/to/photos \\
+Command:   mrmae pretrain --config=configs/photos.py --workdir=DIR --config.data.source=folder:/path/to/photos \\
                --config.teacher.path=TEACHER
            TEACHER is a folder or file of a CLIP or DINO tower, one of your own making (python -m
            mrmae_jax.cli.teacher --help), or "" for none; or --config.teacher.name=clip_vit_b16 to fetch one

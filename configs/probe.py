@@ -1,6 +1,6 @@
 """Linear probing of a frozen encoder: the MAE/ConvMAE protocol, a whole grid of learning rates in one run.
 
-Command:   python -m mrmae_jax.cli.train --config=configs/probe.py:base --workdir=DIR --config.init_from=PRETRAINED
+Command:   mrmae probe --config=configs/probe.py:base --workdir=DIR --config.init_from=PRETRAINED
            --config.data.source=folder:/path/to/imagenet (or tfds with --config.data.data_dir=TFDS)
            PRETRAINED is a workdir of pre-training, an exported file or a published checkpoint; "" probes random weights.
            Minutes instead of hours, without augmentation: mrmae knn --help

@@ -387,7 +387,7 @@ def command(*arguments):
     XLA_FLAGS="--xla_backend_optimization_level=0",
   )
   done = subprocess.run(
-    [sys.executable, "-m", "mrmae_jax.cli.train", *arguments],
+    [sys.executable, "-m", "mrmae_jax", "pretrain", *arguments],
     cwd=ROOT,
     env=env,
     capture_output=True,
@@ -428,7 +428,7 @@ def test_a_missing_flag_is_named():
 def test_help():
   env = dict(os.environ, PYTHONPATH=str(ROOT))
   out = subprocess.run(
-    [sys.executable, "-m", "mrmae_jax.cli.train", "--help"],
+    [sys.executable, "-m", "mrmae_jax", "pretrain", "--help"],
     cwd=ROOT,
     env=env,
     capture_output=True,
@@ -436,7 +436,7 @@ def test_help():
     check=True,
   ).stdout
   assert (
-    "python -m mrmae_jax.cli.train --config=configs/demo.py" in out
+    "mrmae pretrain --config=configs/demo.py" in out
     and "--check: " in out
     and "--workdir: " in out
   )

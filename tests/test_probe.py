@@ -11,7 +11,7 @@ from PIL import Image
 
 import mrmae_jax
 from mrmae_jax import config as config_lib
-from mrmae_jax import optim, preflight, sharding, train
+from mrmae_jax import data, optim, preflight, sharding, train
 from mrmae_jax.cli import features
 from mrmae_jax.cli import knn as tool
 from mrmae_jax.errors import ConfigError, WeightsError
@@ -136,7 +136,7 @@ def test_accuracy_of_a_grid():
   labels = np.array(
     [
       example["label"]
-      for example in (evaluator.data.open_split(config.data, "eval")[i] for i in range(199))
+      for example in (data.open_split(config.data, "eval")[i] for i in range(199))
     ]
   )
   for devices in (1, 8):

@@ -92,7 +92,7 @@ def test_a_page_about_two_runs(tmp_path, capsys):
   )
   assert (
     "goodput" in words.lower()
-    and "python -m mrmae_jax.cli.train" in words
+    and "mrmae pretrain" in words
     and f"jax {log.jax.__version__}" in words
   )
   svgs = [image for image in page.images if image["src"].startswith("data:image/svg")]

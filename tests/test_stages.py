@@ -36,7 +36,7 @@ def finished_run(workdir, encoder="convvit", **values):
     jax.random.key(3)
   )
   saving = Checkpoints(workdir, {})
-  saving.save(7, TrainState(jnp.int32(7), params, (jnp.zeros(3),), jnp.float32(0)))
+  saving.save(7, TrainState(jnp.int32(7), params, (), (jnp.zeros(3),), jnp.float32(0)))
   saving.close()
   (workdir / "config.json").write_text(config.to_json())
   return model, params

@@ -669,7 +669,8 @@ def start(tmp_path, *arguments):
   command = [
     sys.executable,
     "-m",
-    "mrmae_jax.cli.train",
+    "mrmae_jax",
+    "pretrain",
     "--config=tests/tiny.py",
     f"--workdir={tmp_path}/run",
     f"--config.data.source=folder:{tmp_path}/images",
