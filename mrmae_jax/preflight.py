@@ -1,6 +1,7 @@
-"""Opens what a run needs, devices, data and teachers, before anything compiles.
+"""Opens what a run needs before anything compiles: devices, data and teachers.
 
-Training, `--check`, `mrmae doctor` and the benchmarks all come through here, so that a mistake is answered in one way.
+Training, `--check`, `mrmae doctor` and the benchmarks share these functions, so that a mistake has
+one message.
 """
 
 import importlib
@@ -9,16 +10,18 @@ import math
 
 import ml_collections
 
-from mrmae_jax import config as config_lib
-from mrmae_jax import data, teachers
-from mrmae_jax.config import Mistakes
+from mrmae_jax import checks, data, teachers
+from mrmae_jax.checks import Mistakes
+from mrmae_jax.config import teacher_sections
 from mrmae_jax.data import randaugment
 from mrmae_jax.errors import DataError, WeightsError
 from mrmae_jax.train import Task
 
 
 def check(config: ml_collections.ConfigDict, num_devices: int) -> None:
-  """Checks a configuration, its devices, its data and the files of its teachers; images and weights are read later.
+  """Checks a configuration, its devices, its data and the files of its teachers.
+
+  The images and the weights themselves are read later.
 
   Args:
     config: in the shape of `config.pretrain()`.
@@ -27,7 +30,7 @@ def check(config: ml_collections.ConfigDict, num_devices: int) -> None:
   Raises:
     ConfigError: all problems, one per line: the value given, the value expected, what to do.
   """
-  mistakes = config_lib.find_mistakes(config)
+  mistakes = checks.find_mistakes(config)
   if mistakes.usable("wandb"):
     mistakes.need(
       not config.wandb or importlib.util.find_spec("wandb"),
@@ -38,13 +41,15 @@ def check(config: ml_collections.ConfigDict, num_devices: int) -> None:
     _check_devices(config, num_devices, mistakes)
   if mistakes.usable("data"):
     _check_data(config, mistakes)
-  if config.task == "pretrain" and mistakes.usable("encoder", "image_size", "method", "data.mean"):
+  if config.task == "pretrain" and mistakes.usable(
+    "encoder", "image_size", "method", "data.mean", "data.std"
+  ):
     _check_teachers(config, mistakes)
   mistakes.report()
 
 
 def open_task(config: ml_collections.ConfigDict) -> Task:
-  """Makes the task of a configuration that passed `check`; reads the weights that it starts from and its teachers'.
+  """Returns the task of a configuration that passed `check`; reads its weights and its teachers.
 
   Raises:
     ConfigError, WeightsError: weights that are damaged, or that do not fit the configuration.
@@ -76,7 +81,7 @@ def _check_devices(config, num_devices: int, mistakes: Mistakes) -> None:
 
 
 def _check_data(config, mistakes: Mistakes) -> None:
-  """Opens the splits that the task cannot do without, and what decodes and augments their images."""
+  """Opens the splits that the task needs, and what resizes and augments their images."""
   if mistakes.need(
     config.data.source,
     "config.data.source is not set; use digits, folder:/path/to/images, tfds:name or packed:/path",
@@ -95,8 +100,8 @@ def _check_data(config, mistakes: Mistakes) -> None:
 
 
 def _check_teachers(config, mistakes: Mistakes) -> None:
-  """Reads what the files of each teacher say of it, and compares that with how the teacher is used."""
-  for key, options in config_lib.teacher_sections(config).items():
+  """Compares what the files of each teacher offer with how the configuration uses it."""
+  for key, options in teacher_sections(config).items():
     if not mistakes.usable(key):
       continue
     try:

@@ -461,7 +461,7 @@ def test_foreign_files_that_do_not_tell_their_statistics(tmp_path):
 def test_weights_for_rgb_do_not_start_a_run_on_four_channels(folder, tmp_path):
   finished_run(tmp_path)
   config = config_lib.finetune()
-  config_lib.like(config, str(tmp_path))
+  config_lib.start_from(config, str(tmp_path))
   config.data.update(source=f"folder:{folder}", mean=MEAN, std=STD, randaug="")
   config.image_size = (160, 224)
   for task in (finetune, probe):
@@ -558,7 +558,7 @@ def test_four_channels_from_the_files_to_the_features(folder, tmp_path):
   assert "channels 2, 1, 0 as RGB" in (tmp_path / "look" / "index.html").read_text()
 
   tuning = config_lib.finetune()
-  config_lib.like(tuning, str(run))
+  config_lib.start_from(tuning, str(run))
   changed(
     tuning,
     batch_size=8,

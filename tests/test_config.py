@@ -299,7 +299,7 @@ def changed(**overrides):
       dict(encoder__num_heads=5),
       r"config\.encoder: width 24 must be a multiple of 4 and of num_heads=5",
     ),
-    (dict(dtype="float16"), r"config\.dtype='float16' must be 'float32' or 'bfloat16'"),
+    (dict(dtype="float16"), r"config\.dtype='float16' is not one of bfloat16, float32"),
     (dict(data__source=None), r"config\.data\.source is not set"),
     (
       dict(data__source="folder:/no/such/folder"),
@@ -436,9 +436,7 @@ def test_help():
     check=True,
   ).stdout
   assert (
-    "mrmae pretrain --config=configs/demo.py" in out
-    and "--check: " in out
-    and "--workdir: " in out
+    "mrmae pretrain --config=configs/demo.py" in out and "--check: " in out and "--workdir: " in out
   )
 
 
@@ -461,15 +459,62 @@ def test_wrong_teacher_weights_stop_the_run_before_compilation(tmp_path):
   )
 
 
-def test_help_of_every_key():
-  """Each key of the schema is explained where it first appears, by a comment on its line or above it."""
-  source = Path(config_lib.__file__).read_text()
-  lines = source[source.index("def encoder(") : source.index("def validate(")].splitlines()
-  seen, bare = set(), []
-  for before, line in zip(["", *lines], lines):
-    found = re.match(r"\s+(c\.[\w.]+)(, c\.[\w.]+)* = ", line)
-    if found and found[1] not in seen:
-      seen.add(found[1])
-      if "ConfigDict()" not in line and "#" not in line and "#" not in before:
-        bare.append(line.strip())
-  assert bare == []
+def test_every_key_is_explained_and_takes_its_default():
+  for task in config_lib.TASKS:
+    config = config_lib.defaults(task)
+    keys, values = config_lib.find_keys(config), config_lib.flatten(config)
+    assert keys.keys() == values.keys() and all(key.help for key in keys.values())
+    assert [name for name, _, _ in config_lib.describe(config)] == list(values)
+    for name, key in keys.items():
+      if type(key.allowed) is tuple:
+        assert values[name] in key.allowed and key.default == key.allowed[0]
+  rows = {name: text for name, _, text in config_lib.describe(config_lib.pretrain())}
+  assert rows["teacher.loss"] == "distance to its features (mse, smooth_l1, cosine, l1)"
+
+
+def test_what_a_run_that_resumes_may_change():
+  config = tiny.get_config()
+  config.extra_teachers.dino = config_lib.teacher()
+  before = config_lib.identity(config)
+  json.dumps(before)  # as it is stored
+  assert before["image_size"] == [32, 48] and before["extra_teachers.dino.loss"] == "mse"
+  free = (
+    "encoder.remat data.workers data.data_dir data.quarantine data.on_error data.max_skipped "
+    "data.timeout_s optim.accum_steps optim.max_skips log_every eval_every checkpoint_every "
+    "keep_checkpoints keep_best hang_s wandb mesh.data mesh.fsdp evals.knn.k evals.knn.temperature "
+    "evals.knn.batch_size evals.knn.bank evals.reconstruct.images teacher.name teacher.path "
+    "extra_teachers.dino.name extra_teachers.dino.path"
+  )
+  assert config_lib.flatten(config).keys() - before.keys() == set(free.split())
+  local = {name for name in free.split() if config_lib.find_keys(config)[name].resume == "local"}
+  assert local == config_lib.flatten(config).keys() - config_lib.shared_values(config).keys()
+  assert local == {name for name in free.split() if name.endswith((".name", ".path"))} | {
+    "data.workers",
+    "data.data_dir",
+    "data.quarantine",
+  }
+  config.log_every, config.evals = 7, {}
+  assert config_lib.identity(config) == before
+  config.optim.blr = 1.0
+  assert config_lib.identity(config) != before
+
+
+def test_self_distillation():
+  """Its defaults are those of the bundled teacher's training, and mistakes have a line each."""
+  config = config_lib.self_distill()
+  preflight.check(config, num_devices=8)
+  assert config.optim.blr * config.batch_size / 256 == pytest.approx(2e-3)
+  config.data.mean = config.data.std = (0.5,)
+  config.distill.update(objective="byol", visible=0.001, color=2.0)
+  with pytest.raises(ConfigError) as error:
+    preflight.check(config, num_devices=8)
+  lines = str(error.value).splitlines()
+  assert lines == [
+    "config.distill.objective='byol' is not one of dino, contrast",
+    "config.distill.color=2.0 must lie in [0, 1]",
+  ]
+  config.distill.update(objective="dino", color=0.0)
+  with pytest.raises(ConfigError) as error:
+    preflight.check(config, num_devices=8)
+  first, second = str(error.value).splitlines()
+  assert "self-distillation is for RGB" in first and "must leave one of 64 patches" in second

@@ -128,7 +128,7 @@ def test_another_architecture_is_refused(tmp_path):
     (dict(init_from=None), "config.init_from is not set"),
     (dict(pool="max"), "config.pool='max' is not one of mean, cls"),
     (dict(pool="cls"), "needs an encoder with a CLS token"),
-    (dict(mix__prob=1.5), r"config.mix.prob=1.5 must lie in \[0, 1\]"),
+    (dict(mix__smoothing=1.0), r"config.mix.smoothing=1.0 must lie in \[0, 1\)"),
     (dict(mix__mixup_alpha=-1.0), "config.mix.mixup_alpha=-1.0 must be"),
     (dict(mix__groups=3), "config.mix.groups=3 does not divide"),
     (dict(optim__layer_decay=0.0), "config.optim.layer_decay=0.0"),
@@ -174,10 +174,7 @@ def test_accuracy_counts_every_image_once_on_any_devices():
 
   task = predicting_task(predict, config)
   labels = np.array(
-    [
-      example["label"]
-      for example in (data.open_split(config.data, "eval")[i] for i in range(199))
-    ]
+    [example["label"] for example in (data.open_split(config.data, "eval")[i] for i in range(199))]
   )
   results = []
   for devices, batch_size in ((1, 64), (8, 40)):

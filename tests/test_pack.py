@@ -235,7 +235,7 @@ def test_memory_does_not_grow(root):
 
 def test_pillow_is_the_default_and_evaluation_has_no_choice(root, monkeypatch):
   source = open_source(f"folder:{root}/folder", "train")
-  assert config_lib.pretrain().data.resize == config_lib.CHOICES["data.resize"][0] == "pillow"
+  assert config_lib.pretrain().data.resize == config_lib.RESIZE[0] == "pillow"
   assert_same(train_steps(source, 2, resize="pillow"), train_steps(source, 2))
   monkeypatch.setattr(augment, "resizer", lambda name: None)  # training crops would fail
   image = make_views(resize="cv2").eval(source[0], None)["image"]

@@ -134,10 +134,7 @@ def test_accuracy_of_a_grid():
 
   task = predicting_task(predict, config)
   labels = np.array(
-    [
-      example["label"]
-      for example in (data.open_split(config.data, "eval")[i] for i in range(199))
-    ]
+    [example["label"] for example in (data.open_split(config.data, "eval")[i] for i in range(199))]
   )
   for devices in (1, 8):
     mesh = sharding.make_mesh(devices=jax.devices()[:devices])

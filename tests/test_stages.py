@@ -227,11 +227,11 @@ def test_every_preset_word_is_known_to_the_schema():
   """The choices that validation allows are those that the code knows."""
   from mrmae_jax.models.decoder import MimicHead
 
-  assert config_lib.CHOICES["teacher.layer"] == teachers.LAYERS
-  assert set(config_lib.CHOICES["teacher.loss"]) == set(mrmae.DISTANCES)
+  assert config_lib.LAYERS == teachers.LAYERS
+  assert set(config_lib.LOSSES) == set(mrmae.DISTANCES)
   x = jnp.ones((1, 2, 8))
   trees = {
     kind: jax.tree.structure(jax.eval_shape(MimicHead(4, kind).init, jax.random.key(0), x))
-    for kind in config_lib.CHOICES["teacher.head"]
+    for kind in config_lib.HEADS
   }
   assert len(set(trees.values())) == len(trees)

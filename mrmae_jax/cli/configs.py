@@ -112,9 +112,9 @@ def describe_keys(argv: list[str]) -> str:
   The values are those of `--config` if that is given and can be loaded, else the defaults of the
   command `argv[0]`.
   """
-  task = "pretrain" if argv[0] == "doctor" else argv[0]
+  task = {"doctor": "pretrain", "teacher": "self_distill"}.get(argv[0], argv[0])
   title = "keys of the configuration (--config.KEY=VALUE), their defaults and meaning:"
-  config = config_lib.TASKS[task]()
+  config = config_lib.defaults(task)
   names = [word.split("=", 1)[1] for word in argv if word.startswith("--config=")]
   overrides = [word for word in argv if word.startswith("--config.")]
   if names:

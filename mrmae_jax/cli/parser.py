@@ -263,9 +263,7 @@ published protocol, with random crops and LARS, is `mrmae probe`."""
     default=(10, 20, 100, 200),
     help="numbers of neighbours; empty: no k-NN",
   )
-  parser.add_argument(
-    "--temperature", type=positive, default=0.07, help="of the neighbours' votes"
-  )
+  parser.add_argument("--temperature", type=positive, default=0.07, help="of the neighbours' votes")
   parser.add_argument(
     "--shots",
     type=comma_list(integer(1)),
@@ -350,9 +348,7 @@ Panels (all that can be drawn; the page says why others cannot):
     default=(),
     help=f"some of {', '.join(PANELS)}; default: all that can be drawn",
   )
-  parser.add_argument(
-    "--count", type=integer(1), default=6, help="images shown, evenly spaced"
-  )
+  parser.add_argument("--count", type=integer(1), default=6, help="images shown, evenly spaced")
   parser.add_argument(
     "--image_size",
     type=comma_list(integer(1), (1, 2)),
@@ -360,9 +356,7 @@ Panels (all that can be drawn; the page says why others cannot):
     metavar="SIDE or HEIGHT,WIDTH",
     help="in pixels, multiples of the token size; default: as the model was trained",
   )
-  parser.add_argument(
-    "--teacher", help="preset or path; default: the run's own, with its options"
-  )
+  parser.add_argument("--teacher", help="preset or path; default: the run's own, with its options")
   parser.add_argument(
     "--query",
     type=comma_list(integer(0), (2,)),
@@ -370,9 +364,7 @@ Panels (all that can be drawn; the page says why others cannot):
     metavar="ROW,COLUMN",
     help="of the patch, from 0, whose attention is drawn; default: CLS, else the mean",
   )
-  parser.add_argument(
-    "--neighbours", type=integer(1), default=5, help="neighbours of each image"
-  )
+  parser.add_argument("--neighbours", type=integer(1), default=5, help="neighbours of each image")
   parser.add_argument(
     "--bank",
     type=integer(0),

@@ -12,7 +12,12 @@ from mrmae_jax.errors import Interrupted, LostError, OutOfMemoryError, UsageErro
 from mrmae_jax.runs import distributed, supervision
 from mrmae_jax.runs.workdir import held, prepare_workdir
 
-TASKS = {"pretrain": "pretrain", "finetune": "finetune", "probe": "probe", "teacher": "self_distill"}
+TASKS = {
+  "pretrain": "pretrain",
+  "finetune": "finetune",
+  "probe": "probe",
+  "teacher": "self_distill",
+}
 
 
 def run(options) -> int:

@@ -334,7 +334,7 @@ def test_f25_the_best_checkpoint_of_a_run_stays(tmp_path, monkeypatch):
   )
   _, records = toy_run(
     tmp_path,
-    evals__fake=config_lib.ml_collections.ConfigDict(),
+    evals__fake=config_lib.ConfigDict(),
     keep_best="fake/accuracy",
     keep_checkpoints=1,
     eval_every=small.get_config().checkpoint_every,

@@ -171,8 +171,10 @@ def valid(task, photos, encoder="convvit"):
   if task == "pretrain":
     c.extra_teachers.dino = copy.deepcopy(c.teacher)
   else:
-    other = config_lib.TASKS[task]()
-    other.update(image_size=c.image_size, batch_size=16, epochs=20.0, init_from="")
+    other = config_lib.defaults(task)
+    other.update(image_size=c.image_size, batch_size=16, epochs=20.0)
+    if "init_from" in other:
+      other.init_from = ""
     other.encoder, other.evals.knn = c.encoder, c.evals.knn
     c = other
   c.data.source = photos
@@ -195,14 +197,17 @@ HARMLESS = {("mesh.data", "-1"): "the default: all devices that are left"}
 
 def test_f33_every_number_of_every_task(photos):
   """NaN, infinity, -1, huge values and other types, at every number of the configuration."""
-  tried, accepted = set(), set()
+  tried, accepted, numbers_of_schema = set(), set(), set()
   for task, encoder in (
     ("pretrain", "convvit"),
     ("pretrain", "vit"),
     ("finetune", "convvit"),
     ("probe", "vit"),
+    ("self_distill", "vit"),
   ):
     config = valid(task, photos, encoder)
+    keys = config_lib.find_keys(config)
+    numbers_of_schema |= {n for n, k in keys.items() if isinstance(k.allowed, config_lib.Rule)}
     for name, value in flatten(config).items():
       several = isinstance(value, tuple)
       numbers = value if several else (value,)
@@ -239,23 +244,20 @@ def test_f33_every_number_of_every_task(photos):
             else f"config.{name}"
           )
           assert key in str(error) and "\n" not in str(error), (name, bad, error)
-  assert accepted == set(HARMLESS) and set(config_lib.RULES) <= tried
+  assert accepted == set(HARMLESS) and tried == numbers_of_schema
 
 
 def test_f33_every_number_has_a_range():
-  """A new key of the configuration needs a row in RULES, and no row is left over."""
-  names = set()
-  for task in config_lib.TASKS.values():
-    c = task()
-    for size in ("convvit", "vit"):
-      c.encoder = config_lib.encoder(size, "base")
-      names |= {
-        name
-        for name, value in flatten(c).items()
-        for x in (value if isinstance(value, tuple) else (value,))
-        if type(x) in (int, float)
-      }
-  assert names | {"encoder.fuse_layers", "teacher.bands"} == set(config_lib.RULES)
+  """A key whose value is a number, or a tuple of numbers, has a rule; every key has a meaning."""
+  for task in config_lib.TASKS:
+    for kind in ("convvit", "vit"):
+      c = config_lib.defaults(task)
+      c.encoder = config_lib.encoder(kind, "base")
+      for name, key in config_lib.find_keys(c).items():
+        several = isinstance(key.default, tuple)
+        element = key.many or type(key.default[0] if several else key.default)
+        assert isinstance(key.allowed, config_lib.Rule) == (element in (int, float)), name
+        assert key.help and key.resume in ("same", "free", "local"), name
 
 
 def _no_section(c):
@@ -272,7 +274,7 @@ def _no_key(c):
   [
     (
       lambda c: put(c, "optim.lr", 3),
-      "config.optim.lr is no key of the task 'pretrain'; did you mean config.optim.blr?",
+      "config.optim.lr is not a key of the task 'pretrain'; did you mean config.optim.blr?",
     ),
     (lambda c: put(c, "data.mean", "abc"), "config.data.mean='abc' must hold three numbers"),
     (lambda c: put(c, "data.flip", "no"), "config.data.flip='no' must be of type bool"),
@@ -280,7 +282,7 @@ def _no_key(c):
     (lambda c: put(c, "extra_teachers", {"dino": 3}), "config.extra_teachers"),
     (
       lambda c: put(c, "evals.knnn", ml_collections.ConfigDict({"k": 3})),
-      "config.evals.knnn is no evaluator of the task 'pretrain'",
+      "config.evals.knnn is not an evaluator of the task 'pretrain'",
     ),
     (lambda c: put(c, "task", ["pretrain"]), "config.task=['pretrain'] is not one of"),
     (_no_section, "config.optim must be a section"),
