@@ -189,7 +189,8 @@ def run(workdir, *overrides, devices=1, wait=True):
   command = [
     sys.executable,
     "-m",
-    "mrmae_jax.cli.train",
+    "mrmae_jax",
+    "pretrain",
     "--config=tests/tiny.py",
     f"--workdir={workdir}",
     *(f"--config.{o}" if not o.startswith("--") else o for o in overrides),

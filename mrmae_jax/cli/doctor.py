@@ -17,25 +17,24 @@ import os
 import platform
 import shutil
 import statistics
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
-from absl import flags
 from PIL import Image
 
 from mrmae_jax import config as config_lib
 from mrmae_jax import data, preflight, program, sharding, train
 from mrmae_jax.cli import bench, show_teacher
-from mrmae_jax.cli import train as training
 from mrmae_jax.cli.compile import find_chip
+from mrmae_jax.cli.train import load_training_config, out_of_memory
 from mrmae_jax.data import augment
 from mrmae_jax.errors import (
   DataError,
   NonFiniteError,
   OutOfMemoryError,
   StorageError,
+  UsageError,
   UserError,
   WorkdirError,
 )
@@ -45,16 +44,6 @@ from mrmae_jax.runs.paths import open_folder
 from mrmae_jax.viz.grid import draw_grid
 
 COUNT = 16  # images that doctor decodes
-
-
-def define_flags() -> flags.FlagValues:
-  """Returns the options that training does not have."""
-  own = flags.FlagValues()
-  flags.DEFINE_string(
-    "out", "", "A .png with the first images as training sees them.", flag_values=own
-  )
-  flags.DEFINE_bool("compile", True, "Compile the step, and time three of them.", flag_values=own)
-  return own
 
 
 class Report:
@@ -77,30 +66,20 @@ class Report:
     self.code = self.code or code
 
 
-def main(argv: list[str] | None = None) -> int:
-  """Runs a command line (default: sys.argv); returns the exit code."""
-  argv = sys.argv if argv is None else argv
-  own = define_flags()
-  if {"-h", "--help", "--helpfull"}.intersection(argv[1:]):
-    print(__doc__, own.get_help(), "\nAnd the options of training:\n", sep="\n")
-    return training.main(argv[:1] + ["--help"])
+def run(options) -> int:
+  """Runs `mrmae doctor`; returns the exit code that the run would have."""
   report = Report()
   try:
-    rest = own(argv, known_only=True)
-    if own.out and not own.out.endswith(".png"):
-      raise training.UsageError(f"--out={own.out} must end in .png")
-    with_workdir = any(word.startswith("--workdir") for word in rest)
-    config, workdir = training.parse(rest if with_workdir else [*rest, "--check"])
-  except (flags.Error, training.UsageError) as error:
+    if options.out and not options.out.endswith(".png"):
+      raise UsageError(f"--out={options.out} must end in .png")
+    options.check = options.check or not options.workdir
+    config = load_training_config(options, None)
+  except UsageError as error:
     report.stop(" ".join(str(error).split()), error.exit_code)
     return report.code
-  examine(config, workdir, report, own.out, own.compile)
-  print(
-    "\nthe run would start"
-    if not report.code
-    else f"\nthe run would end with exit code {report.code}",
-    flush=True,
-  )
+  examine(config, options.workdir, report, options.out, options.compile)
+  end = f"end with exit code {report.code}" if report.code else "start"
+  print(f"\nthe run would {end}", flush=True)
   return report.code
 
 
@@ -364,7 +343,7 @@ def time_step(config, task, plan: train.Plan, report: Report) -> None:
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    report.stop(training.out_of_memory(str(error), config), OutOfMemoryError.exit_code)
+    report.stop(out_of_memory(str(error), config), OutOfMemoryError.exit_code)
     return
   memory = compiled.program.memory_analysis()
   peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
