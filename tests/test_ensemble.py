@@ -8,7 +8,7 @@ from PIL import Image
 
 import mrmae_jax
 from mrmae_jax import data
-from mrmae_jax.evals import ensemble
+from mrmae_jax.cli import ensemble
 from mrmae_jax.models import ViT
 from mrmae_jax.weights import model_files
 from tests.helpers.cli import run_command

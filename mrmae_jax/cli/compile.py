@@ -21,7 +21,6 @@ import jax
 from jax.experimental import topologies
 
 from mrmae_jax import preflight, program, sharding, train
-from mrmae_jax.cli import configs
 from mrmae_jax.errors import UsageError
 from mrmae_jax.runs import log
 from mrmae_jax.weights import files
@@ -197,7 +196,7 @@ def run(options) -> str:
   """
   devices = find_devices(options.topology)
 
-  config = configs.load_config(options.config, options.overrides)
+  config = options.config
   if (
     config.task == "pretrain"
     and config.data.source

@@ -51,6 +51,17 @@ class Parser(argparse.ArgumentParser):
     raise UsageError(f"{message}; see mrmae {command} --help".replace("  ", " "))
 
 
+class UnknownWord(UsageError):
+  """A word of a command line that is not an option of its command."""
+
+  def __init__(self, word: str, command: str, names):
+    """Suggests the nearest of the `names` of options."""
+    self.word, self.name = word, word.split("=")[0].lstrip("-")
+    nearest = [self.name] if self.name in names else difflib.get_close_matches(self.name, names, 1)
+    hint = f"did you mean --{nearest[0]}?" if nearest else f"see mrmae {command} --help"
+    super().__init__(f"{word!r} is not an option; {hint}")
+
+
 # Types of options.
 
 
@@ -673,7 +684,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     options.overrides = [word for word in rest if word.startswith("--config.")]
     rest = [word for word in rest if not word.startswith("--config.")]
   if rest:
-    raise UsageError(_unknown(rest[0], options.command, vars(options)))
+    raise UnknownWord(rest[0], options.command, vars(options))
   return options
 
 
@@ -685,14 +696,7 @@ def _check_names(argv: list[str]) -> None:
   for word in argv[1:]:
     name = word.split("=")[0]
     if name.startswith("--") and name[2:] not in names and not name.startswith("--config."):
-      raise UsageError(_unknown(word, argv[0], names))
-
-
-def _unknown(word: str, command: str, names) -> str:
-  name = word.split("=")[0].lstrip("-")
-  nearest = [name] if name in names else difflib.get_close_matches(name, names, 1)
-  hint = f"; did you mean --{nearest[0]}?" if nearest else ""
-  return f"{word!r} is not an option{hint}; see mrmae {command} --help"
+      raise UnknownWord(word, argv[0], names)
 
 
 def _find_parser(argv: list[str]) -> Parser:
