@@ -12,6 +12,7 @@ import importlib
 import importlib.metadata
 import platform
 import shutil
+import datetime
 import sys
 from pathlib import Path
 
@@ -338,7 +339,6 @@ def step(config, task, count: int, workdir: str | None, compiled: bool, report: 
   from mrmae_jax import program, sharding, train
   from mrmae_jax.cli import bench
   from mrmae_jax.cli import compile as pods
-  from mrmae_jax.runs import log
 
   plan = train.make_plan(config, task, sharding.make_mesh(**config.mesh), count)
   sizes = {
@@ -390,5 +390,5 @@ def step(config, task, count: int, workdir: str | None, compiled: bool, report: 
   share = f" of {chip.memory / 2**30:.0f} GiB" if chip else ""
   report.ok(
     f"compiled in {ready.compile_s:.0f} s; {peak / 2**30:.2f} GiB{share} a device; {seconds * 1e3:,.0f} ms a step, "
-    f"{config.batch_size / seconds:,.0f} images/s without loading: {log.hms(seconds * steps)} for {steps} steps, without evaluations"
+    f"{config.batch_size / seconds:,.0f} images/s without loading: {datetime.timedelta(seconds=round(seconds * steps))} for {steps} steps, without evaluations"
   )

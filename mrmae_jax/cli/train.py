@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None, task: str | None = None) -> int:
   from mrmae_jax import train
   from mrmae_jax.config import validate
   from mrmae_jax.runs import distributed, supervision
-  from mrmae_jax.runs.workdir import held, prepare_workdir
+  from mrmae_jax.runs.workdir import lock_workdir, prepare_workdir
 
   try:
     if _MULTIHOST.value:
@@ -99,11 +99,11 @@ def main(argv: list[str] | None = None, task: str | None = None) -> int:
       try:
         validate(config, jax.device_count())
         ending.enter_context(supervision.supervised(config.hang_s))
-        with supervision.phase("start", at_once=True):
+        with supervision.phase("start", interruptible=True):
           task = importlib.import_module(f"mrmae_jax.tasks.{config.task}").make(config)
         if not _CHECK.value:
           prepare_workdir(workdir)
-          if note := ending.enter_context(held(workdir)):
+          if note := ending.enter_context(lock_workdir(workdir)):
             print(note, flush=True)
       except UserError as error:
         distributed.agree("start", {}, error=str(error))
