@@ -29,7 +29,6 @@ from mrmae_jax.config import teacher_options
 from mrmae_jax.data import augment
 from mrmae_jax.errors import ConfigError, DataError, UsageError, WeightsError, WorkdirError
 from mrmae_jax.evals.reconstruct import bands_shown
-from mrmae_jax.runs import log
 from mrmae_jax.runs.paths import open_folder
 from mrmae_jax.viz.grid import draw_grid
 
@@ -350,5 +349,5 @@ def step(config, task, count: int, workdir: str | None, compiled: bool, report: 
   share = f" of {chip.memory / 2**30:.0f} GiB" if chip else ""
   report.ok(
     f"compiled in {ready.compile_s:.0f} s; {peak / 2**30:.2f} GiB{share} a device; {seconds * 1e3:,.0f} ms a step, "
-    f"{config.batch_size / seconds:,.0f} images/s without loading: {log.hms(seconds * steps)} for {steps} steps, without evaluations"
+    f"{config.batch_size / seconds:,.0f} images/s without loading: {datetime.timedelta(seconds=round(seconds * steps))} for {steps} steps, without evaluations"
   )

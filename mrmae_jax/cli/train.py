@@ -10,7 +10,7 @@ from mrmae_jax import config as config_lib
 from mrmae_jax import preflight, train
 from mrmae_jax.errors import Interrupted, LostError, OutOfMemoryError, UsageError, UserError
 from mrmae_jax.runs import distributed, supervision
-from mrmae_jax.runs.workdir import held, prepare_workdir
+from mrmae_jax.runs.workdir import lock_workdir, prepare_workdir
 
 TASKS = {
   "pretrain": "pretrain",
@@ -88,11 +88,11 @@ def _train(options, config) -> int:
       try:
         preflight.check(config, jax.device_count())
         closing.enter_context(supervision.supervised(config.hang_s))
-        with supervision.phase("start", at_once=True):
+        with supervision.phase("start", interruptible=True):
           task = preflight.open_task(config)
         if not options.check:
           prepare_workdir(options.workdir)
-          if note := closing.enter_context(held(options.workdir)):
+          if note := closing.enter_context(lock_workdir(options.workdir)):
             print(note, flush=True)
       except UserError as error:
         distributed.agree("start", {}, error=str(error))
