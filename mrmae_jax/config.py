@@ -184,7 +184,7 @@ def teacher() -> ml_collections.ConfigDict:
   c = ml_collections.ConfigDict()
   c.name = placeholder(
     str
-  )  # a published tower, fetched from the Hugging Face hub (teachers.PRESETS); "" for none
+  )  # a published tower, fetched from the Hugging Face hub (weights.hub.PRESETS); "" for none
   c.path = placeholder(
     str
   )  # its folder or file; "checkpoint:WORKDIR", an encoder that was trained here; "random"
@@ -854,7 +854,7 @@ def _validate_teachers(config, encoder_fits, need):
   need(
     main.name is not None or main.path is not None,
     "config.teacher is not set; give config.teacher.name=clip_vit_b16 (or "
-    "another of teachers.PRESETS), config.teacher.path=FOLDER, or config.teacher.path= (empty) to train without a teacher",
+    "another of weights.hub.PRESETS), config.teacher.path=FOLDER, or config.teacher.path= (empty) to train without a teacher",
   )
   named = {"teacher": main} | {
     f"extra_teachers.{name}": extra for name, extra in config.extra_teachers.items()

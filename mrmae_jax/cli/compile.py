@@ -263,9 +263,9 @@ def run(options) -> str:
       "config.optim.accum_steps or config.mesh.fsdp, or lower config.batch_size (--sweep_batch finds the largest)"
     )
   if options.json:
-    from mrmae_jax.weights import files
+    from mrmae_jax.runs.paths import atomic_write
 
-    with files.whole(Path(options.json).expanduser()) as unfinished:
+    with atomic_write(Path(options.json).expanduser()) as unfinished:
       unfinished.write_text(json.dumps(result, indent=2) + "\n")
   return describe(result)
 

@@ -48,11 +48,11 @@ def convert(options) -> str:
   from mrmae_jax.weights import model_files  # --help is answered without jax
 
   whole = options.parts == "all"
-  student = model_files.read(
+  student = model_files.read_model(
     options.model, num_heads=options.num_heads, decoder_heads=options.decoder_heads, decoder=whole
   )
   print(student.report)
-  model_files.write(
+  model_files.write_model(
     student if whole else model_files.encoder_only(student), options.out, options.format
   )
   return f"wrote {options.out}"

@@ -57,7 +57,7 @@ def run(options) -> str:
   from mrmae_jax import data, pretrained  # mistakes are answered before jax is loaded
   from mrmae_jax.cli.features import extract
   from mrmae_jax.evals import ensemble
-  from mrmae_jax.weights import files
+  from mrmae_jax.runs.paths import atomic_write
 
   source = data.open_source(
     options.images,
@@ -94,7 +94,7 @@ def run(options) -> str:
       image_size=model.config["image_size"],
       crop=options.crop,
       batch_size=options.batch_size,
-      channels=len(model.student.mean),
+      channels=len(model.network.mean),
     )
     with tqdm(total=len(source), unit="image", desc=path, smoothing=0.05) as progress:
       parts = []
@@ -106,7 +106,7 @@ def run(options) -> str:
   result = {path: ensemble.accuracy(scores, labels) for path, scores in zip(models, logits)}
   result["ensemble"] = ensemble.accuracy(ensemble.combine(logits, options.average), labels)
   if options.out:
-    with files.whole(Path(options.out).expanduser()) as unfinished:
+    with atomic_write(Path(options.out).expanduser()) as unfinished:
       unfinished.write_text(
         json.dumps(
           {"images": len(labels), "average": options.average, "accuracy": result}, indent=2

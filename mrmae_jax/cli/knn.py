@@ -190,9 +190,9 @@ def run(options) -> str:
         else ""
       )
     )
-  from mrmae_jax.weights import files
+  from mrmae_jax.runs.paths import atomic_write
 
-  with files.whole(Path(options.out).expanduser()) as unfinished:
+  with atomic_write(Path(options.out).expanduser()) as unfinished:
     unfinished.write_text(json.dumps(result, indent=2) + "\n")
   return "\n".join([*lines, f"wrote {options.out}"])
 

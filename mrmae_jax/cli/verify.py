@@ -219,7 +219,7 @@ def run(options) -> str:
   from tqdm import tqdm
 
   from mrmae_jax import data  # a mistyped command line is answered first
-  from mrmae_jax.weights import files
+  from mrmae_jax.runs.paths import atomic_write
 
   opened = ("train_split", "eval_split", "data_dir", "holdout_every")
   sources = {
@@ -243,7 +243,7 @@ def run(options) -> str:
     (options.quarantine, {split: one.bad for split, one in found.items()}),
   ):
     if path:
-      with files.whole(Path(path).expanduser()) as unfinished:
+      with atomic_write(Path(path).expanduser()) as unfinished:
         unfinished.write_text(json.dumps(content, indent=1) + "\n")
   images, bad = (
     sum(one[key] for one in report.values() if isinstance(one, dict)) for key in ("images", "bad")

@@ -1,6 +1,8 @@
 """Folders on disk or in a bucket, as one kind of path; buckets that do not answer are found out early."""
 
+import contextlib
 import logging
+import os
 import queue
 import threading
 from pathlib import Path
@@ -51,3 +53,15 @@ def folder(address: str | Path) -> epath.Path:
       "application-default login"
     )
   return path
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path):
+  """Yields a temporary name, which becomes `path` when the block succeeds and is deleted when it fails."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  try:
+    yield tmp
+    tmp.replace(path)
+  finally:
+    tmp.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from mrmae_jax import data, mrmae
 from mrmae_jax.errors import DataError, WeightsError
@@ -14,7 +15,6 @@ from mrmae_jax.models import make_encoder
 from mrmae_jax.models.classifier import Classifier
 from mrmae_jax.train import Task
 from mrmae_jax.weights import model_files
-from mrmae_jax.weights.table import leaves
 
 
 def make_model(config, num_classes: int) -> Classifier:
@@ -95,7 +95,7 @@ def read_pretrained(config, model: Classifier) -> tuple[dict[str, np.ndarray], t
   """
   if not config.init_from:
     return {}, ("starting from random weights",)
-  student = model_files.read(
+  student = model_files.read_model(
     config.init_from,
     num_heads=config.encoder.num_heads,
     decoder=False,
@@ -129,7 +129,7 @@ def read_pretrained(config, model: Classifier) -> tuple[dict[str, np.ndarray], t
       "to that of the checkpoint"
     )
   grid = tuple(side // model.encoder.patch_size for side in config.image_size)
-  taken = leaves(model_files.params_at(student, grid)["encoder"])
+  taken = flatten_dict(model_files.params_at(student, grid)["encoder"], sep="/")
   fused = ("stage1_output_decode", "stage2_output_decode", "fusion")
   params = {f"encoder/{name}": value for name, value in taken.items() if not name.startswith(fused)}
   left = sorted({name.split("/")[0] for name in taken if name.startswith(fused)})

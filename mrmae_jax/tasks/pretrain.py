@@ -73,7 +73,9 @@ def make(config) -> Task:
     return jax.vmap(lambda key: jax.random.uniform(key, (tokens,)))(keys)
 
   def loss(params, frozen, batch, keys):
-    look = {name: functools.partial(teacher.look, frozen[name]) for name, teacher in loaded.items()}
+    look = {
+      name: functools.partial(teacher.forward, frozen[name]) for name, teacher in loaded.items()
+    }
     return mrmae.pretrain_loss(params, batch["image"], noise(keys), model, look, **options)
 
   def predict(params, frozen, batch, keys):

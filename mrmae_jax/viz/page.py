@@ -85,7 +85,7 @@ class Page:
 
   def write(self, path: str | Path) -> None:
     """Writes the file, whole or not at all; OSError if that cannot be done."""
-    from mrmae_jax.weights import files  # commands import this module before jax
+    from mrmae_jax.runs.paths import atomic_write  # commands import this module before jax
 
     title, subtitle = html.escape(self._title), html.escape(self._subtitle)
     contents = "".join(
@@ -117,5 +117,5 @@ class Page:
       "</html>",
       "",
     ]
-    with files.whole(Path(path)) as unfinished:  # names of files may hold bytes that are no text
+    with atomic_write(Path(path)) as unfinished:  # names of files may hold bytes that are no text
       unfinished.write_bytes("\n".join(lines).encode("utf-8", "replace"))
