@@ -1,4 +1,6 @@
-"""MR-MAE in JAX and Flax. `mrmae_jax.load` loads a trained model; importing the package imports nothing else."""
+"""MR-MAE in JAX and Flax. `mrmae_jax.load` loads a trained model; importing the package imports
+nothing else.
+"""
 
 
 def __getattr__(name: str):

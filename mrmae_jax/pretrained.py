@@ -2,7 +2,8 @@
 
 model = mrmae_jax.load("mae_pretrain_vit_base.pth")  # or a ViTMAE folder, a run, a file of mrmae convert
 print(model.report)                                  # what was loaded, and what was not
-features = model.encode(images)["pooled"]            # uint8 [B, H, W, 3] of any size -> float32 [B, D]
+features = model.encode(images)["pooled"]            # uint8 [B, H, W, 3] of any size -> float32 [B,
+D]
 """
 
 from pathlib import Path
@@ -31,15 +32,15 @@ def load(
   """Loads a trained model.
 
   Args:
-    path: the workdir of a run, on disk or in a bucket (gs://BUCKET/RUN); a file of weights in ConvMAE's
-      or MAE's names (.safetensors, or .pth with torch installed), as `mrmae convert` writes it; or a
-      ViTMAE folder of transformers.
+    path: the workdir of a run, on disk or in a bucket (gs://BUCKET/RUN); a file of weights in
+      ConvMAE's or MAE's names (.safetensors, or .pth with torch installed), as `mrmae convert`
+      writes it; or a ViTMAE folder of transformers.
     decoder: load the decoder too, if there is one; `reconstruct` needs it.
     mimic_heads: load the mimic heads of a run too.
     learned_positions: keep the position table as a parameter even if it is the sine-cosine one.
     dtype: of the computation, "float32" or "bfloat16". Parameters and results are float32.
-    **hints: facts for files that do not tell: num_heads, decoder_heads, grid (rows, columns of tokens in
-      training), mean and std of the input (one number per channel, of pixels in [0, 1]).
+    **hints: facts for files that do not tell: num_heads, decoder_heads, grid (rows, columns of
+      tokens in training), mean and std of the input (one number per channel, of pixels in [0, 1]).
 
   Returns:
     The model, ready to use. Its `report` lists what was loaded and what was not.
@@ -62,14 +63,16 @@ def load(
 class PretrainedModel:
   """A trained model that takes images and normalizes them itself.
 
-  Images are arrays [B, H, W, C], uint8 in [0, 255] or float in [0, 1]. C is the number of channels in
-  training (3: RGB); H and W are multiples of the token size, `encoder.patch_size`. Learned position tables
-  are interpolated for images of another grid than that of training. Every shape is compiled once.
+  Images are arrays [B, H, W, C], uint8 in [0, 255] or float in [0, 1]. C is the number of channels
+  in training (3: RGB); H and W are multiples of the token size, `encoder.patch_size`. Learned
+  position tables are interpolated for images of another grid than that of training. Every shape is
+  compiled once.
 
   Attributes:
     network: modules and parameters (`weights.model_files.LoadedModel`).
     report: str() of it lists what was loaded, what is new and what was dropped, both by design.
-    class_names: of a fine-tuned model, in the order of its logits; () where its source does not tell.
+    class_names: of a fine-tuned model, in the order of its logits; () where its source does not
+      tell.
   """
 
   def __init__(self, network: model_files.LoadedModel):
@@ -85,9 +88,10 @@ class PretrainedModel:
   def config(self) -> dict[str, Any]:
     """Returns sizes of the model.
 
-    "encoder", "decoder" (None without one): fields of the modules; "grid": (rows, columns) of tokens and
-    "image_size": (height, width) in training; "mean", "std": of the input; "classes": their number, 0
-    without a classifier.
+    "encoder", "decoder" (None without one): fields of the modules; "grid": (rows, columns) of
+    tokens and
+    "image_size": (height, width) in training; "mean", "std": of the input; "classes": their number,
+    0 without a classifier.
     """
     network, classifier = self.network, self.network.params.get("classifier")
     return {
@@ -107,9 +111,9 @@ class PretrainedModel:
       images: [B, H, W, C], uint8 or float in [0, 1].
 
     Returns:
-      "tokens" [B, N, D], row by row, N = (H / patch_size) * (W / patch_size). A ConvViT gives its last
-      block's output, before fusion and the last norm, which fine-tuning drops too. A ViT gives its output
-      after the norm (after the last block if it was fine-tuned without it).
+      "tokens" [B, N, D], row by row, N = (H / patch_size) * (W / patch_size). A ConvViT gives its
+      last block's output, before fusion and the last norm, which fine-tuning drops too. A ViT gives
+      its output after the norm (after the last block if it was fine-tuned without it).
       "pooled" [B, D], the mean of the tokens.
       "cls" [B, D], if the model has a CLS token.
       "stage1" [B, H/4, W/4, D1], "stage2" [B, H/8, W/8, D2], the feature maps of a ConvViT.
@@ -126,8 +130,8 @@ class PretrainedModel:
       images: [B, H, W, C], uint8 or float in [0, 1].
 
     Returns:
-      float32 [B, heads, T, T]. Rows (queries) sum to 1. T counts the N tokens row by row, after CLS where
-      there is one.
+      float32 [B, heads, T, T]. Rows (queries) sum to 1. T counts the N tokens row by row, after CLS
+      where there is one.
 
     Raises:
       ValueError: the images have another shape, type or range.
@@ -135,7 +139,8 @@ class PretrainedModel:
     return self._attend(*self._prepare(images))
 
   def classify(self, images) -> jax.Array:
-    """Returns the logits of a fine-tuned model, float32 [B, classes], in the order of `class_names`.
+    """Returns the logits of a fine-tuned model, float32 [B, classes], in the order of
+    `class_names`.
 
     Args:
       images: [B, H, W, C], uint8 or float in [0, 1].
@@ -159,15 +164,17 @@ class PretrainedModel:
     Args:
       images: [B, H, W, C], uint8 or float in [0, 1].
       mask_ratio: share of hidden patches, in (0, 1); None: that of pre-training, else MAE's 0.75.
-      norm_pix: the decoder predicts pixels normalized per patch; None: as in pre-training, else True.
-        The weights behind MAE's own pictures, mae_visualize_*.pth, predict plain pixels and do not tell:
-        they need norm_pix=False.
+      norm_pix: the decoder predicts pixels normalized per patch; None: as in pre-training, else
+        True. The weights behind MAE's own pictures, mae_visualize_*.pth, predict plain pixels and
+        do not tell: they need norm_pix=False.
       seed: of the mask. Patches that are visible at a high ratio are visible at a lower one too.
 
     Returns:
-      float32 [B, H, W, C] in [0, 1]: "original"; "masked", hidden patches gray; "reconstruction", every
-      patch as predicted; "pasted", predictions in the hidden places and the original elsewhere;
-      "reconstruction_blind", "pasted_blind", with norm_pix: brightness and contrast are guessed from
+      float32 [B, H, W, C] in [0, 1]: "original"; "masked", hidden patches gray; "reconstruction",
+      every patch as predicted; "pasted", predictions in the hidden places and the original
+      elsewhere;
+      "reconstruction_blind", "pasted_blind", with norm_pix: brightness and contrast are guessed
+        from
       visible patches instead of taken from the hidden ones.
 
     Raises:

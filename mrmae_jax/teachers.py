@@ -1,8 +1,9 @@
 """Frozen teachers: published vision towers or encoders of earlier runs, and their forward pass.
 
-A teacher is loaded once and kept out of the train state and of every checkpoint. It sees the whole image,
-normalized as in its own training. Loading is strict: a teacher with a missing, unknown or misshapen tensor
-is refused. `read_spec` checks everything that does not depend on the values of weights; `load` reads them.
+A teacher is loaded once and kept out of the train state and of every checkpoint. It sees the whole
+image, normalized as in its own training. Loading is strict: a teacher with a missing, unknown or
+misshapen tensor is refused. `read_spec` checks everything that does not depend on the values of
+weights; `load` reads them.
 """
 
 import functools
@@ -27,21 +28,22 @@ class TeacherOptions(NamedTuple):
   """A choice of a teacher and of its features.
 
   Attributes:
-    name: a key of `weights.hub.PRESETS`. Without a path it is fetched from the Hugging Face hub, or read
-      from its cache; with one, the path must hold that model.
+    name: a key of `weights.hub.PRESETS`. Without a path it is fetched from the Hugging Face hub, or
+      read from its cache; with one, the path must hold that model.
     path: Hugging Face folder, or file of weights in timm's, DINO's or OpenAI's names;
-      "checkpoint:WORKDIR", the encoder that a run of this project has trained; or "random", the tower of
-      `name` with random weights, a baseline and a stand-in for benchmarks.
-    layer: "raw", the residual stream after the last block; "normed", after the last norm; or "proj", the
-      projection of all normed tokens, where the model has one.
-    last_k: with "raw", the mean over this number of last blocks, each normalized token by token as their
-      scales differ (data2vec, Baevski et al. 2022, arXiv 2202.03555).
-    bands: the channels of the student's images that the teacher sees, in its order; () takes all if it
-      has as many, and repeats the single channel of gray images.
-    resolution: height of the teacher's input in pixels, the width in proportion. 0: the student's images
-      as they are if the teacher's patches divide the student's tokens, else resized to one patch per token.
-    num_heads, activation: for files that do not tell (`models.layers.ACTIVATIONS`); they overrule files
-      that do.
+      "checkpoint:WORKDIR", the encoder that a run of this project has trained; or "random", the
+      tower of `name` with random weights, a baseline and a stand-in for benchmarks.
+    layer: "raw", the residual stream after the last block; "normed", after the last norm; or
+      "proj", the projection of all normed tokens, where the model has one.
+    last_k: with "raw", the mean over this number of last blocks, each normalized token by token as
+      their scales differ (data2vec, Baevski et al. 2022, arXiv 2202.03555).
+    bands: the channels of the student's images that the teacher sees, in its order; () takes all if
+      it has as many, and repeats the single channel of gray images.
+    resolution: height of the teacher's input in pixels, the width in proportion. 0: the student's
+      images as they are if the teacher's patches divide the student's tokens, else resized to one
+      patch per token.
+    num_heads, activation: for files that do not tell (`models.layers.ACTIVATIONS`); they overrule
+      files that do.
     dtype: of the computation.
   """
 
@@ -116,7 +118,8 @@ class Teacher(NamedTuple):
   Attributes:
     forward: (params, images) -> TeacherOutput on the student's grid. The images are the student's,
       [B, H, W, C], uint8 or float in [0, 1].
-    params: kernels in the compute dtype, the rest float32; numpy arrays until the caller places them.
+    params: kernels in the compute dtype, the rest float32; numpy arrays until the caller places
+      them.
     dim: width of the features.
     digest: sha256 of the weights, which identifies a teacher wherever its files lie.
   """
@@ -128,7 +131,8 @@ class Teacher(NamedTuple):
 
 
 def read_spec(options: TeacherOptions, images: StudentImages) -> TeacherSpec:
-  """Locates a teacher and checks that it fits the student's images, without reading the values of weights.
+  """Locates a teacher and checks that it fits the student's images, without reading the values of
+  weights.
 
   Raises:
     WeightsError: there is nothing, it is not a supported teacher, or it does not fit.
@@ -199,10 +203,12 @@ def configured_spec(options, config) -> TeacherSpec:
 
 
 def load(spec: TeacherSpec) -> Teacher:
-  """Reads a teacher's weights. Every tensor is used exactly once, or is not a part of the vision tower.
+  """Reads a teacher's weights. Every tensor is used exactly once, or is not a part of the vision
+  tower.
 
   Raises:
-    WeightsError: files are missing or damaged, or tensors are missing, unknown, misshapen or not finite.
+    WeightsError: files are missing or damaged, or tensors are missing, unknown, misshapen or not
+      finite.
   """
   options = spec.options
   if spec.tower.path is None and options.path != "random":  # only config.json is on disk yet
@@ -217,7 +223,9 @@ def load(spec: TeacherSpec) -> Teacher:
 
 
 def _forward(spec: TeacherSpec, params, images: jax.Array) -> TeacherOutput:
-  """Runs the tower on the student's images [B, H, W, C] and brings its output to the student's grid."""
+  """Runs the tower on the student's images [B, H, W, C] and brings its output to the student's
+  grid.
+  """
   options = spec.options
   with jax.named_scope("teacher"):  # profiles and `program.flops` know a teacher by this name
     if spec.bands != tuple(range(images.shape[-1])):

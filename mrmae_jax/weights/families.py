@@ -27,7 +27,9 @@ from mrmae_jax.weights.table import (
 
 
 class Names(NamedTuple):
-  """The tensors of a tower; those of a block follow `block`, in which {} is its number. "": there is none."""
+  """The tensors of a tower; those of a block follow `block`, in which {} is its number. "": there
+  is none.
+  """
 
   patch_embed: str
   cls_token: str
@@ -59,11 +61,12 @@ class Family(NamedTuple):
     ignore: regular expressions (full match) of tensors that are no part of the vision tower.
     rule: how its position table is resized.
     fields: fields of ViT that all its members share.
-    model_types: of config.json, each with what transformers fills in for keys that are left out; none: files of this naming
-      come alone, and the sizes are read off the shapes.
+    model_types: of config.json, each with what transformers fills in for keys that are left out;
+      none: files of this naming come alone, and the sizes are read off the shapes.
     gated_fc1, gated_fc2: names of the MLP where it is gated.
     key_bias: keys have one.
-    patch_rank: of the patch embedding's weight; 4: a convolution (D, 3, p, p), 2: a linear layer (D, p * p * 3).
+    patch_rank: of the patch embedding's weight; 4: a convolution (D, 3, p, p), 2: a linear layer
+      (D, p * p * 3).
   """
 
   name: str

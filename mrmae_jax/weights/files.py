@@ -1,8 +1,9 @@
 """Reads named tensors from weight files, lazily, and writes safetensors.
 
-Names, types and shapes are known at once, values are read when they are asked for. The content of a file
-decides its format, not its name: safetensors, PyTorch (see `torch_files`) or Flax's msgpack. Nothing in a
-file is ever executed. Files come from strangers: their claims are believed only as far as their bytes reach.
+Names, types and shapes are known at once, values are read when they are asked for. The content of a
+file decides its format, not its name: safetensors, PyTorch (see `torch_files`) or Flax's msgpack.
+Nothing in a file is ever executed. Files come from strangers: their claims are believed only as far
+as their bytes reach.
 """
 
 import hashlib
@@ -27,8 +28,8 @@ FOLDER_FILES = (  # Hugging Face's names, best first
   "pytorch_model.bin.index.json",
   "flax_model.msgpack",
 )
-# The types of weights, and of counters and position numbers beside them: numpy's and torch's words, and
-# those of safetensors.
+# The types of weights, and of counters and position numbers beside them: numpy's and torch's words,
+# and those of safetensors.
 _TYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "bool")
 _SAFETENSORS_TYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "BOOL")
 
@@ -133,7 +134,8 @@ def image_statistics(
   std: tuple[float, ...] | None = None,
   channels: int | None = 3,
 ):
-  """Returns image_mean and image_std of a preprocessor_config.json, or `mean` and `std` where it has none.
+  """Returns image_mean and image_std of a preprocessor_config.json, or `mean` and `std` where it
+  has none.
 
   Raises:
     WeightsError: the file is not JSON, or see `check_statistics`.
@@ -268,7 +270,9 @@ def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _read_msgpack(file: Path) -> dict[str, Tensor]:
-  """Reads Hugging Face's old Flax weights, in the names and layouts of the same model's torch weights."""
+  """Reads Hugging Face's old Flax weights, in the names and layouts of the same model's torch
+  weights.
+  """
   tensors = {}
 
   def walk(node, path):

@@ -27,9 +27,9 @@ class Preset(NamedTuple):
 
 S, B, L, G = (384, 12), (768, 12), (1024, 24), (1536, 40)  # width and depth
 
-# Revisions are commits of the hub. Two kinds may move: "main", where no commit could be verified, and
-# refs/pr/N, where only that proposal of the hub's conversion robot holds safetensors. The digest in a
-# run's log says what was loaded.
+# Revisions are commits of the hub. Two kinds may move: "main", where no commit could be verified,
+# and refs/pr/N, where only that proposal of the hub's conversion robot holds safetensors. The
+# digest in a run's log says what was loaded.
 PRESETS = {
   "clip_vit_b32": Preset(
     "openai/clip-vit-base-patch32", "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268", "CLIP", *B, 32, 224
@@ -167,7 +167,8 @@ def preset_config(name: str, model_type: str) -> dict[str, Any]:
 
 
 def fetch(name: str, *choices: tuple[str, ...]) -> Path:
-  """Returns the folder in Hugging Face's cache that holds files of a preset, downloading them if needed.
+  """Returns the folder in Hugging Face's cache that holds files of a preset, downloading them if
+  needed.
 
   HF_HUB_OFFLINE=1 keeps it from the network.
 

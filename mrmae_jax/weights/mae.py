@@ -1,4 +1,6 @@
-"""Names of facebookresearch/mae (models_mae.py; models_vit.py for fine-tuning) and of transformers' ViTMAE."""
+"""Names of facebookresearch/mae (models_mae.py; models_vit.py for fine-tuning) and of transformers'
+ViTMAE.
+"""
 
 import re
 from typing import Any
@@ -125,7 +127,8 @@ def hf_fields(
     Fields of ViT, fields of Decoder, the grid of the position tables, {"mask_ratio", "norm_pix"}.
 
   Raises:
-    WeightsError: it is another model or activation, patches are not square, or a value is not a size.
+    WeightsError: it is another model or activation, patches are not square, or a value is not a
+      size.
   """
   if config.get("model_type") != "vit_mae":
     raise WeightsError(

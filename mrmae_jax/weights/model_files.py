@@ -1,13 +1,15 @@
-"""Reads and writes trained models: ConvMAE's and MAE's weights, transformers' ViTMAE, this project's runs and files.
+"""Reads and writes trained models: ConvMAE's and MAE's weights, transformers' ViTMAE, this
+project's runs and files.
 
-`read_model` takes any of them and is strict: every tensor is used exactly once, or is listed in the report
-as left out by design. Sizes come from what the source states (config.json, a run's configuration, the
-metadata in files written here), else from the shapes of its tensors. `write_model` is the way back: reading
-a written model gives its parameters bit for bit.
+`read_model` takes any of them and is strict: every tensor is used exactly once, or is listed in the
+report as left out by design. Sizes come from what the source states (config.json, a run's
+configuration, the metadata in files written here), else from the shapes of its tensors.
+`write_model` is the way back: reading a written model gives its parameters bit for bit.
 
-A ConvViT has the names of Alpha-VL/ConvMAE; a ViT has those of facebookresearch/mae (timm) or transformers.
-Fused layers, which no published model has, are called "fusion.". Mimic heads stay behind unless asked for:
-they belong to one teacher, and only a comparison with that teacher needs them.
+A ConvViT has the names of Alpha-VL/ConvMAE; a ViT has those of facebookresearch/mae (timm) or
+transformers. Fused layers, which no published model has, are called "fusion.". Mimic heads stay
+behind unless asked for: they belong to one teacher, and only a comparison with that teacher needs
+them.
 """
 
 import dataclasses
@@ -81,17 +83,17 @@ class LoadedModel(NamedTuple):
   Attributes:
     encoder: ConvViT or ViT.
     decoder: Decoder; None if the source has none, or it was not asked for.
-    params: {"encoder", "decoder" if there is one, "classifier" if it was fine-tuned, "mimic_heads" if
-      asked for}, float32 numpy arrays. A classifier is {"head"} on the normed first token, or
+    params: {"encoder", "decoder" if there is one, "classifier" if it was fine-tuned, "mimic_heads"
+      if asked for}, float32 numpy arrays. A classifier is {"head"} on the normed first token, or
       {"fc_norm", "head"} on the mean token of the last block.
     grid: (rows, columns) of its position tables.
     mean, std: of its input, one number per channel.
     method: {"mask_ratio", "norm_pix"} of its pre-training; MAE's where the source does not tell.
-    has_norm: False where fine-tuning has replaced the last norm by fc_norm; the norm in `params` is then
-      a fresh one.
+    has_norm: False where fine-tuning has replaced the last norm by fc_norm; the norm in `params` is
+      then a fresh one.
     report: what was loaded, and what was not.
-    classes: names of the classifier's classes in the order of the logits; () where the source does not
-      tell.
+    classes: names of the classifier's classes in the order of the logits; () where the source does
+      not tell.
   """
 
   encoder: ConvViT | ViT
@@ -136,18 +138,18 @@ def read_model(
   """Reads a trained model.
 
   Args:
-    path: the workdir of a run; a file of weights in ConvMAE's or MAE's names (.safetensors, .pth); a
-      ViTMAE folder.
+    path: the workdir of a run; a file of weights in ConvMAE's or MAE's names (.safetensors, .pth);
+      a ViTMAE folder.
     decoder: read the decoder too, if there is one.
     mimic_heads: read the mimic heads of a run too: {name of the loss: parameters}.
-    learned_positions: keep the encoder's position table as a parameter, e.g. to train it, even if it is
-      the sine-cosine one.
+    learned_positions: keep the encoder's position table as a parameter, e.g. to train it, even if
+      it is the sine-cosine one.
     dtype: of the modules' computation.
     **hints: fields of `Hints`, for files that do not tell.
 
   Raises:
-    WeightsError: there is nothing, it is another model, or tensors are missing, unknown, misshapen or not
-      finite.
+    WeightsError: there is nothing, it is another model, or tensors are missing, unknown, misshapen
+      or not finite.
   """
   # A bucket holds runs alone.
   if "://" not in str(path):
@@ -238,7 +240,9 @@ class _Description(NamedTuple):
 
 
 def _describe_source(path: Path, tensors: dict[str, files.Tensor]) -> _Description:
-  """Determines family and sizes, from names that no other family has and from config.json, metadata or shapes."""
+  """Determines family and sizes, from names that no other family has and from config.json, metadata
+  or shapes.
+  """
   source, shapes = str(path), {name: tensor.shape for name, tensor in tensors.items()}
   if {"vit.embeddings.cls_token", "embeddings.cls_token"}.intersection(shapes):
     return _describe_hf(path if path.is_dir() else path.parent, shapes)
@@ -457,7 +461,9 @@ def _file_decoder(
   dtype,
   source: str,
 ) -> Decoder | None:
-  """Returns the decoder that a file describes; drops its tensors where it is incomplete or not asked for."""
+  """Returns the decoder that a file describes; drops its tensors where it is incomplete or not
+  asked for.
+  """
   tensors = inventory.tensors
   if description.their_name("decoder_embed.weight") not in tensors:
     inventory.new.append("no decoder (the source is encoder-only and cannot reconstruct)")
@@ -482,7 +488,9 @@ def _file_decoder(
 def _find_classifier(
   inventory: _Inventory, description: _Description, source: str
 ) -> tuple[tuple[str, ...], int, bool]:
-  """Returns the parts of a classifier (() for none), its number of classes, and whether the last norm exists."""
+  """Returns the parts of a classifier (() for none), its number of classes, and whether the last
+  norm exists.
+  """
   tensors, classifier = inventory.tensors, ()
   has_norm = "norm.weight" in tensors or "fc_norm.weight" not in tensors
   if "head.weight" in tensors:
@@ -500,7 +508,9 @@ def _find_classifier(
 
 
 def _find_grid(shapes, name: str, encoder, grid, source: str) -> tuple[int, int]:
-  """Returns (rows, columns) of the encoder's position table: `grid` if it fits, or a square without it."""
+  """Returns (rows, columns) of the encoder's position table: `grid` if it fits, or a square without
+  it.
+  """
   num_rows = shape_of(shapes, name, 3, source)[1]
   # ConvMAE v2 has a CLS token; whether its published tables have a row for that is unknown.
   for cls_rows in (1,) if isinstance(encoder, ViT) else (0, 1) if encoder.cls_token else (0,):
@@ -527,7 +537,9 @@ def _fold_cls_row(tensors, grid: tuple[int, int]) -> bool:
 
 
 class _Table(NamedTuple):
-  """A stored position table: its name, its grid, whether it has a CLS row, whether it must stay a parameter."""
+  """A stored position table: its name, its grid, whether it has a CLS row, whether it must stay a
+  parameter.
+  """
 
   name: str
   grid: tuple[int, int]
@@ -567,7 +579,9 @@ def param_shapes(
   classes: int = 0,
   channels: int = 3,
 ) -> dict[str, Any]:
-  """Returns the shapes of all parameters of a model; `decoder` None for none, `classifier` names its parts."""
+  """Returns the shapes of all parameters of a model; `decoder` None for none, `classifier` names
+  its parts.
+  """
   tokens, key = math.prod(grid), jax.random.key(0)
   height, width = (side * encoder.patch_size for side in grid)
   pixels = jax.ShapeDtypeStruct((1, height, width, channels), jnp.float32)
@@ -663,14 +677,15 @@ def _count_params(params) -> tuple[str, ...]:
 
 
 def write_model(model: LoadedModel, out: str | Path, form: str) -> None:
-  """Writes a model so that others, and `read_model`, can read it; files appear complete or not at all.
+  """Writes a model so that others, and `read_model`, can read it; files appear complete or not at
+  all.
 
   Args:
     model: as `read_model` gives it; `encoder_only(model)` leaves decoder and classifier out.
-    out: a .safetensors file; with "hf" a folder, which receives config.json, preprocessor_config.json and
-      model.safetensors.
-    form: "convmae": a ConvViT in ConvMAE's names; "timm": a ViT in those of timm and MAE; "hf": a ViT as
-      transformers' ViTMAE.
+    out: a .safetensors file; with "hf" a folder, which receives config.json,
+      preprocessor_config.json and model.safetensors.
+    form: "convmae": a ConvViT in ConvMAE's names; "timm": a ViT in those of timm and MAE; "hf": a
+      ViT as transformers' ViTMAE.
 
   Raises:
     WeightsError: this model cannot take that form.

@@ -1,4 +1,6 @@
-"""Learned position tables at other grids than their own, each family's the way its reference implementation does it."""
+"""Learned position tables at other grids than their own, each family's the way its reference
+implementation does it.
+"""
 
 from typing import Callable, NamedTuple
 
@@ -11,7 +13,8 @@ class Rule(NamedTuple):
   Attributes:
     description: for people.
     kernel: distances in old rows -> weights.
-    antialias: shrinking widens the kernel, and weights beyond the edges are left out; else they go to the edge.
+    antialias: shrinking widens the kernel, and weights beyond the edges are left out; else they go
+      to the edge.
     offset: added to the new number of rows where the step from one new row to the next is computed.
   """
 
@@ -35,7 +38,8 @@ def _cubic(a: float):
 
 # torch.nn.functional.interpolate takes a = -0.75, and -0.5 where it antialiases.
 BICUBIC = Rule("bicubic", _cubic(-0.75))
-# facebookresearch/dino, vision_transformer.py: a scale factor of (new + 0.1) / old, against rounding, also moves the rows.
+# facebookresearch/dino, vision_transformer.py: a scale factor of (new + 0.1) / old, against
+# rounding, also moves the rows.
 DINO = Rule("bicubic with DINO's offset", _cubic(-0.75), offset=0.1)
 BICUBIC_ANTIALIAS = Rule("antialiased bicubic", _cubic(-0.5), antialias=True)
 BILINEAR_ANTIALIAS = Rule(
@@ -47,7 +51,8 @@ def resize(table: np.ndarray, old: tuple[int, int], new: tuple[int, int], rule: 
   """Interpolates a position table.
 
   Args:
-    table: float32 [1, T, D]; the last old rows * old columns tokens are the grid, row by row; a CLS row before it is kept.
+    table: float32 [1, T, D]; the last old rows * old columns tokens are the grid, row by row; a CLS
+      row before it is kept.
     old, new: (rows, columns).
     rule: of the family.
 

@@ -1,8 +1,9 @@
 """Name tables: foreign weights to parameter trees and back, checked in both directions.
 
-A name table is a list of `Entry`: a parameter, the tensors that it is made of, and how. One module per
-family (convmae, mae, families) writes such a table for a given network; nothing else knows foreign names.
-`convert` reads a table forwards, `export` backwards, and the second undoes the first bit for bit.
+A name table is a list of `Entry`: a parameter, the tensors that it is made of, and how. One module
+per family (convmae, mae, families) writes such a table for a given network; nothing else knows
+foreign names. `convert` reads a table forwards, `export` backwards, and the second undoes the first
+bit for bit.
 """
 
 import dataclasses
@@ -17,7 +18,8 @@ from mrmae_jax.errors import WeightsError
 from mrmae_jax.models.layers import ACTIVATIONS, REMAT_POLICIES
 from mrmae_jax.models.vit import POSITIONS
 
-# The largest size and depth of a network that a file may describe: several times the largest ever published.
+# The largest size and depth of a network that a file may describe: several times the largest ever
+# published.
 MAX_SIZE = 2**17
 MAX_DEPTH = 200
 _MAY_BE_ZERO = ("num_registers", "proj_dim", "fuse_layers", "drop_path")
@@ -117,7 +119,9 @@ def timm_block(ours: str, theirs: str) -> list[Entry]:
 
 
 def fusion(module) -> list[Entry]:
-  """Returns the entries of layer fusion in either encoder, under a prefix that no published model has."""
+  """Returns the entries of layer fusion in either encoder, under a prefix that no published model
+  has.
+  """
   depths = [f"fusion/depth_{i}" for i in range(len(module.fuse_layers))]
   table = [entry for name in depths for entry in dense(name, name.replace("/", "."))]
   return table + [Entry("fusion/weights", ("fusion.weights",), same)] if depths else []
@@ -179,7 +183,8 @@ def mlp_ratio(hidden: int, width: int) -> float:
 
 
 def check_fields(module, fields: dict[str, Any], source: str) -> None:
-  """Checks that a network can have the fields that a file states; even the shapes of 10^9 blocks take for ever.
+  """Checks that a network can have the fields that a file states; even the shapes of 10^9 blocks
+  take for ever.
 
   Args:
     module: the class of the network.

@@ -1,7 +1,8 @@
-"""Reads PyTorch's weight files: `torch.save`d state dictionaries and checkpoints, and TorchScript archives.
+"""Reads PyTorch's weight files: `torch.save`d state dictionaries and checkpoints, and TorchScript
+archives.
 
-This is the only module that uses torch, and only for state dictionaries. Pickled classes and the code of
-TorchScript archives are never executed.
+This is the only module that uses torch, and only for state dictionaries. Pickled classes and the
+code of TorchScript archives are never executed.
 """
 
 import argparse
@@ -186,8 +187,8 @@ def _read_torchscript(file: Path) -> dict[str, Tensor]:
   """Reads the parameters and buffers of a TorchScript archive, without torch.
 
   `torch.jit.load` runs the code of the archive's __setstate__ methods, which can write files. Here
-  modules become plain objects, whatever class they name, and tensors are read from the place that the
-  archive states.
+  modules become plain objects, whatever class they name, and tensors are read from the place that
+  the archive states.
   """
   visited = set()
 

@@ -25,7 +25,8 @@ def read_params(tower: Tower, grid: tuple[int, int]) -> tuple[Any, str]:
     grid: (rows, columns) of patches that a learned position table is resized to.
 
   Raises:
-    WeightsError: files are missing or damaged, or tensors are missing, unknown, misshapen or not finite.
+    WeightsError: files are missing or damaged, or tensors are missing, unknown, misshapen or not
+      finite.
   """
   if tower.path is None:
     return _random_params(tower, grid), tower.source

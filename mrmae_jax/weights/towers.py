@@ -72,8 +72,8 @@ def open_tower(path: str | Path, name: str, overrides: Overrides, dtype) -> Towe
   """Determines the tower in a folder or file, or that of a preset.
 
   Args:
-    path: Hugging Face folder, or file of weights; "": the preset's configuration is fetched from the
-      hub, and its weights are left there.
+    path: Hugging Face folder, or file of weights; "": the preset's configuration is fetched from
+      the hub, and its weights are left there.
     name: a key of `hub.PRESETS`, which the tower must be; "" accepts any.
     overrides: what the user states.
     dtype: of the computation.
@@ -247,7 +247,8 @@ def _check_agreement(family: Family, sizes, num_positions: int, fields, grid, so
 def _complete(family: Family, sizes, source: str, name: str, overrides: Overrides):
   """Fields of ViT for a file without config.json.
 
-  Heads have 64 channels in all models that are published in this way; wider models need `num_heads`.
+  Heads have 64 channels in all models that are published in this way; wider models need
+  `num_heads`.
   """
   width, num_heads = sizes["dim"], overrides.num_heads
   if not num_heads and (width % 64 or width > 1024):
@@ -375,7 +376,9 @@ def tower_config(
 
 
 def _config_fields(family: Family, config: dict[str, Any], proj_dim: int, source: str):
-  """Fields of ViT and table grid of a complete configuration; raises nearly anything for odd values."""
+  """Fields of ViT and table grid of a complete configuration; raises nearly anything for odd
+  values.
+  """
   hidden_act = config["hidden_act"]
   if hidden_act not in HF_ACTIVATIONS:
     raise WeightsError(
