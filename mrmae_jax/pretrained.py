@@ -1,9 +1,9 @@
 """Trained models in use: `mrmae_jax.load(path).encode(images)`.
 
-model = mrmae_jax.load("mae_pretrain_vit_base.pth")  # or a ViTMAE folder, a run, a file of mrmae convert
-print(model.report)                                  # what was loaded, and what was not
-features = model.encode(images)["pooled"]            # uint8 [B, H, W, 3] of any size -> float32 [B,
-D]
+# A file as here, a ViTMAE folder, the workdir of a run, or a file of `mrmae convert`.
+model = mrmae_jax.load("mae_pretrain_vit_base.pth")
+print(model.report)                        # what was loaded, and what was not
+features = model.encode(images)["pooled"]  # uint8 [B, H, W, 3] of any size -> float32 [B, D]
 """
 
 from pathlib import Path
@@ -86,12 +86,14 @@ class PretrainedModel:
 
   @property
   def config(self) -> dict[str, Any]:
-    """Returns sizes of the model.
+    """Returns sizes and input statistics of the model.
 
-    "encoder", "decoder" (None without one): fields of the modules; "grid": (rows, columns) of
-    tokens and
-    "image_size": (height, width) in training; "mean", "std": of the input; "classes": their number,
-    0 without a classifier.
+    Returns:
+      "encoder", "decoder": fields of the modules; None without a decoder.
+      "grid": (rows, columns) of tokens in training.
+      "image_size": (height, width) in training.
+      "mean", "std": of the input, one number per channel.
+      "classes": number of classes, 0 without a classifier.
     """
     network, classifier = self.network, self.network.params.get("classifier")
     return {
@@ -112,8 +114,9 @@ class PretrainedModel:
 
     Returns:
       "tokens" [B, N, D], row by row, N = (H / patch_size) * (W / patch_size). A ConvViT gives its
-      last block's output, before fusion and the last norm, which fine-tuning drops too. A ViT gives
-      its output after the norm (after the last block if it was fine-tuned without it).
+        last block's output, before fusion and the last norm, which fine-tuning drops too. A ViT
+        gives its output after the norm, or after the last block if it was fine-tuned without the
+        norm.
       "pooled" [B, D], the mean of the tokens.
       "cls" [B, D], if the model has a CLS token.
       "stage1" [B, H/4, W/4, D1], "stage2" [B, H/8, W/8, D2], the feature maps of a ConvViT.
@@ -139,8 +142,7 @@ class PretrainedModel:
     return self._attend(*self._prepare(images))
 
   def classify(self, images) -> jax.Array:
-    """Returns the logits of a fine-tuned model, float32 [B, classes], in the order of
-    `class_names`.
+    """Returns the logits of a fine-tuned model, float32 [B, classes], as `class_names` orders them.
 
     Args:
       images: [B, H, W, C], uint8 or float in [0, 1].
@@ -170,12 +172,13 @@ class PretrainedModel:
       seed: of the mask. Patches that are visible at a high ratio are visible at a lower one too.
 
     Returns:
-      float32 [B, H, W, C] in [0, 1]: "original"; "masked", hidden patches gray; "reconstruction",
-      every patch as predicted; "pasted", predictions in the hidden places and the original
-      elsewhere;
-      "reconstruction_blind", "pasted_blind", with norm_pix: brightness and contrast are guessed
-        from
-      visible patches instead of taken from the hidden ones.
+      float32 [B, H, W, C] in [0, 1]:
+      "original".
+      "masked": hidden patches are gray.
+      "reconstruction": every patch as predicted.
+      "pasted": predictions in the hidden places, the original elsewhere.
+      "reconstruction_blind", "pasted_blind": brightness and contrast of predictions are guessed
+        from the visible patches instead of taken from the hidden ones.
 
     Raises:
       WeightsError: the model has no decoder.
@@ -184,8 +187,8 @@ class PretrainedModel:
     if self.network.decoder is None:
       raise WeightsError(
         f"{self.report.source} was loaded without a decoder and cannot reconstruct; most published "
-        "files hold the encoder alone: give a run's workdir, or a full pre-training checkpoint, as of "
-        "MAE the folders facebook/vit-mae-* or the files mae_pretrain_*_full.pth and "
+        "files hold the encoder alone: give a run's workdir, or a full pre-training checkpoint, as "
+        "of MAE the folders facebook/vit-mae-* or the files mae_pretrain_*_full.pth and "
         "mae_visualize_*.pth"
       )
     method = self.network.method
@@ -204,8 +207,8 @@ class PretrainedModel:
       or any(n % patch or not n for n in images.shape[1:3])
     ):
       raise ValueError(
-        f"images of shape {tuple(images.shape)} given; expected [B, H, W, {channels}] with B > 0, H "
-        f"and W multiples of the token size {patch}"
+        f"images of shape {tuple(images.shape)} given; expected [B, H, W, {channels}] with B > 0, "
+        f"H and W multiples of the token size {patch}"
       )
     if not (images.dtype == np.uint8 or jnp.issubdtype(images.dtype, jnp.floating)):
       raise ValueError(f"images of type {images.dtype} given; expected uint8, or float in [0, 1]")

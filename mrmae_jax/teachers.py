@@ -131,8 +131,7 @@ class Teacher(NamedTuple):
 
 
 def read_spec(options: TeacherOptions, images: StudentImages) -> TeacherSpec:
-  """Locates a teacher and checks that it fits the student's images, without reading the values of
-  weights.
+  """Locates a teacher and checks that it fits the student's images; reads no values of weights.
 
   Raises:
     WeightsError: there is nothing, it is not a supported teacher, or it does not fit.
@@ -152,8 +151,8 @@ def read_spec(options: TeacherOptions, images: StudentImages) -> TeacherSpec:
   last_k = options.last_k
   if last_k != 1 and (options.layer != "raw" or not 1 <= last_k <= module.depth):
     raise WeightsError(
-      f"last_k={last_k} needs layer 'raw' (not {options.layer!r}) and 1 to {module.depth} blocks of "
-      f"{source}"
+      f"last_k={last_k} needs layer 'raw' (not {options.layer!r}) and 1 to {module.depth} "
+      f"blocks of {source}"
     )
   bands = _select_bands(tuple(options.bands), images.channels, len(tower.mean), source)
   pick = lambda values, default: tuple(values[band] for band in bands) if values else default
@@ -203,8 +202,7 @@ def configured_spec(options, config) -> TeacherSpec:
 
 
 def load(spec: TeacherSpec) -> Teacher:
-  """Reads a teacher's weights. Every tensor is used exactly once, or is not a part of the vision
-  tower.
+  """Reads a teacher's weights; every tensor is used exactly once, or belongs to another part.
 
   Raises:
     WeightsError: files are missing or damaged, or tensors are missing, unknown, misshapen or not
@@ -223,9 +221,7 @@ def load(spec: TeacherSpec) -> Teacher:
 
 
 def _forward(spec: TeacherSpec, params, images: jax.Array) -> TeacherOutput:
-  """Runs the tower on the student's images [B, H, W, C] and brings its output to the student's
-  grid.
-  """
+  """Runs the tower on the student's images; its output is on the student's grid."""
   options = spec.options
   with jax.named_scope("teacher"):  # profiles and `program.flops` know a teacher by this name
     if spec.bands != tuple(range(images.shape[-1])):
@@ -281,7 +277,8 @@ def _open_tower(options: TeacherOptions) -> towers.Tower:
   if path.startswith("checkpoint:"):
     if name or any(overrides):
       raise WeightsError(
-        f"teacher.path={path} says all by itself; leave teacher.name, num_heads and activation empty"
+        f"teacher.path={path} says all by itself; leave teacher.name, num_heads and activation "
+        "empty"
       )
     return towers.trained_encoder(path.removeprefix("checkpoint:"), options.dtype)
   if path == "random":

@@ -114,7 +114,7 @@ def to_blocks(x: jax.Array, s: int) -> jax.Array:
 
 
 def from_blocks(x: jax.Array, grid: tuple[int, int]) -> jax.Array:
-  """Joins blocks into maps, the inverse of `to_blocks`: [B, gh*gw, s, s, C] -> [B, gh*s, gw*s, C]."""
+  """Joins blocks into maps: [B, gh*gw, s, s, C] -> [B, gh*s, gw*s, C]; undoes `to_blocks`."""
   b, _, s, _, c = x.shape
   gh, gw = grid
   return x.reshape(b, gh, gw, s, s, c).swapaxes(2, 3).reshape(b, gh * s, gw * s, c)

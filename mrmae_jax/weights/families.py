@@ -1,4 +1,4 @@
-"""Families of vision towers: how CLIP, DINO, DINOv2, DINOv3 and SigLIP call their tensors.
+"""Families of vision towers: the names of their tensors in CLIP, DINO, DINOv2, DINOv3 and SigLIP.
 
 A `Family` is one row of FAMILIES. `identify` finds the row by names that no other family has, and
 `name_table` maps the tensors of that row to the parameters of a ViT.
@@ -27,8 +27,9 @@ from mrmae_jax.weights.table import (
 
 
 class Names(NamedTuple):
-  """The tensors of a tower; those of a block follow `block`, in which {} is its number. "": there
-  is none.
+  """The names of a tower's tensors; "" where a family has no such tensor.
+
+  Names of a block's tensors follow `block`, in which {} is the block's number.
   """
 
   patch_embed: str
@@ -56,17 +57,17 @@ class Family(NamedTuple):
   Attributes:
     name: of the family; several namings share it.
     names: of its tensors.
-    markers: tensors, after the prefix, by which the family is known.
-    prefixes: one of them stands before every name.
-    ignore: regular expressions (full match) of tensors that are no part of the vision tower.
-    rule: how its position table is resized.
+    markers: tensors, after the prefix, that identify the family.
+    prefixes: every name starts with one of them.
+    ignore: regular expressions (full match) of tensors that are not a part of the vision tower.
+    rule: interpolation of its position table.
     fields: fields of ViT that all its members share.
-    model_types: of config.json, each with what transformers fills in for keys that are left out;
-      none: files of this naming come alone, and the sizes are read off the shapes.
-    gated_fc1, gated_fc2: names of the MLP where it is gated.
-    key_bias: keys have one.
-    patch_rank: of the patch embedding's weight; 4: a convolution (D, 3, p, p), 2: a linear layer
-      (D, p * p * 3).
+    model_types: of config.json, each with the values that transformers has for absent keys. {}:
+      files in this naming come without config.json, and shapes give the sizes.
+    gated_fc1, gated_fc2: names of the MLP's tensors where it is gated.
+    key_bias: keys have a bias.
+    patch_rank: rank of the patch embedding's weight; 4: a convolution (D, 3, p, p), 2: a linear
+      layer (D, p * p * 3).
   """
 
   name: str
@@ -347,15 +348,14 @@ FAMILIES = (
     _CLIP | dict(eps=1e-5, activation="quick_gelu"),
   ),
 )
-MODEL_TYPES = {
-  kind: family for family in FAMILIES for kind in family.model_types
-}  # the last naming is that of files
+# A type that two namings share gets the last one, that of files.
+MODEL_TYPES = {kind: family for family in FAMILIES for kind in family.model_types}
 SUPPORTED = (
-  "CLIP, DINO, DINOv2, DINOv2 with registers, DINOv3, SigLIP and SigLIP 2 from Hugging Face; DINO and CLIP in "
-  "timm's and their authors' names"
+  "CLIP, DINO, DINOv2, DINOv2 with registers, DINOv3, SigLIP and SigLIP 2 from Hugging Face; DINO "
+  "and CLIP in timm's and their authors' names"
 )
 
-_UNSUPPORTED = (  # regular expression (full match) of one tensor -> what it is a part of
+_UNSUPPORTED = (  # regular expression (full match) of one tensor -> its model
   (r"visual\.layer1\.0\.conv1\.weight", "a CLIP ResNet"),
   (r"patch_embed1\.proj\.weight", "ConvMAE"),
   (r"(decoder\.)?decoder_embed\.weight", "MAE"),
@@ -368,15 +368,15 @@ _TEXT = r"text_model\..*|(embeddings\.)?token_embedding\.weight|transformer\.res
 
 
 def identify(shapes: dict[str, tuple[int, ...]], source: str) -> tuple[Family, str, str]:
-  """The family of a file, the prefix of its names, and the markers found, for messages.
+  """Returns the family of a file, the prefix of its names, and its markers for messages.
 
   Raises:
-    WeightsError: none of the supported families.
+    WeightsError: it is none of the supported families.
   """
-  for pattern, what in _UNSUPPORTED:
-    found = next((name for name in shapes if re.fullmatch(pattern, name)), None)
-    if found:
-      raise WeightsError(f"{source} looks like {what} (found {found}); supported: {SUPPORTED}")
+  for pattern, model in _UNSUPPORTED:
+    marker = next((name for name in shapes if re.fullmatch(pattern, name)), None)
+    if marker:
+      raise WeightsError(f"{source} looks like {model} (found {marker}); supported: {SUPPORTED}")
   for family in FAMILIES:
     for prefix in family.prefixes:
       rank = len(shapes.get(f"{prefix}{family.names.patch_embed}.weight", ()))
@@ -387,17 +387,21 @@ def identify(shapes: dict[str, tuple[int, ...]], source: str) -> tuple[Family, s
   if any(re.fullmatch(_TEXT, name) for name in shapes):
     raise WeightsError(f"{source} contains only a text tower; a teacher needs the vision tower")
   raise WeightsError(
-    f"{source} is of an unknown family (found {', '.join(sorted(shapes)[:3])}); supported: {SUPPORTED}"
+    f"{source} is of an unknown family (found {', '.join(sorted(shapes)[:3])}); supported: "
+    f"{SUPPORTED}"
   )
 
 
 def projection_name(names: Names, prefix: str) -> str:
-  """The full name of the projection: OpenAI's is a part of the tower, the others' stand beside it."""
+  """Returns the full name of the projection.
+
+  OpenAI's is a part of the tower; the others' stands beside the tower, without its prefix.
+  """
   return (prefix if names.proj == "proj" else "") + names.proj
 
 
 def name_table(family: Family, prefix: str, tower: ViT) -> list[Entry]:
-  """The entries of every parameter of `tower`."""
+  """Returns the entries of every parameter of a tower."""
   names = family.names
   at = lambda name: prefix + name
   kernel, bias = dense(
@@ -453,6 +457,7 @@ def name_table(family: Family, prefix: str, tower: ViT) -> list[Entry]:
 
 
 def _packed_qkv(family: Family, ours: str, block: str) -> list[Entry]:
+  """Returns the entries of query, key and value, packed into one Dense layer."""
   parts = [block + name for name in family.names.qkv]
   if len(parts) == 1:
     dot = "" if parts[0].endswith("_") else "."  # in_proj_weight is one word

@@ -134,8 +134,9 @@ def image_statistics(
   std: tuple[float, ...] | None = None,
   channels: int | None = 3,
 ):
-  """Returns image_mean and image_std of a preprocessor_config.json, or `mean` and `std` where it
-  has none.
+  """Returns image_mean and image_std of a preprocessor_config.json.
+
+  `mean` and `std` take their place where the file does not exist or does not hold them.
 
   Raises:
     WeightsError: the file is not JSON, or see `check_statistics`.
@@ -174,7 +175,8 @@ def check_statistics(
   ):
     raise WeightsError(
       f"{source}: image_mean {str(mean)[:80]} and image_std {str(std)[:80]} must hold "
-      f"{channels or 'equally many'} numbers each, for pixels in [0, 1], std > 0; or give mean and std"
+      f"{channels or 'equally many'} numbers each, for pixels in [0, 1], std > 0; or give mean "
+      "and std"
     )
   return tuple(mean), tuple(std)
 
@@ -270,8 +272,9 @@ def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _read_msgpack(file: Path) -> dict[str, Tensor]:
-  """Reads Hugging Face's old Flax weights, in the names and layouts of the same model's torch
-  weights.
+  """Reads Hugging Face's old Flax weights.
+
+  Names and layouts become those of the same model's torch weights.
   """
   tensors = {}
 

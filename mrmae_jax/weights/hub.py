@@ -14,7 +14,7 @@ WEIGHT_FILES = (  # in this order: the last one needs torch
 
 
 class Preset(NamedTuple):
-  """A published teacher: its repository on the Hugging Face hub, and the sizes that it must have."""
+  """A published teacher: its repository on the Hugging Face hub, and the sizes it must have."""
 
   repo: str
   revision: str

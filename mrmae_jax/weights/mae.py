@@ -1,6 +1,4 @@
-"""Names of facebookresearch/mae (models_mae.py; models_vit.py for fine-tuning) and of transformers'
-ViTMAE.
-"""
+"""Names of facebookresearch/mae (models_mae.py, models_vit.py) and of transformers' ViTMAE."""
 
 import re
 from typing import Any
@@ -132,8 +130,8 @@ def hf_fields(
   """
   if config.get("model_type") != "vit_mae":
     raise WeightsError(
-      f"{source}: model_type is {config.get('model_type')!r}, expected 'vit_mae'; other models load as "
-      "teachers, with --config.teacher.path"
+      f"{source}: model_type is {config.get('model_type')!r}, expected 'vit_mae'; other models "
+      "load as teachers, with --config.teacher.path"
     )
   c = _DEFAULTS | config
   if c["hidden_act"] != "gelu":

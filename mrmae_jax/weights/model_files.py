@@ -1,10 +1,10 @@
-"""Reads and writes trained models: ConvMAE's and MAE's weights, transformers' ViTMAE, this
-project's runs and files.
+"""Reads and writes trained models: ConvMAE's, MAE's, transformers' ViTMAE and this project's.
 
 `read_model` takes any of them and is strict: every tensor is used exactly once, or is listed in the
 report as left out by design. Sizes come from what the source states (config.json, a run's
 configuration, the metadata in files written here), else from the shapes of its tensors.
-`write_model` is the way back: reading a written model gives its parameters bit for bit.
+`write_model`
+is the way back: reading a written model gives its parameters bit for bit.
 
 A ConvViT has the names of Alpha-VL/ConvMAE; a ViT has those of facebookresearch/mae (timm) or
 transformers. Fused layers, which no published model has, are called "fusion.". Mimic heads stay
@@ -240,8 +240,9 @@ class _Description(NamedTuple):
 
 
 def _describe_source(path: Path, tensors: dict[str, files.Tensor]) -> _Description:
-  """Determines family and sizes, from names that no other family has and from config.json, metadata
-  or shapes.
+  """Determines family and sizes of a source.
+
+  Names that no other family has tell the family; config.json, metadata or shapes tell the sizes.
   """
   source, shapes = str(path), {name: tensor.shape for name, tensor in tensors.items()}
   if {"vit.embeddings.cls_token", "embeddings.cls_token"}.intersection(shapes):
@@ -259,9 +260,9 @@ def _describe_source(path: Path, tensors: dict[str, files.Tensor]) -> _Descripti
     except (ValueError, TypeError, RecursionError):
       raise _bad_metadata(source) from None
   raise WeightsError(
-    f"{source} is not a model of this kind (found {', '.join(sorted(shapes)[:3])}); expected ConvMAE "
-    "or MAE in their authors' names, a ViTMAE folder or a run's workdir; CLIP, DINO and the like load "
-    "as teachers"
+    f"{source} is not a model of this kind (found {', '.join(sorted(shapes)[:3])}); expected "
+    "ConvMAE or MAE in their authors' names, a ViTMAE folder or a run's workdir; CLIP, DINO and "
+    "the like load as teachers"
   )
 
 
@@ -342,8 +343,8 @@ def _with_heads(
   heads = num_heads or fields.get("num_heads") or usual
   if not heads:
     raise WeightsError(
-      f"{source} does not tell the number of heads for width {width}, which no published model has; "
-      f"give {option}"
+      f"{source} does not tell the number of heads for width {width}, which no published model "
+      f"has; give {option}"
     )
   if width % heads or width % 4:  # 4: of the sine-cosine table
     advice = f"; check {option}" if width % heads else ", or not by 4"
@@ -461,8 +462,9 @@ def _file_decoder(
   dtype,
   source: str,
 ) -> Decoder | None:
-  """Returns the decoder that a file describes; drops its tensors where it is incomplete or not
-  asked for.
+  """Returns the decoder that a file describes.
+
+  Drops its tensors where it is incomplete or not asked for.
   """
   tensors = inventory.tensors
   if description.their_name("decoder_embed.weight") not in tensors:
@@ -488,8 +490,10 @@ def _file_decoder(
 def _find_classifier(
   inventory: _Inventory, description: _Description, source: str
 ) -> tuple[tuple[str, ...], int, bool]:
-  """Returns the parts of a classifier (() for none), its number of classes, and whether the last
-  norm exists.
+  """Finds the classifier of a fine-tuned model.
+
+  Returns:
+    The names of its parts, () for none; its number of classes; whether the last norm exists.
   """
   tensors, classifier = inventory.tensors, ()
   has_norm = "norm.weight" in tensors or "fc_norm.weight" not in tensors
@@ -537,8 +541,13 @@ def _fold_cls_row(tensors, grid: tuple[int, int]) -> bool:
 
 
 class _Table(NamedTuple):
-  """A stored position table: its name, its grid, whether it has a CLS row, whether it must stay a
-  parameter.
+  """A stored position table.
+
+  Attributes:
+    name: of the tensor.
+    grid: (rows, columns).
+    has_cls: it has a row for CLS before the grid.
+    keep: it must stay a parameter.
   """
 
   name: str
@@ -579,8 +588,15 @@ def param_shapes(
   classes: int = 0,
   channels: int = 3,
 ) -> dict[str, Any]:
-  """Returns the shapes of all parameters of a model; `decoder` None for none, `classifier` names
-  its parts.
+  """Returns the shapes of all parameters of a model.
+
+  Args:
+    encoder: its module.
+    decoder: its module, or None.
+    grid: (rows, columns) of its position tables.
+    classifier: names of its parts, () for none.
+    classes: their number.
+    channels: of the images.
   """
   tokens, key = math.prod(grid), jax.random.key(0)
   height, width = (side * encoder.patch_size for side in grid)

@@ -107,7 +107,7 @@ def qkv(ours: str, theirs: tuple[str, str, str]) -> list[Entry]:
 
 
 def timm_block(ours: str, theirs: str) -> list[Entry]:
-  """Returns the entries of a transformer block in timm's names, which ConvMAE, MAE and DINO share."""
+  """Returns the entries of a transformer block in timm's names: ConvMAE's, MAE's and DINO's."""
   return [
     *norm(f"{ours}/norm1", f"{theirs}.norm1"),
     *dense(f"{ours}/attn/qkv", f"{theirs}.attn.qkv"),
@@ -119,8 +119,9 @@ def timm_block(ours: str, theirs: str) -> list[Entry]:
 
 
 def fusion(module) -> list[Entry]:
-  """Returns the entries of layer fusion in either encoder, under a prefix that no published model
-  has.
+  """Returns the entries of layer fusion in either encoder.
+
+  Its prefix "fusion." is this project's: no published model has such layers.
   """
   depths = [f"fusion/depth_{i}" for i in range(len(module.fuse_layers))]
   table = [entry for name in depths for entry in dense(name, name.replace("/", "."))]
@@ -183,8 +184,9 @@ def mlp_ratio(hidden: int, width: int) -> float:
 
 
 def check_fields(module, fields: dict[str, Any], source: str) -> None:
-  """Checks that a network can have the fields that a file states; even the shapes of 10^9 blocks
-  take for ever.
+  """Checks that a network can have the fields that a file states.
+
+  Even the shapes of 10^9 blocks would take for ever.
 
   Args:
     module: the class of the network.
@@ -223,7 +225,7 @@ def _is_possible(name: str, value, kind) -> bool:
   return kind in (bool, str) and isinstance(value, kind) and value in _CHOICES.get(name, (value,))
 
 
-def count_blocks(numbers: typing.Iterable[str], what: str, source: str) -> int:
+def count_blocks(numbers: typing.Iterable[str], blocks: str, source: str) -> int:
   """Returns the number of blocks, given the numbers in the names of their tensors.
 
   Raises:
@@ -234,7 +236,7 @@ def count_blocks(numbers: typing.Iterable[str], what: str, source: str) -> int:
   # A few numbers that are left out show as missing tensors.
   if len(last) > 4 or int(last) >= min(MAX_DEPTH, 4 * len(unique) + 1):
     raise WeightsError(
-      f"{source} does not fit the model: {what} are numbered up to {last[:20]}, but {len(unique)} "
+      f"{source} does not fit the model: {blocks} are numbered up to {last[:20]}, but {len(unique)} "
       f"are there (of at most {MAX_DEPTH})"
     )
   return int(last) + 1 if unique else 0

@@ -1,5 +1,4 @@
-"""Reads PyTorch's weight files: `torch.save`d state dictionaries and checkpoints, and TorchScript
-archives.
+"""Reads PyTorch's weight files: state dictionaries, checkpoints and TorchScript archives.
 
 This is the only module that uses torch, and only for state dictionaries. Pickled classes and the
 code of TorchScript archives are never executed.

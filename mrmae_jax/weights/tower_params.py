@@ -65,8 +65,8 @@ def _read_tower(tower: Tower, grid: tuple[int, int]) -> tuple[Any, str]:
   if tower.family.names.proj == "head.weight" and "head.bias" in tensors:
     if np.abs(tensors["head.bias"].read()).max() > 1e-6:
       raise WeightsError(
-        f"{tower.source}: head.bias is not zero: a classifier, not CLIP's projection; remove head.* "
-        "from the file"
+        f"{tower.source}: head.bias is not zero: a classifier, not CLIP's projection; remove "
+        "head.* from the file"
       )
   if tower.table_grid:
     params["pos_embed"] = positions.resize(

@@ -1,6 +1,6 @@
 """Determines the vision tower of a folder, a file, a preset or a run, before any value is read.
 
-config.json, the names and the shapes of tensors all speak of the tower; they must agree.
+config.json, the names of tensors and their shapes describe the tower; they must agree.
 """
 
 import math
@@ -172,7 +172,7 @@ def _size_name(module: ViT) -> str:
 
 
 def _configured_tower(folder: Path, name: str):
-  """Family, fields and table grid of a preset of which only config.json is on disk."""
+  """Determines the tower of a preset of which only config.json is on disk."""
   if not (folder / "config.json").is_file():
     raise WeightsError(
       f"{folder}: the hub's copy of {hub.PRESETS[name].repo} holds no config.json; fetch it again"
@@ -184,7 +184,11 @@ def _configured_tower(folder: Path, name: str):
 
 
 def _stored_tower(weights: Path, folder: Path, name: str, overrides: Overrides):
-  """Family, prefix of the names, fields of ViT and table grid of stored weights."""
+  """Determines the tower of stored weights.
+
+  Returns:
+    Family, prefix of the names, fields of ViT, and the grid of the position table.
+  """
   source, config = str(weights), {}
   if (folder / "config.json").is_file():
     config = files.read_json(folder / "config.json")
@@ -233,8 +237,8 @@ def _check_agreement(family: Family, sizes, num_positions: int, fields, grid, so
   ):
     if sizes[key] != fields[key]:
       raise WeightsError(
-        f"{source} has {word} {sizes[key]}, its config.json says {fields[key]}; fetch both from one "
-        "place"
+        f"{source} has {word} {sizes[key]}, its config.json says {fields[key]}; fetch both from "
+        "one place"
       )
   if grid and math.prod(grid) != num_positions:
     side, cls = math.isqrt(num_positions), "+1" if family.names.cls_token else ""
@@ -376,8 +380,9 @@ def tower_config(
 
 
 def _config_fields(family: Family, config: dict[str, Any], proj_dim: int, source: str):
-  """Fields of ViT and table grid of a complete configuration; raises nearly anything for odd
-  values.
+  """Derives fields of ViT and the table's grid from a complete configuration.
+
+  Odd values raise TypeError, ValueError, ArithmeticError or LookupError.
   """
   hidden_act = config["hidden_act"]
   if hidden_act not in HF_ACTIVATIONS:
