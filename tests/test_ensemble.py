@@ -47,13 +47,13 @@ def models(tmp_path_factory):
       has_norm=False,
       seed=seed,
     )
-    model_files.write(
+    model_files.write_model(
       student._replace(classes=tuple("xyzuv"[:classes])), root / f"{name}.safetensors", "timm"
     )
   order = make(
     ViT(4, 16, 1, 2, 32, learned_positions=True), None, classes=3, has_norm=False
   )._replace(classes=("x", "z", "y"))
-  model_files.write(order, root / "order.safetensors", "timm")
+  model_files.write_model(order, root / "order.safetensors", "timm")
   for split, count in (("train", 1), ("validation", 7)):
     for name in "xyz":
       (root / "photos" / split / name).mkdir(parents=True)

@@ -8,6 +8,7 @@ time. The picture --out shows the first images as training would see them. Nothi
 (the run would start, but this is rarely meant) or "stop". Exit code: 0 if the run would start, else the one it would end with.
 """
 
+import datetime
 import fcntl
 import importlib.metadata
 import os

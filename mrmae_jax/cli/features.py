@@ -19,7 +19,8 @@ from tqdm import tqdm
 from mrmae_jax import constants, data, mrmae, pretrained
 from mrmae_jax.errors import UsageError
 from mrmae_jax.runs import supervision
-from mrmae_jax.weights import files, model_files
+from mrmae_jax.runs.paths import atomic_write
+from mrmae_jax.weights import model_files
 
 
 class _Named:
@@ -171,7 +172,7 @@ def run(options) -> str:
 
     with (
       supervision.supervised(hang_s=0),
-      files.whole(Path(options.out).expanduser()) as unfinished,
+      atomic_write(Path(options.out).expanduser()) as unfinished,
     ):
       _WRITERS[suffix](unfinished, watched(), source.class_names, about)
   return f"wrote {options.out}: {options.feature} features of {len(source)} images at {size[0]}x{size[1]}"
@@ -191,10 +192,10 @@ def _encoder(options):
   )
   report = str(model.report)
   if options.untrained:
-    model = pretrained.Pretrained(model_files.untrained(model.student))
+    model = pretrained.PretrainedModel(model_files.untrained(model.network))
     report = f"{report.splitlines()[0]}, with fresh weights"
   encoder, size = (
-    model.student.encoder,
+    model.network.encoder,
     square if options.image_size else model.config["image_size"],
   )
   if any(side % encoder.patch_size or side <= 0 for side in size):
@@ -203,4 +204,4 @@ def _encoder(options):
     )
   if options.feature == "cls" and not encoder.cls_token:
     raise UsageError("--feature=cls: the model has no CLS token; use pooled")
-  return lambda images: model.encode(images)[options.feature], size, len(model.student.mean), report
+  return lambda images: model.encode(images)[options.feature], size, len(model.network.mean), report

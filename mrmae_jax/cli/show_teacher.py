@@ -32,7 +32,7 @@ def look(config, images: np.ndarray, options=None):
 
   spec = teachers.configured_spec(options or config.teacher, config)
   teacher = teachers.load(spec)
-  see = jax.jit(teacher.look)
+  see = jax.jit(teacher.forward)
   outputs = [
     jax.device_get(see(teacher.params, images[i : i + 32])) for i in range(0, len(images), 32)
   ]

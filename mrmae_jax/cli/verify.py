@@ -31,7 +31,7 @@ from tqdm import tqdm
 from mrmae_jax.cli.pack import open_splits
 from mrmae_jax.data import augment
 from mrmae_jax.errors import DataError
-from mrmae_jax.weights import files
+from mrmae_jax.runs.paths import atomic_write
 
 CHUNK = 16  # images that a process takes at a time
 ORIENTATION = 0x0112  # EXIF tag; 1: as stored
@@ -192,7 +192,7 @@ def run(options) -> str:
     (options.quarantine, {split: one.bad for split, one in found.items()}),
   ):
     if path:
-      with files.whole(Path(path).expanduser()) as unfinished:
+      with atomic_write(Path(path).expanduser()) as unfinished:
         unfinished.write_text(json.dumps(content, indent=1) + "\n")
   images, bad = (
     sum(one[key] for one in report.values() if isinstance(one, dict)) for key in ("images", "bad")
