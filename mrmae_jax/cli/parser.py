@@ -198,7 +198,7 @@ def _doctor(parser: Parser) -> None:
   parser.epilog = """Takes the command line of a training command and runs the cheap checks first: settings
 that differ from the defaults, the learning rate, the images, the teacher, the workdir and its disk,
 then the compiled step: FLOPs, memory and time. Writes nothing but the picture. Lines begin with
-"ok", "look" (the run would start, but this is rarely meant) or "stop". Exit code: 0 if the run
+"ok", "warn" (the run would start, but this is rarely meant) or "stop". Exit code: 0 if the run
 would start, else the one it would end with."""
   _training(parser)
   parser.add_argument(
