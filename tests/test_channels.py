@@ -14,7 +14,8 @@ from mrmae_jax import data, teachers, train
 from mrmae_jax.cli import convert, features, show_teacher, visualize
 from mrmae_jax.cli import verify as data_tool
 from mrmae_jax.config import validate
-from mrmae_jax.data import augment, packed
+from mrmae_jax.data import augment
+from mrmae_jax.data.pack import write_packed
 from mrmae_jax.errors import ConfigError, DataError, WeightsError
 from mrmae_jax.evals import reconstruct
 from mrmae_jax.models import ConvViT, Decoder, ViT
@@ -144,11 +145,11 @@ def pickled():
 @pytest.mark.parametrize(
   "content, cause",
   [
-    (b"", "no array"),
-    (b"<html>404</html>", "no array"),
-    (npy_header((4, 4))[:20], "no array"),
-    (b"\x93NUMPY\x09\x00", "no array"),
-    (npy_header((4, 4)).replace(b"fortran", b"__import"), "no array"),
+    (b"", "not an array"),
+    (b"<html>404</html>", "not an array"),
+    (npy_header((4, 4))[:20], "not an array"),
+    (b"\x93NUMPY\x09\x00", "not an array"),
+    (npy_header((4, 4)).replace(b"fortran", b"__import"), "not an array"),
     (pickled(), "holds object of shape"),
     (np.zeros((4, 4, 3), np.float32), r"holds float32 of shape \(4, 4, 3\); expected uint8"),
     (np.zeros((4, 4), np.uint16), "holds uint16"),
@@ -251,7 +252,7 @@ def test_noise_has_the_statistics_of_each_channel():
 def test_packed_bands(folder, tmp_path):
   source = data.open_source(f"folder:{folder}", "train", holdout_every=4)
   for short_side in (0, 64):
-    packed.write(
+    write_packed(
       {"train": source}, tmp_path / str(short_side), {"source": "x"}, short_side=short_side
     )
     copy = data.open_source(f"packed:{tmp_path}/{short_side}", "train")
@@ -484,9 +485,9 @@ def test_grey_images_train(tmp_path, capsys):
   assert params["encoder"]["patch_embed1"]["proj"]["kernel"].shape == (2 * 2 * 1, 8)
   assert params["decoder"]["pred"]["kernel"].shape == (16, 8 * 8 * 1)
   assert "skipped 0" in capsys.readouterr().out
-  seen = lambda params, frozen, batch, keys: {
-    name: batch["image"] / 255 for name in reconstruct.COLUMNS
-  }
+  seen = lambda params, frozen, batch, keys: dict.fromkeys(
+    reconstruct.COLUMNS, batch["image"] / 255
+  )
   evaluator = reconstruct.Evaluator(
     task._replace(predict=seen), {}, config, train.sharding.make_mesh(), tmp_path, images=2
   )

@@ -76,11 +76,12 @@ def run(options) -> str:
   from tqdm import tqdm
 
   from mrmae_jax import data  # a mistyped command line is answered first
-  from mrmae_jax.data import packed
+  from mrmae_jax.data.pack import write_packed
+  from mrmae_jax.data.sources.packed import count_packed, verify_packed
 
   if options.verify:
-    with tqdm(total=packed.count_images(options.verify), unit="image") as bar:
-      return packed.verify(options.verify, bar.update)
+    with tqdm(total=count_packed(options.verify), unit="image") as bar:
+      return verify_packed(options.verify, bar.update)
   out = Path(options.out).expanduser()
   if out.exists():
     raise UsageError(f"--out={options.out} exists; give another name or remove it")
@@ -95,7 +96,7 @@ def run(options) -> str:
   kept = {name: options[name].value for name in ("source", *opened, "short_side", "quality")}
   images = sum(map(len, sources.values()))
   with tqdm(total=images, unit="image", smoothing=0.05) as bar:  # shows rate and time left
-    packed.write(
+    write_packed(
       sources,
       out,
       kept,

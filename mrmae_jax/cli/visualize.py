@@ -568,7 +568,8 @@ def _source(options, stored: dict[str, Any]):
   """Where the images come from."""
   import ml_collections
 
-  from mrmae_jax.data import open_source, open_split, sources
+  from mrmae_jax.data import open_source, open_split
+  from mrmae_jax.data.sources.folder import FolderSource
 
   if not options.images:
     if "data" not in stored:
@@ -579,7 +580,7 @@ def _source(options, stored: dict[str, Any]):
     return open_split(images, "eval" if images.holdout_every else "train")
   path = Path(options.images).expanduser()
   if path.is_file():
-    return sources.FolderSource(str(path.parent.absolute()), [path.name], (), f"{path}: one image")
+    return FolderSource(str(path.parent.absolute()), [path.name], (), f"{path}: one image")
   spec = f"folder:{path}" if path.is_dir() else options.images
   return open_source(spec, options.split, data_dir=options.data_dir, holdout_every=0)
 

@@ -24,7 +24,7 @@ from mrmae_jax import train
 from mrmae_jax.cli import pack
 from mrmae_jax.cli import verify as tool
 from mrmae_jax.data import augment, open_source
-from mrmae_jax.data.sources import Remaining
+from mrmae_jax.data.sources.quarantine import FilteredSource
 from mrmae_jax.errors import ConfigError, DataError
 from tests.helpers.images import (
   SIZE,
@@ -261,7 +261,7 @@ def test_f26_quarantine_of_everything(tmp_path):
   source = Numbered(2)
   source.name = str
   with pytest.raises(DataError, match="leaves nothing"):
-    Remaining(source, "train", str(tmp_path / "list.json"))
+    FilteredSource(source, "train", str(tmp_path / "list.json"))
 
 
 def test_f26_the_policy_may_change_when_a_run_continues():
@@ -447,6 +447,7 @@ def png_bomb(side):
 MEASURE = """
 import re, sys
 from mrmae_jax.data import augment
+from mrmae_jax.errors import DataError
 augment.Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which other libraries switch off
 with open(sys.argv[1], "rb") as file:
   data = file.read()
