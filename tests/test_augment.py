@@ -41,7 +41,7 @@ def apply(name, image, argument):
 )
 def test_strengths_become_arguments(name, arguments):
   strengths = (0, 0.9, 1, -0.9, -1)[: len(arguments)]
-  assert OPS[name].signed == (len(arguments) == 5)
+  assert OPS[name].is_signed == (len(arguments) == 5)
   np.testing.assert_allclose([OPS[name].argument(s) for s in strengths], arguments, atol=1e-12)
   if name not in ("PosterizeIncreasing", "SolarizeAdd", "SolarizeIncreasing"):
     return
@@ -49,7 +49,7 @@ def test_strengths_become_arguments(name, arguments):
 
 
 def test_the_list_is_complete():
-  assert len(OPS) == 15 and {name for name, op in OPS.items() if not op.signed} == {
+  assert len(OPS) == 15 and {name for name, op in OPS.items() if not op.is_signed} == {
     "AutoContrast",
     "Equalize",
     "Invert",
@@ -144,7 +144,7 @@ def test_geometry():
 def test_strength_zero_changes_nothing():
   image = photo(20, 30)
   for name, op in OPS.items():
-    if op.signed or name in ("SolarizeIncreasing", "SolarizeAdd"):
+    if op.is_signed or name in ("SolarizeIncreasing", "SolarizeAdd"):
       np.testing.assert_array_equal(apply(name, image, op.argument(0)), image, err_msg=name)
 
 
@@ -156,7 +156,7 @@ def test_notation():
   assert randaugment.parse("rand-m9-mstd0.5-inc1") == Policy(9, 0.5, 2)
   assert randaugment.parse("rand-inc1-n3-m7.5") == Policy(7.5, 0, 3)
   assert randaugment.parse("rand-inc1") == Policy(10, 0, 2)
-  assert randaugment.mean_colour(tuple(MEAN)) == FILL
+  assert randaugment.mean_color(tuple(MEAN)) == FILL
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def recorded(policy, images=4000):
 
   original = dict(OPS)
   try:
-    OPS.update({name: spy(name, op.signed) for name, op in original.items()})
+    OPS.update({name: spy(name, op.is_signed) for name, op in original.items()})
     for seed in range(images):
       randaugment.randaugment(
         np.zeros((2, 2, 3), np.uint8), np.random.default_rng(seed), policy, FILL
@@ -220,7 +220,7 @@ def test_draws():
   ]
   assert abs(np.mean(pairs) - 1 / 15) < 0.03  # with replacement
   strengths = np.array([s for *_, s, _ in calls])
-  signed = np.array([OPS[name].signed for name in names])
+  signed = np.array([OPS[name].is_signed for name in names])
   assert (strengths[~signed] > 0).all() and abs((strengths[signed] < 0).mean() - 0.5) < 0.04
   magnitudes = 10 * np.abs(strengths)
   assert (

@@ -11,8 +11,8 @@ from PIL import Image
 import mrmae_jax
 from mrmae_jax import config as config_lib
 from mrmae_jax import data, teachers, train
+from mrmae_jax.__main__ import main
 from mrmae_jax.cli import convert, features, show_teacher, visualize
-from mrmae_jax.cli import verify as data_tool
 from mrmae_jax.config import validate
 from mrmae_jax.data import augment
 from mrmae_jax.data.pack import write_packed
@@ -265,24 +265,24 @@ def test_packed_bands(folder, tmp_path):
 
 def test_verify_counts_channels(folder, tmp_path, capsys):
   command = [
-    "data",
+    "mrmae",
     "verify",
     f"--source=folder:{folder}",
     "--holdout_every=0",
     "--splits=train",
     "--workers=1",
   ]
-  assert data_tool.main([*command, "--channels=4", f"--json={tmp_path}/report.json"]) == 0
+  assert main([*command, "--channels=4", f"--json={tmp_path}/report.json"]) == 0
   found = json.loads((tmp_path / "report.json").read_text())["train"]
   pixels = np.concatenate([np.load(path).reshape(-1, 4) for path in folder.glob("*/*.npy")]) / 255
   assert found["pixels"] == len(pixels) and found["format"] == {"pixels": 24} and found["bad"] == 0
   np.testing.assert_allclose(found["mean"], pixels.mean(0), rtol=1e-9)
   np.testing.assert_allclose(found["std"], pixels.std(0), rtol=1e-9)
   capsys.readouterr()
-  assert data_tool.main(command) == 3
+  assert main(command) == 3
   assert "24 of 24 images are bad, the first: a/00.npy: has 4 channels" in capsys.readouterr().err
   assert (
-    data_tool.main(["verify", "--source=digits", "--splits=eval", "--workers=1", "--channels=1"])
+    main(["mrmae", "verify", "--source=digits", "--splits=eval", "--workers=1", "--channels=1"])
     == 0
   )
   assert len(json.loads(capsys.readouterr().out.rpartition("}")[0] + "}")["eval"]["mean"]) == 1

@@ -20,10 +20,11 @@ import json
 import multiprocessing
 import os
 import sys
+from collections.abc import Iterable
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import flags
@@ -73,12 +74,13 @@ def define_flags() -> flags.FlagValues:
   return own
 
 
-class Found(NamedTuple):
-  """What some images are; of several the sum.
+class ImageStatistics(NamedTuple):
+  """Statistics of a set of images; `+` merges two sets.
 
   Attributes:
     bad: {name: cause}.
-    counts: of ("format", "JPEG"), ("mode", "RGB"), ("kind", "grey"), ("short_side", 128) for 128 to 255, ...
+    counts: number of images with ("format", "JPEG"), ("mode", "RGB"), ("kind", "gray"),
+      ("short_side", 128), which stands for 128 to 255, ...
     values: how often each channel has each value, int64 [C, 256].
   """
 
@@ -87,95 +89,97 @@ class Found(NamedTuple):
   values: np.ndarray
 
   def __add__(self, other):
-    return Found(self.bad | other.bad, self.counts + other.counts, self.values + other.values)
+    return ImageStatistics(
+      self.bad | other.bad, self.counts + other.counts, self.values + other.values
+    )
 
 
-def nothing(channels: int) -> Found:
-  """What no images of so many channels are."""
-  return Found({}, collections.Counter(), np.zeros((channels, 256), np.int64))
+def empty_statistics(channels: int) -> ImageStatistics:
+  """Returns the statistics of zero images with `channels` channels."""
+  return ImageStatistics({}, collections.Counter(), np.zeros((channels, 256), np.int64))
 
 
-def inspect(source, channels: int, indices) -> Found:
+def inspect_images(source, channels: int, indices: Iterable[int]) -> ImageStatistics:
   """Reads and decodes some images of a source."""
   from mrmae_jax.data import augment
 
-  found = nothing(channels)
+  total = empty_statistics(channels)
   for i in indices:
+    name = source.name(i)
     try:
       image, counts = source[i]["image"], [("format", "pixels")]
       if not isinstance(image, np.ndarray):
-        data, image = image, augment.decode_image(image, source.name(i), strict=True)
-        counts = _about(data)
-      image = augment.with_channels(image, channels, source.name(i))
+        data, image = image, augment.decode_image(image, name, strict=True)
+        counts = _classify_file(data)
+      image = augment.with_channels(image, channels, name)
     except DataError as error:
-      name = source.name(i)
-      found += nothing(channels)._replace(bad={name: str(error).removeprefix(f"{name}: ")})
+      cause = str(error).removeprefix(f"{name}: ")
+      total += empty_statistics(channels)._replace(bad={name: cause})
       continue
     counts.append(("short_side", 1 << (min(image.shape[:2]).bit_length() - 1)))
-    values = np.array([picture.histogram() for picture in augment.pictures(image)]).reshape(
-      channels, 256
-    )
-    found += Found({}, collections.Counter(counts), values)
-  return found
+    histograms = [picture.histogram() for picture in augment.pictures(image)]
+    values = np.array(histograms).reshape(channels, 256)
+    total += ImageStatistics({}, collections.Counter(counts), values)
+  return total
 
 
-def _about(data: bytes) -> list[tuple[str, str]]:
-  """What `Found.counts` counts, of an image file that can be decoded."""
+def _classify_file(data: bytes) -> list[tuple[str, str]]:
+  """Returns the keys of `ImageStatistics.counts` that an image file adds to."""
   from PIL import Image
 
   with Image.open(io.BytesIO(data)) as picture:
     mode = picture.mode
     try:
-      turned = picture.getexif().get(ORIENTATION, 1) != 1
-    except Exception:  # damaged EXIF raises as much as damaged images, and says nothing
-      turned = False
+      is_turned = picture.getexif().get(ORIENTATION, 1) != 1
+    except Exception:  # damaged EXIF raises errors of any type, and says nothing
+      is_turned = False
     kinds = {
-      "grey": mode in ("1", "L", "LA") or mode.startswith("I;16"),
+      "gray": mode in ("1", "L", "LA") or mode.startswith("I;16"),
       "cmyk": mode == "CMYK",
       "alpha": mode in ("RGBA", "LA", "PA") or "transparency" in picture.info,
-      # Pillow shows 16-bit colour as 8-bit; a PNG's header tells.
+      # Pillow shows 16-bit color as 8-bit; a PNG's header tells.
       "16-bit": mode.startswith("I;16") or (picture.format == "PNG" and data[24] == 16),
-      "exif-turned": turned,
+      "exif-turned": is_turned,
       "animated": getattr(picture, "is_animated", False),
     }
     return [
       ("format", picture.format),
       ("mode", mode),
-      *(("kind", name) for name, yes in kinds.items() if yes),
+      *(("kind", kind) for kind, is_present in kinds.items() if is_present),
     ]
 
 
-def summary(found: Found, images: int) -> dict:
-  """The report on a split of so many images, as JSON values."""
-  level, number = np.arange(256), int(found.values[0].sum())
-  mean = [int(v @ level) / (255 * number) if number else None for v in found.values]
+def summarize(statistics: ImageStatistics, images: int) -> dict[str, Any]:
+  """Returns the report on a split of `images` images, as JSON values."""
+  level, pixels = np.arange(256), int(statistics.values[0].sum())
+  mean = [int(v @ level) / (255 * pixels) if pixels else None for v in statistics.values]
   std = [
-    (int(v @ level**2) / (255**2 * number) - m**2) ** 0.5 if number else None
-    for v, m in zip(found.values, mean)
+    (int(v @ level**2) / (255**2 * pixels) - m**2) ** 0.5 if pixels else None
+    for v, m in zip(statistics.values, mean)
   ]
   table = {kind: {} for kind in ("format", "mode", "kind", "short_side")}
-  for (kind, name), count in found.counts.most_common():
+  for (kind, name), count in statistics.counts.most_common():
     table[kind][name] = count
   table["short_side"] = {
     f"{least}-{2 * least - 1}": count for least, count in sorted(table["short_side"].items())
   }
   return {
     "images": images,
-    "bad": len(found.bad),
-    "pixels": number,
+    "bad": len(statistics.bad),
+    "pixels": pixels,
     "mean": mean,
     "std": std,
     **table,
-    "causes": found.bad,
+    "causes": statistics.bad,
   }
 
 
-def verify(source, channels: int, workers: int, progress) -> Found:
-  """Inspects every image of a source in processes.
+def inspect_source(source, channels: int, workers: int, progress) -> ImageStatistics:
+  """Inspects every image of a source in worker processes.
 
   Args:
-    source: of `mrmae_jax.data`.
-    channels: that its images should have.
+    source: a source of `mrmae_jax.data`.
+    channels: number of channels that its images should have.
     workers: number of processes.
     progress: called with the number of images done since the last call.
 
@@ -183,10 +187,10 @@ def verify(source, channels: int, workers: int, progress) -> Found:
     DataError: a process died.
   """
   chunks = iter([range(i, min(i + CHUNK, len(source))) for i in range(0, len(source), CHUNK)])
-  total = nothing(channels)
+  total = empty_statistics(channels)
   with futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
     running = {
-      pool.submit(inspect, source, channels, chunk): chunk
+      pool.submit(inspect_images, source, channels, chunk): chunk
       for chunk in itertools.islice(chunks, 2 * workers)
     }
     while running:
@@ -196,12 +200,12 @@ def verify(source, channels: int, workers: int, progress) -> Found:
           total += future.result()
         except BrokenProcessPool:
           raise DataError(
-            f"a process died at one of {', '.join(map(source.name, chunk))}, or of what the {workers - 1} others "
-            "had: it crashed, or memory ran out; try --workers=1"
+            f"a process died at one of {', '.join(map(source.name, chunk))}, or of the images of"
+            f" the {workers - 1} other processes: it crashed, or memory ran out; try --workers=1"
           ) from None
         progress(len(chunk))
         for chunk in itertools.islice(chunks, 1):
-          running[pool.submit(inspect, source, channels, chunk)] = chunk
+          running[pool.submit(inspect_images, source, channels, chunk)] = chunk
   order = {source.name(i): i for i in range(len(source))} if total.bad else {}
   return total._replace(bad=dict(sorted(total.bad.items(), key=lambda item: order[item[0]])))
 
@@ -226,39 +230,36 @@ def run(options) -> str:
     split: data.open_source(options.source, split, **{name: options[name].value for name in opened})
     for split in options.splits
   }
-  with tqdm(
-    total=sum(map(len, sources.values())), unit="image", smoothing=0.05
-  ) as bar:  # shows rate and time left
-    found = {
-      split: verify(source, options.channels, options.workers or os.cpu_count() or 1, bar.update)
+  total = sum(map(len, sources.values()))
+  with tqdm(total=total, unit="image", smoothing=0.05) as bar:  # shows rate and time left
+    statistics = {
+      split: inspect_source(
+        source, options.channels, options.workers or os.cpu_count() or 1, bar.update
+      )
       for split, source in sources.items()
     }
-  report = {
-    "source": options.source,
-    **{split: summary(one, len(sources[split])) for split, one in found.items()},
-  }
+  report = {split: summarize(statistics[split], len(sources[split])) for split in sources}
+  report = {"source": options.source, **report}
   print(json.dumps(report, indent=2), flush=True)
   for path, content in (
     (options.json, report),
-    (options.quarantine, {split: one.bad for split, one in found.items()}),
+    (options.quarantine, {split: value.bad for split, value in statistics.items()}),
   ):
     if path:
       with files.whole(Path(path).expanduser()) as unfinished:
         unfinished.write_text(json.dumps(content, indent=1) + "\n")
-  images, bad = (
-    sum(one[key] for one in report.values() if isinstance(one, dict)) for key in ("images", "bad")
-  )
+  bad = [": ".join(item) for value in statistics.values() for item in value.bad.items()]
   if bad:
-    first = next(": ".join(item) for one in found.values() for item in one.bad.items())
     advice = (
       f"config.data.quarantine={options.quarantine}"
       if options.quarantine
       else "--quarantine=FILE here, config.data.quarantine=FILE"
     )
     raise DataError(
-      f"{bad} of {images} images are bad, the first: {first}; leave them out with {advice} in a run, or repair them"
+      f"{len(bad)} of {total} images are bad, the first: {bad[0]}; leave them out with {advice} in a"
+      " run, or repair them"
     )
-  return f"all {images} images are good"
+  return f"all {total} images are good"
 
 
 def main(argv: list[str] | None = None) -> int:
