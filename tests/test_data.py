@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
+from mrmae_jax import data
 from mrmae_jax.data import augment, loader, open_source
 from mrmae_jax.errors import DataError
 from tests.helpers.images import (
@@ -24,9 +25,11 @@ from tests.helpers.images import (
   eval_loader,
   good_files,
   lying_jpeg,
+  make_views,
   photo,
   png_header,
   prepare_tfds,
+  take,
   train_loader,
   train_steps,
   write_images,
@@ -194,7 +197,7 @@ def test_evaluation_sees_every_image_once(count, shards):
 def test_evaluation_limit_is_evenly_spaced():
   def labels(limit):
     batches = eval_loader(Numbered(10), batch_size=3, limit=limit)
-    return [l for b in batches for l in b["label"][b["valid"]].tolist()]
+    return [label for batch in batches for label in batch["label"][batch["valid"]].tolist()]
 
   assert labels(4) == [0, 2, 5, 7]
   assert labels(99) == list(range(10))
@@ -206,7 +209,85 @@ def test_evaluation_with_workers(folder):
   )
 
 
-# Views.
+# The contract of views.
+
+
+def noisy_view(example, rng):
+  """Rows of other names, shapes and dtypes than images have."""
+  return {"boxes": rng.random((3, 4), np.float32), "target": np.float32(example["label"])}
+
+
+class PartlyUnreadable(Numbered):
+  """Image 0 cannot be read."""
+
+  def __getitem__(self, index):
+    if index == 0:
+      raise DataError("0: cannot be read")
+    return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_loader_knows_no_field_of_a_batch(workers):
+  source, options = Numbered(5), data.LoaderOptions(workers=workers)
+  [batch] = take(data.train_batches(source, noisy_view, seed=0, batch_size=4, options=options), 1)
+  assert {name: (x.shape, x.dtype) for name, x in batch.items()} == {
+    "boxes": ((4, 3, 4), np.float32),
+    "target": ((4,), np.float32),
+  }
+  first, last = data.eval_batches(source, noisy_view, batch_size=4, options=options)
+  np.testing.assert_array_equal(first["target"], [0, 1, 2, 3])
+  np.testing.assert_array_equal(last["valid"], [True, False, False, False])
+  assert not last["target"][1:].any() and not last["boxes"][1:].any() and last["boxes"][0].all()
+
+
+def test_random_numbers_of_an_evaluation_view_belong_to_the_image():
+  views = {}
+  for limit, batch_size, shard in ((0, 2, 0), (4, 4, 0), (0, 6, 1)):
+    num_shards = 1 + shard
+    for batch in data.eval_batches(
+      Numbered(8),
+      noisy_view,
+      batch_size=batch_size,
+      limit=limit,
+      shard=shard,
+      num_shards=num_shards,
+    ):
+      for target, boxes, valid in zip(batch["target"], batch["boxes"], batch["valid"]):
+        if valid:
+          np.testing.assert_array_equal(views.setdefault(int(target), boxes), boxes)
+  assert len({boxes.tobytes() for boxes in views.values()}) == len(views) == 8
+
+
+def test_shapes_of_a_batch_are_those_of_the_first_readable_image():
+  skip = data.LoaderOptions(on_error="skip", max_skipped=0.25)
+  shapes = {"boxes": ((3, 4), np.float32), "target": ((), np.float32)}
+  assert data.element_shapes(Numbered(4), noisy_view) == shapes
+  assert data.element_shapes(PartlyUnreadable(4), noisy_view, skip) == shapes
+  assert data.element_shapes(Numbered(1), make_views().train) == {
+    "image": ((*SIZE, 3), np.uint8),
+    "label": ((), np.int32),
+  }
+  for source, options in (
+    (PartlyUnreadable(4), data.LoaderOptions()),
+    (PartlyUnreadable(3), skip),  # a quarter of three images is none
+    (PartlyUnreadable(1), skip._replace(max_skipped=1.0)),
+  ):
+    with pytest.raises(DataError, match="0: cannot be read"):
+      data.element_shapes(source, noisy_view, options)
+  with pytest.raises(DataError, match="empty"):
+    data.element_shapes(Numbered(0), noisy_view)
+
+
+@pytest.mark.parametrize("task", ["pretrain", "probe"])
+def test_views_travel_to_worker_processes(task):
+  options = dict(task=task, randaug="rand-m9-inc1", erase_prob=0.5)
+  views, example = make_views(**options), Numbered(1)[0]
+  for view, other in zip(views, pickle.loads(pickle.dumps(views))):
+    draws = [v(example, np.random.default_rng(3))["image"] for v in (view, other)]
+    np.testing.assert_array_equal(*draws)
+
+
+# Views of images.
 
 
 def test_crop_boxes_follow_the_law():

@@ -23,7 +23,7 @@ from mrmae_jax import config as config_lib
 from mrmae_jax import train
 from mrmae_jax.__main__ import main
 from mrmae_jax.cli.verify import _classify_file
-from mrmae_jax.data import augment, open_source
+from mrmae_jax.data import LoaderOptions, augment, element_shapes, open_source
 from mrmae_jax.data.sources.quarantine import FilteredSource
 from mrmae_jax.errors import ConfigError, DataError
 from tests.helpers.images import (
@@ -34,6 +34,7 @@ from tests.helpers.images import (
   eval_loader,
   good_files,
   lying_jpeg,
+  make_views,
   photo,
   png_header,
   train_loader,
@@ -657,6 +658,15 @@ def test_f30_evaluation_too():
     DataError, match="waited 1 s for batch 1 .*: image 4!, image 5!, image 6!, image 7!$"
   ):
     next(batches)
+
+
+def test_f30_the_first_image_too():
+  class Stalled(Slow):
+    def __getitem__(self, index):
+      return super().__getitem__(7)
+
+  with pytest.raises(DataError, match="waited 0.2 s for the first image of slow .image 0!."):
+    element_shapes(Stalled(8), make_views().train, LoaderOptions(timeout_s=0.2))
 
 
 def start(tmp_path, *arguments):
