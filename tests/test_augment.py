@@ -1,4 +1,4 @@
-"""RandAugment, erasing and single-try crops against their definitions, and batches that contain them."""
+"""RandAugment, erasing and single-try crops against their definitions, alone and in batches."""
 
 import math
 
@@ -100,14 +100,14 @@ def test_operations_on_histograms():
 def test_enhancements_blend_with_a_degenerate_picture(factor):
   image = photo(20, 30)
   x = image.astype(float)
-  grey = (x @ [0.299, 0.587, 0.114])[..., None]
-  smooth = x.copy()  # the 3 x 3 mean with the centre counted five times, borders as they are
+  gray = (x @ [0.299, 0.587, 0.114])[..., None]
+  smooth = x.copy()  # the 3 x 3 mean with the center counted five times, borders as they are
   smooth[1:-1, 1:-1] = (
     4 * x[1:-1, 1:-1] + sum(x[i : i + 18, j : j + 28] for i in range(3) for j in range(3))
   ) / 13
   for name, degenerate in {
-    "Color": grey,
-    "Contrast": grey.mean(),
+    "Color": gray,
+    "Contrast": gray.mean(),
     "Brightness": 0.0,
     "Sharpness": smooth,
   }.items():
@@ -120,7 +120,7 @@ def test_geometry():
   np.testing.assert_array_equal(apply("Rotate", image, 90), np.rot90(image))  # counter-clockwise
   turned = apply("Rotate", image, 30)
   assert all((turned[i, j] == FILL).all() for i in (0, -1) for j in (0, -1))
-  # Whole pixels are moved exactly: what lies to the right, or below, comes in.
+  # A shift by a number of pixels is exact: pixels from the right, or from below, come in.
   for name, axis in (("TranslateYRel", 0), ("TranslateXRel", 1)):
     for share in (0.25, -0.25):
       moved = apply(name, image, share)
@@ -177,9 +177,9 @@ def test_notation():
   ],
 )
 def test_other_notation_is_refused(text):
-  with pytest.raises(DataError, match=r"'rand-m9-mstd0.5-inc1'") as caught:
+  with pytest.raises(DataError, match=r"'rand-m9-mstd0.5-inc1'") as error:
     train_steps(Numbered(3), 1, randaug=text)
-  assert repr(text) in str(caught.value) and "m0 to m10" in str(caught.value)
+  assert repr(text) in str(error.value) and "m0 to m10" in str(error.value)
 
 
 def recorded(policy, images=4000):
@@ -308,7 +308,7 @@ def test_a_single_try_is_cut_to_the_image():
     assert (h, w) == (min(wanted[0], height), min(wanted[1], width))
     assert 0 <= top <= height - h and 0 <= left <= width - w
     cut += h < wanted[0]
-    if wanted[0] <= height:  # a first draw that fits is what the other rule takes, too
+    if wanted[0] <= height:  # the other rule takes a first draw that fits, too
       assert (top, left, h, w) == augment.crop_box(
         height, width, np.random.default_rng(seed), scale
       )
@@ -335,8 +335,8 @@ def test_batches_do_not_depend_on_shards_and_workers(shards, workers):
   assert reference[0]["image"].dtype == np.uint8
 
 
-def test_what_comes_after_what():
-  """Crop and flip are drawn first, so images that nothing else happens to are the same as without."""
+def test_crop_and_flip_are_drawn_first():
+  """Crop and flip are drawn first, so other options do not change them."""
   source, steps = Numbered(16), 40
   plain = np.concatenate([b["image"] for b in train_steps(source, steps)])
 
@@ -356,11 +356,11 @@ def test_what_comes_after_what():
 
 
 def test_mean_and_deviation_reach_the_views():
-  grey = [np.full((24, 24, 3), 128, np.uint8)]
+  gray = [np.full((24, 24, 3), 128, np.uint8)]
 
   class Grey(Numbered):
     def __init__(self):
-      self._images = grey
+      self._images = gray
 
   options = dict(erase_prob=1.0, mean=(0.5, 0.5, 0.5), std=(1e-6, 1e-6, 0.2))
   image = train_steps(Grey(), 1, **options)[0]["image"]

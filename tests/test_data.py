@@ -58,8 +58,8 @@ def reference(folder):
   [(2, 0, 0), (4, 0, 0), (1, 0, 3), (1, 1, 0), (2, 2, 2), (1, 4, 1)],
 )
 def test_global_batch_is_a_function_of_seed_and_step(folder, reference, shards, workers, first):
-  got = train_steps(folder, 7 - first, shards=shards, workers=workers, first_step=first)
-  assert_same(got, reference[first:])
+  actual = train_steps(folder, 7 - first, shards=shards, workers=workers, first_step=first)
+  assert_same(actual, reference[first:])
 
 
 def test_batch_format(reference):
@@ -77,7 +77,7 @@ def test_epochs_are_different_permutations():
   assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
-def test_an_image_is_seen_differently_each_time():
+def test_each_view_of_an_image_is_different():
   steps = train_steps(Numbered(1), 1, batch_size=6)
   assert len({image.tobytes() for image in steps[0]["image"]}) == 6
 
@@ -87,13 +87,13 @@ def test_seeds_give_unrelated_orders():
     steps = train_steps(Numbered(12), 3, batch_size=12, seed=seed)
     return [tuple(step["label"]) for step in steps]
 
-  # Also no seed may start where its neighbour is one epoch later.
+  # No seed may start where the next seed is one epoch later.
   assert len(set(epochs(0) + epochs(1) + epochs(2))) == 9
 
 
 def test_views_depend_on_the_seed_not_only_on_the_order():
-  one, two = (train_steps(Numbered(1), 1, batch_size=1, seed=seed)[0] for seed in (0, 1))
-  assert not np.array_equal(one["image"], two["image"])
+  first, second = (train_steps(Numbered(1), 1, batch_size=1, seed=seed)[0] for seed in (0, 1))
+  assert not np.array_equal(first["image"], second["image"])
 
 
 def test_flip_is_optional_and_applied_to_half():
@@ -378,7 +378,7 @@ def test_decoding_equals_pillow(name, data):
   np.testing.assert_array_equal(image, as_pillow(data))
 
 
-def test_colour_jpegs_do_not_go_through_pillow(monkeypatch):
+def test_color_jpegs_do_not_go_through_pillow(monkeypatch):
   data = encode(photo())
   expected = as_pillow(data)
   monkeypatch.setattr(Image.Image, "convert", None)
@@ -419,7 +419,7 @@ def test_bad_files_are_named(name, case):
 
 
 @pytest.mark.parametrize("name", ["bomb.png", "bomb.jpg"])
-def test_size_limit_is_our_own(monkeypatch, name):
+def test_size_limit_holds_without_that_of_pillow(monkeypatch, name):
   data, _ = bad_files()[name]
   monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
   monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
@@ -616,7 +616,7 @@ def test_digits():
     coarse = image[..., 0].reshape(8, 4, 8, 4).mean((1, 3)) / 255 * 16
     assert np.corrcoef(coarse.ravel(), digits.images[index].ravel())[0, 1] > 0.95
   assert evaluation[0]["image"].max() > 200
-  # A 4x4 patch that is one flat colour has no normalised target.
+  # A 4x4 patch that is one flat color has no normalized target.
   blocks = evaluation[0]["image"][..., 0].reshape(8, 4, 8, 4)
   assert (np.ptp(blocks, axis=(1, 3)) > 0).mean() > 0.5
 
@@ -630,7 +630,7 @@ def tfds_dir(tmp_path_factory):
 
   data_dir = tmp_path_factory.mktemp("tfds")
   rows = [
-    # A second image that is none: it must not even be looked at.
+    # A second feature of type Image that holds other bytes: it must not be decoded.
     {"image": encode(photo(seed=i)), "label": i % 3, "mask": b"not an image"}
     for i in range(11)
   ]
@@ -739,7 +739,7 @@ print("heavy", sorted({"tensorflow", "torch"} & set(sys.modules)))
 
 
 def test_neither_tensorflow_nor_torch_is_imported(tfds_dir, tmp_path):
-  # Empty stand-ins, so that an attempt succeeds and is seen.
+  # Empty stand-ins, so that an import succeeds and shows up in sys.modules.
   for name in ("tensorflow", "torch"):
     (tmp_path / name).mkdir()
     (tmp_path / name / "__init__.py").write_text("")

@@ -1,4 +1,4 @@
-"""Packed sources: the same examples and batches as the original, or a clear error; and the resize of training crops."""
+"""Packed sources give the examples and batches of the original; resizes of training crops."""
 
 import json
 import os
@@ -31,7 +31,7 @@ from tests.helpers.images import (
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-  """27 images in two classes, JPEG and PNG, and a packed copy in shards of 8 or 9 and of 1 images."""
+  """27 images in two classes, JPEG and PNG, and a packed copy in shards of 9, 8, 8, 1 and 1."""
   root = tmp_path_factory.mktemp("pack")
   suffixes = ("jpg", "png")
   write_images(
