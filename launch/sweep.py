@@ -257,14 +257,14 @@ def compare(
   Raises:
     UsageError: a metric that no point has logged, or a bucket that cannot be reached.
   """
-  from mrmae_jax.runs.log import NOT_RESULTS, read  # printing commands needs no jax
-  from mrmae_jax.runs.workdir import open_workdir
+  from mrmae_jax.runs.log import NOT_RESULTS, read_metrics  # printing commands needs no jax
+  from mrmae_jax.runs.paths import open_folder
 
   try:
-    folder = open_workdir(workdir)
+    folder = open_folder(workdir)
   except WorkdirError as error:
     raise UsageError(str(error)) from None
-  records = {run.name: read(run.workdir) for run in runs}
+  records = {run.name: read_metrics(run.workdir) for run in runs}
   last = {
     name: {key: value for record in found for key, value in record.items()}
     for name, found in records.items()

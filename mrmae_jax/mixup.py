@@ -1,4 +1,5 @@
-"""Mixup (Zhang et al. 2018), cutmix (Yun et al. 2019) and label smoothing, on the device, as timm's `Mixup` in batch mode.
+"""Mixup (Zhang et al. 2018), cutmix (Yun et al. 2019) and label smoothing, on the device, as timm's
+`Mixup` in batch mode.
 
 Law and constants are those of timm 0.3.2, data/mixup.py, which MAE and ConvMAE fine-tune with.
 """
@@ -9,7 +10,10 @@ import optax
 
 
 def smooth_one_hot(labels: jax.Array, num_classes: int, smoothing: float = 0.0) -> jax.Array:
-  """int [B] in [0, num_classes) -> float32 [B, num_classes], rows of sum 1: smoothing / num_classes, the rest on the label."""
+  """int [B] in [0, num_classes) -> float32 [B, num_classes], rows of sum 1.
+
+  Each class has smoothing / num_classes; the rest is on the label.
+  """
   return jax.nn.one_hot(labels, num_classes) * (1 - smoothing) + smoothing / num_classes
 
 
@@ -26,33 +30,34 @@ def mix(
   *,
   mixup_alpha: float,
   cutmix_alpha: float,
-  prob: float = 1.0,
-  switch_prob: float = 0.5,
   smoothing: float = 0.0,
   groups: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
-  """Mixes each image and its target with those of its mirror place in the batch: i with B - 1 - i.
+  """Mixes each image and its target with its mirror place in the batch: i with B - 1 - i.
 
-  The batch as a whole is either blended (mixup: lambda x + (1 - lambda) partner) or given a rectangle of the partner (cutmix:
-  the share 1 - lambda of each area, cut at the border), with one lambda ~ Beta(alpha, alpha). Targets are mixed alike, in
-  cutmix by the area that was really pasted.
+  The batch as a whole is either blended (mixup: lambda x + (1 - lambda) partner) or given a
+  rectangle of the partner (cutmix: the share 1 - lambda of each area, cut at the border), with one
+  lambda ~ Beta(alpha, alpha). Targets are mixed by the same lambda, in cutmix by the area that was
+  really pasted.
 
-  The reference draws once for each GPU's batch (32 or 128 images of 1024), so that a large batch holds many lambdas and both
-  kinds. `groups` does the same without depending on the devices: so many equal, consecutive parts, each mixed within itself.
+  The reference draws once for each GPU's batch (32 or 128 images of 1024), so that a large batch
+  holds many lambdas and both kinds. `groups` does the same without depending on the devices: it
+  cuts the batch into equal, consecutive parts and mixes each within itself.
 
   Args:
     key: decides everything.
-    images: [B, H, W, C], uint8 or float, normalised or not: normalising is affine and commutes with mixing.
+    images: [B, H, W, C], uint8 or float, normalized or not: normalizing is affine and commutes with
+      mixing.
     labels: int [B], in [0, num_classes).
     num_classes: of the targets.
-    mixup_alpha, cutmix_alpha: of the Beta law; 0 switches that kind off, two zeros switch mixing off.
-    prob: that a batch is mixed at all.
-    switch_prob: that it is cutmix, where both are on.
+    mixup_alpha, cutmix_alpha: of the Beta law; 0 switches that kind off, two zeros switch mixing
+      off.
     smoothing: label smoothing inside the targets.
     groups: must divide B; static.
 
   Returns:
-    Images of the same shape and float type (float32 for uint8), and targets float32 [B, num_classes], rows of sum 1.
+    Images of the same shape and float type (float32 for uint8), and targets float32 [B,
+    num_classes], rows of sum 1.
 
   Raises:
     ValueError: B is not divisible by `groups`.
@@ -65,40 +70,43 @@ def mix(
     return images.astype(dtype), targets
 
   def mix_group(key, x, y):
-    own, lam = _own_share(key, *x.shape[1:3], mixup_alpha, cutmix_alpha, prob, switch_prob)
+    kept, lam = _kept_share(key, *x.shape[1:3], mixup_alpha, cutmix_alpha)
     x = x.astype(jnp.float32)
-    return (x * own + x[::-1] * (1 - own)).astype(dtype), y * lam + y[::-1] * (1 - lam)
+    return (x * kept + x[::-1] * (1 - kept)).astype(dtype), y * lam + y[::-1] * (1 - lam)
 
   split = lambda x: x.reshape(groups, -1, *x.shape[1:])
   mixed = jax.vmap(mix_group)(jax.random.split(key, groups), split(images), split(targets))
   return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), mixed)
 
 
-def _own_share(key, height, width, mixup_alpha, cutmix_alpha, prob, switch_prob):
-  """How much of itself an image keeps: at each pixel [H, W, 1] (0 or 1 in cutmix, lambda in mixup), and in all, a scalar."""
-  on_key, kind_key, mixup_key, cutmix_key, box_key = jax.random.split(key, 5)
-  on = jax.random.uniform(on_key) < prob
+def _kept_share(key, height, width, mixup_alpha, cutmix_alpha):
+  """Returns how much of itself an image keeps: at each pixel [H, W, 1], and in all, a scalar.
+
+  A pixel keeps 0 or 1 in cutmix, lambda in mixup.
+  """
+  kind_key, mixup_key, cutmix_key, box_key = jax.random.split(key, 4)
   if mixup_alpha and cutmix_alpha:
-    is_cutmix = jax.random.uniform(kind_key) < switch_prob
+    is_cutmix = jax.random.bernoulli(kind_key)
   else:
     is_cutmix = bool(cutmix_alpha)
   draw = lambda key, alpha: jax.random.beta(key, alpha, alpha) if alpha else 1.0
-  blend = jnp.where(on, draw(mixup_key, mixup_alpha), 1.0)
-  cut = jnp.where(on, draw(cutmix_key, cutmix_alpha), 1.0)
+  blend, cut = draw(mixup_key, mixup_alpha), draw(cutmix_key, cutmix_alpha)
   outside = 1.0 - _box(box_key, height, width, cut)
-  return jnp.where(is_cutmix, outside, blend)[..., None], jnp.where(
-    is_cutmix, outside.mean(), blend
-  )
+  share = jnp.where(is_cutmix, outside.mean(), blend)
+  return jnp.where(is_cutmix, outside, blend)[..., None], share
 
 
 def _box(key, height, width, lam):
-  """float32 [H, W], 1 in a box of the image's aspect around a uniform pixel, cut at the border; its sides are even numbers."""
+  """Returns float32 [H, W], 1 in a box around a uniform pixel, cut at the border.
+
+  The box has the image's aspect; its sides are even numbers.
+  """
 
   def side(key, length):
     half = jnp.floor(length * jnp.sqrt(1 - lam)).astype(int) // 2
-    centre = jax.random.randint(key, (), 0, length)
+    center = jax.random.randint(key, (), 0, length)
     place = jnp.arange(length)
-    return ((centre - half <= place) & (place < centre + half)).astype(jnp.float32)
+    return ((center - half <= place) & (place < center + half)).astype(jnp.float32)
 
   rows, columns = jax.random.split(key)
   return side(rows, height)[:, None] * side(columns, width)

@@ -1,13 +1,14 @@
 """Mimic before Reconstruct, on one page (arXiv 2303.05475).
 
-An encoder sees a quarter of the image. On these *visible* tokens its output mimics the features that a frozen teacher
-(CLIP or DINO) computes from the whole image; on the *masked* tokens a small decoder reconstructs the pixels, as in MAE.
-The two losses act on different tokens and at different depths, so they do not compete. Without a teacher this is
-ConvMAE (convolutional-stage encoder) or MAE (plain ViT encoder). *Focused mimicking* shows the encoder the tokens that the
-teacher's CLS token attends to; *complementary masks* show it several disjoint parts of the same image at once.
+An encoder sees a quarter of the image. On these *visible* tokens its output mimics the features
+that a frozen teacher (CLIP or DINO) computes from the whole image; on the *masked* tokens a small
+decoder reconstructs the pixels, as in MAE. The two losses act on different tokens and at different
+depths, so they do not compete. Without a teacher this is ConvMAE (convolutional-stage encoder) or
+MAE (plain ViT encoder). *Focused mimicking* shows the encoder the tokens that the teacher's CLS
+token attends to; *complementary masks* show it several disjoint parts of the same image at once.
 
-Shapes: B images of H x W pixels and C channels; N = (H/p) * (W/p) tokens of p x p pixels, V of them visible in each of k
-masks; D, Dt widths of student and teacher. All losses are float32.
+Shapes: B images of H x W pixels and C channels; N = (H/p) * (W/p) tokens of p x p pixels, V of them
+visible in each of k masks; D, Dt widths of student and teacher. All losses are float32.
 """
 
 from typing import Any, Callable, NamedTuple
@@ -19,23 +20,37 @@ from mrmae_jax.models.layers import Mask, patchify, take_visible
 
 
 class Mimic(NamedTuple):
-  """How one teacher is mimicked. The paper's choices are not published; the defaults are those of its closest relative,
-  OpenDriveLab/maskalign, where that has one."""
+  """How one teacher is mimicked.
 
-  name: str  # of the loss term
-  head: Any  # module: student tokens -> [..., Dt]
+  The paper's choices are not published; the defaults are those of its closest relative,
+  OpenDriveLab/maskalign, where that has one.
+
+  Attributes:
+    name: of the loss term.
+    head: module, student tokens -> [..., Dt].
+    weight: of the loss term.
+    tokens: "visible", "visible+cls", or "masked": the decoder predicts features of masked tokens.
+    source: "fused", or "last_block": before fusion and the last norm.
+    target_norm: see `normalize_features`.
+    loss: a key of DISTANCES.
+    salient_share: share of the visible tokens, by the teacher's attention, that counts.
+  """
+
+  name: str
+  head: Any
   weight: float = 1.0
-  tokens: str = (
-    "visible"  # "visible+cls", or "masked": the decoder predicts the features of the masked tokens
-  )
-  source: str = "fused"  # or "last_block": before fusion and the last norm
-  target_norm: str = "layer_norm"  # see `normalise_features`
-  loss: str = "mse"  # a key of DISTANCES
-  salient_share: float = 1.0  # share of the visible tokens, by the teacher's attention, that counts
+  tokens: str = "visible"
+  source: str = "fused"
+  target_norm: str = "layer_norm"
+  loss: str = "mse"
+  salient_share: float = 1.0
 
 
 class Model(NamedTuple):
-  """The student: modules (`params` holds one entry per module, by field name) and its input normalisation."""
+  """The student: its modules, and the normalization of its input.
+
+  `params` holds one entry per module, by field name.
+  """
 
   encoder: Any
   decoder: Any
@@ -45,13 +60,17 @@ class Model(NamedTuple):
 
 
 class TeacherOutput(NamedTuple):
-  """What a frozen teacher makes of whole images, on the student's grid of N tokens; float32."""
+  """Features of whole images from a frozen teacher, on the student's grid of N tokens; float32.
 
-  features: jax.Array  # [B, N, Dt]
-  cls: jax.Array | None  # [B, Dt], of its CLS token; None if it has none
-  attention: (
-    jax.Array | None
-  )  # [B, N], what CLS attends to in the last block, mean over the heads; None likewise
+  Attributes:
+    features: [B, N, Dt].
+    cls: [B, Dt], of the CLS token; None for a teacher without one.
+    attention: [B, N], from CLS to the patches in the last block, mean over the heads; or None.
+  """
+
+  features: jax.Array
+  cls: jax.Array | None
+  attention: jax.Array | None
 
 
 def pretrain_loss(
@@ -78,20 +97,20 @@ def pretrain_loss(
     model: the student.
     teachers: for each of `model.mimics`, by name, images -> TeacherOutput of the intact image.
     mask_ratio: share of the tokens that is hidden from the encoder.
-    masking: "random", or "focused": the visible tokens are drawn by the attention of the first teacher's CLS token.
+    masking: "random", or "focused": the visible tokens are drawn by the attention of the first
+      teacher's CLS token.
     attention_temperature, attention_mix: of focused masking, see `sample_mask`.
     complementary_masks: disjoint visible sets for each image; the losses are means over them.
-    norm_pix: reconstruct pixels normalised per patch.
+    norm_pix: reconstruct pixels normalized per patch.
     pixel_weight: of the reconstruction loss; 0 leaves it out, and the decoder's work with it.
 
   Returns:
     loss, and its unweighted terms {"pixel", and the name of each mimic}: float32 scalars.
   """
-  pixels = normalise(images, model.mean, model.std)
-  seen = {
-    name: jax.lax.stop_gradient(look(images)) for name, look in teachers.items()
-  }  # the teachers see the whole image
-  attention = seen[model.mimics[0].name].attention if masking == "focused" else None
+  pixels = normalize(images, model.mean, model.std)
+  # Teachers see the whole image.
+  teacher_out = {name: jax.lax.stop_gradient(fn(images)) for name, fn in teachers.items()}
+  attention = teacher_out[model.mimics[0].name].attention if masking == "focused" else None
   mask = sample_mask(
     noise, mask_ratio, complementary_masks, attention, attention_temperature, attention_mix
   )
@@ -100,7 +119,7 @@ def pretrain_loss(
   loss, terms = 0.0, {}
   for mimic in model.mimics:
     head = params["mimic_heads"][mimic.name]
-    terms[mimic.name] = mimic_loss(head, streams, seen[mimic.name], mask, mimic)
+    terms[mimic.name] = mimic_loss(head, streams, teacher_out[mimic.name], mask, mimic)
     loss += mimic.weight * terms[mimic.name]
   if pixel_weight:
     terms["pixel"] = pixel_loss(prediction, pixels, mask, model.encoder.patch_size, norm_pix)
@@ -108,7 +127,7 @@ def pretrain_loss(
   return loss, terms
 
 
-def normalise(images: jax.Array, mean, std) -> jax.Array:
+def normalize(images: jax.Array, mean, std) -> jax.Array:
   """uint8, or float in [0, 1] -> zero-mean, unit-variance float32, channel by channel."""
   if images.dtype == jnp.uint8:
     images = images.astype(jnp.float32) / 255
@@ -123,19 +142,21 @@ def sample_mask(
   temperature: float = 1.0,
   mix: float = 0.0,
 ) -> Mask:
-  """Chooses the V = int(N * (1 - mask_ratio)) visible tokens, for each of k masks.
+  """Draws the V = int(N * (1 - mask_ratio)) visible tokens, for each of k masks.
 
-  Random masking (MAE, models_mae.py) keeps the tokens of least noise. Focused masking draws without replacement with
-  probabilities proportional to the attention (zejiangh/MILAN): with exponential waiting times -log(1 - noise) / p the
-  tokens arrive in that order, which is Gumbel-top-k; under uniform attention it is random masking with the same noise.
-  Complementary masks take the first V tokens of one shuffle, the next V, and so on (Alpha-VL/FastConvMAE).
+  Random masking (MAE, models_mae.py) keeps the tokens of least noise. Focused masking draws without
+  replacement with probabilities proportional to the attention (zejiangh/MILAN): with exponential
+  waiting times -log(1 - noise) / p the tokens arrive in that order, which is Gumbel-top-k; under
+  uniform attention it is random masking with the same noise. Complementary masks take the first V
+  tokens of one shuffle, the next V, and so on (Alpha-VL/FastConvMAE).
 
   Args:
     noise: float32 [B, N], uniform in [0, 1).
     mask_ratio: share of hidden tokens.
     complementary_masks: k, with k * V <= N.
     attention: non-negative [B, N]; None for random masking.
-    temperature: > 0, p ~ attention^(1/temperature): below 1 nearer to taking the V most attended tokens, above 1 to random.
+    temperature: > 0, p ~ attention^(1/temperature): below 1 nearer to the V most attended tokens,
+      above 1 nearer to random masking.
     mix: in [0, 1], share of the uniform distribution mixed into p.
 
   Returns:
@@ -151,18 +172,19 @@ def sample_mask(
   ids_shuffle = jnp.argsort(order, axis=1)
   ids_restore = jnp.argsort(ids_shuffle, axis=1)
   ids_keep = ids_shuffle[:, : k * visible].reshape(batch * k, visible)
-  ids_restore = (
-    ids_restore[:, None] - visible * jnp.arange(k)[:, None]
-  ) % tokens  # mask i starts i * V places further on
+  # Mask i starts i * V places further on.
+  ids_restore = (ids_restore[:, None] - visible * jnp.arange(k)[:, None]) % tokens
   return Mask(ids_keep, ids_restore.reshape(batch * k, tokens))
 
 
 def encode_decode(params, pixels: jax.Array, mask: Mask, model: Model, everywhere: bool = True):
-  """Encoder on the visible tokens, decoder on all; it predicts all, or (everywhere=False) the M = N - V masked ones alone.
+  """Runs the encoder on the visible tokens and the decoder on all of them.
+
+  The decoder predicts all tokens, or with everywhere=False the M = N - V masked ones alone.
 
   Returns:
-    streams: what can be mimicked with, [B * k, V (+1 with CLS), D] "fused" (the encoder's output, which the decoder reads)
-      and "last_block" (before fusion), and [B * k, N or M, decoder width] "decoder".
+    streams: tokens that can mimic. [B * k, V (+1 with CLS), D] "fused", the encoder's output, which
+      the decoder reads, and "last_block", before fusion; [B * k, N or M, decoder width] "decoder".
     prediction: [B * k, N or M, p*p*C], row by row, or in the order of `mask.masked`.
   """
   grid = tuple(side // model.encoder.patch_size for side in pixels.shape[1:3])
@@ -170,20 +192,23 @@ def encode_decode(params, pixels: jax.Array, mask: Mask, model: Model, everywher
   prediction, decoded = model.decoder.apply(
     {"params": params["decoder"]}, tokens, mask, grid, everywhere
   )
-  return {
+  streams = {
     "fused": tokens,
     "last_block": encoded["layers"][-1],
     "decoder": decoded["tokens"],
-  }, prediction
+  }
+  return streams, prediction
 
 
 def pixel_targets(pixels: jax.Array, patch_size: int, norm_pix: bool):
-  """What the decoder has to predict, patch by patch in (row, column, channel) order.
+  """Returns the decoder's targets, patch by patch in (row, column, channel) order.
 
-  With norm_pix, (patch - mean) / sqrt(variance + 1e-6) with the unbiased variance of the patch (torch.var's default).
+  With norm_pix, (patch - mean) / sqrt(variance + 1e-6) with the unbiased variance of the patch
+  (torch.var's default).
 
   Returns:
-    targets [B, N, p*p*C], and the mean and scale [B, N, 1] that turn predictions back into normalised pixels.
+    targets [B, N, p*p*C], and the mean and scale [B, N, 1] that turn predictions back into
+    normalized pixels.
   """
   patches = patchify(pixels, patch_size).reshape(
     pixels.shape[0], -1, patch_size**2 * pixels.shape[-1]
@@ -198,58 +223,66 @@ def pixel_targets(pixels: jax.Array, patch_size: int, norm_pix: bool):
 def pixel_loss(
   prediction: jax.Array, pixels: jax.Array, mask: Mask, patch_size: int, norm_pix: bool
 ) -> jax.Array:
-  """Mean squared error on the masked patches: prediction of these [B * k, M, p*p*C] against normalised images [B, H, W, C]."""
+  """Mean squared error on the masked patches.
+
+  Args:
+    prediction: of the masked patches, [B * k, M, p*p*C].
+    pixels: normalized images [B, H, W, C].
+    mask: [B * k, ...].
+    patch_size: p.
+    norm_pix: see `pixel_targets`.
+  """
   targets, _, _ = pixel_targets(pixels, patch_size, norm_pix)
   return jnp.square(prediction - take_visible(targets, mask.masked)).mean()
 
 
 def mimic_loss(
-  head_params, streams: dict[str, jax.Array], seen: TeacherOutput, mask: Mask, mimic: Mimic
+  head_params,
+  streams: dict[str, jax.Array],
+  teacher_out: TeacherOutput,
+  mask: Mask,
+  mimic: Mimic,
 ) -> jax.Array:
-  """Mean distance of one teacher's features from what the student makes of its tokens, over the tokens that count.
+  """Mean distance between one teacher's features and the student's tokens that mimic them.
 
   Args:
-    head_params: of `mimic.head`.
-    streams: of `encode_decode`, the decoder's of the masked tokens.
-    seen: what the teacher makes of the B whole images.
+    head_params: parameters of `mimic.head`.
+    streams: of `encode_decode`, its decoder tokens those of the masked places.
+    teacher_out: of the B whole images.
     mask: [B * k, ...].
     mimic: which tokens count, and how they are compared.
   """
-  features, cls = (
-    None if x is None else normalise_features(x, mimic.target_norm)
-    for x in (seen.features, seen.cls)
+  targets, cls = (
+    None if x is None else normalize_features(x, mimic.target_norm)
+    for x in (teacher_out.features, teacher_out.cls)
   )
-  (rows, visible), head = (
-    mask.ids_keep.shape,
-    lambda x: mimic.head.apply({"params": head_params}, x),
-  )
-  k = rows // len(features)
+  rows, visible = mask.ids_keep.shape
+  k = rows // len(targets)
+  distance = DISTANCES[mimic.loss]
+  head = lambda x: mimic.head.apply({"params": head_params}, x)
   if mimic.tokens == "masked":
-    return DISTANCES[mimic.loss](
-      head(streams["decoder"]), take_visible(features, mask.masked)
-    ).mean()
+    return distance(head(streams["decoder"]), take_visible(targets, mask.masked)).mean()
 
-  tokens, targets, counts = (
-    streams[mimic.source],
-    take_visible(features, mask),
-    jnp.ones((rows, visible)),
-  )
+  targets, counts = take_visible(targets, mask), jnp.ones((rows, visible))
   if mimic.salient_share < 1:
-    rank = jnp.argsort(jnp.argsort(-take_visible(seen.attention, mask), axis=1), axis=1)
+    attention = take_visible(teacher_out.attention, mask)
+    rank = jnp.argsort(jnp.argsort(-attention, axis=1), axis=1)
     counts = rank < max(1, round(visible * mimic.salient_share))
   if mimic.tokens == "visible+cls":
     targets = jnp.concatenate([cls.repeat(k, 0)[:, None], targets], axis=1)
     counts = jnp.pad(counts, ((0, 0), (1, 0)), constant_values=1)
-  error = DISTANCES[mimic.loss](head(tokens[:, tokens.shape[1] - targets.shape[1] :]), targets)
+  tokens = streams[mimic.source][:, -targets.shape[1] :]
+  error = distance(head(tokens), targets)
   return jnp.sum(error * counts) / counts.sum()
 
 
-def normalise_features(x: jax.Array, how: str) -> jax.Array:
+def normalize_features(x: jax.Array, how: str) -> jax.Array:
   """Teacher features [B, ..., Dt] as targets, float32.
 
-  "layer_norm": each token to zero mean and unit variance, without parameters (OpenDriveLab/maskalign): CLIP's residual
-  stream has a few huge channels, which would otherwise be all of the error. "batch": each channel to zero mean and unit
-  variance over the batch. "l2": each token to unit length. "none": as they are.
+  "layer_norm": each token to zero mean and unit variance, without parameters
+    (OpenDriveLab/maskalign): CLIP's residual stream has a few huge channels, which would otherwise
+    be all of the error. "batch": each channel to zero mean and unit variance over the batch. "l2":
+    each token to unit length. "none": as they are.
   """
   x = x.astype(jnp.float32)
   if how == "none":
@@ -261,9 +294,8 @@ def normalise_features(x: jax.Array, how: str) -> jax.Array:
   return (x - mean) * jax.lax.rsqrt(variance + 1e-5)
 
 
-def _smooth_l1(
-  d,
-):  # twice torch's with beta 1, as in OpenDriveLab/maskalign: the squared error of small differences
+def _smooth_l1(d):
+  # Twice torch's with beta 1, as in OpenDriveLab/maskalign: the squared error of small differences.
   return jnp.where(jnp.abs(d) < 1, jnp.square(d), 2 * jnp.abs(d) - 1)
 
 

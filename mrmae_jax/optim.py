@@ -1,6 +1,7 @@
-"""Optimisers of the MAE family: AdamW for pre-training and fine-tuning, LARS for the linear probe, an average of the weights.
+"""Optimizers of the MAE family: AdamW for pre-training and fine-tuning, LARS for the linear probe.
 
-Schedules are evaluated per step: warm-up, then half a cosine.
+Also an average of the weights, and the rule that an update may be skipped. Schedules are evaluated
+per step: warm-up, then half a cosine.
 """
 
 import re
@@ -11,10 +12,25 @@ import jax.numpy as jnp
 import optax
 
 
+class Steps(NamedTuple):
+  """Length of a training run.
+
+  Attributes:
+    per_epoch: training images / batch size, a fraction.
+    total: number of steps.
+  """
+
+  per_epoch: float
+  total: int
+
+
 def warmup_cosine(
   peak: float, min_lr: float, warmup_steps: float, total_steps: int
 ) -> optax.Schedule:
-  """Linear from 0 over `warmup_steps`, then half a cosine from `peak` to `min_lr` (MAE, util/lr_sched.py)."""
+  """Linear from 0 over `warmup_steps`, then half a cosine from `peak` to `min_lr`.
+
+  Source: MAE, util/lr_sched.py.
+  """
 
   def schedule(step):
     warmup = peak * step / max(warmup_steps, 1e-9)
@@ -25,117 +41,133 @@ def warmup_cosine(
   return schedule
 
 
-def make(config, batch_size: int, steps_per_epoch: float, total_steps: int):
-  """The optimiser of `config.optim`, see config.py, and its schedule: step -> learning rate for a factor of 1.
+def make_schedule(config, batch_size: int, steps: Steps) -> optax.Schedule:
+  """Returns step -> learning rate, for the section `optim` of a configuration.
 
-  `update` of the optimiser takes one argument more, `bad`, a boolean that may be traced: then its state stays as it was, bit for bit,
-  and the updates are to be thrown away.
+  Args:
+    config: the section.
+    batch_size: images per update; the peak rate is blr * batch_size / 256.
+    steps: length of the training.
   """
   peak = config.blr * batch_size / 256
-  schedule = warmup_cosine(peak, config.min_lr, config.warmup_epochs * steps_per_epoch, total_steps)
-  return _kept(_probe(config, schedule)) if "grid" in config else _adamw(config, schedule), schedule
+  return warmup_cosine(peak, config.min_lr, config.warmup_epochs * steps.per_epoch, steps.total)
 
 
-def _adamw(config, schedule):
-  """AdamW; `layer_decay` scales the whole scheduled rate, min_lr and the decay of the weights included."""
+def make_optimizer(config, batch_size: int, steps: Steps):
+  """Returns (AdamW, schedule) for the section `optim` of a configuration; see `make_schedule`.
+
+  `layer_decay` scales the whole scheduled rate, min_lr and the decay of the weights included.
+  """
+  schedule = make_schedule(config, batch_size, steps)
+  is_decayed = lambda params: decay_mask(params, config.no_decay)
+  scales = lambda params: layer_scales(params, config.layer_decay)
   links = [
     optax.chain(
-      _adam(config.b1, config.b2, config.eps),
-      optax.add_decayed_weights(
-        config.weight_decay, lambda params: decayed(params, config.no_decay)
-      ),
-      _kept(optax.scale_by_learning_rate(schedule)),
+      _scale_by_adam(config.b1, config.b2, config.eps),
+      optax.add_decayed_weights(config.weight_decay, is_decayed),
+      skippable(optax.scale_by_learning_rate(schedule)),
     )
   ]
   if config.clip_norm:
     links.insert(0, optax.clip_by_global_norm(config.clip_norm))
   if config.layer_decay != 1:
-    links.append(
-      optax.stateless(
-        lambda updates, params: jax.tree.map(
-          jnp.multiply, updates, layer_scales(params, config.layer_decay)
-        )
-      )
-    )
+    scale = lambda updates, params: jax.tree.map(jnp.multiply, updates, scales(params))
+    links.append(optax.stateless(scale))
   if config.ema_decay:
-    links.append(_kept(average_params(config.ema_decay)))
-  return optax.chain(*links)
+    links.append(skippable(average_params(config.ema_decay)))
+  return Skippable(*optax.chain(*links)), schedule
+
+
+# Updates that are skipped.
+
+
+class Skippable(optax.GradientTransformationExtraArgs):
+  """A transformation whose `update` takes one argument more, `bad`: a boolean that may be traced.
+
+  If it is true, the state stays as it was, bit for bit, and the updates are to be thrown away.
+  """
+
+
+def skippable(tx: optax.GradientTransformation) -> Skippable:
+  """Returns `tx` with the argument `bad`; as it is if it has the argument already."""
+  if isinstance(tx, Skippable):
+    return tx
+
+  def update(updates, state, params=None, *, bad=False, **extra_args):
+    del extra_args
+    updates, new_state = tx.update(updates, state, params)
+    return updates, keep_if(bad, state, new_state)
+
+  return Skippable(tx.init, update)
 
 
 def keep_if(bad, old, new):
-  """The arrays of the tree `old` if `bad`, a boolean that may be traced, else those of `new`."""
+  """Returns the arrays of the tree `old` if `bad`, a boolean that may be traced, else of `new`."""
   return jax.tree.map(lambda old, new: jnp.where(bad, old, new), old, new)
 
 
-def _kept(link: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-  """`link`, whose state stays as it was if `bad`."""
+def _scale_by_adam(b1: float, b2: float, eps: float) -> Skippable:
+  """optax.scale_by_adam, which decides on `bad` before it computes the update from its moments.
 
-  def update(updates, state, params=None, *, bad=False, **others):
-    del others
-    updates, new = link.update(updates, state, params)
-    return updates, keep_if(bad, state, new)
-
-  return optax.GradientTransformationExtraArgs(link.init, update)
-
-
-def _adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
-  """optax.scale_by_adam, which keeps its moments if `bad` before it makes the update of them.
-
-  `_kept(optax.scale_by_adam)` would have both, the moments that stay and those of the update: the parameters are then computed from
-  the old moments once more, which is 5 % of a step of ConvMAE-B on CPU (`bench guards`), where this moves no byte more.
+  `skippable(optax.scale_by_adam)` would hold both, the moments that stay and those of the update.
+  The parameters would then be computed from the old moments once more, which is 5 % of a step of
+  ConvMAE-B on CPU. This form moves no byte more.
   """
 
-  def update(grads, state, params=None, *, bad=False, **others):
-    del params, others
+  def update(grads, state, params=None, *, bad=False, **extra_args):
+    del params, extra_args
     mu = keep_if(bad, state.mu, optax.tree.update_moment(grads, state.mu, b1, 1))
     nu = keep_if(bad, state.nu, optax.tree.update_moment_per_elem_norm(grads, state.nu, b2, 2))
     count = jnp.where(bad, state.count, state.count + 1)
-    corrected = optax.tree.bias_correction(mu, b1, count), optax.tree.bias_correction(nu, b2, count)
-    return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), *corrected), optax.ScaleByAdamState(
-      count, mu, nu
-    )
+    mu_hat = optax.tree.bias_correction(mu, b1, count)
+    nu_hat = optax.tree.bias_correction(nu, b2, count)
+    updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu_hat, nu_hat)
+    return updates, optax.ScaleByAdamState(count, mu, nu)
 
-  return optax.GradientTransformationExtraArgs(optax.scale_by_adam().init, update)
+  return Skippable(optax.scale_by_adam().init, update)
 
 
-def decayed(params, spared: tuple[str, ...] = ()):
-  """Tree of bools: weight decay acts on everything but vectors (biases, norms) and parameters of the spared names.
+# Which parameter is updated how.
 
-  CLS and mask tokens, three-dimensional in the reference as here, are decayed in pre-training (timm 0.3.2
-  `add_weight_decay` as MAE uses it); fine-tuning spares the position table and CLS (`no_weight_decay` of timm's ViT and
-  of ConvMAE).
+
+def decay_mask(params, no_decay: tuple[str, ...] = ()):
+  """Returns a tree of bools: whether weight decay acts on a parameter.
+
+  It acts on everything but vectors (biases, norms) and parameters named in `no_decay`. CLS and mask
+  tokens, three-dimensional in the reference as here, are decayed in pre-training (timm 0.3.2,
+  `add_weight_decay` as MAE uses it). Fine-tuning spares the position table and CLS
+  (`no_weight_decay` of timm's ViT and of ConvMAE).
   """
-  return jax.tree_util.tree_map_with_path(
-    lambda path, p: p.ndim > 1 and not (spared and path[-1].key in spared), params
-  )
-
-
-def _keys(path) -> list[str]:
-  return [str(key.key) for key in path]
+  is_decayed = lambda path, p: p.ndim > 1 and not (no_decay and path[-1].key in no_decay)
+  return jax.tree_util.tree_map_with_path(is_decayed, params)
 
 
 def layer_scales(params, layer_decay: float):
-  """Tree of floats, the factor of each parameter's learning rate: layer_decay ** (distance from the head).
+  """Returns a tree of floats, the factors of the learning rate: layer_decay ** (distance from the
+  head).
 
-  With n transformer blocks the head, norms outside of blocks and whatever has no place below them have the factor 1, block i
-  has layer_decay ** (n - i), and embeddings, positions, CLS and both convolutional stages share layer_decay ** (n + 1)
-  (ConvMAE and MAE, util/lr_decay.py). `params` may nest the encoder at any depth; its names are those of models/.
+  With n transformer blocks the head, norms outside of blocks and whatever has no place below them
+  have the factor 1, and block i has layer_decay ** (n - i). Embeddings, positions, CLS and both
+  convolutional stages share layer_decay ** (n + 1). Source: ConvMAE and MAE, util/lr_decay.py.
+  `params` may nest the encoder at any depth; its names are those of models/.
   """
 
-  def block(path):
-    return next(
-      (int(m[1]) for key in _keys(path) if (m := re.fullmatch(r"blocks3?_(\d+)", key))), None
-    )
+  def keys_of(path):
+    return [str(key.key) for key in path]
 
-  blocks = {block(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)} - {None}
+  def block_of(path):
+    matches = (re.fullmatch(r"blocks3?_(\d+)", key) for key in keys_of(path))
+    return next((int(match[1]) for match in matches if match), None)
+
+  paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+  num_blocks = len({block_of(path) for path in paths} - {None})
 
   def scale(path, _):
-    if (i := block(path)) is not None:
-      return layer_decay ** (len(blocks) - i)
-    first = any(
-      re.fullmatch(r"pos_embed|cls_token|patch_embed\d?|blocks[12]_\d+", key) for key in _keys(path)
-    )
-    return layer_decay ** (len(blocks) + 1) if first else 1.0
+    if (block := block_of(path)) is not None:
+      return layer_decay ** (num_blocks - block)
+    first = r"pos_embed|cls_token|patch_embed\d?|blocks[12]_\d+"
+    is_first = any(re.fullmatch(first, key) for key in keys_of(path))
+    return layer_decay ** (num_blocks + 1) if is_first else 1.0
 
   return jax.tree_util.tree_map_with_path(scale, params)
 
@@ -149,14 +181,15 @@ def lars(
   momentum: float = 0.9,
   trust_coefficient: float = 0.001,
 ) -> optax.GradientTransformation:
-  """LARS as MAE and MoCo v3 probe with it (MAE, util/lars.py): vectors are neither decayed nor rescaled.
+  """LARS as in the linear probe of MAE and MoCo v3: vectors are neither decayed nor rescaled.
 
-  `optax.lars` puts the rate inside the momentum, which differs as soon as the rate changes: there a step of warm-up stays
-  small for ever. Here, as in the reference, the rate multiplies the momentum.
+  Source: MAE, util/lars.py. `optax.lars` puts the rate inside the momentum, which differs as soon
+  as the rate changes: there a step of warm-up stays small for ever. Here, as in the reference, the
+  rate multiplies the momentum.
   """
   return optax.chain(
-    optax.add_decayed_weights(weight_decay, decayed),
-    optax.masked(optax.scale_by_trust_ratio(trust_coefficient=trust_coefficient), decayed),
+    optax.add_decayed_weights(weight_decay, decay_mask),
+    optax.masked(optax.scale_by_trust_ratio(trust_coefficient=trust_coefficient), decay_mask),
     optax.trace(momentum),
     optax.scale_by_learning_rate(learning_rate),
   )
@@ -165,24 +198,17 @@ def lars(
 def over_grid(
   tx: optax.GradientTransformation, factors: tuple[float, ...]
 ) -> optax.GradientTransformation:
-  """`tx` for parameters with a leading axis of len(factors): each entry is trained alone, at its factor of the rate."""
+  """Applies `tx` to parameters with a leading axis of len(factors), each entry by itself.
+
+  The updates of entry i are multiplied by factors[i].
+  """
 
   def update(updates, state, params):
     updates, state = jax.vmap(tx.update)(updates, state, params)
-    return jax.tree.map(lambda u: jax.vmap(jnp.multiply)(u, jnp.asarray(factors)), updates), state
+    scale = lambda u: jax.vmap(jnp.multiply)(u, jnp.asarray(factors))
+    return jax.tree.map(scale, updates), state
 
   return optax.GradientTransformation(jax.vmap(tx.init), update)
-
-
-def _probe(config, schedule):
-  """LARS for the heads of `tasks.probe`, and their batch norm's running statistics, which follow at torch's momentum of 0.1."""
-  heads = over_grid(lars(schedule, config.weight_decay, config.b1), tuple(config.grid))
-
-  def update(updates, state, params):
-    head, state = heads.update(updates["head"], state, params["head"])
-    return {"head": head, "running": jax.tree.map(lambda g: -0.1 * g, updates["running"])}, state
-
-  return optax.GradientTransformation(lambda params: heads.init(params["head"]), update)
 
 
 # Averaged weights.
@@ -196,12 +222,13 @@ class AverageState(NamedTuple):
 
 
 def average_params(decay: float) -> optax.GradientTransformation:
-  """Keeps an exponential moving average of the parameters; the last link of a chain, updates pass unchanged.
+  """Keeps an exponential moving average of the parameters; updates pass unchanged.
 
-  As a part of the optimiser's state it is sharded, saved and restored like the moments, and the training step does not know
-  of it; `averaged_params` finds it. After update t (from 0) average = d * average + (1 - d) * params with
-  d = min(decay, (1 + t) / (10 + t)), the warm-up of TensorFlow's ExponentialMovingAverage: with a constant 0.9999 a run of ten
-  thousand steps would still hold a third of its initialisation.
+  It is the last link of a chain. As a part of the optimizer's state the average is sharded, saved
+  and restored like the moments; `averaged_params` finds it. After update t (from 0)
+  average = d * average + (1 - d) * params with d = min(decay, (1 + t) / (10 + t)), the warm-up of
+  TensorFlow's ExponentialMovingAverage: with a constant 0.9999 a run of ten thousand steps would
+  still hold a third of its initialization.
   """
 
   def init(params):
@@ -209,15 +236,14 @@ def average_params(decay: float) -> optax.GradientTransformation:
 
   def update(updates, state, params):
     d = jnp.minimum(decay, (1 + state.count) / (10 + state.count))
-    average = jax.tree.map(
-      lambda a, p: a + (1 - d) * (p - a), state.average, optax.apply_updates(params, updates)
-    )
+    new_params = optax.apply_updates(params, updates)
+    average = jax.tree.map(lambda a, p: a + (1 - d) * (p - a), state.average, new_params)
     return updates, AverageState(state.count + 1, average)
 
   return optax.GradientTransformation(init, update)
 
 
 def averaged_params(opt_state):
-  """The average that `average_params` keeps in an optimiser's state, or None where there is none."""
-  leaves = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, AverageState))
-  return next((node.average for node in leaves if isinstance(node, AverageState)), None)
+  """Returns the average that `average_params` keeps in an optimizer's state, or None."""
+  nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, AverageState))
+  return next((node.average for node in nodes if isinstance(node, AverageState)), None)

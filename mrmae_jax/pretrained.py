@@ -146,18 +146,18 @@ class Pretrained:
     return self._params[grid], images
 
   def _features(self, params, images):
-    pixels = mrmae.normalise(images, *self._model[-2:])
+    pixels = mrmae.normalize(images, *self._model[-2:])
     return encode(
       self.student.encoder, params["encoder"], pixels, None if self.student.has_norm else False
     )
 
   def _weights(self, params, images):
     return head_attention(
-      self.student.encoder, params["encoder"], mrmae.normalise(images, *self._model[-2:])
+      self.student.encoder, params["encoder"], mrmae.normalize(images, *self._model[-2:])
     )
 
   def _logits(self, params, images):
-    pixels, classifier = mrmae.normalise(images, *self._model[-2:]), params["classifier"]
+    pixels, classifier = mrmae.normalize(images, *self._model[-2:]), params["classifier"]
     if "fc_norm" in classifier:  # MAE's and ConvMAE's --global_pool
       x = encode(self.student.encoder, params["encoder"], pixels, normed=False)["pooled"]
       x = layer_norm(1e-6, jnp.float32).apply({"params": classifier["fc_norm"]}, x)

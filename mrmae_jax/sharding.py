@@ -14,14 +14,17 @@ AXES = ("data", "fsdp")
 def make_mesh(data: int = -1, fsdp: int = 1, devices=None) -> Mesh:
   """A (data, fsdp) mesh over all devices; -1 takes what the other axis leaves.
 
-  Devices come by slice, host and number: the rows of a batch are then those of host 0, host 1, ..., as the loader cuts it, and the
-  devices of an fsdp group, which exchange parameters in every step, are neighbours and never in two slices. Sums over all
-  devices, the rest of the traffic, do not depend on the order.
+  Devices come by slice, host and number: the rows of a batch are then those of host 0, host 1, ...,
+    as the loader cuts it, and the devices of an fsdp group, which exchange parameters in every
+    step, are neighbours and never in two slices. Sums over all devices, the rest of the traffic, do
+    not depend on the order.
 
-  Axis types are Auto: under the Explicit default every gather of tokens would need an output sharding by hand.
+  Axis types are Auto: under the Explicit default every gather of tokens would need an output
+    sharding by hand.
 
   Raises:
-    ValueError: the product is not the number of devices, or an fsdp group does not fit into a slice.
+    ValueError: the product is not the number of devices, or an fsdp group does not fit into a
+      slice.
   """
   slice_of = lambda device: getattr(device, "slice_index", 0) or 0
   devices = sorted(
@@ -52,12 +55,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def fsdp_shardings(tree, mesh: Mesh, min_size: int = 2**14):
-  """Shardings for a tree of arrays or shapes: the largest axis that the fsdp axis divides; small arrays replicated.
+  """Shardings for a tree of arrays or shapes: the largest axis that the fsdp axis divides; small
+  arrays replicated.
 
   Args:
     tree: leaves with a `shape`.
     mesh: of `make_mesh`.
-    min_size: arrays with fewer elements are replicated, the collectives would cost more than the memory saved.
+    min_size: arrays with fewer elements are replicated, the collectives would cost more than the
+      memory saved.
   """
 
   def rule(leaf):
@@ -71,14 +76,15 @@ def fsdp_shardings(tree, mesh: Mesh, min_size: int = 2**14):
 
 
 def table(trees: dict[str, Any], depth: int = 2) -> list[dict[str, Any]]:
-  """What is sharded how: one row per part of the trees and kind of sharding.
+  """Lists how arrays are sharded: one row per part of the trees and kind of sharding.
 
   Args:
     trees: {name: tree of arrays or ShapeDtypeStructs with shardings}.
     depth: names of a path that make a part, e.g. 2: "state/params".
 
   Returns:
-    Rows {"part", "sharding": "sharded" or "replicated", "arrays", "bytes", "bytes_per_device"}, JSON values.
+    Rows {"part", "sharding": "sharded" or "replicated", "arrays", "bytes", "bytes_per_device"},
+    JSON values.
   """
   rows = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(trees):

@@ -18,7 +18,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from mrmae_jax.data import open_source
-from mrmae_jax.errors import DataError
+from mrmae_jax.errors import DataError, WorkdirError
 from mrmae_jax.runs import paths
 from tests import fake_gcs
 from tests.helpers import images
@@ -220,9 +220,9 @@ def test_a_bucket_that_does_not_answer(monkeypatch):
   monkeypatch.setattr(paths, "ANSWER_S", 0.1)
   monkeypatch.setattr(backend.fsspec_backend, "_get_filesystem", lambda name: time.sleep(1))
   with pytest.raises(
-    ValueError, match=r"gs://bucket/x cannot be reached \(no answer within 0.1 s\)"
+    WorkdirError, match=r"gs://bucket/x cannot be reached \(no answer within 0.1 s\)"
   ):
-    paths.folder("gs://bucket/x")
+    paths.open_folder("gs://bucket/x")
 
 
 def test_folders_of_images_are_not_read_from_a_bucket():

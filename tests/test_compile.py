@@ -70,7 +70,7 @@ def test_memory_a_device_falls_as_the_rule_says():
   """Every array that the fsdp axis divides and that is large enough is divided; the rest is not."""
   config = changed(tiny.get_config(), teacher__path="")
   task = pretrain.make(config)
-  shapes = jax.eval_shape(task.init, jax.random.key(0))
+  shapes, _ = jax.eval_shape(task.init, jax.random.key(0))
   for fsdp in (1, 2, 4, 8):
     mesh = sharding.make_mesh(fsdp=fsdp)
     placed = jax.tree.map(

@@ -105,7 +105,7 @@ def test_knn_accuracy_is_the_same_on_any_devices():
   config.data.holdout_every = 9  # 199 held-out images: no multiple of any batch
   config.teacher.path = ""
   task = pretrain.make(config)
-  params = jax.jit(task.init)(jax.random.key(0))
+  params = jax.jit(task.init)(jax.random.key(0))[0]
   results = []
   for devices, batch_size in ((1, 64), (8, 40)):
     mesh = sharding.make_mesh(devices=jax.devices()[:devices])
@@ -113,7 +113,7 @@ def test_knn_accuracy_is_the_same_on_any_devices():
     evaluator = knn.Evaluator(
       task, {}, config, mesh, None, k=20, temperature=0.07, batch_size=batch_size, bank=300
     )
-    results.append(evaluator.run(placed, 0)["accuracy"])
+    results.append(evaluator.run(placed, (), 0)["accuracy"])
   assert results[0] == results[1] and 0.2 < results[0] < 1
   assert (
     abs(results[0] * 199 - round(results[0] * 199)) < 1e-6
@@ -130,7 +130,7 @@ def test_knn_without_labels_says_why_not(tmp_path):
   evaluator = knn.Evaluator(
     None, {}, config, sharding.make_mesh(), None, k=1, temperature=0.07, batch_size=8, bank=8
   )
-  assert "the images have no labels" in evaluator.note and evaluator.run({}, 0) == {}
+  assert "the images have no labels" in evaluator.note and evaluator.run({}, (), 0) == {}
 
 
 @pytest.mark.parametrize("norm_pix", [True, False])

@@ -14,14 +14,14 @@ from PIL import Image
 
 import mrmae_jax
 from mrmae_jax import config as config_lib
-from mrmae_jax import sharding, train
-from mrmae_jax.config import validate
+from mrmae_jax import data, preflight, sharding
 from mrmae_jax.errors import ConfigError, DataError, WeightsError
 from mrmae_jax.evals import accuracy as evaluator
 from mrmae_jax.models.layers import DropPath, drop_paths
 from mrmae_jax.runs.checkpoint import read_params
 from mrmae_jax.tasks import finetune
 from tests import tiny
+from tests.helpers.tasks import predicting_task
 from tests.test_stages import changed, finished_run
 
 ROOT = Path(__file__).parent.parent
@@ -82,9 +82,9 @@ def test_it_starts_from_a_run(tmp_path, encoder, values):
   own = {key: value for key, value in values.items() if key != "pool"}
   _, params = finished_run(tmp_path, encoder, **own)
   config = finetune_config(encoder, init_from=str(tmp_path), **values)
-  validate(config, num_devices=8)
+  preflight.check(config, num_devices=8)
   task = finetune.make(config)
-  fresh = jax.jit(task.init)(jax.random.key(0))
+  fresh = jax.jit(task.init)(jax.random.key(0))[0]
   known = {
     "/".join(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(fresh)
   }
@@ -128,7 +128,7 @@ def test_another_architecture_is_refused(tmp_path):
     (dict(init_from=None), "config.init_from is not set"),
     (dict(pool="max"), "config.pool='max' is not one of mean, cls"),
     (dict(pool="cls"), "needs an encoder with a CLS token"),
-    (dict(mix__prob=1.5), r"config.mix.prob=1.5 must lie in \[0, 1\]"),
+    (dict(mix__smoothing=1.0), r"config.mix.smoothing=1.0 must lie in \[0, 1\)"),
     (dict(mix__mixup_alpha=-1.0), "config.mix.mixup_alpha=-1.0 must be"),
     (dict(mix__groups=3), "config.mix.groups=3 does not divide"),
     (dict(optim__layer_decay=0.0), "config.optim.layer_decay=0.0"),
@@ -137,7 +137,7 @@ def test_another_architecture_is_refused(tmp_path):
 )
 def test_mistakes_are_named(values, message):
   with pytest.raises(ConfigError, match=message) as error:
-    validate(finetune_config(**values), num_devices=8)
+    preflight.check(finetune_config(**values), num_devices=8)
   assert len(str(error.value).splitlines()) == 1
 
 
@@ -155,14 +155,14 @@ def test_other_classes_to_evaluate_are_found_before_anything_starts(tmp_path):
       Image.new("RGB", (48, 32)).save(tmp_path / split / name / "x.png")
   config = finetune_config(data__source=f"folder:{tmp_path}")
   with pytest.raises(ConfigError, match=r"must agree; only in training: c; only in evaluation: d"):
-    validate(config, num_devices=8)
+    preflight.check(config, num_devices=8)
 
 
 def test_accuracy_counts_every_image_once_on_any_devices():
   config = finetune_config(data__holdout_every=9)  # 199 held-out images: no multiple of any batch
 
   def predict(
-    params, frozen, batch, keys
+    params, extra, frozen, batch, keys
   ):  # right for labels below 6, second for the next two, never for 8 and 9
     label = batch["label"]
     shift = jnp.where(label < 6, 0, jnp.where(label < 8, 1, -1))
@@ -172,18 +172,15 @@ def test_accuracy_counts_every_image_once_on_any_devices():
     )
     return {"logits": logits}
 
-  task = train.Task(None, None, predict, {}, {})
+  task = predicting_task(predict, config)
   labels = np.array(
-    [
-      example["label"]
-      for example in (evaluator.data.open_split(config.data, "eval")[i] for i in range(199))
-    ]
+    [example["label"] for example in (data.open_split(config.data, "eval")[i] for i in range(199))]
   )
   results = []
   for devices, batch_size in ((1, 64), (8, 40)):
     mesh = sharding.make_mesh(devices=jax.devices()[:devices])
     results.append(
-      evaluator.Evaluator(task, {}, config, mesh, None, batch_size=batch_size).run({}, 0)
+      evaluator.Evaluator(task, {}, config, mesh, None, batch_size=batch_size).run({}, (), 0)
     )
   assert (
     results[0]
@@ -205,7 +202,8 @@ def test_a_run_from_start_to_end(tmp_path):
     command = [
       sys.executable,
       "-m",
-      "mrmae_jax.cli.train",
+      "mrmae_jax",
+      "finetune",
       f"--config={tmp_path}/finetune.py",
       f"--workdir={tmp_path}/run",
       *arguments,
@@ -229,7 +227,9 @@ def test_a_run_from_start_to_end(tmp_path):
   images = np.random.default_rng(0).integers(0, 256, (3, 32, 48, 3), np.uint8)
   config = finetune_config()
   own = read_params(tmp_path / "run", "encoder", "fc_norm", "head").params
-  expected = finetune.make(config).predict(own, {}, {"image": jnp.asarray(images)}, None)["logits"]
+  expected = finetune.make(config).predict(own, (), {}, {"image": jnp.asarray(images)}, None)[
+    "logits"
+  ]
   np.testing.assert_allclose(model.classify(images), expected, atol=1e-5)
   refused = main("--config.init_from=")
   assert refused.returncode == 2 and "start" in refused.stderr

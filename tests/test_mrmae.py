@@ -102,7 +102,7 @@ def test_masked_pixels_never_reach_a_visible_feature(encoder):
   model, params, images, noise, _ = setup(encoder)
   mask = mrmae.sample_mask(noise, 0.75)
   encode = jax.jit(lambda x: model.encoder.apply({"params": params["encoder"]}, x, mask)[0])
-  pixels = mrmae.normalise(images, model.mean, model.std)
+  pixels = mrmae.normalize(images, model.mean, model.std)
   other = np.where(
     removed_pixels(noise), np.random.default_rng(9).normal(0, 7, pixels.shape), pixels
   ).astype(np.float32)
@@ -128,7 +128,7 @@ def loss_of(model, params, images, noise, features, **options):
 def test_pixel_targets_of_visible_patches_do_not_count(norm_pix):
   model, params, images, noise, _ = setup("sparse")
   mask = mrmae.sample_mask(noise, 0.75)
-  pixels = mrmae.normalise(images, model.mean, model.std)
+  pixels = mrmae.normalize(images, model.mean, model.std)
   prediction = jnp.asarray(np.random.default_rng(1).standard_normal((3, 36, 192), np.float32))
   loss = functools.partial(mrmae.pixel_loss, prediction, mask=mask, patch_size=8, norm_pix=norm_pix)
   other = jnp.where(removed_pixels(noise), pixels, -pixels + 3 * pixels**2)
@@ -324,7 +324,7 @@ def test_what_is_computed_again_is_the_same(encoder, remat):
     def loss(params):
       mask = mrmae.sample_mask(noise, 0.75)
       tokens, _ = model.encoder.apply(
-        {"params": params["encoder"]}, mrmae.normalise(images, model.mean, model.std), mask, keys
+        {"params": params["encoder"]}, mrmae.normalize(images, model.mean, model.std), mask, keys
       )
       prediction, _ = decoder.apply({"params": params["decoder"]}, tokens, mask, (6, 8))
       return jnp.square(prediction).mean()
@@ -461,7 +461,7 @@ def test_stage_maps_agree_on_visible_blocks():
   mask = mrmae.sample_mask(noise, 0.75)
   outs = [
     jax.jit(m.encoder.apply)(
-      {"params": params["encoder"]}, mrmae.normalise(images, m.mean, m.std), mask
+      {"params": params["encoder"]}, mrmae.normalize(images, m.mean, m.std), mask
     )[1]
     for m in (dense, sparse)
   ]
@@ -476,7 +476,7 @@ def test_stage_maps_agree_on_visible_blocks():
 def test_without_a_mask_the_whole_image_is_encoded():
   model, params, images, _, _ = setup("sparse")
   encode = jax.jit(model.encoder.apply)
-  x, out = encode({"params": params["encoder"]}, mrmae.normalise(images, model.mean, model.std))
+  x, out = encode({"params": params["encoder"]}, mrmae.normalize(images, model.mean, model.std))
   assert (
     x.shape == (3, 48, 24)
     and out["stage1"].shape == (3, 24, 32, 8)
@@ -486,7 +486,7 @@ def test_without_a_mask_the_whole_image_is_encoded():
     jnp.tile(jnp.arange(48.0) / 48, (3, 1)), 0.0
   )  # 48 of 48 visible, in order
   same, _ = encode(
-    {"params": params["encoder"]}, mrmae.normalise(images, model.mean, model.std), everything
+    {"params": params["encoder"]}, mrmae.normalize(images, model.mean, model.std), everything
   )
   np.testing.assert_allclose(x, same, atol=1e-5)
 
@@ -494,7 +494,7 @@ def test_without_a_mask_the_whole_image_is_encoded():
 def test_uint8_and_float_images_are_the_same_input():
   images = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, -1)
   a, b = (
-    mrmae.normalise(x, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    mrmae.normalize(x, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     for x in (jnp.asarray(images), jnp.asarray(images / np.float32(255)))
   )
   np.testing.assert_allclose(a, b, atol=1e-6)

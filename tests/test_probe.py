@@ -11,16 +11,15 @@ from PIL import Image
 
 import mrmae_jax
 from mrmae_jax import config as config_lib
-from mrmae_jax import optim, sharding, train
+from mrmae_jax import data, optim, preflight, sharding, train
 from mrmae_jax.cli import features
 from mrmae_jax.cli import knn as tool
-from mrmae_jax.config import validate
 from mrmae_jax.errors import ConfigError, WeightsError
 from mrmae_jax.evals import accuracy as evaluator
-from mrmae_jax.evals import probe as cached
 from mrmae_jax.runs.checkpoint import Checkpoints
 from mrmae_jax.tasks import finetune, probe
 from tests import tiny
+from tests.helpers.tasks import init_state, make_tx, predicting_task
 from tests.test_stages import changed, finished_run
 
 
@@ -46,10 +45,9 @@ def batch_of(count, seed=0):
 
 
 def run(task, config, steps):
-  tx, schedule = optim.make(config.optim, config.batch_size, 10, steps)
+  tx, schedule = make_tx(task, 10, steps)
   step = jax.jit(train.make_train_step(task, tx, schedule, 0, config.optim.accum_steps))
-  params = task.init(jax.random.key(0))
-  state = train.TrainState(jnp.int32(0), params, tx.init(params), jnp.float32(0))
+  state = init_state(task, tx)
   for i in range(steps):
     state, metrics = step(state, task.frozen, batch_of(16, i))
   return state, metrics
@@ -60,12 +58,12 @@ def test_heads_and_batch_norm_by_definition():
   config = probe_config(optim__warmup_epochs=0.2)
   task = probe.make(config)
   state, metrics = run(task, config, 6)
-  assert state.params.keys() == {"head", "running"}  # the encoder is no parameter
+  assert state.params.keys() == {"head"}  # the encoder is no parameter
 
-  rates = optim.make(config.optim, 16, 10, 6)[1]
-  start = jax.device_get(task.init(jax.random.key(0)))
+  rates = optim.make_schedule(config.optim, 16, optim.Steps(10, 6))
+  start, extra = jax.device_get(task.init(jax.random.key(0)))
   np.testing.assert_array_equal(start["head"]["kernel"][0], start["head"]["kernel"][1])
-  look = jax.jit(lambda batch: task.predict(start, task.frozen, batch, None)["features"])
+  look = jax.jit(lambda batch: task.predict(start, extra, task.frozen, batch, None)["features"])
   for i, factor in enumerate((0.5, 4.0)):
     w, b = (start["head"][name][i].astype(np.float64) for name in ("kernel", "bias"))
     mean, var, mw, mb = np.zeros(24), np.ones(24), 0, 0
@@ -82,12 +80,12 @@ def test_heads_and_batch_norm_by_definition():
       w, b = w - float(rates(step)) * factor * mw, b - float(rates(step)) * factor * mb
     np.testing.assert_allclose(state.params["head"]["kernel"][i], w, atol=1e-5)
     np.testing.assert_allclose(state.params["head"]["bias"][i], b, atol=1e-5)
-  np.testing.assert_allclose(state.params["running"]["mean"], mean, atol=1e-5)
-  np.testing.assert_allclose(state.params["running"]["var"], var, rtol=1e-4)
+  np.testing.assert_allclose(state.extra["mean"], mean, atol=1e-5)
+  np.testing.assert_allclose(state.extra["var"], var, rtol=1e-4)
   assert np.abs(state.params["head"]["bias"][0] - state.params["head"]["bias"][1]).max() > 1e-4
 
   batch = batch_of(5, 99)
-  out = task.predict(state.params, task.frozen, batch, None)
+  out = task.predict(state.params, state.extra, task.frozen, batch, None)
   x = (np.asarray(out["features"]) - mean) / np.sqrt(var + 1e-6)
   np.testing.assert_allclose(out["logits"][:, 1], x @ w + b, atol=1e-4)
   assert out["logits"].shape == (5, 2, 10)
@@ -98,9 +96,9 @@ def test_features_are_those_of_the_frozen_encoder(tmp_path, encoder, pool):
   """A LayerNorm that has learnt nothing on the mean token, or the CLS token after the last norm."""
   finished_run(tmp_path, encoder)
   config = probe_config(encoder, init_from=str(tmp_path), pool=pool)
-  validate(config, num_devices=8)
+  preflight.check(config, num_devices=8)
   task, batch = probe.make(config), batch_of(3)
-  found = task.predict(task.init(jax.random.key(1)), task.frozen, batch, None)["features"]
+  found = task.predict(*task.init(jax.random.key(1)), task.frozen, batch, None)["features"]
   model = mrmae_jax.load(tmp_path)
   if pool == "cls":
     expected = model.encode(batch["image"])["cls"]
@@ -126,7 +124,7 @@ def test_accuracy_of_a_grid():
   config = probe_config(data__holdout_every=9)
 
   def predict(
-    params, frozen, batch, keys
+    params, extra, frozen, batch, keys
   ):  # the second head is right for labels below 7, the first for label 0
     label = batch["label"]
     right = jnp.stack([label < 1, label < 7], 1)
@@ -134,16 +132,13 @@ def test_accuracy_of_a_grid():
       "logits": jax.nn.one_hot(jnp.where(right, label[:, None], (label[:, None] + 1) % 10), 10)
     }
 
-  task = train.Task(None, None, predict, {}, {})
+  task = predicting_task(predict, config)
   labels = np.array(
-    [
-      example["label"]
-      for example in (evaluator.data.open_split(config.data, "eval")[i] for i in range(199))
-    ]
+    [example["label"] for example in (data.open_split(config.data, "eval")[i] for i in range(199))]
   )
   for devices in (1, 8):
     mesh = sharding.make_mesh(devices=jax.devices()[:devices])
-    found = evaluator.Evaluator(task, {}, config, mesh, None, batch_size=64).run({}, 0)
+    found = evaluator.Evaluator(task, {}, config, mesh, None, batch_size=64).run({}, (), 0)
     top5 = found.pop("top5")
     assert (
       found
@@ -192,7 +187,7 @@ def test_a_run_with_a_break(tmp_path):
 )
 def test_mistakes_are_named(values, message):
   with pytest.raises(ConfigError, match=message):
-    validate(probe_config(**values), num_devices=8)
+    preflight.check(probe_config(**values), num_devices=8)
 
 
 def test_cached_probe_finds_what_is_linear():
@@ -201,12 +196,14 @@ def test_cached_probe_finds_what_is_linear():
   x = rng.standard_normal((600, 12)) * 3 + 5
   y = (x[:, 0] > 5).astype(int) + 2 * (x[:, 1] > 5)
   options = dict(epochs=20, batch_size=50)
-  found = cached.linear(x[:400], y[:400], x[400:], y[400:], 4, blrs=(1e-6, 0.1, 1.0), **options)
+  found = probe.probe_features(
+    x[:400], y[:400], x[400:], y[400:], 4, blrs=(1e-6, 0.1, 1.0), **options
+  )
   assert found[0] < 0.7 < 0.88 < found[1:].min(), found
-  alone = cached.linear(x[:400], y[:400], x[400:], y[400:], 4, blrs=(0.1,), **options)
+  alone = probe.probe_features(x[:400], y[:400], x[400:], y[400:], 4, blrs=(0.1,), **options)
   assert abs(alone[0] - found[1]) <= 0.005  # one image of 200: sums in another order
   counted = []
-  cached.linear(
+  probe.probe_features(
     x[:400],
     y[:400],
     x[400:],
@@ -337,13 +334,13 @@ def test_averaged_weights_are_the_ones_that_are_loaded(tmp_path):
   """What fit evaluates is what others read of it."""
   config = changed(tiny.get_config(), teacher__path="", optim__ema_decay=0.9)
   _, params = finished_run(tmp_path / "plain")
-  tx, _ = optim.make(config.optim, 16, 10, 10)
+  tx, _ = optim.make_optimizer(config.optim, 16, optim.Steps(10, 10))
   average = jax.tree.map(lambda x: x + 0.5, params)
   state = tx.init(params)
   state = (*state[:-1], state[-1]._replace(average=average))
   assert optim.averaged_params(state) is average
   saving = Checkpoints(tmp_path / "run", {})
-  saving.save(7, train.TrainState(jnp.int32(7), params, state, jnp.float32(0)))
+  saving.save(7, train.TrainState(jnp.int32(7), params, (), state, jnp.float32(0)))
   saving.close()
   (tmp_path / "run" / "config.json").write_text(config.to_json())
   loaded = mrmae_jax.load(tmp_path / "run").student.params

@@ -13,12 +13,19 @@ from PIL import Image
 
 from mrmae_jax.cli import report
 from mrmae_jax.runs import log
+from mrmae_jax.runs.paths import open_folder
+from mrmae_jax.viz.plot import COLORS, line_plot
+
+
+def new_folder(path):
+  path.mkdir(parents=True)
+  return open_folder(path)
 
 
 def workdir_with_a_run(folder, name, scale=1.0, blr=1e-4):
-  """A workdir as a run leaves it, without the run."""
-  place = folder / name
-  writer = log.Log(place_made(place), 40, settings={"optim.blr": blr})
+  """Makes a workdir as a run leaves it, without the run."""
+  workdir = folder / name
+  writer = log.Log(new_folder(workdir), 40, settings={"optim.blr": blr})
   for step in range(1, 41):
     writer.scalars(
       step, {"loss": scale / step, "pixel": 0.6 / step, "lr": blr, "images_per_s": 100.0}
@@ -26,26 +33,14 @@ def workdir_with_a_run(folder, name, scale=1.0, blr=1e-4):
     if step % 10 == 0:
       writer.scalars(step, {"knn/accuracy": 0.5 + step / 100, "evaluation_s": 1.0})
   writer.close()
-  (place / "config.json").write_text(
+  (workdir / "config.json").write_text(
     json.dumps({"task": "pretrain", "optim": {"blr": blr, "b1": 0.9}, "evals": {}})
   )
-  (place / "reconstructions").mkdir()
+  (workdir / "reconstructions").mkdir()
   for step in range(0, 90, 10):
-    Image.fromarray(np.full((20, 30, 3), step * 2, np.uint8)).save(
-      place / "reconstructions" / f"step_{step:07d}.png"
-    )
-  return place
-
-
-def place_made(place):
-  place.mkdir(parents=True)
-  return report_path(place)
-
-
-def report_path(place):
-  from mrmae_jax.runs.workdir import open_workdir
-
-  return open_workdir(place)
+    picture = Image.fromarray(np.full((20, 30, 3), step * 2, np.uint8))
+    picture.save(workdir / "reconstructions" / f"step_{step:07d}.png")
+  return workdir
 
 
 class Reader(html.parser.HTMLParser):
@@ -97,7 +92,7 @@ def test_a_page_about_two_runs(tmp_path, capsys):
   )
   assert (
     "goodput" in words.lower()
-    and "python -m mrmae_jax.cli.train" in words
+    and "mrmae pretrain" in words
     and f"jax {log.jax.__version__}" in words
   )
   svgs = [image for image in page.images if image["src"].startswith("data:image/svg")]
@@ -106,31 +101,52 @@ def test_a_page_about_two_runs(tmp_path, capsys):
   )
 
 
+def svg_parts(content):
+  """Returns the lines of an SVG of matplotlib, [[(x, y), ...], ...] in points with y downwards, and its texts."""
+  root = ET.fromstring(content)  # well-formed, whatever the names
+  tag = lambda element: element.tag.rpartition("}")[2]
+  lines = []
+  for group in root.iter():
+    if re.fullmatch(r"line2d_\d+", group.get("id", "")):
+      path = next((child for child in group if tag(child) == "path"), None)
+      if path is not None and "stroke-width: 1.5" in path.get("style", ""):
+        lines.append(
+          [tuple(map(float, xy)) for xy in re.findall(r"([-\d.]+) ([-\d.]+)", path.get("d"))]
+        )
+  return lines, [element.text for element in root.iter() if tag(element) == "text"]
+
+
 def test_the_curve_is_where_the_numbers_are():
-  svg = report.plot({"x & y": [(0, 0.0), (50, 5.0), (100, 10.0)]}, "t<", {"x & y": "#123456"})
-  root = ET.fromstring(svg)  # well-formed, whatever the names
-  line = next(e for e in root.iter() if e.tag.endswith("polyline"))
-  points = [tuple(map(float, p.split(","))) for p in line.get("points").split()]
-  (x0, y0), (x1, y1), (x2, y2) = points
-  assert (
-    x1 - x0 == pytest.approx(x2 - x1, abs=0.2)
-    and y0 - y1 == pytest.approx(y1 - y2, abs=0.2)
-    and y2 < y0
-  )
-  labels = [e.text for e in root.iter() if e.tag.endswith("text")]
-  assert "t<" in labels and "100" in labels and "10" in labels
+  svg = line_plot({"x & y": ([0, 50, 100], [0.0, 5.0, 10.0])}, title="t<", xlabel="step", ylabel="")
+  [[(x0, y0), (x1, y1), (x2, y2)]], texts = svg_parts(svg)
+  assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2) and x2 > x0
+  assert y0 - y1 == pytest.approx(y1 - y2, abs=0.2) and y2 < y0
+  assert {"t<", "step", "100", "10"} <= set(texts)
 
 
-@pytest.mark.parametrize(
-  "low, high", [(0, 1), (0.013, 0.019), (-3, 1e6), (5, 5), (0, 0), (1e-9, 2e-9)]
-)
-def test_ticks_span_the_values_in_round_steps(low, high):
-  found = report.ticks(low, high)
-  assert found[0] <= low and found[-1] >= high and 2 <= len(found) <= 8
-  steps = np.diff(found)
-  assert np.allclose(steps, steps[0]) and re.fullmatch(
-    r"(1|2|2\.5|5)(\.0)?e[+-]\d+", f"{steps[0]:.1e}".replace("2.5e", "2.5e")
-  )
+def test_several_runs_share_a_plot_and_keep_their_colors():
+  """A run without points takes its color; names are not read as formulas; lines follow the page into dark mode."""
+  series = {"a<b>": ([1, 2], [1.0, 2.0]), "none": ([], []), "_$c$": ([1, 2], [3.0, np.nan])}
+  svg = line_plot(series, title="t", xlabel="step", ylabel="")
+  _, texts = svg_parts(svg)
+  assert "a<b>" in texts and "_$c$" in texts and "none" not in texts
+  text = svg.decode()
+  assert COLORS[0] in text and COLORS[1] not in text and COLORS[2] in text
+  assert "currentColor" in text and "prefers-color-scheme:dark" in text
+  assert svg == line_plot(series, title="t", xlabel="step", ylabel="")  # the same bytes
+
+
+def test_a_plot_becomes_a_file(tmp_path):
+  series = {"a": ([1, 2, 3], [0.0, 10.0, 100.0])}
+  for suffix in ("png", "svg"):
+    path = tmp_path / f"plot.{suffix}"
+    content = line_plot(series, path, title="t", xlabel="x", ylabel="y", log_y=True)
+    assert path.read_bytes() == content and list(tmp_path.glob(".*")) == []
+  assert np.asarray(Image.open(tmp_path / "plot.png")).shape[:2] > (300, 500)
+  with pytest.raises(ValueError, match="must end in .png or .svg"):
+    line_plot(series, tmp_path / "plot.pdf", title="t", xlabel="x", ylabel="y")
+  with pytest.raises(ValueError, match="not a point to draw"):
+    line_plot({"a": ([1], [np.inf])}, title="t", xlabel="x", ylabel="y")
 
 
 def test_mistakes(tmp_path, capsys):
@@ -143,10 +159,10 @@ def test_mistakes(tmp_path, capsys):
 
 
 def test_every_start_is_noted(tmp_path):
-  place = place_made(tmp_path / "run")
+  place = new_folder(tmp_path / "run")
   for first in (0, 7):
     log.Log(place, 40, first).close()
-  starts = log.read(place, "starts.jsonl")
+  starts = log.read_metrics(place, "starts.jsonl")
   assert [start["first_step"] for start in starts] == [0, 7]
   assert all(
     "cpu" in start["devices"] and start["time"][:2] == "20" and "flax" in start["versions"]
@@ -176,7 +192,7 @@ def test_weights_and_biases_gets_the_same_numbers(tmp_path, monkeypatch):
   fake.init = lambda **options: seen.append(options) or Run()
   fake.Image = lambda picture: ("image", picture.shape)
   monkeypatch.setitem(sys.modules, "wandb", fake)
-  place = place_made(tmp_path / "run")
+  place = new_folder(tmp_path / "run")
   writer = log.Log(place, 4, settings={"seed": 1}, wandb="project")
   writer.scalars(1, {"loss": 0.5})
   writer.image(1, "reconstruct/x", np.zeros((4, 5, 3), np.uint8))
@@ -196,7 +212,7 @@ def test_weights_and_biases_gets_the_same_numbers(tmp_path, monkeypatch):
     (2, {"loss": 0.25}),
     (3, {"loss": 0.25}),
   ]
-  assert [r["step"] for r in log.read(place)] == [
+  assert [r["step"] for r in log.read_metrics(place)] == [
     1,
     2,
     3,

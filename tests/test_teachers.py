@@ -17,8 +17,8 @@ from safetensors.numpy import load_file, save_file
 from mrmae_jax import teachers
 from mrmae_jax.errors import WeightsError
 from mrmae_jax.models.layers import Attention
-from mrmae_jax.models.tower import Tower
-from mrmae_jax.mrmae import normalise
+from mrmae_jax.models.vit import ViT
+from mrmae_jax.mrmae import normalize
 from mrmae_jax.weights import files, positions
 
 GOLDENS = Path(
@@ -126,7 +126,7 @@ def test_what_training_sees(layer, key):
   spec, teacher = open_teacher(GOLDENS / "hf_clip_full", (40, 24), layer=layer)
   images = np.random.default_rng(0).integers(0, 256, (2, 40, 24, 3), np.uint8)
   x, out = jax.jit(spec.module.apply)(
-    {"params": teacher.params}, normalise(images, teachers.CLIP_MEAN, teachers.CLIP_STD)
+    {"params": teacher.params}, normalize(images, teachers.CLIP_MEAN, teachers.CLIP_STD)
   )
   tokens = {"raw": out["layers"][-1], "normed": x, "proj": out["proj"]}[layer]
   look = jax.jit(teacher.look)
@@ -143,7 +143,7 @@ def test_what_training_sees(layer, key):
 def test_several_layers_are_a_mean_of_normalised_ones():
   spec, teacher = open_teacher(GOLDENS / "hf_clip_full", last_k=2)
   images = np.random.default_rng(0).random((2, 32, 32, 3), np.float32)
-  _, out = spec.module.apply({"params": teacher.params}, normalise(images, spec.mean, spec.std))
+  _, out = spec.module.apply({"params": teacher.params}, normalize(images, spec.mean, spec.std))
   means = [
     (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
     for x in map(np.asarray, out["layers"][-2:])
@@ -939,7 +939,7 @@ def test_position_tables_keep_constants_and_cls(rule):
 
 def test_a_mask_needs_a_table():
   with pytest.raises(ValueError, match="a mask needs positions='table'"):
-    Tower(8, 12, 1, 1, 12, positions="rope").init(
+    ViT(8, 12, 1, 1, 12, positions="rope").init(
       jax.random.key(0), jnp.zeros((1, 16, 16, 3)), mask=object()
     )
 

@@ -129,7 +129,7 @@ def test_towers(tmp_path, make, options, prefix, image_size):
   spec = teachers.read_spec(path=tmp_path, image_size=image_size, token_size=8, dtype="float32")
   teacher = teachers.load(spec)
   images = np.random.default_rng(0).integers(0, 256, (2, *image_size, 3), np.uint8)
-  pixels = np.asarray(mrmae.normalise(jnp.asarray(images), spec.mean, spec.std))
+  pixels = np.asarray(mrmae.normalize(jnp.asarray(images), spec.mean, spec.std))
   inputs = dict(pixel_values=torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()))
   model = getattr(model, "vision_model", model) if make is siglip_text_and_vision else model
   if make is siglip2:  # takes patches in (row, column, channel) order, and the grid of each image

@@ -20,13 +20,13 @@ from etils import epath
 from PIL import Image
 from safetensors.numpy import load_file
 
-from mrmae_jax import data, optim, sharding, train
-from mrmae_jax.config import validate
+from mrmae_jax import data, optim, preflight, sharding, train
 from mrmae_jax.errors import WorkdirError
 from mrmae_jax.runs import log
 from mrmae_jax.runs.checkpoint import Checkpoints
 from mrmae_jax.tasks import pretrain
 from tests import tiny
+from tests.helpers.tasks import init_state, make_tx
 
 ROOT = Path(__file__).parent.parent
 SHARED = Path(__file__).parent / "goldens"
@@ -50,17 +50,14 @@ def five_steps(setup, num_devices, fsdp=1, accum_steps=1):
   """Losses of five steps, final parameters, and the shardings they had."""
   config, task, batches = setup
   mesh = sharding.make_mesh(fsdp=fsdp, devices=jax.devices()[:num_devices])
-  tx, schedule = optim.make(config.optim, 16, steps_per_epoch=50, total_steps=8)
-
-  def init(key):
-    params = task.init(key)
-    return train.TrainState(jnp.int32(0), params, tx.init(params), jnp.float32(0))
-
+  tx, schedule = make_tx(task, 50, 8)
+  init = lambda key: init_state(task, tx, key)
   shardings = sharding.fsdp_shardings(jax.eval_shape(init, jax.random.key(0)), mesh, min_size=64)
   state = jax.jit(init, out_shardings=shardings)(jax.random.key(0))
   frozen = jax.device_put(task.frozen, sharding.fsdp_shardings(task.frozen, mesh, min_size=64))
+  gather = lambda tree: jax.lax.with_sharding_constraint(tree, sharding.replicated(mesh))
   train_step = train.make_train_step(
-    task, tx, schedule, seed=0, accum_steps=accum_steps, whole=sharding.replicated(mesh)
+    task, tx, schedule, seed=0, accum_steps=accum_steps, gather=gather
   )
   step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
   losses = []
@@ -147,7 +144,7 @@ def test_adamw_equals_torch():
   golden = load_file(SHARED / "adamw_lr1.5e-3_b0.9_0.95_wd0.05.safetensors")
   config = tiny.get_config().optim
   config.update(blr=1.5e-3, min_lr=1.5e-3, warmup_epochs=0.0)  # a constant rate
-  tx, _ = optim.make(config, batch_size=256, steps_per_epoch=1, total_steps=10)
+  tx, _ = optim.make_optimizer(config, 256, optim.Steps(1, 10))
   params = {"w": jnp.asarray(golden["w0"])}
   state = tx.init(params)
   for step in range(5):
@@ -161,7 +158,7 @@ def test_weight_decay_spares_vectors_only():
   params = jax.eval_shape(pretrain.make(config).init, jax.random.key(0))
   decayed = {
     "/".join(k.key for k in path): d
-    for path, d in jax.tree_util.tree_leaves_with_path(optim.decayed(params))
+    for path, d in jax.tree_util.tree_leaves_with_path(optim.decay_mask(params))
   }
   assert not any(d for name, d in decayed.items() if name.endswith(("bias", "scale")))
   assert all(
@@ -170,7 +167,7 @@ def test_weight_decay_spares_vectors_only():
   conv = jax.eval_shape(pretrain.make(tiny.get_config()).init, jax.random.key(0))["encoder"][
     "blocks1_0"
   ]
-  decayed = optim.decayed(conv)
+  decayed = optim.decay_mask(conv)
   assert decayed["depthwise_kernel"] and not decayed["depthwise_bias"]
 
 
@@ -192,7 +189,8 @@ def run(workdir, *overrides, devices=1, wait=True):
   command = [
     sys.executable,
     "-m",
-    "mrmae_jax.cli.train",
+    "mrmae_jax",
+    "pretrain",
     "--config=tests/tiny.py",
     f"--workdir={workdir}",
     *(f"--config.{o}" if not o.startswith("--") else o for o in overrides),
@@ -208,7 +206,7 @@ def run(workdir, *overrides, devices=1, wait=True):
 
 def losses(workdir):
   """{step: (loss, pixel, mimic)} as hexadecimal floats; a step logged twice is an error."""
-  records = [r for r in log.read(workdir) if "loss" in r]
+  records = [r for r in log.read_metrics(workdir) if "loss" in r]
   assert len({r["step"] for r in records}) == len(records)
   return {r["step"]: tuple(r[k].hex() for k in ("loss", "pixel", "mimic")) for r in records}
 
@@ -261,7 +259,7 @@ def test_a_run_says_what_it_did(runs):
   )
   with Image.open(folder / "whole" / "reconstructions" / "step_0000020.png") as picture:
     assert picture.size[0] > 4 * 128
-  accuracy = [r["knn/accuracy"] for r in log.read(folder / "whole") if "knn/accuracy" in r]
+  accuracy = [r["knn/accuracy"] for r in log.read_metrics(folder / "whole") if "knn/accuracy" in r]
   assert len(accuracy) == 2 and all(0 <= a <= 1 for a in accuracy)
   assert any((folder / "whole" / "tensorboard").iterdir())
   assert json.loads((folder / "whole" / "config.json").read_text())["image_size"] == [32, 48]
@@ -272,7 +270,7 @@ def test_f2_killed_and_resumed_equals_uninterrupted_bit_for_bit(runs):
   folder, _ = runs
   resumed = shutil.copytree(folder / "killed", folder / "resumed")
   code, out, err = run(resumed, *LONG, devices=8)
-  assert code == 0 and f"continuing after step {saved_steps(folder / 'killed')[-1]}" in out, err
+  assert code == 0 and f"resuming after step {saved_steps(folder / 'killed')[-1]}" in out, err
   assert losses(resumed) == losses(folder / "whole")
   states = [restore(folder / name) for name in ("whole", "resumed")]
   jax.tree.map(np.testing.assert_array_equal, *states)
@@ -282,7 +280,7 @@ def test_saved_on_8_devices_continues_on_1(runs):
   folder, _ = runs
   moved = shutil.copytree(folder / "killed", folder / "moved")
   code, out, err = run(moved, *LONG, devices=1)
-  assert code == 0 and f"continuing after step {saved_steps(folder / 'killed')[-1]}" in out, err
+  assert code == 0 and f"resuming after step {saved_steps(folder / 'killed')[-1]}" in out, err
   numbers = [
     np.array([[float.fromhex(v) for v in row] for _, row in sorted(losses(folder / name).items())])
     for name in ("moved", "whole")
@@ -309,19 +307,14 @@ def restore(workdir):
   config = tiny.get_config()
   config.epochs = 0.225
   task = pretrain.make(config)
-  source = data.open_split(config.data, "train")
-  tx, _ = optim.make(config.optim, 16, 50, 8)
-
-  def init(key):
-    params = task.init(key)
-    return train.TrainState(jnp.int32(0), params, tx.init(params), jnp.float32(0))
-
+  tx, _ = make_tx(task, 50, 8)
+  init = lambda key: init_state(task, tx, key)
   one = sharding.replicated(sharding.make_mesh(devices=jax.devices()[:1]))
   shapes = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one),
     jax.eval_shape(init, jax.random.key(0)),
   )
-  checkpoints = Checkpoints(workdir, train.identity(config, task, source))
+  checkpoints = Checkpoints(workdir, train.identity(config, task))
   found = checkpoints.restore(shapes)
   checkpoints.close()
   return jax.device_get(found.state)
@@ -380,7 +373,7 @@ def test_check_writes_nothing(tmp_path):
 
 def test_one_compilation(tmp_path, caplog):
   config = tiny.get_config()
-  validate(config, jax.device_count())
+  preflight.check(config, jax.device_count())
   jax.config.update("jax_log_compiles", True)
   try:
     with caplog.at_level(logging.WARNING):
@@ -399,11 +392,11 @@ def test_log_survives_a_torn_line_and_drops_what_is_computed_again(tmp_path):
   (tmp_path / "metrics.jsonl").write_text(
     '{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 0.5}\n{"step": 3, "lo'
   )
-  assert [r["step"] for r in log.read(tmp_path)] == [1, 2]
+  assert [r["step"] for r in log.read_metrics(tmp_path)] == [1, 2]
   writer = log.Log(tmp_path, 5, first_step=1)
   writer.scalars(2, {"loss": 0.25})
   writer.close()
-  assert log.read(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.25}]
+  assert log.read_metrics(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.25}]
 
 
 def test_mfu_counts_every_micro_batch(monkeypatch):
@@ -453,9 +446,9 @@ def test_logs_of_a_run_in_a_bucket(monkeypatch):
   writer.scalars(1, {"loss": 0.5})
   writer.scalars(2, {"loss": 0.25})
   writer.text("config.json", "{}")
-  assert log.read("gs://bucket/run") == []  # not yet: once a minute, and at the end
+  assert log.read_metrics("gs://bucket/run") == []  # not yet: once a minute, and at the end
   writer.close()
-  assert [r["loss"] for r in log.read("gs://bucket/run")] == [0.5, 0.25]
+  assert [r["loss"] for r in log.read_metrics("gs://bucket/run")] == [0.5, 0.25]
   names = bucket.names()
   assert {"run/metrics.jsonl", "run/config.json"} < set(names) and any(
     n.startswith("run/tensorboard/events") for n in names
@@ -463,7 +456,10 @@ def test_logs_of_a_run_in_a_bucket(monkeypatch):
   writer = log.Log(epath.Path("gs://bucket/run"), 10, first_step=1)
   writer.scalars(2, {"loss": 0.125})
   writer.close()
-  assert [(r["step"], r["loss"]) for r in log.read("gs://bucket/run")] == [(1, 0.5), (2, 0.125)]
+  assert [(r["step"], r["loss"]) for r in log.read_metrics("gs://bucket/run")] == [
+    (1, 0.5),
+    (2, 0.125),
+  ]
   assert not Path("gs:").exists()
 
 

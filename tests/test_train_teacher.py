@@ -14,7 +14,7 @@ from safetensors import safe_open
 from mrmae_jax import data, teachers
 from mrmae_jax.cli import teacher as teacher_cli
 from mrmae_jax.evals.knn import knn_classify
-from mrmae_jax.mrmae import normalise
+from mrmae_jax.mrmae import normalize
 
 BUNDLED = Path(__file__).parent.parent / "configs" / "demo_teacher"
 TINY = dict(
@@ -80,7 +80,7 @@ def test_folder_gives_the_features_of_the_trained_model(trained):
     teachers.read_spec(path=folder, image_size=(16, 16), token_size=8, dtype="float32")
   )
   images = np.random.default_rng(1).integers(0, 256, (3, 16, 16, 3), np.uint8)
-  _, out = vit.apply({"params": params}, normalise(images, (0.5,) * 3, (0.5,) * 3))
+  _, out = vit.apply({"params": params}, normalize(images, (0.5,) * 3, (0.5,) * 3))
   np.testing.assert_allclose(
     teacher.look(teacher.params, images).features, out["layers"][-1][:, 1:], atol=1e-5
   )
@@ -279,7 +279,7 @@ def test_transformers_reads_it_too(bundled):
   transformers = pytest.importorskip("transformers")
   spec, teacher, (_, (queries, _)) = bundled
   model = transformers.ViTModel.from_pretrained(BUNDLED, add_pooling_layer=False).eval()
-  x = np.asarray(normalise(queries[:8], spec.mean, spec.std))
+  x = np.asarray(normalize(queries[:8], spec.mean, spec.std))
   with torch.no_grad():
     out = model(torch.from_numpy(x.transpose(0, 3, 1, 2).copy()), output_hidden_states=True)
   y, ours = spec.module.apply({"params": teacher.params}, x)

@@ -67,13 +67,13 @@ def test_the_focus_reaches_the_loss(masking):
     noise, 0.75, attention=seen(features).attention if masking == "focused" else None
   )
   streams, prediction = mrmae.encode_decode(
-    params, mrmae.normalise(images, model.mean, model.std), mask, model, everywhere=False
+    params, mrmae.normalize(images, model.mean, model.std), mask, model, everywhere=False
   )
   mimic = mrmae.mimic_loss(
     params["mimic_heads"]["mimic"], streams, seen(features), mask, model.mimics[0]
   )
   pixel = mrmae.pixel_loss(
-    prediction, mrmae.normalise(images, model.mean, model.std), mask, 8, True
+    prediction, mrmae.normalize(images, model.mean, model.std), mask, 8, True
   )
   np.testing.assert_allclose(loss, 0.7 * pixel + 1.3 * mimic, rtol=1e-5)
 
@@ -142,7 +142,7 @@ def test_masked_pixels_never_reach_a_visible_feature(encoder, fields, masks):
   model, params, images, noise, _ = setup(encoder, **fields)
   mask = mrmae.sample_mask(noise, 0.75, masks)
   encode = jax.jit(lambda x: model.encoder.apply({"params": params["encoder"]}, x, mask)[0])
-  pixels = mrmae.normalise(images, model.mean, model.std)
+  pixels = mrmae.normalize(images, model.mean, model.std)
   first = np.asarray(encode(pixels)).reshape(3, masks, -1)
   for i in range(masks):
     removed = np.asarray(mask.removed).reshape(3, masks, 6, 8)[:, i]
@@ -200,7 +200,7 @@ def test_fusion_takes_the_chosen_depths(encoder):
   model, params, images, noise, _ = setup(encoder, fuse_layers=(0, 2), **depth)
   stages = {} if encoder == "vit" else dict(fuse_stages=False)
   model = model._replace(encoder=model.encoder.clone(**stages))
-  mask, pixels = mrmae.sample_mask(noise, 0.75), mrmae.normalise(images, model.mean, model.std)
+  mask, pixels = mrmae.sample_mask(noise, 0.75), mrmae.normalize(images, model.mean, model.std)
   p = params["encoder"]
   p["fusion"] |= {
     "depth_1": {"kernel": jnp.eye(24), "bias": jnp.zeros(24)},
@@ -222,7 +222,7 @@ def test_stage_fusion_can_be_left_out():
 def test_cls_of_the_convolutional_encoder(encoder):
   """CLS has no position, gets nothing from the stages, comes first, and its attention is what it says."""
   model, params, images, noise, _ = setup(encoder, cls_token=True)
-  mask, pixels = mrmae.sample_mask(noise, 0.75), mrmae.normalise(images, model.mean, model.std)
+  mask, pixels = mrmae.sample_mask(noise, 0.75), mrmae.normalize(images, model.mean, model.std)
   x, out = model.encoder.apply({"params": params["encoder"]}, pixels, mask)
   assert (
     x.shape == (3, 13, 24)

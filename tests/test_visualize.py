@@ -34,7 +34,7 @@ def run_with_teacher(workdir, encoder="convvit", **values):
   model = pretrain.make_model(config, {"mimic": 48})
   params = jax.jit(lambda key: pretrain.init_params(model, SIZE, 0.75, key))(jax.random.key(3))
   saving = Checkpoints(workdir, {})
-  saving.save(7, TrainState(jnp.int32(7), params, (jnp.zeros(3),), jnp.float32(0)))
+  saving.save(7, TrainState(jnp.int32(7), params, (), (jnp.zeros(3),), jnp.float32(0)))
   saving.close()
   (workdir / "config.json").write_text(config.to_json())
   return config, params
@@ -368,7 +368,7 @@ def test_cosine_map(tmp_path, source, head, norm):
   panel = visualize.cosine(subject_of(tmp_path, config, images, seen))
   student = mrmae_jax.load(tmp_path).student
   x, out = jax.jit(student.encoder.apply)(
-    {"params": student.params["encoder"]}, mrmae.normalise(images, student.mean, student.std)
+    {"params": student.params["encoder"]}, mrmae.normalize(images, student.mean, student.std)
   )
   tokens, own = (
     np.asarray(x if source == "fused" else out["layers"][-1]),
@@ -444,7 +444,7 @@ def test_neighbours(photos, run, command):
     encode(
       model.student.encoder,
       model.student.params["encoder"],
-      mrmae.normalise(images, model.student.mean, model.student.std),
+      mrmae.normalize(images, model.student.mean, model.student.std),
     )["pooled"]
   )
   similarity = x @ x.T / np.linalg.norm(x, axis=1) / np.linalg.norm(x, axis=1)[:, None]

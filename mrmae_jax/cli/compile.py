@@ -9,7 +9,6 @@ others. The time is a roofline, the larger of FLOPs over peak and bytes over ban
 --sweep_batch looks for the largest batch that fits.
 """
 
-import importlib
 import json
 import math
 import os
@@ -127,7 +126,7 @@ def measure(config, task, devices, images: int) -> dict[str, Any]:
   from mrmae_jax.runs import log
 
   mesh, chip = sharding.make_mesh(**config.mesh, devices=devices), find_chip(devices)
-  plan = train.plan(config, task, mesh, images)
+  plan = train.make_plan(config, task, mesh, images)
   began = time.monotonic()
   compiled = plan.step.lower(plan.state, plan.frozen, plan.batch).compile()
   seconds = time.monotonic() - began
@@ -224,7 +223,7 @@ def run(options) -> str:
   devices = find_devices(options.topology)
   import jax
 
-  from mrmae_jax import config as config_lib
+  from mrmae_jax import preflight
 
   config = options.config
   if (
@@ -233,8 +232,8 @@ def run(options) -> str:
     and not config.data.source.startswith("folder:")
   ):
     config.data.source = "digits"  # the images are not looked at, and need not be here
-  config_lib.validate(config, len(devices))
-  task = importlib.import_module(f"mrmae_jax.tasks.{config.task}").make(config)
+  preflight.check(config, len(devices))
+  task = preflight.open_task(config)
 
   def attempt(batch):
     config.batch_size = batch

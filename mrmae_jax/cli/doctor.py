@@ -8,7 +8,6 @@ time. The picture --out shows the first images as training would see them. Nothi
 (the run would start, but this is rarely meant) or "stop". Exit code: 0 if the run would start, else the one it would end with.
 """
 
-import importlib
 import importlib.metadata
 import platform
 import shutil
@@ -84,8 +83,7 @@ def examine(config, workdir: str | None, report: Report, out: str, compiled: boo
   """All checks of a configuration; what depends on something that failed is left out."""
   import jax  # a mistyped command line is answered before jax is loaded
 
-  from mrmae_jax import data
-  from mrmae_jax.config import validate
+  from mrmae_jax import data, preflight
 
   devices = jax.devices()
   versions = ", ".join(
@@ -99,7 +97,7 @@ def examine(config, workdir: str | None, report: Report, out: str, compiled: boo
   if workdir:
     folder(workdir, report)
   try:
-    validate(config, len(devices))
+    preflight.check(config, len(devices))
   except ConfigError as error:
     report.stop(str(error), 2)
     return
@@ -108,7 +106,7 @@ def examine(config, workdir: str | None, report: Report, out: str, compiled: boo
     return
   schedule(config, len(source), devices[0].platform, report)
   try:
-    task = importlib.import_module(f"mrmae_jax.tasks.{config.task}").make(config)
+    task = preflight.open_task(config)
   except (WeightsError, ConfigError) as error:
     report.stop(str(error), 2)
     return
@@ -148,11 +146,12 @@ def folder(workdir: str, report: Report) -> None:
   import fcntl
   import os
 
-  from mrmae_jax.runs import workdir as workdirs
+  from mrmae_jax.errors import WorkdirError
+  from mrmae_jax.runs.paths import open_folder
 
   try:
-    place = workdirs.open_workdir(workdir)
-  except workdirs.WorkdirError as error:
+    place = open_folder(workdir)
+  except WorkdirError as error:
     report.stop(str(error), 2)
     return
   if "://" in workdir:
@@ -339,7 +338,7 @@ def step(config, task, count: int, workdir: str | None, compiled: bool, report: 
   from mrmae_jax.cli import compile as pods
   from mrmae_jax.runs import log
 
-  plan = train.plan(config, task, sharding.make_mesh(**config.mesh), count)
+  plan = train.make_plan(config, task, sharding.make_mesh(**config.mesh), count)
   sizes = {
     name: sum(x.size for x in jax.tree.leaves(part)) / 1e6
     for name, part in plan.state.params.items()

@@ -124,7 +124,8 @@ def run(options) -> str:
   from tqdm import tqdm
 
   from mrmae_jax import sharding
-  from mrmae_jax.evals import knn, probe  # mistakes are answered before jax is loaded
+  from mrmae_jax.evals import knn
+  from mrmae_jax.tasks import probe  # mistakes are answered before jax is loaded
 
   classes = len(train["class_names"])
   known, asked = ((file["features"], file["labels"]) for file in (train, held_out))
@@ -159,7 +160,7 @@ def run(options) -> str:
       )
     )
   if blrs:
-    found = probe.linear(
+    found = probe.probe_features(
       *known,
       *asked,
       classes,

@@ -40,16 +40,15 @@ def run(options) -> str:
   """
   if not options.bundle:
     raise UsageError("--bundle is missing; see --help")
-  import importlib  # a mistyped command line is answered before jax is loaded
-
-  import jax
+  import jax  # a mistyped command line is answered before jax is loaded
   import ml_collections
   import numpy as np
 
-  from mrmae_jax import data, sharding, train
-  from mrmae_jax.runs import checkpoint, workdir
+  from mrmae_jax import preflight, sharding, train
+  from mrmae_jax.runs import checkpoint
+  from mrmae_jax.runs.paths import open_folder
 
-  folder = workdir.open_workdir(options.bundle)
+  folder = open_folder(options.bundle)
   try:
     told = json.loads((folder / "bundle.json").read_text())
     config = ml_collections.ConfigDict(json.loads((folder / "config.json").read_text()))
@@ -67,9 +66,9 @@ def run(options) -> str:
     config.dtype = "float32"
     for teacher in (config.get("teacher", {}), *config.get("extra_teachers", {}).values()):
       teacher.dtype = "float32"
-  task = importlib.import_module(f"mrmae_jax.tasks.{config.task}").make(config)
+  task = preflight.open_task(config)
   mesh = sharding.make_mesh(**config.mesh)
-  planned = train.plan(config, task, mesh, len(data.open_split(config.data, "train")))
+  planned = train.make_plan(config, task, mesh)
   saved = checkpoint.Checkpoints(folder, {}, keep=1)
   found = saved.restore(planned.state, any_run=True)
   saved.close()
@@ -79,9 +78,9 @@ def run(options) -> str:
   batch = sharding.global_batch(batch, mesh)
 
   keys = train.sample_keys(config.seed, found.state.step, config.batch_size)
-  grads = jax.jit(jax.grad(lambda params: task.loss(params, frozen, batch, keys)[0]))(
-    found.state.params
-  )
+  grads = jax.jit(
+    jax.grad(lambda params: task.loss(params, found.state.extra, frozen, batch, keys)[0])
+  )(found.state.params)
   finite = jax.device_get(jax.tree.map(lambda g: jax.numpy.isfinite(g).all(), grads))
   names = [
     jax.tree_util.keystr(path, simple=True, separator="/")

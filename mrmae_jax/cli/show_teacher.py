@@ -62,9 +62,9 @@ def look(config, images: np.ndarray, options=None):
 
 def constant_share(features: np.ndarray, how: str) -> float:
   """Share, in [0, 1], of the mean square of the targets [B, N, D] that their mean vector makes up."""
-  from mrmae_jax.mrmae import normalise_features
+  from mrmae_jax.mrmae import normalize_features
 
-  targets = np.asarray(normalise_features(features, how), np.float64)
+  targets = np.asarray(normalize_features(features, how), np.float64)
   return float(np.square(targets.mean((0, 1))).sum() / np.square(targets).sum(-1).mean())
 
 
@@ -109,13 +109,13 @@ def draw(images: np.ndarray, output, config) -> np.ndarray:
   """The picture: uint8 [height, width, 3] of images uint8 [B, H, W, C] and what the teacher makes of them."""
   from mrmae_jax.config import token_size
   from mrmae_jax.evals.reconstruct import bands_shown
-  from mrmae_jax.mrmae import normalise_features
+  from mrmae_jax.mrmae import normalize_features
 
   bands, caption = bands_shown(config)
   size, columns = token_size(config), attention_columns(images[..., bands], output, config)
   grid = images.shape[1] // size, images.shape[2] // size
   columns["features (PCA)"] = enlarge(
-    principal_colours(normalise_features(output.features, "layer_norm")), grid, size
+    principal_colours(normalize_features(output.features, "layer_norm")), grid, size
   )
   note = "attention relative to each image's largest; PCA over all images shown"
   return draw_grid(list(columns.values()), list(columns), f"{caption}; {note}" if caption else note)

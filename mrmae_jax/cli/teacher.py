@@ -38,8 +38,8 @@ from mrmae_jax.data import augment
 from mrmae_jax.errors import DataError, UsageError
 from mrmae_jax.evals.knn import knn_classify
 from mrmae_jax.models.layers import gelu, sincos_2d
-from mrmae_jax.models.tower import Tower
-from mrmae_jax.mrmae import normalise, sample_mask
+from mrmae_jax.models.vit import ViT
+from mrmae_jax.mrmae import normalize, sample_mask
 from mrmae_jax.weights import files, table, towers
 
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -208,12 +208,12 @@ def photometric(key, images, jitter: float, colour: float):
   return jnp.where(draw(4, 0, 1) < 0.5, jnp.einsum("bij,bjkc,blk->bilc", blur, x, blur), x)
 
 
-def make_step(options, vit: Tower, total_steps: int):
+def make_step(options, vit: ViT, total_steps: int):
   """The optimiser and step: (state, images uint8 [2, B, S, S, 3], step) -> (state, loss)."""
   schedule = optim.warmup_cosine(options.lr, 0.0, total_steps / 10, total_steps)
   optimiser = optax.chain(
     optax.clip_by_global_norm(3.0),
-    optax.adamw(schedule, weight_decay=options.weight_decay, mask=optim.decayed),
+    optax.adamw(schedule, weight_decay=options.weight_decay, mask=optim.decay_mask),
   )
 
   def outputs(params, x, mask):
@@ -226,7 +226,7 @@ def make_step(options, vit: Tower, total_steps: int):
   @jax.jit
   def train_step(state, images, step):
     view_key, mask_key = jax.random.split(jax.random.fold_in(jax.random.key(options.seed), step))
-    x = normalise(
+    x = normalize(
       photometric(view_key, images.reshape(-1, *images.shape[2:]), options.jitter, options.colour),
       MEAN,
       STD,
@@ -368,7 +368,14 @@ def train(options):
     )
   total_steps = max(1, round(options.epochs * steps_per_epoch))
 
-  vit = Tower(options.patch_size, options.width, options.depth, options.heads, 4 * options.width)
+  vit = ViT(
+    options.patch_size,
+    options.width,
+    options.depth,
+    options.heads,
+    4 * options.width,
+    learned_positions=True,
+  )
   vit_key, head_key = jax.random.split(jax.random.key(options.seed))
   params = vit.init(vit_key, jnp.zeros((1, options.image_size, options.image_size, 3)))["params"]
   grid = (options.image_size // options.patch_size,) * 2
@@ -392,7 +399,7 @@ def train(options):
 
   @jax.jit
   def features(params, images):
-    x, out = vit.apply({"params": params}, normalise(images, MEAN, STD))
+    x, out = vit.apply({"params": params}, normalize(images, MEAN, STD))
     patches = out["layers"][-1][:, 1:]  # the residual stream of the patches is what students mimic
     return {"cls": x[:, 0], "patch": patches.mean(1)}
 
@@ -424,13 +431,13 @@ def train(options):
   return vit, state.teacher["vit"], history
 
 
-def centred(vit: Tower, params, source, size: int):
+def centred(vit: ViT, params, source, size: int):
   """`params` with the mean patch token of the last block's residual stream, over up to 4,096 images, moved to zero.
 
   A student that mimics tokens normalised one by one would otherwise learn this one vector and little else.
   """
   tokens = jax.jit(
-    lambda images: vit.apply({"params": params}, normalise(images, MEAN, STD))[1]["layers"][-1][
+    lambda images: vit.apply({"params": params}, normalize(images, MEAN, STD))[1]["layers"][-1][
       :, 1:
     ].mean(1)
   )
@@ -444,7 +451,7 @@ def centred(vit: Tower, params, source, size: int):
   return params | {last: params[last] | {"fc2": fc2 | {"bias": fc2["bias"] - mean}}}
 
 
-def save(out: str, vit: Tower, params, image_size: int) -> None:
+def save(out: str, vit: ViT, params, image_size: int) -> None:
   """Writes the folder, and reads it back: `teachers.load` is strict, and its features must be those of `params`."""
   folder = Path(out).expanduser()
   folder.mkdir(parents=True, exist_ok=True)
@@ -486,7 +493,7 @@ def save(out: str, vit: Tower, params, image_size: int) -> None:
   )
   teacher = teachers.load(spec)
   images = np.random.default_rng(0).integers(0, 256, (2, image_size, image_size, 3), np.uint8)
-  expected = vit.apply({"params": params}, normalise(images, MEAN, STD))[1]["layers"][-1][:, 1:]
+  expected = vit.apply({"params": params}, normalize(images, MEAN, STD))[1]["layers"][-1][:, 1:]
   np.testing.assert_allclose(
     teacher.look(teacher.params, images).features, expected, rtol=1e-5, atol=1e-5
   )

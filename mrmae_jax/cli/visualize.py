@@ -296,10 +296,10 @@ def attention(subject: Subject) -> Panel:
 
 def pca(subject: Subject) -> Panel:
   """Patch features as colours."""
-  from mrmae_jax.mrmae import normalise_features
+  from mrmae_jax.mrmae import normalize_features
 
   colours = lambda x, basis=None: enlarge(principal_colours(x, basis), subject.grid, subject.size)
-  normed = lambda x: np.asarray(normalise_features(x, "layer_norm"))
+  normed = lambda x: np.asarray(normalize_features(x, "layer_norm"))
   columns = {
     "image": subject.pixels,
     "model": colours(normed(np.asarray(subject.model.encode(subject.images)["tokens"]))),
@@ -449,14 +449,14 @@ def _imitation(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
   @jax.jit
   def predict(params, images):
     x, out = student.encoder.apply(
-      {"params": params["encoder"]}, mrmae.normalise(images, student.mean, student.std)
+      {"params": params["encoder"]}, mrmae.normalize(images, student.mean, student.std)
     )
     tokens = (x if options.source == "fused" else out["layers"][-1])[
       :, int(student.encoder.cls_token) :
     ]
     return MimicHead(width, options.head).apply({"params": params["mimic_heads"]["mimic"]}, tokens)
 
-  targets = mrmae.normalise_features(subject.seen.features, options.target_norm)
+  targets = mrmae.normalize_features(subject.seen.features, options.target_norm)
   return np.asarray(
     predict(model_files.params_at(student, subject.grid), subject.images)
   ), np.asarray(targets)
@@ -707,7 +707,7 @@ def _write(subject: Subject, drawn: dict[str, Panel], missing: dict[str, str]) -
   )
   for name, panel in drawn.items():
     found.section(PANELS[name][0])
-    found.figure(panel.picture, panel.alt, panel.caption)
+    found.figure(page.Figure(panel.picture, panel.alt, panel.caption))
     if panel.table:
       found.table(*panel.table)
   if missing:

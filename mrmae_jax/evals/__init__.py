@@ -1,0 +1,51 @@
+"""Evaluators, found by their module's name, and the pass over images that they share.
+
+An evaluator module defines `Evaluator`. Its constructor takes (task, frozen, config, mesh, workdir)
+and the options of `config.evals.NAME` by name. Its `run(params, extra, step)` returns
+{name: number}, and may return {path: uint8 [H, W, 3]} under "pictures". An attribute `note`, if it
+is there and not empty, is a line for the log.
+"""
+
+from typing import Iterator
+
+import jax
+
+from mrmae_jax import data, sharding
+from mrmae_jax.runs import supervision
+
+
+def global_batches(
+  source, view, config, mesh, batch_size: int, limit: int = 0
+) -> Iterator[dict[str, jax.Array]]:
+  """Yields the global batches of one pass over `source`, each image once, on the devices of `mesh`.
+
+  Between two of them it shows a sign of life, which is where a signal ends an evaluation.
+
+  Args:
+    source: the images.
+    view: makes batch rows of examples, see `data.Views`.
+    config: of the run.
+    mesh: of the run.
+    batch_size: a multiple of the devices, see `padded_batch_size`.
+    limit: if positive, only this many images, evenly spaced.
+  """
+  batches = data.eval_batches(
+    source,
+    view,
+    batch_size=batch_size,
+    shard=jax.process_index(),
+    num_shards=jax.process_count(),
+    limit=limit,
+    options=data.loader_options(config.data),
+  )
+  try:
+    for batch in batches:
+      supervision.beat()
+      yield sharding.global_batch(batch, mesh)
+  finally:
+    batches.close()
+
+
+def padded_batch_size(batch_size: int, mesh) -> int:
+  """Returns `batch_size` rounded up to a multiple of the devices."""
+  return -(-batch_size // mesh.size) * mesh.size

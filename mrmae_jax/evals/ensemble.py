@@ -10,7 +10,8 @@ def combine(logits: list[np.ndarray], average: str) -> np.ndarray:
 
   Args:
     logits: [N, C] of each model.
-    average: "probabilities", each model's softmax; or "logits", which lets a model that is sure count for more.
+    average: "probabilities", each model's softmax; or "logits", which lets a model that is sure
+      count for more.
 
   Returns:
     float64 [N, C]: the mean.

@@ -1,8 +1,8 @@
 """k nearest neighbours: how well frozen features tell classes apart, without training anything.
 
-The protocol of DINO (facebookresearch/dino eval_knn.py): features of unit length, the k most similar training images vote
-for their class with weight exp(similarity / temperature). And few-shot: the same with so few labels that a class is the
-mean of its images.
+The protocol of DINO (facebookresearch/dino, eval_knn.py): features of unit length, the k most
+similar training images vote for their class with weight exp(similarity / temperature). Few-shot is
+the same with so few labels that the mean of a class's images stands for the class.
 """
 
 import functools
@@ -13,18 +13,16 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mrmae_jax import data, sharding
+from mrmae_jax import evals, sharding
 from mrmae_jax.errors import DataError
-from mrmae_jax.runs import supervision
 
-QUERIES, BLOCK = (
-  1024,
-  16384,
-)  # similarities held at a time: 64 MB a device, whatever the size of the bank
+# Similarities held at a time: 64 MB a device, whatever the size of the bank.
+QUERIES = 1024
+BLOCK = 16384
 
 
 class Evaluator:
-  """Held-out accuracy of the task's "features", with a bank of training images under the same central crop."""
+  """Held-out accuracy of the task's "features", with a bank of training images, all center-cropped."""
 
   def __init__(
     self,
@@ -41,88 +39,81 @@ class Evaluator:
   ):
     """Opens both splits.
 
+    Without labels or held-out images there is nothing to measure: `note` then says so, and `run`
+    gives no result.
+
     Args:
       task, frozen, config, mesh, workdir: of the run.
       k: neighbours that vote.
       temperature: of the weights.
       batch_size: images per forward pass, rounded up to a multiple of the devices.
       bank: most training images used, evenly spaced; 0: all.
-
-    Without labels or held-out images there is nothing to measure: `note` then says so, and `run` gives no result.
     """
     del workdir
     self._frozen, self._config, self._mesh = frozen, config, mesh
-    self._k, self._temperature, self._bank = k, temperature, bank
-    self._batch_size = -(-batch_size // mesh.size) * mesh.size
+    self._k, self._temperature, self._bank_size = k, temperature, bank
+    self._view, self._batch_size = task.views.eval, evals.padded_batch_size(batch_size, mesh)
     self.note = ""
     try:
-      self._sources = [data.open_split(config.data, split) for split in ("train", "eval")]
+      self._bank, self._queries = task.source("train"), task.source("eval")
     except DataError as error:
       self.note = f"no k-NN evaluation: {error}"
       return
-    if not self._sources[0].class_names:
-      self.note = f"no k-NN evaluation, the images have no labels ({self._sources[0].description})"
+    if not self._bank.class_names:
+      description = self._bank.description
+      self.note = f"no k-NN evaluation, the images have no labels ({description})"
       return
-    keys = jax.random.split(jax.random.key(0), self._batch_size)  # features do not depend on them
+    # Features do not depend on the keys.
+    keys = jax.random.split(jax.random.key(0), self._batch_size)
 
-    def encode(params, frozen, batch):
-      return task.predict(params, frozen, batch, keys)["features"], batch["label"], batch["valid"]
+    def encode(params, extra, frozen, batch):
+      features = task.predict(params, extra, frozen, batch, keys)["features"]
+      return features, batch["label"], batch["valid"]
 
     self._encode_batch = jax.jit(encode, out_shardings=sharding.replicated(mesh))
 
-  def run(self, params, step: int) -> dict[str, float]:
-    """{"accuracy": in [0, 1]}, or {} if `note` says why not."""
+  def run(self, params, extra, step: int) -> dict[str, float]:
+    """Returns {"accuracy": in [0, 1]}, or {} if `note` says why not."""
     del step
     if self.note:
       return {}
-    (bank, classes), (queries, labels) = (
-      self._encode(params, source, limit) for source, limit in zip(self._sources, (self._bank, 0))
-    )
+    bank, classes = self._encode(params, extra, self._bank, self._bank_size)
+    queries, labels = self._encode(params, extra, self._queries, 0)
     predicted = knn_classify(
       queries,
       bank,
       classes,
-      len(self._sources[0].class_names),
+      len(self._bank.class_names),
       (self._k,),
       self._temperature,
       self._mesh,
     )
     return {"accuracy": float((predicted[self._k] == labels).mean())}
 
-  def _encode(self, params, source, limit):
-    """Features [M, D] and labels [M] of a split."""
+  def _encode(self, params, extra, source, limit: int):
+    """Returns features [M, D] and labels [M] of a split."""
     features, labels = [], []
-    batches = data.eval_batches(
-      source,
-      data.image_views(self._config).eval,
-      batch_size=self._batch_size,
-      shard=jax.process_index(),
-      num_shards=jax.process_count(),
-      limit=limit,
-      options=data.loader_options(self._config.data),
+    batches = evals.global_batches(
+      source, self._view, self._config, self._mesh, self._batch_size, limit
     )
     for batch in batches:
-      supervision.beat()
-      found, label, valid = jax.device_get(
-        self._encode_batch(params, self._frozen, sharding.global_batch(batch, self._mesh))
-      )
-      features.append(found[valid])
+      x, label, valid = jax.device_get(self._encode_batch(params, extra, self._frozen, batch))
+      features.append(x[valid])
       labels.append(label[valid])
-    batches.close()
     return np.concatenate(features), np.concatenate(labels)
 
 
 def knn_classify(
   queries, bank, labels, num_classes: int, ks: tuple[int, ...], temperature: float, mesh=None
 ) -> dict[int, np.ndarray]:
-  """Classes by weighted vote of the nearest neighbours.
+  """Classifies by a weighted vote of the nearest neighbours.
 
   Args:
     queries: [Q, D] features.
     bank: [M, D] features of known class.
     labels: int [M].
     num_classes: number of classes.
-    ks: numbers of neighbours that vote; more than M are M.
+    ks: numbers of neighbours that vote; all M vote for larger ones.
     temperature: > 0.
     mesh: devices among which the bank is divided; None: the first alone.
 
@@ -132,27 +123,25 @@ def knn_classify(
   similarity, index = nearest(queries, bank, min(max(ks), len(bank)), mesh)
   labels, predicted = np.asarray(labels), {k: [] for k in ks}
   for i in range(0, len(similarity), QUERIES):
-    part = slice(i, i + QUERIES)
+    rows = slice(i, i + QUERIES)
     for k in ks:
-      predicted[k].append(
-        _vote(similarity[part, :k], labels[index[part, :k]], num_classes, temperature)
-      )
+      votes = _vote(similarity[rows, :k], labels[index[rows, :k]], num_classes, temperature)
+      predicted[k].append(votes)
   return {k: np.concatenate(parts) for k, parts in predicted.items()}
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def _vote(similarity, labels, num_classes, temperature):
   weights = jnp.exp(similarity / temperature)
-  return jax.vmap(lambda label, weight: jnp.zeros(num_classes).at[label].add(weight))(
-    labels, weights
-  ).argmax(-1)
+  count = lambda label, weight: jnp.zeros(num_classes).at[label].add(weight)
+  return jax.vmap(count)(labels, weights).argmax(-1)
 
 
 def nearest(queries, bank, k: int, mesh=None) -> tuple[np.ndarray, np.ndarray]:
-  """The k entries of the bank with the largest cosine similarity, exactly, on any number of devices.
+  """Finds the k entries of the bank with the largest cosine similarity, exactly.
 
-  Each device keeps its share of the bank and goes through it block by block, holding on to the best k so far; the best k of
-  all devices are among theirs. Of equal ones the first counts.
+  Each device keeps its share of the bank and goes through it block by block, holding on to the best
+  k so far; the best k of all devices are among those. Of equal ones the first counts.
 
   Args:
     queries: [Q, D].
@@ -164,52 +153,54 @@ def nearest(queries, bank, k: int, mesh=None) -> tuple[np.ndarray, np.ndarray]:
     Similarities float32 [Q, k], descending, and places in the bank int32 [Q, k].
   """
   mesh = sharding.make_mesh(devices=jax.local_devices()[:1]) if mesh is None else mesh
-  bank, (count, dim) = np.asarray(bank, np.float32), np.shape(bank)
+  bank = np.asarray(bank, np.float32)
+  count, dim = bank.shape
   share = -(-count // mesh.size)
   block = min(BLOCK, share)
   shape = (mesh.size, -(-share // block), block, dim)
 
-  def rows(
-    place,
-  ):  # of one device: made where it is needed, so that no host pads a copy of the whole
-    filled = np.zeros(shape[1:], np.float32)
-    begin = (place[0].start or 0) * shape[1] * block
-    mine = bank[begin : begin + shape[1] * block]
-    filled.reshape(-1, dim)[: len(mine)] = mine
-    return filled[None]
+  def device_rows(index):
+    # Made for one device where it is needed, so that no host pads a copy of the whole bank.
+    padded = np.zeros(shape[1:], np.float32)
+    begin = (index[0].start or 0) * shape[1] * block
+    rows = bank[begin : begin + shape[1] * block]
+    padded.reshape(-1, dim)[: len(rows)] = rows
+    return padded[None]
 
-  placed = jax.make_array_from_callback(shape, NamedSharding(mesh, P(sharding.AXES)), rows)
+  place = NamedSharding(mesh, P(sharding.AXES))
+  sharded_bank = jax.make_array_from_callback(shape, place, device_rows)
   search = jax.jit(_search, static_argnums=(2, 3), out_shardings=sharding.replicated(mesh))
-  parts = [
-    jax.device_get(search(np.asarray(queries[i : i + QUERIES], np.float32), placed, k, count))
-    for i in range(0, len(queries), QUERIES)
-  ]
-  return tuple(np.concatenate(columns) for columns in zip(*parts))
+  parts = []
+  for i in range(0, len(queries), QUERIES):
+    rows = np.asarray(queries[i : i + QUERIES], np.float32)
+    parts.append(jax.device_get(search(rows, sharded_bank, k, count)))
+  similarity, index = zip(*parts)
+  return np.concatenate(similarity), np.concatenate(index)
 
 
 def _search(queries, bank, k, count):
-  """`nearest` for queries [Q, D] in a bank [S, N, b, D]: S devices' shares of N blocks, in order; zeros from `count` on."""
+  """Does the work of `nearest` for queries [Q, D] in a bank [S, N, b, D].
+
+  The bank is S devices' shares of N blocks, in order; entries from `count` on are padding.
+  """
   shares, blocks, block, _ = bank.shape
   queries = _unit(queries)
 
-  def look(best, n):
+  def search_block(best, n):
     similarity = jnp.einsum("qd,sbd->sqb", queries, _unit(bank[:, n]), precision="highest")
-    first = ((jnp.arange(shares) * blocks + n) * block)[
-      :, None, None
-    ]  # place in the bank of each block's first entry
+    # Place in the bank of each block's first entry.
+    first = ((jnp.arange(shares) * blocks + n) * block)[:, None, None]
     similarity = jnp.where(first + jnp.arange(block) < count, similarity, -jnp.inf)
-    similarity, found = jax.lax.top_k(jnp.concatenate([best[0], similarity], 2), k)
-    old = jnp.take_along_axis(best[1], jnp.minimum(found, k - 1), 2)
-    return (similarity, jnp.where(found < k, old, first + found - k)), None
+    similarity, index = jax.lax.top_k(jnp.concatenate([best[0], similarity], 2), k)
+    old = jnp.take_along_axis(best[1], jnp.minimum(index, k - 1), 2)
+    return (similarity, jnp.where(index < k, old, first + index - k)), None
 
-  none = (
-    jnp.full((shares, len(queries), k), -jnp.inf),
-    jnp.zeros((shares, len(queries), k), jnp.int32),
-  )
-  best, _ = jax.lax.scan(look, none, jnp.arange(blocks))
+  shape = (shares, len(queries), k)
+  nothing = (jnp.full(shape, -jnp.inf), jnp.zeros(shape, jnp.int32))
+  best, _ = jax.lax.scan(search_block, nothing, jnp.arange(blocks))
   similarity, place = (x.swapaxes(0, 1).reshape(len(queries), -1) for x in best)
-  similarity, found = jax.lax.top_k(similarity, k)
-  return similarity, jnp.take_along_axis(place, found, 1)
+  similarity, index = jax.lax.top_k(similarity, k)
+  return similarity, jnp.take_along_axis(place, index, 1)
 
 
 def _unit(x):
@@ -219,9 +210,10 @@ def _unit(x):
 def few_shot(
   queries, expected, bank, labels, shots: int, draws: int = 10, seed: int = 0
 ) -> np.ndarray:
-  """Accuracy with a few labelled images of each class: the class whose mean feature is most similar (Snell et al. 2017).
+  """Measures accuracy with a few labelled images per class (Snell et al. 2017).
 
-  Features are brought to unit length before and after averaging.
+  An image belongs to the class whose mean feature is most similar. Features are brought to unit
+  length before and after averaging.
 
   Args:
     queries, expected: [Q, D] features and their classes int [Q].

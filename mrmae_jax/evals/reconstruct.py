@@ -1,11 +1,11 @@
-"""Pictures of what the decoder makes of held-out images: a PNG per evaluation in WORKDIR/reconstructions."""
+"""Pictures of held-out images as the decoder reconstructs them: WORKDIR/reconstructions/*.png."""
 
 import io
 
 import jax
 from PIL import Image
 
-from mrmae_jax import data, sharding
+from mrmae_jax import evals, sharding
 from mrmae_jax.viz.grid import draw_grid
 
 COLUMNS = {
@@ -14,7 +14,7 @@ COLUMNS = {
   "reconstruction": "decoder output*",
   "pasted": "visible + output*",
 }
-NOTE = "* drawn with the mean and contrast of each true patch, which normalised predictions lack"
+NOTE = "* drawn with the mean and contrast of each true patch, which normalized predictions lack"
 
 
 class Evaluator:
@@ -27,39 +27,28 @@ class Evaluator:
       task, frozen, config, mesh, workdir: of the run.
       images: number of rows.
     """
-    self.note = ""  # always has something to show
-    self._frozen, self._folder = frozen, workdir / "reconstructions"
-    self._images, (self._bands, caption) = images, bands_shown(config)
-    self._note = "; ".join(filter(None, (caption, NOTE if config.method.norm_pix else "")))
-    source = data.open_split(config.data, "eval" if config.data.holdout_every else "train")
-    count = -(-images // mesh.size) * mesh.size
-    batches = data.eval_batches(
-      source,
-      data.image_views(config).eval,
-      batch_size=count,
-      shard=jax.process_index(),
-      num_shards=jax.process_count(),
-      limit=images,
-      options=data.loader_options(config.data)._replace(workers=0),
-    )
-    self._batch = sharding.global_batch(next(batches), mesh)
+    self._frozen, self._folder, self._images = frozen, workdir / "reconstructions", images
+    self._bands, bands_caption = bands_shown(config)
+    norm_caption = NOTE if config.method.norm_pix else ""
+    self._caption = "; ".join(filter(None, (bands_caption, norm_caption)))
+    source = task.source("eval" if config.data.holdout_every else "train")
+    count = evals.padded_batch_size(images, mesh)
+    batches = evals.global_batches(source, task.views.eval, config, mesh, count, limit=images)
+    self._batch = next(batches)
     batches.close()
     keys = jax.random.split(jax.random.key(0), count)
 
-    def predict(params, frozen, batch):
-      out = task.predict(params, frozen, batch, keys)
+    def predict(params, extra, frozen, batch):
+      out = task.predict(params, extra, frozen, batch, keys)
       return {name: out[name] for name in COLUMNS}
 
     self._predict = jax.jit(predict, out_shardings=sharding.replicated(mesh))
 
-  def run(self, params, step: int) -> dict:
-    """{"pictures": {path of the PNG: uint8 [H, W, 3]}}; host 0 writes it."""
-    columns = jax.device_get(self._predict(params, self._frozen, self._batch))
-    picture = draw_grid(
-      [columns[name][: self._images, ..., self._bands] for name in COLUMNS],
-      list(COLUMNS.values()),
-      self._note,
-    )
+  def run(self, params, extra, step: int) -> dict:
+    """Returns {"pictures": {path of the PNG: uint8 [H, W, 3]}}; host 0 writes the file."""
+    columns = jax.device_get(self._predict(params, extra, self._frozen, self._batch))
+    images = [columns[name][: self._images, ..., self._bands] for name in COLUMNS]
+    picture = draw_grid(images, list(COLUMNS.values()), self._caption)
     path = self._folder / f"step_{step:07d}.png"
     if jax.process_index() == 0:
       self._folder.mkdir(parents=True, exist_ok=True)
@@ -70,11 +59,13 @@ class Evaluator:
 
 
 def bands_shown(config) -> tuple[list[int], str]:
-  """The three channels that pictures of a run show as red, green and blue, and a caption that says so.
+  """Returns the channels that pictures of a run show as red, green and blue, and a caption.
 
-  RGB and grey are shown as they are, without a caption; of other images the channels that the teacher sees, else the first ones.
+  RGB and grey are shown as they are, without a caption. Other images show the channels that the
+  teacher sees, else the first ones.
   """
   channels, teacher = len(config.data.mean), config.get("teacher")
-  seen = list(teacher.bands) if teacher and channels != 3 else []
-  bands = seen if len(seen) == 3 else [min(i, channels - 1) for i in range(3)]
+  teacher_bands = list(teacher.bands) if teacher and channels != 3 else []
+  first_bands = [min(i, channels - 1) for i in range(3)]
+  bands = teacher_bands if len(teacher_bands) == 3 else first_bands
   return bands, "" if channels in (1, 3) else f"channels {', '.join(map(str, bands))} as RGB"

@@ -22,9 +22,9 @@ from absl import logging
 
 from mrmae_jax.errors import StorageError, WorkdirError
 from mrmae_jax.runs import distributed
-from mrmae_jax.runs.workdir import open_workdir
+from mrmae_jax.runs.paths import open_folder
 
-FORMAT = 1  # of the record
+FORMAT = 2  # of the record
 SPACE = 1.2  # times the size of the state must be free on the disk before a save
 TIMEOUT_S = 300  # for a save; orbax waits 1200 s, on a full disk in vain
 
@@ -65,7 +65,7 @@ class Checkpoints:
       keep: number of newest checkpoints that stay.
       scores: {step: finite number}, to which the caller adds; the checkpoint with the largest stays, too.
     """
-    self.directory = open_workdir(workdir) / "checkpoints"
+    self.directory = open_folder(workdir) / "checkpoints"
     self.identity = identity
     self._manager = _open(
       self.directory,
@@ -254,7 +254,7 @@ def read_config(workdir: str | Path) -> dict[str, Any]:
   Raises:
     WorkdirError: there is no run, or none with a complete checkpoint.
   """
-  folder = open_workdir(workdir)
+  folder = open_folder(workdir)
   if not (folder / "config.json").is_file() or not ocp.utils.checkpoint_steps(
     folder / "checkpoints"
   ):
@@ -296,7 +296,7 @@ def read_params(workdir: str | Path, *wanted: str) -> Stored:
     StorageError: there are checkpoints, and none is whole.
   """
   averaged = read_config(workdir)["optim"]["ema_decay"]
-  directory, damaged = open_workdir(workdir) / "checkpoints", []
+  directory, damaged = open_folder(workdir) / "checkpoints", []
   with _open(directory, ocp.PyTreeCheckpointHandler(), create=False) as manager:
     for step in sorted(manager.all_steps(), reverse=True):
       try:

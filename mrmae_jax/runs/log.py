@@ -114,7 +114,7 @@ class Log:
     self.goodput = Goodput(workdir, first_step)
     if self._active:
       self._note_start(first_step)
-      kept = [r for r in read(workdir) if r["step"] <= first_step and first_step > 0]
+      kept = [r for r in read_metrics(workdir) if r["step"] <= first_step and first_step > 0]
       temporary = self.path.with_suffix(".tmp")
       temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
       os.replace(temporary, self.path)
@@ -133,11 +133,11 @@ class Log:
     """WORKDIR/starts.jsonl: when, with which command, on what the run began and went on."""
     devices = jax.devices()
     starts = [
-      *read(self._folder, "starts.jsonl"),
+      *read_metrics(self._folder, "starts.jsonl"),
       {
         "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "first_step": first_step,
-        "command": shlex.join(["python", "-m", "mrmae_jax.cli.train", *sys.argv[1:]]),
+        "command": shlex.join(["mrmae", *sys.argv[1:]]),
         "devices": f"{len(devices)} x {devices[0].device_kind}, {jax.process_count()} processes",
         "versions": f"python {platform.python_version()}, "
         + ", ".join(
@@ -357,7 +357,7 @@ class Clock:
 def summary(workdir: str | Path) -> list[str]:
   """First and last value of each loss and evaluation of a run: "mimic: 1.9 at step 1, 0.4 at step 600"."""
   series = {}
-  for record in read(workdir):
+  for record in read_metrics(workdir):
     for name, value in record.items():
       series.setdefault(name, []).append((record["step"], value))
   return [
@@ -373,7 +373,7 @@ def hms(seconds: float) -> str:
   return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
 
-def read(workdir: str | Path, name: str = "metrics.jsonl") -> list[dict]:
+def read_metrics(workdir: str | Path, name: str = "metrics.jsonl") -> list[dict]:
   """Records of a run's metrics.jsonl in order; a torn last line, left by a killed run, is skipped."""
   path = epath.Path(workdir) / name
   records = []

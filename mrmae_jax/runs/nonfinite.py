@@ -13,6 +13,8 @@ import numpy as np
 
 from mrmae_jax.runs.checkpoint import Checkpoints
 
+HINT = "try a lower optim.blr, a longer warm-up, optim.clip_norm, or dtype=float32"
+
 
 class Skips:
   """What a run's steps say of themselves: which updates were left out, and when it has been enough."""

@@ -1,53 +1,72 @@
-"""Folders on disk or in a bucket, as one kind of path; buckets that do not answer are found out early."""
+"""Opens folders on disk and in buckets as one kind of path, and writes files atomically."""
 
+import contextlib
 import logging
+import os
 import queue
 import threading
 from pathlib import Path
 
 from etils import epath
 
-ANSWER_S = 15  # gcsfs alone would go on trying for most of a minute
+from mrmae_jax.errors import WorkdirError
+
+ANSWER_S = 15  # gcsfs alone would retry for most of a minute
 
 
-def folder(address: str | Path) -> epath.Path:
-  """A folder on disk or in a bucket (gs://BUCKET/FOLDER), there or not, as a path that can be read and written either way.
+def open_folder(address: str | Path) -> epath.Path:
+  """Returns a folder on disk or in a bucket as a path that reads and writes either way; it need not exist.
+
+  Args:
+    address: a path, which may begin with ~, or gs://BUCKET/FOLDER.
 
   Raises:
-    ValueError: a bucket that cannot be reached, the home of a user who is unknown, or another kind of address.
+    WorkdirError: a bucket that cannot be reached, the home of an unknown user, or another kind of address.
   """
   text = str(address)
   if "://" not in text:
     try:
       return epath.Path(Path(text).expanduser().absolute())
     except RuntimeError as error:
-      raise ValueError(f"{text}: {error}") from None
+      raise WorkdirError(f"{text}: {error}") from None
   if not text.startswith("gs://"):
-    raise ValueError(f"{text}: folders on disk and gs:// buckets are supported")
-  path, answers = epath.Path(text), queue.SimpleQueue()
-  logging.getLogger("gcsfs").setLevel(
-    logging.CRITICAL
-  )  # it writes a traceback for every try, and then raises anyway
+    raise WorkdirError(f"{text}: folders on disk and gs:// buckets are supported")
+  if problem := _bucket_problem(epath.Path(text)):
+    raise WorkdirError(
+      f"{text} cannot be reached ({problem}); it needs pip install 'mrmae_jax[gcs]', and credentials: gcloud auth "
+      "application-default login"
+    )
+  return epath.Path(text)
+
+
+def _bucket_problem(path: epath.Path) -> str:
+  """Returns why a bucket cannot be reached, or "" if it can."""
+  # gcsfs writes a traceback for every attempt, and then raises anyway.
+  logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+  answers = queue.SimpleQueue()
 
   def ask():
     try:
       path.exists()
       answers.put("")
-    except (
-      Exception
-    ) as error:  # no gcsfs, no credentials, no such bucket, no network: each library has its own
+    except Exception as error:  # gcsfs, credentials, bucket or network: each has its own types
       answers.put(" ".join(str(error).split())[:200] or type(error).__name__)
 
-  threading.Thread(
-    target=ask, daemon=True
-  ).start()  # one that is left behind does not keep the process
+  threading.Thread(target=ask, daemon=True).start()  # a daemon does not keep the process alive
   try:
-    problem = answers.get(timeout=ANSWER_S)
+    return answers.get(timeout=ANSWER_S)
   except queue.Empty:
-    problem = f"no answer within {ANSWER_S} s"
-  if problem:
-    raise ValueError(
-      f"{text} cannot be reached ({problem}); it needs pip install 'mrmae_jax[gcs]', and credentials: gcloud auth "
-      "application-default login"
-    )
-  return path
+    return f"no answer within {ANSWER_S} s"
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path):
+  """Yields a temporary path that replaces `path` when the block ends well and is deleted when it does not."""
+  path = Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  try:
+    yield tmp
+    tmp.replace(path)
+  finally:
+    tmp.unlink(missing_ok=True)

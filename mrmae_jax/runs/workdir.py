@@ -10,24 +10,11 @@ import time
 from pathlib import Path
 
 import jax
-from etils import epath
 
 from mrmae_jax.errors import WorkdirError
-from mrmae_jax.runs import paths
+from mrmae_jax.runs.paths import open_folder
 
 PATIENCE_S = 40  # with a holder on another host: one whose run was put back into the queue may need so long to end
-
-
-def open_workdir(workdir: str | Path) -> epath.Path:
-  """A run's folder, on disk or in a bucket (gs://BUCKET/FOLDER), as a path that can be read and written either way.
-
-  Raises:
-    WorkdirError: a bucket that cannot be reached, or another kind of address.
-  """
-  try:
-    return paths.folder(workdir)
-  except ValueError as error:
-    raise WorkdirError(str(error)) from None
 
 
 def prepare_workdir(workdir: str | Path) -> None:
@@ -36,7 +23,7 @@ def prepare_workdir(workdir: str | Path) -> None:
   Raises:
     WorkdirError: it cannot be reached or written to.
   """
-  folder = open_workdir(workdir)
+  folder = open_folder(workdir)
   probe = folder / f".write_test_{jax.process_index()}"
   try:
     if "://" not in str(

@@ -1,5 +1,6 @@
 """Fine-tuning as a task: an encoder with a classification head, mixed images, soft targets."""
 
+import functools
 import hashlib
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mrmae_jax import data, mrmae
+from mrmae_jax import data, mrmae, optim
 from mrmae_jax.errors import DataError, WeightsError
 from mrmae_jax.mixup import mix, soft_cross_entropy
 from mrmae_jax.models import make_encoder
@@ -16,127 +17,146 @@ from mrmae_jax.train import Task
 from mrmae_jax.weights import model_files
 from mrmae_jax.weights.table import leaves
 
-
-def make_model(config, num_classes: int) -> Classifier:
-  """The classifier of a configuration. Fusion layers serve pre-training alone (models_convvit.py leaves them out too)."""
-  dtype = jnp.dtype(config.dtype)
-  fusion = dict(fuse_layers=()) | (
-    dict(fuse_stages=False) if config.encoder.name == "convvit" else {}
-  )
-  return Classifier(
-    make_encoder(dict(config.encoder) | fusion, dtype), num_classes, config.pool, dtype=dtype
-  )
+# Fields of an encoder that change no parameter which fine-tuning takes.
+FREE_FIELDS = {"sparse", "drop_path", "remat", "fuse_stages", "fuse_layers", "eps"}
+# Parameters of an encoder that serve pre-training alone.
+FUSION = ("stage1_output_decode", "stage2_output_decode", "fusion")
 
 
 def make(config) -> Task:
-  """The fine-tuning task of a validated configuration.
+  """Returns the fine-tuning task of a validated configuration.
 
   Raises:
     DataError: the training images have no classes.
-    WeightsError: what `config.init_from` names does not load or is another architecture.
+    WeightsError: the file of `config.init_from` does not load or is another architecture.
   """
-  classes = class_names(config)
-  num_classes = len(classes)
-  model, size, options = make_model(config, num_classes), tuple(config.image_size), dict(config.mix)
-  look = lambda images: mrmae.normalise(images, config.data.mean, config.data.std)
+  source = functools.cache(functools.partial(data.open_split, config.data))
+  class_names = read_class_names(source)
+  num_classes = len(class_names)
+  model = make_model(config, num_classes)
+  shape = (1, *config.image_size, len(config.data.mean))
+  normalize = lambda images: mrmae.normalize(images, config.data.mean, config.data.std)
   pretrained, notes = read_pretrained(config, model)
 
   def init(key):
-    return model.init(key, jnp.zeros((1, *size, len(config.data.mean))))["params"]
+    return model.init(key, jnp.zeros(shape))["params"], ()
 
-  def loss(params, frozen, batch, keys):
+  def loss(params, extra, frozen, batch, keys):
     del frozen
-    # One draw for the whole (micro-)batch, so the mixing depends on the number of micro-batches, as in the reference.
+    # One draw for the whole (micro-)batch, as in the reference: the mixing depends on their number.
+    mix_key, drop_keys = jax.random.fold_in(keys[0], 0), jax.vmap(jax.random.fold_in, (0, None))
     images, targets = mix(
-      jax.random.fold_in(keys[0], 0), look(batch["image"]), batch["label"], num_classes, **options
+      mix_key, normalize(batch["image"]), batch["label"], num_classes, **config.mix
     )
-    logits, _ = model.apply(
-      {"params": params}, images, jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
-    )
-    return soft_cross_entropy(logits, targets), {}
+    logits, _ = model.apply({"params": params}, images, drop_keys(keys, 1))
+    return soft_cross_entropy(logits, targets), ({}, extra)
 
-  def predict(params, frozen, batch, keys):
-    del frozen, keys
-    logits, out = model.apply({"params": params}, look(batch["image"]))
+  def predict(params, extra, frozen, batch, keys):
+    del extra, frozen, keys
+    logits, out = model.apply({"params": params}, normalize(batch["image"]))
     return {"logits": logits} | out
 
-  return Task(init, loss, predict, {}, identity(classes, config, pretrained), notes, pretrained)
-
-
-def class_names(config) -> tuple[str, ...]:
-  """The classes of the training images; DataError if they have none."""
-  source = data.open_split(config.data, "train")
-  if not source.class_names:
-    raise DataError(
-      f"{source.description}: no labels to train on; put each class into a sub-folder of its own"
-    )
-  return source.class_names
-
-
-def identity(classes, config, pretrained) -> dict[str, Any]:
-  """What tells a run with labels from others, beside its configuration."""
-  start = hashlib.sha256(
-    b"".join(np.ascontiguousarray(pretrained[name]).tobytes() for name in sorted(pretrained))
+  return Task(
+    init=init,
+    loss=loss,
+    predict=predict,
+    views=data.image_views(config),
+    source=source,
+    optimizer=lambda _, steps: optim.make_optimizer(config.optim, config.batch_size, steps),
+    identity=identity(config, class_names, pretrained),
+    notes=notes,
+    pretrained=pretrained,
   )
+
+
+def make_model(config, num_classes: int) -> Classifier:
+  """Returns the classifier of a configuration, without the encoder's fusion layers.
+
+  Fusion serves pre-training alone; models_convvit.py of ConvMAE leaves it out too.
+  """
+  fields = dict(config.encoder) | {"fuse_layers": ()}
+  if config.encoder.name == "convvit":
+    fields["fuse_stages"] = False
+  dtype = jnp.dtype(config.dtype)
+  return Classifier(make_encoder(fields, dtype), num_classes, config.pool, dtype=dtype)
+
+
+def read_class_names(source) -> tuple[str, ...]:
+  """Returns the classes of the training images of `source`, a field of a Task.
+
+  Raises:
+    DataError: they have none.
+  """
+  images = source("train")
+  if not images.class_names:
+    raise DataError(
+      f"{images.description}: no labels to train on; put each class into a sub-folder of its own"
+    )
+  return images.class_names
+
+
+def identity(config, class_names, pretrained) -> dict[str, Any]:
+  """Returns what tells a run with labels from others, beside its configuration."""
+  arrays = (np.ascontiguousarray(pretrained[name]).tobytes() for name in sorted(pretrained))
   return {
-    "classes": list(classes),
+    "classes": list(class_names),
     "micro-batches": config.optim.accum_steps,
-    "start": start.hexdigest(),
+    "start": hashlib.sha256(b"".join(arrays)).hexdigest(),
   }
 
 
 def read_pretrained(config, model: Classifier) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-  """The encoder that `config.init_from` names (if any), as parameters of `model`, and what to say about it.
+  """Reads the encoder of `config.init_from`, if any, as parameters of `model`; and notes on it.
 
-  Position tables are interpolated to the grid of `config.image_size`. The classifier of a fine-tuned model is not taken.
+  Position tables are interpolated to the grid of `config.image_size`. The classifier of a
+  fine-tuned model is not taken.
+
+  Returns:
+    {path joined by "/": array} and lines for the log.
 
   Raises:
     WeightsError: it does not load, or is another architecture; every difference is named.
   """
   if not config.init_from:
     return {}, ("starting from random weights",)
-  student = model_files.read(
+  source = model_files.read(
     config.init_from,
     num_heads=config.encoder.num_heads,
     decoder=False,
     learned_positions=model.encoder.learned_positions,
   )
-  if len(student.mean) != len(config.data.mean):
+  _check_architecture(config, model.encoder, source)
+  grid = tuple(side // model.encoder.patch_size for side in config.image_size)
+  params = leaves(model_files.params_at(source, grid)["encoder"])
+  fusion = {name for name in params if name.startswith(FUSION)}
+  notes = [f"starting from {source.report}"]
+  if fusion:
+    names = sorted({name.split("/")[0] for name in fusion})
+    notes.append(f"left out of fine-tuning: {', '.join(names)}")
+  if source.grid != grid and "pos_embed" in params:
+    size = lambda grid: f"{grid[0]}x{grid[1]}"
+    notes.append(f"position table {size(source.grid)} interpolated to {size(grid)}")
+  pretrained = {f"encoder/{name}": x for name, x in params.items() if name not in fusion}
+  return pretrained, ("\n  ".join(notes),)
+
+
+def _check_architecture(config, encoder, source) -> None:
+  """Raises WeightsError unless the encoder of `source` has the parameters of `encoder`."""
+  if len(source.mean) != len(config.data.mean):
     raise WeightsError(
-      f"config.init_from={config.init_from} takes images of {len(student.mean)} channels, config.data.mean has "
-      f"{len(config.data.mean)}; weights of the one are not turned into weights of the other: give images, mean "
-      "and std of as many channels, or config.init_from= (empty) to start from random weights"
+      f"config.init_from={config.init_from} takes images of {len(source.mean)} channels, "
+      f"config.data.mean has {len(config.data.mean)}; weights of the one are not turned into "
+      "weights of the other: give images, mean and std of as many channels, or "
+      "config.init_from= (empty) to start from random weights"
     )
-  ours, theirs = (
-    model_files.module_fields(encoder) for encoder in (model.encoder, student.encoder)
-  )
-  free = {
-    "sparse",
-    "drop_path",
-    "remat",
-    "fuse_stages",
-    "fuse_layers",
-    "eps",
-  }  # change no parameter that is taken
+  ours, theirs = (model_files.module_fields(module) for module in (encoder, source.encoder))
   different = [
     f"{key} {theirs.get(key)!r} there, {ours.get(key)!r} here"
-    for key in sorted((ours.keys() | theirs.keys()) - free)
+    for key in sorted((ours.keys() | theirs.keys()) - FREE_FIELDS)
     if theirs.get(key) != ours.get(key)
   ]
   if different:
     raise WeightsError(
-      f"config.init_from={config.init_from} is another architecture: {'; '.join(different)}. Set config.encoder "
-      "to that of the checkpoint"
+      f"config.init_from={config.init_from} is another architecture: {'; '.join(different)}. "
+      "Set config.encoder to that of the checkpoint"
     )
-  grid = tuple(side // model.encoder.patch_size for side in config.image_size)
-  taken = leaves(model_files.params_at(student, grid)["encoder"])
-  fused = ("stage1_output_decode", "stage2_output_decode", "fusion")
-  params = {f"encoder/{name}": value for name, value in taken.items() if not name.startswith(fused)}
-  left = sorted({name.split("/")[0] for name in taken if name.startswith(fused)})
-  dropped = f"\n  left out of fine-tuning: {', '.join(left)}" if left else ""
-  moved = (
-    f"\n  position table {student.grid[0]}x{student.grid[1]} interpolated to {grid[0]}x{grid[1]}"
-    if (student.grid != grid and "pos_embed" in taken)
-    else ""
-  )
-  return params, (f"starting from {student.report}{dropped}{moved}",)

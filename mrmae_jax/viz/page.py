@@ -1,12 +1,15 @@
-"""One HTML file that needs nothing else: pictures inside, no script, no request; light or dark, narrow or wide."""
+"""Writes one self-contained HTML file: pictures inside, without scripts or requests; light or dark, narrow or wide."""
 
 import base64
 import html
 import io
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+
+from mrmae_jax.runs.paths import atomic_write
 
 _STYLE = """:root { color-scheme: light dark; --back: #fbfbfa; --text: #1d1f21; --faint: #5a5f66; --line: #d8dadd; --link: #0b57a4; }
 @media (prefers-color-scheme: dark) {
@@ -23,6 +26,9 @@ a { color: var(--link); }
 figure { margin: 1rem 0; }
 figcaption { margin-top: .5rem; }
 .scroll { overflow-x: auto; }
+.row { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1rem; }
+.row figure { margin: 0; }
+.row img { width: 100%; max-width: 34rem; }
 :focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
 img { display: block; height: auto; max-width: max(100%, 40rem); border-radius: 4px; }
 table { border-collapse: collapse; margin: 1rem 0; overflow-wrap: normal; }
@@ -30,53 +36,55 @@ th, td { padding: .3rem 1rem .3rem 0; border-bottom: 1px solid var(--line); text
 td { font-variant-numeric: tabular-nums; }"""
 
 
+class Figure(NamedTuple):
+  """A picture on a page.
+
+  Attributes:
+    picture: uint8 [H, W, 3], or an SVG as bytes, which names its own size.
+    alt: what the picture shows, for readers who do not see it.
+    caption: text below.
+  """
+
+  picture: np.ndarray | bytes
+  alt: str
+  caption: str = ""
+
+
 class Page:
-  """A page that grows from top to bottom. All text is escaped here; nothing that is given is taken for HTML."""
+  """A page that grows from top to bottom. It escapes all text; no argument is taken for HTML."""
 
   def __init__(self, title: str, subtitle: str = ""):
-    """`title`: of the window and of the page; `subtitle`: a line below it."""
-    self._title, self._subtitle = title, subtitle
-    self._headings, self._parts = [], []
+    """Starts a page; `title` names the window, too."""
+    self._title = title
+    self._subtitle = subtitle
+    self._headings = []
+    self._blocks = []
 
   def section(self, heading: str, text: str = "") -> None:
     """Begins a section: a heading, an entry in the list of contents, and paragraphs, which blank lines divide."""
     self._headings.append(heading)
-    self._parts.append(f'<h2 id="s{len(self._headings)}">{html.escape(heading)}</h2>')
-    self._parts += [
+    self._blocks.append(f'<h2 id="s{len(self._headings)}">{html.escape(heading)}</h2>')
+    self._blocks += [
       f"<p>{html.escape(paragraph)}</p>" for paragraph in text.split("\n\n") if paragraph.strip()
     ]
 
-  def figure(self, picture: np.ndarray | str, alt: str, caption: str = "") -> None:
-    """A picture: uint8 [H, W, 3], or the text of an SVG.
-
-    Args:
-      picture: see above. It is shown at its own size, or that of the page if this is less; on narrow screens it scrolls. An SVG
-        should name its own size, and may look at prefers-color-scheme.
-      alt: what there is to see, for those who do not see it.
-      caption: below.
-    """
-    if isinstance(picture, str):
-      kind, content, size = "svg+xml", picture.encode(), ""
-    else:
-      encoded = io.BytesIO()
-      Image.fromarray(picture).save(encoded, "PNG", optimize=True)
-      kind, content, size = (
-        "png",
-        encoded.getvalue(),
-        f' width="{picture.shape[1]}" height="{picture.shape[0]}"',
-      )
-    source = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-    self._parts.append(
+  def figure(self, figure: Figure) -> None:
+    """Adds a picture at its own size, or at the page's width if this is less; narrow screens scroll it."""
+    self._blocks.append(
       '<figure><div class="scroll" tabindex="0" role="group" aria-label="Picture, may scroll sideways">'
-      f'<img src="{source}" alt="{html.escape(alt)}"{size}></div>'
-      + (f"<figcaption>{html.escape(caption)}</figcaption>" if caption else "")
-      + "</figure>"
+      f"{_img(figure)}</div>{_figcaption(figure)}</figure>"
     )
 
+  def row(self, figures: list[Figure]) -> None:
+    """Adds pictures beside each other, as many to a row as the window's width has room for, at most three."""
+    self._blocks.append('<div class="row">')
+    self._blocks += [f"<figure>{_img(figure)}{_figcaption(figure)}</figure>" for figure in figures]
+    self._blocks.append("</div>")
+
   def table(self, header: list, rows: list[list]) -> None:
-    """A table of anything that str() turns into text; `header` names the columns."""
+    """Adds a table; str() turns its cells into text, and `header` names its columns."""
     cells = lambda tag, row: "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row)
-    self._parts.append(
+    self._blocks.append(
       '<div class="scroll" tabindex="0" role="group" aria-label="Table, may scroll sideways"><table>'
       f"<thead><tr>{cells('th', header)}</tr></thead><tbody>"
       + "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
@@ -84,9 +92,7 @@ class Page:
     )
 
   def write(self, path: str | Path) -> None:
-    """Writes the file, whole or not at all; OSError if that cannot be done."""
-    from mrmae_jax.weights import files  # commands import this module before jax
-
+    """Writes the file atomically; raises OSError if that fails."""
     title, subtitle = html.escape(self._title), html.escape(self._subtitle)
     contents = "".join(
       f'<li><a href="#s{i}">{html.escape(heading)}</a></li>'
@@ -111,11 +117,34 @@ class Page:
       f'<nav aria-label="Contents"><ul>{contents}</ul></nav>',
       "</header>",
       "<main>",
-      *self._parts,
+      *self._blocks,
       "</main>",
       "</body>",
       "</html>",
       "",
     ]
-    with files.whole(Path(path)) as unfinished:  # names of files may hold bytes that are no text
-      unfinished.write_bytes("\n".join(lines).encode("utf-8", "replace"))
+    with atomic_write(path) as tmp:  # a file's name may hold bytes that are not text: "replace"
+      tmp.write_bytes("\n".join(lines).encode("utf-8", "replace"))
+
+
+def _img(figure: Figure) -> str:
+  """Returns the picture as an <img> that holds its own data."""
+  if isinstance(figure.picture, bytes):
+    kind, content, size = "svg+xml", figure.picture, ""
+  else:
+    kind, content = "png", encode_png(figure.picture)
+    height, width, _ = figure.picture.shape
+    size = f' width="{width}" height="{height}"'
+  source = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+  return f'<img src="{source}" alt="{html.escape(figure.alt)}"{size}>'
+
+
+def _figcaption(figure: Figure) -> str:
+  return f"<figcaption>{html.escape(figure.caption)}</figcaption>" if figure.caption else ""
+
+
+def encode_png(picture: np.ndarray) -> bytes:
+  """Returns uint8 [H, W, 3] as the content of a PNG file."""
+  content = io.BytesIO()
+  Image.fromarray(picture).save(content, "PNG", optimize=True)
+  return content.getvalue()

@@ -1,8 +1,11 @@
 """Runs so small that a fault costs a second: a task without a model for one process, a tiny MAE for whole programs."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
+from mrmae_jax import data, optim
 from mrmae_jax.train import Task
 from tests import tiny
 
@@ -29,15 +32,24 @@ def get_config(kind: str = ""):
 def toy_task(spoil=lambda brightness: 0.0):
   """Predicts the brightness of the channels of a digit, with noise; `spoil` is added to the loss."""
 
-  def loss(params, frozen, batch, keys):
+  def loss(params, extra, frozen, batch, keys):
     del frozen
     x = batch["image"].astype(jnp.float32).mean((1, 2)) / 255
     noise = jax.vmap(lambda key: jax.random.normal(key))(keys)
     error = x @ params["w"] + params["b"] - x[:, 0] - 0.1 * noise
     value = jnp.square(error).mean() + spoil(x.mean())
-    return value, {"pixel": value}
+    return value, ({"pixel": value}, extra)
 
   def init(key):
-    return {"w": jax.random.normal(key, (3,)), "b": jnp.float32(0)}
+    return {"w": jax.random.normal(key, (3,)), "b": jnp.float32(0)}, ()
 
-  return Task(init, loss, lambda *arguments: {}, {}, {"toy": True})
+  config = get_config()
+  return Task(
+    init=init,
+    loss=loss,
+    predict=lambda *arguments: {},
+    views=data.image_views(config),
+    source=functools.partial(data.open_split, config.data),
+    optimizer=lambda _, steps: optim.make_optimizer(config.optim, config.batch_size, steps),
+    identity={"toy": True},
+  )

@@ -108,13 +108,13 @@ def wait_for(condition, process, log, timeout=120):
 
 def losses(workdir):
   """{step: loss as a hexadecimal float}; a step logged twice is an error."""
-  records = [r for r in log.read(workdir) if "loss" in r]
+  records = [r for r in log.read_metrics(workdir) if "loss" in r]
   assert len({r["step"] for r in records}) == len(records)
   return {r["step"]: r["loss"].hex() for r in records}
 
 
 def reached(workdir):
-  return max((r["step"] for r in log.read(workdir)), default=0)
+  return max((r["step"] for r in log.read_metrics(workdir)), default=0)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 from PIL import Image
 
-from mrmae_jax.config import IMAGENET_MEAN, IMAGENET_STD
+from mrmae_jax.constants import IMAGENET_MEAN, IMAGENET_STD
 from mrmae_jax.data import LoaderOptions, center_view, eval_batches, image_views, train_batches
 
 SIZE = (24, 24)

@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from mrmae_jax.data.sources.base import SplitRules, describe_classes, first_line
-from mrmae_jax.errors import DataError
+from mrmae_jax.errors import DataError, WorkdirError
 from mrmae_jax.runs import paths
 
 
@@ -96,8 +96,8 @@ def make_source(address: str, split: str, rules: SplitRules) -> TfdsSource:
   """Finds a prepared tfds dataset and opens one of its splits."""
   directory = os.path.expanduser(rules.data_dir)
   try:
-    folder = paths.folder(directory)
-  except ValueError as error:
+    folder = paths.open_folder(directory)
+  except WorkdirError as error:
     raise DataError(f"dataset 'tfds:{address}', data_dir: {error}") from error
   if not (folder / "dataset_info.json").is_file():
     directory = _find_prepared(address, directory, rules.data_dir)
