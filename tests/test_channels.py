@@ -11,8 +11,7 @@ from PIL import Image
 import mrmae_jax
 from mrmae_jax import config as config_lib
 from mrmae_jax import data, preflight, teachers, train
-from mrmae_jax.__main__ import main
-from mrmae_jax.cli import convert, features, show_teacher, visualize
+from mrmae_jax.cli import show_teacher
 from mrmae_jax.data import augment
 from mrmae_jax.data.pack import write_packed
 from mrmae_jax.errors import ConfigError, DataError, WeightsError
@@ -22,6 +21,7 @@ from mrmae_jax.tasks import finetune, pretrain, probe
 from mrmae_jax.weights import files, model_files
 from mrmae_jax.weights.table import leaves
 from tests import tiny
+from tests.helpers.cli import run_command
 from tests.helpers.images import eval_loader, photo, train_steps
 from tests.test_doctor import examine  # noqa: F401 (a fixture)
 from tests.test_stages import changed, finished_run
@@ -264,14 +264,13 @@ def test_packed_bands(folder, tmp_path):
 
 def test_verify_counts_channels(folder, tmp_path, capsys):
   command = [
-    "mrmae",
     "verify",
     f"--source=folder:{folder}",
     "--holdout_every=0",
     "--splits=train",
     "--workers=1",
   ]
-  assert main([*command, "--channels=4", f"--json={tmp_path}/report.json"]) == 0
+  assert run_command([*command, "--channels=4", f"--json={tmp_path}/report.json"]) == 0
   statistics = json.loads((tmp_path / "report.json").read_text())["train"]
   pixels = np.concatenate([np.load(path).reshape(-1, 4) for path in folder.glob("*/*.npy")]) / 255
   assert (
@@ -282,11 +281,10 @@ def test_verify_counts_channels(folder, tmp_path, capsys):
   np.testing.assert_allclose(statistics["mean"], pixels.mean(0), rtol=1e-9)
   np.testing.assert_allclose(statistics["std"], pixels.std(0), rtol=1e-9)
   capsys.readouterr()
-  assert main(command) == 3
+  assert run_command(command) == 3
   assert "24 of 24 images are bad, the first: a/00.npy: has 4 channels" in capsys.readouterr().err
   assert (
-    main(["mrmae", "verify", "--source=digits", "--splits=eval", "--workers=1", "--channels=1"])
-    == 0
+    run_command(["verify", "--source=digits", "--splits=eval", "--workers=1", "--channels=1"]) == 0
   )
   assert len(json.loads(capsys.readouterr().out.rpartition("}")[0] + "}")["eval"]["mean"]) == 1
 
@@ -545,9 +543,9 @@ def test_four_channels_from_the_files_to_the_features(folder, tmp_path):
   )  # the first picture of the first column
 
   assert (
-    visualize.main(
+    run_command(
       [
-        "visualise",
+        "visualize",
         f"--model={run}",
         "--count=2",
         f"--out={tmp_path}/look",
@@ -585,7 +583,7 @@ def test_four_channels_from_the_files_to_the_features(folder, tmp_path):
 
   for model, out, form in (("run", "hf", "hf"), ("tuned", "tuned.safetensors", "timm")):
     assert (
-      convert.main(
+      run_command(
         ["convert", f"--model={tmp_path / model}", f"--out={tmp_path / out}", f"--format={form}"]
       )
       == 0
@@ -606,7 +604,7 @@ def test_four_channels_from_the_files_to_the_features(folder, tmp_path):
   assert mrmae_jax.load(tmp_path / "tuned.safetensors").classify(images).shape == (2, 2)
 
   assert (
-    features.main(
+    run_command(
       [
         "features",
         f"--model={tmp_path}/hf",

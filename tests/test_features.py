@@ -10,9 +10,9 @@ from PIL import Image
 
 import mrmae_jax
 from mrmae_jax import data
-from mrmae_jax.cli import features
 from mrmae_jax.models import ConvViT, ViT
 from mrmae_jax.weights import model_files
+from tests.helpers.cli import run_command
 from tests.test_weights import make
 
 
@@ -149,7 +149,7 @@ def test_every_image_once(paths, folder, tmp_path, batch_size, capsys):
   names, labels, found = expected(paths["convvit"], folder, (24, 40), 0.875)
   for out in ("x.npz", "x.parquet"):
     assert (
-      features.main(
+      run_command(
         [
           "features",
           f"--model={paths['convvit']}",
@@ -180,7 +180,7 @@ def test_every_image_once(paths, folder, tmp_path, batch_size, capsys):
 
 def test_cls_size_and_unlabelled_images(paths, folder, tmp_path):
   assert (
-    features.main(
+    run_command(
       [
         "features",
         f"--model={paths['vit']}",
@@ -209,10 +209,10 @@ def test_parquet_without_pyarrow(paths, folder, tmp_path, monkeypatch, capsys):
   monkeypatch.setitem(sys.modules, "pyarrow", None)
   command = ["features", f"--model={paths['convvit']}", f"--images=folder:{folder}"]
   assert (
-    features.main([*command, f"--out={tmp_path}/x.parquet"]) == 2
+    run_command([*command, f"--out={tmp_path}/x.parquet"]) == 2
     and "needs pyarrow" in capsys.readouterr().err
   )
-  assert features.main([*command, f"--out={tmp_path}/x.npz"]) == 0
+  assert run_command([*command, f"--out={tmp_path}/x.npz"]) == 0
 
 
 def test_errors_leave_no_file(paths, folder, tmp_path, capsys):
@@ -238,7 +238,7 @@ def test_errors_leave_no_file(paths, folder, tmp_path, capsys):
     ),
   ):
     assert (
-      features.main(["features", *(f"--{key}={value}" for key, value in (good | change).items())])
+      run_command(["features", *(f"--{key}={value}" for key, value in (good | change).items())])
       == code
     )
     error = [

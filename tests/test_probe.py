@@ -12,13 +12,12 @@ from PIL import Image
 import mrmae_jax
 from mrmae_jax import config as config_lib
 from mrmae_jax import data, optim, preflight, sharding, train
-from mrmae_jax.cli import features
-from mrmae_jax.cli import knn as tool
 from mrmae_jax.errors import ConfigError, WeightsError
 from mrmae_jax.evals import accuracy as evaluator
 from mrmae_jax.runs.checkpoint import Checkpoints
 from mrmae_jax.tasks import finetune, probe
 from tests import tiny
+from tests.helpers.cli import run_command
 from tests.helpers.tasks import init_state, make_tx, predicting_task
 from tests.test_stages import changed, finished_run
 
@@ -232,7 +231,7 @@ def photos(tmp_path_factory):
 def make_features(photos, out, *options):
   for split in ("train", "eval"):
     assert (
-      features.main(
+      run_command(
         [
           "features",
           f"--images=folder:{photos}",
@@ -252,7 +251,7 @@ def test_the_tools_from_images_to_a_result(photos, tmp_path, options, capsys):
   finished_run(tmp_path / "run")
   make_features(photos, tmp_path, *(option.format(run=tmp_path / "run") for option in options))
   command = [
-    "probe",
+    "knn",
     f"--train={tmp_path}/train.npz",
     f"--eval={tmp_path}/eval.npz",
     f"--out={tmp_path}/result.json",
@@ -262,7 +261,7 @@ def test_the_tools_from_images_to_a_result(photos, tmp_path, options, capsys):
     "--epochs=9",
     "--batch_size=20",
   ]
-  assert tool.main(command) == 0
+  assert run_command(command) == 0
   printed = capsys.readouterr().out
   assert "80 training images, 20 to measure on, 2 classes" in printed and "wrote" in printed
   result = json.loads((tmp_path / "result.json").read_text())
@@ -323,7 +322,7 @@ def test_mistakes_of_the_tool(photos, tmp_path, capsys):
     ({"batch_size": 100}, "--batch_size=100 is more than the 80 training images"),
   ):
     assert (
-      tool.main(["probe", *(f"--{key}={value}" for key, value in (good | change).items())]) == 2
+      run_command(["knn", *(f"--{key}={value}" for key, value in (good | change).items())]) == 2
     )
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(error) == 1 and message in error[0], error

@@ -18,6 +18,7 @@ from mrmae_jax.tasks import pretrain
 from mrmae_jax.train import TrainState
 from mrmae_jax.viz import grid
 from tests import tiny
+from tests.helpers.cli import run_command
 
 
 def changed(config, **values):
@@ -163,7 +164,7 @@ def show(tmp_path, capsys, monkeypatch):
       sys,
       "argv",
       [
-        "show_teacher",
+        "show-teacher",
         "--config=tests/tiny.py",
         f"--out={tmp_path}/teacher.png",
         "--statistics=20",
@@ -171,7 +172,7 @@ def show(tmp_path, capsys, monkeypatch):
         *arguments,
       ],
     )
-    return show_teacher.main(), capsys.readouterr()
+    return run_command(sys.argv), capsys.readouterr()
 
   return run
 

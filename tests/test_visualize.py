@@ -21,6 +21,7 @@ from mrmae_jax.train import TrainState
 from mrmae_jax.viz import grid, page
 from mrmae_jax.weights import model_files
 from tests import tiny
+from tests.helpers.cli import parse_options, run_command
 from tests.test_stages import changed
 from tests.test_weights import make
 
@@ -59,7 +60,7 @@ def photos(tmp_path_factory):
 @pytest.fixture
 def command(tmp_path, capsys):
   def call(*arguments):
-    code = visualize.main(["visualise", f"--out={tmp_path}/look", *map(str, arguments)])
+    code = run_command(["visualize", f"--out={tmp_path}/look", *map(str, arguments)])
     return code, capsys.readouterr(), tmp_path / "look"
 
   return call
@@ -69,8 +70,8 @@ def subject_of(workdir, config, images=None, seen=None, **options):
   """A Subject without the command; random images unless some are given."""
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (2, *SIZE, 3), np.uint8) if images is None else images
-  flags = visualize.define_flags()
-  flags(["visualise"] + [f"--{name}={value}" for name, value in options.items()])
+  words = [f"--{name}={value}" for name, value in options.items()]
+  flags = parse_options("visualize", f"--model={workdir}", "--out=unused", *words)
   return visualize.Subject(
     mrmae_jax.load(workdir, mimic_heads=True),
     images,
@@ -499,7 +500,7 @@ def test_one_image_of_any_size_on_published_weights(tmp_path, photos, command):
 
 def test_a_preset_by_name_and_a_teacher_that_has_gone(tmp_path, run, monkeypatch):
   workdir, config, _ = run
-  flags = lambda *arguments: (own := visualize.define_flags(), own(["visualise", *arguments]))[0]
+  flags = lambda *words: parse_options("visualize", "--model=x", "--out=unused", *words)
   model, stored = (
     mrmae_jax.load(workdir),
     {"teacher": config.teacher.to_dict() | {"last_k": 2}, "method": {"masking": "focused"}},

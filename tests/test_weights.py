@@ -11,7 +11,6 @@ from safetensors.numpy import load_file
 
 import mrmae_jax
 from mrmae_jax import mrmae, train
-from mrmae_jax.cli import convert
 from mrmae_jax.errors import WeightsError
 from mrmae_jax.models import ConvViT, Decoder, ViT
 from mrmae_jax.models.layers import sincos_2d
@@ -20,6 +19,7 @@ from mrmae_jax.tasks import pretrain
 from mrmae_jax.weights import convmae, files, model_files, positions
 from mrmae_jax.weights.table import leaves
 from tests import tiny
+from tests.helpers.cli import run_command
 
 CONVVIT = ConvViT((2, 2, 2), (8, 12, 16), (1, 2, 2), 2, (2.0, 3.0, 2.5))
 VIT = ViT(8, 16, 2, 2, 36)
@@ -142,7 +142,7 @@ def test_the_tool_converts_there_and_back(tmp_path, capsys):
   steps = (("a.safetensors", "hf", "hf"), ("hf", "b.safetensors", "timm"))
   for model, out, form in steps:
     assert (
-      convert.main(
+      run_command(
         ["convert", f"--model={tmp_path / model}", f"--out={tmp_path / out}", f"--format={form}"]
       )
       == 0
@@ -150,7 +150,7 @@ def test_the_tool_converts_there_and_back(tmp_path, capsys):
   a, b = load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "b.safetensors")
   assert a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
   assert (
-    convert.main(
+    run_command(
       [
         "convert",
         f"--model={tmp_path}/hf",
@@ -178,7 +178,7 @@ def test_the_tool_converts_there_and_back(tmp_path, capsys):
     ([f"--model={tmp_path}/none", "--out=x.safetensors"], "none: no such file or folder"),
     (["--modle=x"], "modle"),
   ):
-    assert convert.main(["convert", *arguments]) == 2
+    assert run_command(["convert", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
   assert not Path("x.safetensors").exists()

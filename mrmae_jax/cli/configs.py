@@ -37,10 +37,10 @@ def load_config(name: str, overrides: list[str] = ()) -> ConfigDict:
     raise UsageError(f"--config={name}: {type(error).__name__}: {error}") from error
   for word in overrides:
     _check_key(word, config)
-  values = flags.FlagValues()
-  config_flags.DEFINE_config_dict("config", config, lock_config=True, flag_values=values)
+  values, argv = flags.FlagValues(), ["mrmae", *overrides]
   try:
-    values(["mrmae", *overrides])
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+    values(argv)
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
     text = str(error.args[0] if error.args else error)
     raise UsageError(" ".join(text.split())) from error

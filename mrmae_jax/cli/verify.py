@@ -1,17 +1,4 @@
-"""What is in a data set, and which of its images are bad: before a run of days meets them.
-
-  mrmae verify --source=folder:/path/to/photos
-  mrmae verify --source=folder:/path/to/photos --json=report.json --quarantine=bad.json
-  mrmae pretrain --config=... --config.data.source=folder:/path/to/photos --config.data.quarantine=bad.json
-
-verify decodes every image of the splits and prints a report in JSON: how many images, which are bad and why, how large they are
-(shorter side), how many are grey, CMYK, 16-bit, with alpha, animated, or turned by their EXIF orientation (which training ignores),
-and the mean and deviation of each channel over all pixels at full size, in [0, 1], for config.data.mean and std. --channels says how
-many there are: 3 for RGB, 1 for grey, others in .npy files. Bad is what training cannot read, and besides a JPEG that it would read
-in spite of damage that its decoder notices. Not all damage can be seen: of random changes of one byte in JPEGs about one in six is,
-in PNGs all are. --quarantine writes the list of bad images that runs leave out; give verify the source and split options of the run.
-Exit code: 0 all images are good, 3 some are bad (the report and the list are written), 2 usage.
-"""
+"""Decodes every image of a data set and reports those that cannot be read."""
 
 import collections
 import io
@@ -19,7 +6,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import sys
 from collections.abc import Iterable
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
@@ -27,51 +13,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import flags
+from PIL import Image
+from tqdm import tqdm
 
-from mrmae_jax.cli import command_line
-from mrmae_jax.errors import DataError, UsageError
+from mrmae_jax.cli.pack import open_splits
+from mrmae_jax.data import augment
+from mrmae_jax.errors import DataError
+from mrmae_jax.runs.paths import atomic_write
 
 CHUNK = 16  # images that a process takes at a time
 ORIENTATION = 0x0112  # EXIF tag; 1: as stored
-
-
-def define_flags() -> flags.FlagValues:
-  """The options, apart from absl's global ones."""
-  own = flags.FlagValues()
-  flags.DEFINE_string(
-    "source", None, "Images: folder:/path, digits, tfds:name or packed:/path.", flag_values=own
-  )
-  flags.DEFINE_list("splits", ["train", "eval"], "Which to look at.", flag_values=own)
-  flags.DEFINE_string(
-    "train_split", "train", "Sub-folder or tfds split for training.", flag_values=own
-  )
-  flags.DEFINE_string("eval_split", "validation", "The same for evaluation.", flag_values=own)
-  flags.DEFINE_string("data_dir", "", "Where tfds looks for prepared data sets.", flag_values=own)
-  flags.DEFINE_integer(
-    "holdout_every",
-    10,
-    "Images without splits: every k-th is for evaluation; 0: all are for training.",
-    flag_values=own,
-  )
-  flags.DEFINE_integer(
-    "channels",
-    3,
-    "Of the images: as many as the run's config.data.mean has numbers.",
-    lower_bound=1,
-    flag_values=own,
-  )
-  flags.DEFINE_integer(
-    "workers", 0, "Decoding processes; 0: one per core.", lower_bound=0, flag_values=own
-  )
-  flags.DEFINE_string("json", "", "A file for the report, too.", flag_values=own)
-  flags.DEFINE_string(
-    "quarantine",
-    "",
-    "A file for the list of bad images, for config.data.quarantine.",
-    flag_values=own,
-  )
-  return own
 
 
 class ImageStatistics(NamedTuple):
@@ -101,8 +52,6 @@ def empty_statistics(channels: int) -> ImageStatistics:
 
 def inspect_images(source, channels: int, indices: Iterable[int]) -> ImageStatistics:
   """Reads and decodes some images of a source."""
-  from mrmae_jax.data import augment
-
   total = empty_statistics(channels)
   for i in indices:
     name = source.name(i)
@@ -125,8 +74,6 @@ def inspect_images(source, channels: int, indices: Iterable[int]) -> ImageStatis
 
 def _classify_file(data: bytes) -> list[tuple[str, str]]:
   """Returns the keys of `ImageStatistics.counts` that an image file adds to."""
-  from PIL import Image
-
   with Image.open(io.BytesIO(data)) as picture:
     mode = picture.mode
     try:
@@ -211,43 +158,27 @@ def inspect_source(source, channels: int, workers: int, progress) -> ImageStatis
 
 
 def run(options) -> str:
-  """The command with an attribute per flag; returns a line for people.
+  """Carries out `mrmae verify`.
 
   Raises:
     UsageError, DataError: options that do not fit; bad images, after the files are written.
   """
-  if not options.source:
-    raise UsageError("--source is missing; see --help")
-  if not options.splits or not set(options.splits) <= {"train", "eval"}:
-    raise UsageError(f"--splits={','.join(options.splits)} must be train, eval or both")
-  from tqdm import tqdm
-
-  from mrmae_jax import data  # a mistyped command line is answered first
-  from mrmae_jax.weights import files
-
-  opened = ("train_split", "eval_split", "data_dir", "holdout_every")
-  sources = {
-    split: data.open_source(options.source, split, **{name: options[name].value for name in opened})
-    for split in options.splits
-  }
+  sources = open_splits(options)
   total = sum(map(len, sources.values()))
+  workers = options.workers or os.cpu_count() or 1
   with tqdm(total=total, unit="image", smoothing=0.05) as bar:  # shows rate and time left
     statistics = {
-      split: inspect_source(
-        source, options.channels, options.workers or os.cpu_count() or 1, bar.update
-      )
+      split: inspect_source(source, options.channels, workers, bar.update)
       for split, source in sources.items()
     }
   report = {split: summarize(statistics[split], len(sources[split])) for split in sources}
   report = {"source": options.source, **report}
   print(json.dumps(report, indent=2), flush=True)
-  for path, content in (
-    (options.json, report),
-    (options.quarantine, {split: value.bad for split, value in statistics.items()}),
-  ):
+  quarantine = {split: value.bad for split, value in statistics.items()}
+  for path, content in ((options.json, report), (options.quarantine, quarantine)):
     if path:
-      with files.whole(Path(path).expanduser()) as unfinished:
-        unfinished.write_text(json.dumps(content, indent=1) + "\n")
+      with atomic_write(Path(path).expanduser()) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
   bad = [": ".join(item) for value in statistics.values() for item in value.bad.items()]
   if bad:
     advice = (
@@ -260,12 +191,3 @@ def run(options) -> str:
       " run, or repair them"
     )
   return f"all {total} images are good"
-
-
-def main(argv: list[str] | None = None) -> int:
-  """Runs a command line (default: sys.argv); returns the exit code: 0 all good, 2 usage, 3 bad images."""
-  return command_line(__doc__, define_flags(), run, argv)
-
-
-if __name__ == "__main__":
-  sys.exit(main())

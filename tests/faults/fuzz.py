@@ -620,7 +620,6 @@ FLAGS = (
 def configs() -> Callable[[np.random.Generator], Case]:
   import jax
   import ml_collections
-  from absl import flags
 
   from mrmae_jax import preflight, sharding, teachers, train
   from mrmae_jax.config import finetune, flatten, probe
@@ -703,7 +702,7 @@ def configs() -> Callable[[np.random.Generator], Case]:
       "",
     ]
     argv = [
-      "main",
+      "pretrain",
       "--config=tests/tiny.py",
       f"--workdir={home.name}/run",
       f"--config.data.source=folder:{home.name}",
@@ -725,19 +724,11 @@ def configs() -> Callable[[np.random.Generator], Case]:
       )
     return argv
 
-  from mrmae_jax.cli import train as cli_train
+  from mrmae_jax.cli import configs, parser
 
   def parse(argv):
-    old, sys.argv = sys.argv, argv  # ml_collections reads it itself
-    try:
-      return cli_train.parse(argv)[0]
-    finally:
-      sys.argv = old
-      for name in list(flags.FLAGS):
-        if name.startswith("config."):
-          delattr(flags.FLAGS, name)
-        else:
-          flags.FLAGS[name].unparse()
+    options = parser.parse(argv)
+    return configs.load_config(options.config, options.overrides)
 
   def make(rng):
     deep = rng.random() < 0.06

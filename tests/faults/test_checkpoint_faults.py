@@ -19,6 +19,7 @@ from mrmae_jax.errors import DataError, NonFiniteError, StorageError, WorkdirErr
 from mrmae_jax.runs import checkpoint, log, nonfinite, workdir
 from mrmae_jax.runs.checkpoint import Checkpoints
 from tests.faults import small
+from tests.helpers.cli import run_command
 from tests.helpers.tasks import init_state, make_tx
 
 # What orbax leaves behind of a read that failed is not waited for.
@@ -226,7 +227,7 @@ def test_f19_a_save_that_fails_leaves_the_one_before(tmp_path):
   """The disk takes no file above a size, from the second save on: the run goes on, and says so; its end is exit code 5."""
   code = """if True:
     import resource, signal, sys
-    from mrmae_jax.cli import train
+    from mrmae_jax import __main__ as entry
     from mrmae_jax.runs import checkpoint
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     save = checkpoint.Checkpoints.save
@@ -237,7 +238,7 @@ def test_f19_a_save_that_fails_leaves_the_one_before(tmp_path):
       finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10**9, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     checkpoint.Checkpoints.save = limited
-    sys.exit(train.main(["main", "--config=tests/faults/small.py", f"--workdir=WORKDIR"]))
+    sys.exit(entry.main(["mrmae", "pretrain", "--config=tests/faults/small.py", f"--workdir=WORKDIR"]))
   """.replace("WORKDIR", str(tmp_path))
   done = subprocess.run(
     [sys.executable, "-c", code],
@@ -390,7 +391,6 @@ def test_f24_a_spike_may_be_left_out():
 
 def test_f23_a_run_that_is_lost_leaves_a_bundle_that_replays(tmp_path, monkeypatch, capsys):
   """From step 10 on every loss is nan: after three the run ends, and replay gives the same numbers in another process."""
-  from mrmae_jax.cli import replay
 
   monkeypatch.chdir(ROOT)
   config = small.get_config()
@@ -408,12 +408,12 @@ def test_f23_a_run_that_is_lost_leaves_a_bundle_that_replays(tmp_path, monkeypat
   said = capsys.readouterr().out
   assert said.count("update left out") >= 3 and told["step"] >= 3 and told["state"] == "saved"
   assert not any((tmp_path / "checkpoints").glob(str(told["step"])))
-  assert replay.main(["replay", f"--bundle={bundle}"]) == 0
+  assert run_command(["replay", f"--bundle={bundle}"]) == 0
   printed = capsys.readouterr().out
   assert "the same numbers, bit for bit" in printed and "not the same\n" not in printed, printed
   assert "gradients that are not finite: " in printed and "encoder/" in printed
   assert (
-    replay.main(["replay", f"--bundle={tmp_path}"]) == 2
+    run_command(["replay", f"--bundle={tmp_path}"]) == 2
     and "is no bundle" in capsys.readouterr().err
   )
 

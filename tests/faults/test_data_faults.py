@@ -21,11 +21,11 @@ import pytest
 
 from mrmae_jax import config as config_lib
 from mrmae_jax import preflight, train
-from mrmae_jax.__main__ import main
 from mrmae_jax.cli.verify import _classify_file
 from mrmae_jax.data import LoaderOptions, augment, element_shapes, open_source
 from mrmae_jax.data.sources.quarantine import FilteredSource
 from mrmae_jax.errors import ConfigError, DataError
+from tests.helpers.cli import run_command
 from tests.helpers.images import (
   SIZE,
   Numbered,
@@ -204,7 +204,7 @@ def test_f26_a_run_with_a_quarantine_list_equals_one_without_these_files(folders
   (tmp_path / "bad" / name(17)).write_bytes(JPEG[:20])
   source = f"folder:{tmp_path}/bad"
   options = [f"--source={source}", "--holdout_every=0", "--splits=train", "--workers=2"]
-  assert main(["mrmae", "verify", *options, f"--json={report}", f"--quarantine={list_path}"]) == 3
+  assert run_command(["verify", *options, f"--json={report}", f"--quarantine={list_path}"]) == 3
   assert json.loads(list_path.read_text())["train"].keys() == {name(i) for i in BAD}
   assert "4 of 24 images are bad" in capsys.readouterr().err
   remaining = open_source(source, "train", holdout_every=0, quarantine=str(list_path))
@@ -361,9 +361,8 @@ def test_f26_verify_counts_everything_and_finds_what_is_bad(tmp_path, capsys):
     (folder / file).write_bytes(data)
   (folder / "nobody.jpg").symlink_to(tmp_path / "gone.jpg")
   assert (
-    main(
+    run_command(
       [
-        "mrmae",
         "verify",
         f"--source=folder:{folder}",
         "--holdout_every=0",
@@ -405,9 +404,8 @@ def test_f26_verify_counts_everything_and_finds_what_is_bad(tmp_path, capsys):
 def test_f26_verify_of_good_images(tmp_path, capsys):
   list_path = tmp_path / "list.json"
   assert (
-    main(
+    run_command(
       [
-        "mrmae",
         "verify",
         "--source=digits",
         "--splits=eval",
@@ -432,7 +430,7 @@ def test_f26_verify_of_good_images(tmp_path, capsys):
   ],
 )
 def test_f26_command_lines_that_do_not_fit(options, message, capsys):
-  assert main(["mrmae", "verify", *options]) == 2
+  assert run_command(["verify", *options]) == 2
   assert message in capsys.readouterr().err
 
 
@@ -524,9 +522,8 @@ def test_f28_a_file_that_goes_away_makes_no_epoch_shorter(tmp_path, shards):
 def test_f28_a_packed_shard_that_is_cut_during_a_run(tmp_path, workers):
   write_images(tmp_path / "intact", map(name, range(COUNT)))
   assert (
-    main(
+    run_command(
       [
-        "mrmae",
         "pack",
         f"--source=folder:{tmp_path}/intact",
         f"--out={tmp_path}/packed",

@@ -16,13 +16,11 @@ from pathlib import Path
 import ml_collections
 import numpy as np
 import pytest
-from absl import flags
 from PIL import Image
 from safetensors.numpy import load_file, save
 
 from mrmae_jax import config as config_lib
 from mrmae_jax import preflight, teachers, train
-from mrmae_jax.cli import train as cli_train
 from mrmae_jax.config import flatten
 from mrmae_jax.data import augment, open_source
 from mrmae_jax.data.pack import write_packed
@@ -32,6 +30,7 @@ from mrmae_jax.errors import ConfigError, DataError, WeightsError
 from mrmae_jax.weights import files, model_files
 from tests import tiny
 from tests.faults import fuzz
+from tests.helpers.cli import run_command
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
 DINO, CLIP = GOLDENS / "teachers" / "hf_dino", GOLDENS / "teachers" / "hf_clip_full"
@@ -46,17 +45,10 @@ def command(monkeypatch, capsys, tmp_path):
   monkeypatch.setattr(train, "fit", lambda *args, **kwargs: pytest.fail("training began"))
 
   def run(*arguments):
-    monkeypatch.setattr(
-      sys, "argv", ["main", "--config=tests/tiny.py", f"--workdir={tmp_path}/run", *arguments]
+    monkeypatch.setattr(sys, "argv", ["mrmae"])
+    code = run_command(
+      ["pretrain", "--config=tests/tiny.py", f"--workdir={tmp_path}/run", *arguments]
     )
-    try:
-      code = cli_train.main()
-    finally:
-      for name in list(flags.FLAGS):  # a process parses one command line as a rule
-        if name.startswith("config."):
-          delattr(flags.FLAGS, name)
-        else:
-          flags.FLAGS[name].unparse()
     assert not (tmp_path / "run").exists()
     return code, capsys.readouterr().err
 
