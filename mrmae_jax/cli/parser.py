@@ -434,7 +434,7 @@ def _verify(parser: Parser) -> None:
       --config.data.quarantine=bad.json
 
 Decodes every image and prints a report in JSON: how many images, which are bad and why, how large
-they are (shorter side), how many are grey, CMYK, 16-bit, with alpha, animated, or turned by their
+they are (shorter side), how many are gray, CMYK, 16-bit, with alpha, animated, or turned by their
 EXIF orientation (which training ignores), and mean and deviation of each channel, for
 config.data.mean and std. An image is bad if training cannot read it, or if it is a JPEG whose
 decoder notices damage. Not all damage can be seen: of random changes of one byte, all are found in

@@ -25,8 +25,10 @@ from safetensors.numpy import load_file, save
 from mrmae_jax import config as config_lib
 from mrmae_jax import preflight, teachers, train
 from mrmae_jax.config import flatten
-from mrmae_jax.data import augment, open_source, packed
+from mrmae_jax.data import augment, open_source
+from mrmae_jax.data.pack import write_packed
 from mrmae_jax.data.randaugment import parse as parse_randaug
+from mrmae_jax.data.sources import packed
 from mrmae_jax.errors import ConfigError, DataError, WeightsError
 from mrmae_jax.weights import files, model_files
 from tests import tiny
@@ -717,7 +719,7 @@ def test_f34_solid_colours_are_decoded():
 
 def test_f34_packed_shards_lie_in_their_folder(tmp_path, photos):
   root = tmp_path / "packed"
-  packed.write({"train": open_source(photos, "train")}, root, {"source": "photos"})
+  write_packed({"train": open_source(photos, "train")}, root, {"source": "photos"})
   index = json.loads((root / "index.json").read_text())
   shard = index["splits"]["train"][0]
   shutil.copy(root / shard["file"], tmp_path / "outside")
@@ -734,10 +736,10 @@ def test_f34_packed_shards_lie_in_their_folder(tmp_path, photos):
       (root / "index.json").write_text(json.dumps(changed))
       for read in (
         lambda: packed.PackedSource(str(root), "train"),
-        lambda: packed.verify(root),
-        lambda: packed.count_images(root),
+        lambda: packed.verify_packed(root),
+        lambda: packed.count_packed(root),
       ):
-        with pytest.raises(DataError, match="no packed folder"):
+        with pytest.raises(DataError, match="not a packed folder"):
           read()
   for text in (
     "[" * 100_000,
@@ -749,7 +751,7 @@ def test_f34_packed_shards_lie_in_their_folder(tmp_path, photos):
     json.dumps(index | {"options": 3}),
   ):
     (root / "index.json").write_text(text)
-    with pytest.raises(DataError, match="no packed folder"):
+    with pytest.raises(DataError, match="not a packed folder"):
       packed.PackedSource(str(root), "train")
 
 
@@ -769,7 +771,7 @@ def test_f34_packed_shards_lie_in_their_folder(tmp_path, photos):
   ],
 )
 def test_f34_packed_records_are_checked(tmp_path, photos, about):
-  packed.write({"train": open_source(photos, "train")}, tmp_path / "packed", {"source": "photos"})
+  write_packed({"train": open_source(photos, "train")}, tmp_path / "packed", {"source": "photos"})
   source = packed.PackedSource(str(tmp_path / "packed"), "train")
   source._records = [about + b"\n" + bytes(12)]
   with pytest.raises(DataError, match="image 0 of 'train' cannot be read"):
