@@ -8,7 +8,7 @@ from PIL import Image
 
 import mrmae_jax
 from mrmae_jax import data
-from mrmae_jax.evals import ensemble
+from mrmae_jax.cli import ensemble
 from mrmae_jax.models import ViT
 from mrmae_jax.weights import model_files
 from tests.helpers.cli import run_command
@@ -47,13 +47,13 @@ def models(tmp_path_factory):
       has_norm=False,
       seed=seed,
     )
-    model_files.write(
+    model_files.write_model(
       student._replace(classes=tuple("xyzuv"[:classes])), root / f"{name}.safetensors", "timm"
     )
   order = make(
     ViT(4, 16, 1, 2, 32, learned_positions=True), None, classes=3, has_norm=False
   )._replace(classes=("x", "z", "y"))
-  model_files.write(order, root / "order.safetensors", "timm")
+  model_files.write_model(order, root / "order.safetensors", "timm")
   for split, count in (("train", 1), ("validation", 7)):
     for name in "xyz":
       (root / "photos" / split / name).mkdir(parents=True)

@@ -31,7 +31,7 @@ def paths(tmp_path_factory):
     ("finetuned", make(vit, None, classes=3, has_norm=False), "timm"),
   ):
     found[name] = folder / f"{name}.safetensors"
-    model_files.write(student, found[name], form)
+    model_files.write_model(student, found[name], form)
   return found
 
 
@@ -63,7 +63,7 @@ def test_any_size_and_type(paths):
 
 
 def test_images_are_normalised_with_what_the_file_says(paths):
-  student = model_files.read(paths["vit"])
+  student = model_files.read_model(paths["vit"])
   model, images = (
     mrmae_jax.load(paths["vit"]),
     np.random.default_rng(0).random((2, 12, 20, 3), np.float32),
@@ -85,7 +85,7 @@ def test_each_shape_is_compiled_once(paths):
 def test_a_fine_tuned_vit(paths):
   model = mrmae_jax.load(paths["finetuned"])
   student, images = (
-    model.student,
+    model.network,
     np.random.default_rng(0).integers(0, 256, (2, 12, 20, 3), np.uint8),
   )
   pixels = (images / np.float32(255) - np.float32(student.mean)) / np.float32(student.std)

@@ -103,7 +103,7 @@ def test_features_are_those_of_the_frozen_encoder(tmp_path, encoder, pool):
     expected = model.encode(batch["image"])["cls"]
   else:
     student, x = (
-      model.student,
+      model.network,
       (batch["image"] / np.float32(255) - model.config["mean"]) / model.config["std"],
     )
     _, out = student.encoder.apply({"params": student.params["encoder"]}, jnp.float32(x))
@@ -342,10 +342,10 @@ def test_averaged_weights_are_the_ones_that_are_loaded(tmp_path):
   saving.save(7, train.TrainState(jnp.int32(7), params, (), state, jnp.float32(0)))
   saving.close()
   (tmp_path / "run" / "config.json").write_text(config.to_json())
-  loaded = mrmae_jax.load(tmp_path / "run").student.params
+  loaded = mrmae_jax.load(tmp_path / "run").network.params
   for part in ("encoder", "decoder"):
     jax.tree.map(np.testing.assert_array_equal, loaded[part], jax.device_get(average[part]))
-  plain = mrmae_jax.load(tmp_path / "plain").student.params["encoder"]
+  plain = mrmae_jax.load(tmp_path / "plain").network.params["encoder"]
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a - b, 0.5, atol=1e-6), loaded["encoder"], plain
   )

@@ -59,7 +59,7 @@ def test_a_trained_encoder_is_a_teacher(tmp_path, encoder, values, layer, last_k
   spec = teachers.configured_spec(config.teacher, config)
   teacher = teachers.load(spec)
   images = np.random.default_rng(0).integers(0, 256, (2, 32, 48, 3), np.uint8)
-  seen = jax.jit(teacher.look)(teacher.params, images)
+  seen = jax.jit(teacher.forward)(teacher.params, images)
   pixels = mrmae.normalize(images, model.mean, model.std)
   x, out = jax.jit(model.encoder.apply)({"params": params["encoder"]}, pixels)
   norm = lambda t: (t - t.mean(-1, keepdims=True)) / np.sqrt(t.var(-1, keepdims=True) + 1e-5)

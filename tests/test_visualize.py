@@ -343,9 +343,9 @@ def test_queries(run, monkeypatch):
     picture = panel.picture[20:116:3, 4:148:3]
     red = (picture == [255, 0, 0]).all(-1)
     assert red.sum() == (28 if query else 0) and (not query or (red[16:24, 40:].sum() == 28))
-  vit = model_files.Student(*make(ViT(8, 16, 1, 2, 32), None))
+  vit = model_files.LoadedModel(*make(ViT(8, 16, 1, 2, 32), None))
   subject = subject._replace(
-    model=mrmae_jax.pretrained.Pretrained(
+    model=mrmae_jax.pretrained.PretrainedModel(
       vit._replace(report=model_files.Report("x", "", (), (), ()))
     ),
     options=subject_of(workdir, config).options,
@@ -367,7 +367,7 @@ def test_cosine_map(tmp_path, source, head, norm):
   images = np.random.default_rng(0).integers(0, 256, (2, *SIZE, 3), np.uint8)
   _, seen = show_teacher.look(config, images)
   panel = visualize.cosine(subject_of(tmp_path, config, images, seen))
-  student = mrmae_jax.load(tmp_path).student
+  student = mrmae_jax.load(tmp_path).network
   x, out = jax.jit(student.encoder.apply)(
     {"params": student.params["encoder"]}, mrmae.normalize(images, student.mean, student.std)
   )
@@ -443,9 +443,9 @@ def test_neighbours(photos, run, command):
   )
   x = np.asarray(
     encode(
-      model.student.encoder,
-      model.student.params["encoder"],
-      mrmae.normalize(images, model.student.mean, model.student.std),
+      model.network.encoder,
+      model.network.params["encoder"],
+      mrmae.normalize(images, model.network.mean, model.network.std),
     )["pooled"]
   )
   similarity = x @ x.T / np.linalg.norm(x, axis=1) / np.linalg.norm(x, axis=1)[:, None]
@@ -474,7 +474,7 @@ def test_colours_of_a_basis():
 
 def test_one_image_of_any_size_on_published_weights(tmp_path, photos, command):
   """A file without decoder and run: a square asked by one number, another grid than the file's, no teacher."""
-  model_files.write(make(ViT(8, 16, 1, 2, 32), None), tmp_path / "vit.safetensors", "timm")
+  model_files.write_model(make(ViT(8, 16, 1, 2, 32), None), tmp_path / "vit.safetensors", "timm")
   code, printed, out = command(
     f"--model={tmp_path}/vit.safetensors", f"--images={photos}/3.png", "--image_size=40"
   )
@@ -524,7 +524,7 @@ def test_a_preset_by_name_and_a_teacher_that_has_gone(tmp_path, run, monkeypatch
 
 def test_refusals(tmp_path, run, photos, command):
   workdir, _, _ = run
-  model_files.write(make(ViT(8, 16, 1, 2, 32), None), tmp_path / "vit.safetensors", "timm")
+  model_files.write_model(make(ViT(8, 16, 1, 2, 32), None), tmp_path / "vit.safetensors", "timm")
   model, vit = f"--model={workdir}", f"--model={tmp_path}/vit.safetensors"
   for arguments, code, message in (
     ([], 2, "--model is missing"),

@@ -21,10 +21,9 @@ import jax
 from jax.experimental import topologies
 
 from mrmae_jax import preflight, program, sharding, train
-from mrmae_jax.cli import configs
 from mrmae_jax.errors import UsageError
 from mrmae_jax.runs import log
-from mrmae_jax.weights import files
+from mrmae_jax.runs.paths import atomic_write
 
 
 class Chip(NamedTuple):
@@ -197,7 +196,7 @@ def run(options) -> str:
   """
   devices = find_devices(options.topology)
 
-  config = configs.load_config(options.config, options.overrides)
+  config = options.config
   if (
     config.task == "pretrain"
     and config.data.source
@@ -234,6 +233,6 @@ def run(options) -> str:
       "config.optim.accum_steps or config.mesh.fsdp, or lower config.batch_size (--sweep_batch finds the largest)"
     )
   if options.json:
-    with files.whole(Path(options.json).expanduser()) as unfinished:
+    with atomic_write(Path(options.json).expanduser()) as unfinished:
       unfinished.write_text(json.dumps(result, indent=2) + "\n")
   return describe(result)

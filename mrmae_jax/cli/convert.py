@@ -1,4 +1,4 @@
-"""Writes a trained model for others to read, or theirs in another form; `mrmae_jax.load` reads all."""
+"""Writes a trained model for others to read, or theirs in another form."""
 
 from mrmae_jax.weights import model_files
 
@@ -10,7 +10,7 @@ def run(options) -> str:
     UsageError, WeightsError: a model that does not load, or that has no such format.
   """
   keep_all = options.parts == "all"
-  model = model_files.read(
+  model = model_files.read_model(
     options.model,
     num_heads=options.num_heads,
     decoder_heads=options.decoder_heads,
@@ -18,5 +18,5 @@ def run(options) -> str:
   )
   print(model.report)
   model = model if keep_all else model_files.encoder_only(model)
-  model_files.write(model, options.out, options.format)
+  model_files.write_model(model, options.out, options.format)
   return f"wrote {options.out}"

@@ -1,15 +1,4 @@
-"""Would this run start, how long would it take, and are its settings sound?
-
-  mrmae doctor --config=configs/mrmae.py:base --workdir=/runs/a \\
-      --config.data.source=folder:/my/photos
-
-Takes the command line of a training and runs the cheap checks first: settings that differ from the
-defaults, the workdir, the images, the absolute learning rate, the teachers, the disk, then (unless
---nocompile) the compiled step: FLOPs, memory and time. The picture --out shows the first images as
-training would see them. Nothing else is written. Lines begin with "ok", "warn" (the run would
-start, but this is rarely meant) or "stop". Exit code: 0 if the run would start, else the code that
-it would end with.
-"""
+"""Would this run start, how long would it take, and are its settings sound?"""
 
 import fcntl
 import importlib.metadata
@@ -17,6 +6,7 @@ import os
 import platform
 import shutil
 import statistics
+from datetime import timedelta
 from pathlib import Path
 
 import jax
@@ -39,7 +29,6 @@ from mrmae_jax.errors import (
   WorkdirError,
 )
 from mrmae_jax.evals.reconstruct import bands_shown
-from mrmae_jax.runs import log
 from mrmae_jax.runs.paths import open_folder
 from mrmae_jax.viz.grid import draw_grid
 
@@ -352,5 +341,5 @@ def time_step(config, task, plan: train.Plan, report: Report) -> None:
   report.ok(
     f"compiled in {compiled.compile_s:.0f} s; {peak / 2**30:.2f} GiB{limit} a device; "
     f"{seconds * 1e3:,.0f} ms a step, {config.batch_size / seconds:,.0f} images/s without loading: "
-    f"{log.hms(seconds * plan.steps.total)} for {plan.steps.total} steps, without evaluations"
+    f"{timedelta(seconds=round(seconds * plan.steps.total))} for {plan.steps.total} steps, without evaluations"
   )

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from mrmae_jax import data, pretrained
 from mrmae_jax.cli.features import extract
 from mrmae_jax.errors import DataError, UsageError
-from mrmae_jax.weights import files
+from mrmae_jax.runs.paths import atomic_write
 
 
 def run(options) -> str:
@@ -45,7 +45,7 @@ def run(options) -> str:
   result["ensemble"] = accuracy(combine(logits, options.average), labels)
   if options.out:
     summary = {"images": len(labels), "average": options.average, "accuracy": result}
-    with files.whole(Path(options.out).expanduser()) as temporary:
+    with atomic_write(Path(options.out).expanduser()) as temporary:
       temporary.write_text(json.dumps(summary, indent=2) + "\n")
   rows = (
     f"top-1 {value['top1']:.2%}  top-5 {value['top5']:.2%}  {name}"
@@ -79,7 +79,7 @@ def _classify(path: str, model, source, options) -> tuple[np.ndarray, np.ndarray
     image_size=model.config["image_size"],
     crop=options.crop,
     batch_size=options.batch_size,
-    channels=len(model.student.mean),
+    channels=len(model.network.mean),
   )
   labels, logits = [], []
   with tqdm(total=len(source), unit="image", desc=path, smoothing=0.05) as progress:

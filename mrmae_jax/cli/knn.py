@@ -1,4 +1,4 @@
-"""What frozen features are worth: k-NN, few-shot and linear accuracy, from two files of features."""
+"""What frozen features are worth: k-NN, few-shot and linear accuracy."""
 
 import json
 from pathlib import Path
@@ -9,8 +9,8 @@ from tqdm import tqdm
 from mrmae_jax import sharding
 from mrmae_jax.errors import UsageError
 from mrmae_jax.evals import knn
+from mrmae_jax.runs.paths import atomic_write
 from mrmae_jax.tasks import probe
-from mrmae_jax.weights import files
 
 COLUMNS = ("features", "labels", "class_names", "about")
 # What must be equal in both files.
@@ -43,13 +43,16 @@ def run(options) -> str:
     result["few_shot"] = _few_shot(train, held_out, options, lines)
   if options.blr:
     result["linear"] = _linear(train, held_out, options, lines)
-  with files.whole(Path(options.out).expanduser()) as temporary:
+  with atomic_write(Path(options.out).expanduser()) as temporary:
     temporary.write_text(json.dumps(result, indent=2) + "\n")
   return "\n".join([*lines, f"wrote {options.out}"])
 
 
 def read_features(path: str) -> dict:
-  """Reads a file of `mrmae features`: features [N, D], labels [N], class_names (tuple), about (dict).
+  """Reads a file of `mrmae features`.
+
+  Returns:
+    features [N, D], labels [N], class_names (tuple), about (dict), by name.
 
   Raises:
     UsageError: no such file, another file, or images without labels.

@@ -1,86 +1,144 @@
-"""Does a step again whose loss or gradient was not finite, and says where it goes wrong."""
+"""Repeats a step whose loss or gradient was not finite, and says where it goes wrong.
+
+A run that had to give up writes WORKDIR/nonfinite/step_N: configuration, state before the step and
+its batch. This command needs nothing else, except the teacher's files in the place that the
+configuration names:
+
+    mrmae replay --bundle=WORKDIR/nonfinite/step_N
+
+It computes the step as the run did and compares every number with the one that the run reported.
+They are equal bit for bit if the devices are of the same kind and number. It then names the modules
+whose gradients are not finite. `--float32` computes in float32 instead. If the numbers are good
+then, the range or precision of bfloat16 was the cause.
+"""
 
 import json
 import math
+from typing import Any, NamedTuple
 
 import jax
-import ml_collections
+import jax.numpy as jnp
 import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
 
 from mrmae_jax import preflight, sharding, train
 from mrmae_jax.errors import UsageError
-from mrmae_jax.runs import checkpoint
+from mrmae_jax.runs.checkpoint import Checkpoints
 from mrmae_jax.runs.paths import open_folder
 
 
-def run(options) -> str:
-  """Carries out `mrmae replay`.
+class Bundle(NamedTuple):
+  """What a lost run has written about its last step.
 
-  Raises:
-    UsageError: no bundle, or one that is not whole.
+  Attributes:
+    folder: WORKDIR/nonfinite/step_STEP.
+    step: number of the step.
+    reason: why its update was skipped.
+    metrics: {name: value} that the run reported.
+    identity: of the run, see `train.identity`.
+    config: configuration of the run.
+    batch: {name: rows} of the global batch.
   """
-  about, config, batch = _read_bundle(options.bundle)
-  if options.float32:
-    config.dtype = "float32"
-    for teacher in (config.get("teacher", {}), *config.get("extra_teachers", {}).values()):
-      teacher.dtype = "float32"
-  task = preflight.open_task(config)
-  plan = train.make_plan(config, task, sharding.make_mesh(**config.mesh))
-  state = _read_state(options.bundle, plan)
-  frozen = jax.device_put(task.frozen, jax.tree.map(lambda x: x.sharding, plan.frozen))
-  batch = sharding.global_batch(batch, plan.mesh)
-  bad_gradients, num_arrays = _bad_gradients(config, task, state, frozen, batch)
-  _, metrics = plan.step(state, frozen, batch)
 
-  print(f"step {about['step']} of the run, again: {about['reason']}")
-  all_equal = True
-  for name, value in jax.device_get(metrics).items():
-    then, now = float.fromhex(about["metrics"][name]), float(value)
-    equal = then.hex() == now.hex()
-    all_equal &= equal
-    print(f"  {name}: {then:.9g} then, {now:.9g} now{'' if equal else ', not the same'}")
-  parts = ", ".join(dict.fromkeys("/".join(name.split("/")[:2]) for name in bad_gradients))
-  print(
-    f"gradients that are not finite: {len(bad_gradients)} of {num_arrays} arrays"
-    + (f", in {parts}" if parts else "")
-  )
-  is_finite = all(math.isfinite(float(value)) for value in metrics.values())
-  verdict = "the same numbers, bit for bit" if all_equal else "not the same numbers"
-  return verdict + (", and they are finite" if is_finite else "")
+  folder: epath.Path
+  step: int
+  reason: str
+  metrics: dict[str, float]
+  identity: dict[str, Any]
+  config: ConfigDict
+  batch: dict[str, np.ndarray]
 
 
-def _read_bundle(path: str):
-  """Returns what the run wrote: facts, configuration, global batch of numpy arrays."""
+def read_bundle(path: str) -> Bundle:
+  """Reads a bundle; raises UsageError if it is incomplete."""
   folder = open_folder(path)
   try:
-    about = json.loads((folder / "bundle.json").read_text())
-    config = ml_collections.ConfigDict(json.loads((folder / "config.json").read_text()))
-    shards = [
-      np.load(folder / f"batch_{i}.npz", allow_pickle=False) for i in range(about["processes"])
-    ]
-    batch = {name: np.concatenate([shard[name] for shard in shards]) for name in shards[0]}
+    record = json.loads((folder / "bundle.json").read_text())
+    config = ConfigDict(json.loads((folder / "config.json").read_text()))
+    files = [folder / f"batch_{i}.npz" for i in range(record["processes"])]
+    shards = [np.load(file, allow_pickle=False) for file in files]
+    bundle = Bundle(
+      folder=folder,
+      step=record["step"],
+      reason=record["reason"],
+      metrics={name: float.fromhex(value) for name, value in record["metrics"].items()},
+      identity=record["identity"],
+      config=config,
+      batch={name: np.concatenate([shard[name] for shard in shards]) for name in shards[0]},
+    )
   except (OSError, ValueError, KeyError) as error:
     raise UsageError(f"{path} is not a bundle of a run that gave up ({error})") from None
-  if about["state"] != "saved":
-    raise UsageError(f"{path}: the state is missing, it could not be saved: {about['state']}")
-  return about, config, batch
+  if record["state"] != "saved":
+    raise UsageError(f"{path}: the state is missing, it could not be saved: {record['state']}")
+  return bundle
 
 
-def _read_state(path: str, plan: train.Plan) -> train.TrainState:
-  checkpoints = checkpoint.Checkpoints(open_folder(path), {}, keep=1)
-  restored = checkpoints.restore(plan.state, any_run=True)
+def compute_in_float32(config: ConfigDict) -> None:
+  """Sets the type of the model and of its teachers to float32."""
+  config.dtype = "float32"
+  for teacher in (config.get("teacher", {}), *config.get("extra_teachers", {}).values()):
+    teacher.dtype = "float32"
+
+
+def replay(bundle: Bundle) -> tuple[dict[str, float], dict[str, bool]]:
+  """Repeats the step of a bundle.
+
+  Returns:
+    {name: value} of its metrics, and {parameter: whether its gradient is finite}.
+  """
+  config = bundle.config
+  task = preflight.open_task(config)
+  mesh = sharding.make_mesh(**config.mesh)
+  plan = train.make_plan(config, task, mesh)
+  checkpoints = Checkpoints(bundle.folder, bundle.identity, keep=1)
+  restored = checkpoints.restore(plan.state)
   checkpoints.close()
   if restored is None:
-    raise UsageError(f"{path}: there is no state in checkpoints/")
-  return restored.state
-
-
-def _bad_gradients(config, task, state, frozen, batch) -> tuple[list[str], int]:
-  """Returns the names of the parameters whose gradients are not finite, and the number of all."""
+    raise UsageError(f"{bundle.folder}: there is no state in checkpoints/")
+  state = restored.state
+  frozen = jax.device_put(task.frozen, jax.tree.map(lambda x: x.sharding, plan.frozen))
+  batch = sharding.global_batch(bundle.batch, mesh)
   keys = train.sample_keys(config.seed, state.step, config.batch_size)
-  loss = lambda params: task.loss(params, state.extra, frozen, batch, keys)[0]
-  grads = jax.jit(jax.grad(loss))(state.params)
-  finite = jax.device_get(jax.tree.map(lambda g: jax.numpy.isfinite(g).all(), grads))
-  leaves = jax.tree_util.tree_leaves_with_path(finite)
-  name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
-  return [name(path) for path, is_finite in leaves if not is_finite], len(leaves)
+
+  @jax.jit
+  def has_finite_gradients(params):
+    grads = jax.grad(lambda params: task.loss(params, state.extra, frozen, batch, keys)[0])(params)
+    return jax.tree.map(lambda grad: jnp.isfinite(grad).all(), grads)
+
+  finite = {
+    jax.tree_util.keystr(path, simple=True, separator="/"): bool(is_finite)
+    for path, is_finite in jax.tree.leaves_with_path(has_finite_gradients(state.params))
+  }
+  _, metrics = plan.step(state, frozen, batch)
+  return {name: float(value) for name, value in metrics.items()}, finite
+
+
+def run(options) -> str:
+  """Runs the command; returns a line for people.
+
+  Raises:
+    UsageError: `options.bundle` is missing or incomplete.
+  """
+  if not options.bundle:
+    raise UsageError("--bundle is missing; see --help")
+  bundle = read_bundle(options.bundle)
+  if options.float32:
+    compute_in_float32(bundle.config)
+  metrics, finite = replay(bundle)
+  print(f"step {bundle.step} of the run, again: {bundle.reason}")
+  is_same = True
+  for name, value in metrics.items():
+    is_equal = bundle.metrics[name].hex() == value.hex()  # nan equals nan
+    is_same &= is_equal
+    difference = "" if is_equal else ", not the same"
+    print(f"  {name}: {bundle.metrics[name]:.9g} then, {value:.9g} now{difference}")
+  bad = [name for name, is_finite in finite.items() if not is_finite]
+  modules = dict.fromkeys("/".join(name.split("/")[:2]) for name in bad)
+  print(
+    f"gradients that are not finite: {len(bad)} of {len(finite)} arrays"
+    + (f", in {', '.join(modules)}" if modules else "")
+  )
+  conclusion = "the same numbers, bit for bit" if is_same else "not the same numbers"
+  all_finite = all(math.isfinite(value) for value in metrics.values())
+  return conclusion + (", and they are finite" if all_finite else "")

@@ -15,7 +15,6 @@ import numpy as np
 from PIL import Image
 
 from mrmae_jax import data, mrmae, teachers
-from mrmae_jax.cli import configs
 from mrmae_jax.config import token_size
 from mrmae_jax.evals.reconstruct import bands_shown
 from mrmae_jax.mrmae import normalize_features
@@ -33,7 +32,7 @@ def look(config, images: np.ndarray, options=None):
 
   spec = teachers.configured_spec(options or config.teacher, config)
   teacher = teachers.load(spec)
-  see = jax.jit(teacher.look)
+  see = jax.jit(teacher.forward)
   outputs = [
     jax.device_get(see(teacher.params, images[i : i + 32])) for i in range(0, len(images), 32)
   ]
@@ -95,7 +94,7 @@ def draw(images: np.ndarray, output, config) -> np.ndarray:
 
 def run(options) -> str:
   """Carries out `mrmae show-teacher`."""
-  config, count = configs.load_config(options.config, options.overrides), options.count
+  config, count = options.config, options.count
   config.data.source = options.images or config.data.source
   config.data.holdout_every = 0
   limit = max(count, options.statistics)

@@ -30,18 +30,20 @@ import numpy as np
 from PIL import Image
 
 from mrmae_jax import config as config_lib
-from mrmae_jax import data, mrmae, pretrained, teachers
+from mrmae_jax import data, mrmae, pretrained
 from mrmae_jax.cli import show_teacher
-from mrmae_jax.data import open_source, open_split, sources
+from mrmae_jax.data import open_source, open_split
+from mrmae_jax.data.sources.folder import FolderSource
 from mrmae_jax.errors import UsageError, WeightsError, WorkdirError
 from mrmae_jax.evals import knn
 from mrmae_jax.evals.reconstruct import bands_shown
 from mrmae_jax.models.decoder import MimicHead
 from mrmae_jax.mrmae import normalize_features
 from mrmae_jax.runs import checkpoint, supervision
+from mrmae_jax.runs.paths import atomic_write
 from mrmae_jax.viz import page
 from mrmae_jax.viz.grid import draw_grid, enlarge, interleave, overlay, principal_colours, shades
-from mrmae_jax.weights import files, model_files
+from mrmae_jax.weights import hub, model_files
 
 RATIOS = (0.5, 0.75, 0.85, 0.9, 0.95)
 HEADS_A_ROW = 6
@@ -65,7 +67,7 @@ class Subject(NamedTuple):
   """What is looked at.
 
   Attributes:
-    model: `pretrained.Pretrained`, with the mimic heads of a run that has some.
+    model: `pretrained.PretrainedModel`, with the mimic heads of a run that has some.
     images: uint8 [B, H, W, C], those of the source at `places`.
     source, places: where they come from.
     config: image size, encoder, masking and teacher, in the shape of `config.pretrain()`.
@@ -86,7 +88,7 @@ class Subject(NamedTuple):
   @property
   def size(self) -> int:
     """Side of a token in pixels."""
-    return self.model.student.encoder.patch_size
+    return self.model.network.encoder.patch_size
 
   @property
   def grid(self) -> tuple[int, int]:
@@ -113,7 +115,7 @@ class Subject(NamedTuple):
   def norm_pix(self) -> bool:
     """Whether the decoder predicts normalised patches."""
     return (
-      self.model.student.method["norm_pix"]
+      self.model.network.method["norm_pix"]
       if self.options.norm_pix is None
       else self.options.norm_pix
     )
@@ -121,7 +123,7 @@ class Subject(NamedTuple):
 
 def reconstruction(subject: Subject) -> Panel:
   """Original, what the encoder sees, decoder output, and this around the visible patches."""
-  ratio = subject.model.student.method["mask_ratio"]
+  ratio = subject.model.network.method["mask_ratio"]
   drawn = _reconstruct(subject, ratio)
   columns = {
     "original": drawn["original"],
@@ -166,7 +168,7 @@ def ratios(subject: Subject) -> Panel:
   caption = (
     "Above what the encoder sees, below the visible patches with the decoder's output in hidden places; the share that is "
     "hidden, and how many patches are visible. What is visible at one ratio is a part of what is visible at the one "
-    f"before. The model was trained at {subject.model.student.method['mask_ratio']:.0%}. Error: root mean square over the "
+    f"before. The model was trained at {subject.model.network.method['mask_ratio']:.0%}. Error: root mean square over the "
     "hidden patches, in levels of 255."
   )
   if subject.norm_pix:
@@ -202,7 +204,7 @@ def focused(subject: Subject) -> Panel:
     f"(temperature {method.attention_temperature:g}, {method.attention_mix:.0%} uniform). "
     + (
       f"The run was trained with {method.masking} masking."
-      if "mimic_heads" in subject.model.student.params
+      if "mimic_heads" in subject.model.network.params
       else ""
     ),
   )
@@ -308,7 +310,7 @@ def cosine(subject: Subject) -> Panel:
     f"Mean cosine {found.mean():.3f} between the teacher's features (as the run's targets: "
     f"{subject.config.teacher.target_norm}) and what the run's mimic head makes of the model's; the mean feature alone, "
     f"without looking, has {constant:.3f}. Light patches are mimicked well, dark ones badly. Nothing is masked here; in "
-    f"training the model saw {1 - subject.model.student.method['mask_ratio']:.0%} of each image. Teacher: {subject.teacher}.",
+    f"training the model saw {1 - subject.model.network.method['mask_ratio']:.0%} of each image. Teacher: {subject.teacher}.",
     (
       ["row", "mean cosine", "lowest", "highest"],
       [
@@ -383,7 +385,7 @@ def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def _imitation(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
   """What the mimic head makes of whole images, and the teacher's features as its targets: both float32 [C, N, Dt]."""
 
-  student, options = subject.model.student, subject.config.teacher
+  student, options = subject.model.network, subject.config.teacher
   head = student.params.get("mimic_heads", {}).get("mimic")
   if head is None:
     raise LeftOut(
@@ -493,7 +495,7 @@ def _image_size(options, model) -> tuple[int, int]:
   if not options.image_size:
     return model.config["image_size"]
   size = options.image_size * (2 if len(options.image_size) == 1 else 1)
-  patch = model.student.encoder.patch_size
+  patch = model.network.encoder.patch_size
   if any(side % patch for side in size):
     nearest = ",".join(str(max(1, round(side / patch)) * patch) for side in size)
     raise UsageError(
@@ -515,7 +517,7 @@ def _source(options, stored: dict[str, Any]):
     return open_split(images, "eval" if images.holdout_every else "train")
   path = Path(options.images).expanduser()
   if path.is_file():
-    return sources.FolderSource(str(path.parent.absolute()), [path.name], (), f"{path}: one image")
+    return FolderSource(str(path.parent.absolute()), [path.name], (), f"{path}: one image")
   spec = f"folder:{path}" if path.is_dir() else options.images
   return open_source(spec, options.split, data_dir=options.data_dir, holdout_every=0)
 
@@ -523,7 +525,7 @@ def _source(options, stored: dict[str, Any]):
 def _configuration(options, model, size: tuple[int, int], stored: dict[str, Any]):
   """A configuration of pre-training with what is known of the model's, and the teacher that was asked for."""
 
-  student, config = model.student, config_lib.pretrain()
+  student, config = model.network, config_lib.pretrain()
   config.encoder = ml_collections.ConfigDict(model_files.module_fields(student.encoder))
   config.image_size, config.seed = size, options.seed
   config.data.update(mean=student.mean, std=student.std)
@@ -531,7 +533,7 @@ def _configuration(options, model, size: tuple[int, int], stored: dict[str, Any]
   config.teacher.update(stored.get("teacher", {}))
   config.teacher.dtype = "float32"
   if options.teacher:
-    preset = options.teacher in teachers.PRESETS
+    preset = options.teacher in hub.PRESETS
     config.teacher.update(
       name=options.teacher if preset else "", path="" if preset else options.teacher
     )
@@ -575,7 +577,7 @@ def run(options) -> str:
     size, source = _image_size(options, model), _source(options, stored)
     places = _spaced(len(source), options.count)
     images = np.concatenate(
-      list(_batches(source, places, np.zeros((1, *size, len(model.student.mean)))))
+      list(_batches(source, places, np.zeros((1, *size, len(model.network.mean)))))
     )
     config = _configuration(options, model, size, stored)
     print(f"{model.report}\n{source.description}", flush=True)
@@ -608,7 +610,7 @@ def _write(subject: Subject, drawn: dict[str, Panel], missing: dict[str, str]) -
     subject.images.shape[1:3],
   )
   for name, panel in drawn.items():
-    with files.whole(out / f"{name}.png") as unfinished:
+    with atomic_write(out / f"{name}.png") as unfinished:
       Image.fromarray(panel.picture).save(unfinished, "PNG", optimize=True)
   found = page.Page(report.source.rstrip("/").rpartition("/")[2], report.model)
   found.section(

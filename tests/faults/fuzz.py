@@ -355,7 +355,8 @@ def weights() -> Callable[[np.random.Generator], Case]:
 
   from mrmae_jax import teachers
   from mrmae_jax.models import ConvViT, Decoder, ViT
-  from mrmae_jax.weights import files, model_files, table, towers
+  from mrmae_jax.weights import families, files, model_files, table
+  from tests.helpers.specs import read_spec
 
   rng = np.random.default_rng(0)
   noise = lambda shapes: jax.tree.map(
@@ -364,20 +365,20 @@ def weights() -> Callable[[np.random.Generator], Case]:
 
   def tower(family, prefix, **options):
     learned = bool(family.names.pos_embed)
-    module = ViT(8, 8, 1, 2, 12, learned_positions=learned, **family.tower | options)
+    module = ViT(8, 8, 1, 2, 12, learned_positions=learned, **family.fields | options)
     shapes = jax.eval_shape(
       module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
     )["params"]
-    return table.export(noise(shapes), towers.name_table(family, prefix, module))
+    return table.export(noise(shapes), families.name_table(family, prefix, module))
 
   def teacher(folder, **options):
-    spec = teachers.read_spec(
+    spec = read_spec(
       path=folder / "weights", image_size=(16, 24), token_size=8, dtype="float32", **options
     )
     jax.block_until_ready(jax.tree.leaves(teachers.load(spec).params))
 
   def student(folder):
-    model_files.read(folder / "weights", num_heads=2, decoder_heads=2)
+    model_files.read_model(folder / "weights", num_heads=2, decoder_heads=2)
 
   root = Path(tempfile.mkdtemp(prefix="mrmae_jax_fuzz"))
   bases = []  # (files, reader)
@@ -393,7 +394,7 @@ def weights() -> Callable[[np.random.Generator], Case]:
       layer_norm_eps=1e-6,
     )
     statistics = json.dumps({"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}).encode()
-    by_type = {kind: family for family in towers.FAMILIES for kind in family.model_types}
+    by_type = {kind: family for family in families.FAMILIES for kind in family.model_types}
     for kind, form in (
       ("vit", "plain"),
       ("clip_vision_model", "sharded"),
@@ -449,7 +450,7 @@ def weights() -> Callable[[np.random.Generator], Case]:
       (ViT(8, 8, 1, 2, 12), Decoder(192, 8, 1, 2, 2)),
     ):
       shapes = model_files.param_shapes(encoder, decoder, (2, 3))
-      made = model_files.Student(
+      made = model_files.LoadedModel(
         encoder,
         decoder,
         noise(shapes),
@@ -460,7 +461,7 @@ def weights() -> Callable[[np.random.Generator], Case]:
         True,
         None,
       )
-      model_files.write(
+      model_files.write_model(
         made, root / "x.safetensors", "timm" if isinstance(encoder, ViT) else "convmae"
       )
       bases.append(({"weights": (root / "x.safetensors").read_bytes()}, student))
@@ -475,7 +476,7 @@ def weights() -> Callable[[np.random.Generator], Case]:
         },
       )
       bases.append(({"weights": (root / "x").read_bytes()}, student))
-    model_files.write(made, root / "hf", "hf")
+    model_files.write_model(made, root / "hf", "hf")
     bases.append(
       ({f"weights/{path.name}": path.read_bytes() for path in (root / "hf").iterdir()}, student)
     )

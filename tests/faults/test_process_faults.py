@@ -137,7 +137,8 @@ def test_f6_stopped_by_a_signal_and_continued(tmp_path, whole, number):
   assert finish([process], 60) == [75], log.read_text()[-3000:]
   assert time.monotonic() - began < 30
   said = re.search(
-    r"stopped after step (\d+) of 20, which is saved; the same command goes on", log.read_text()
+    r"stopped after step (\d+) of 20, which is saved; run the same command to resume",
+    log.read_text(),
   )
   assert (
     said
