@@ -2,12 +2,14 @@
 
   python -m tests.faults.fuzz --inputs=20000 --seed=0 --out=/tmp/fuzz
 
-Three targets: image files for `decode_image`; weight files and folders for `teachers.load` and `model_files.read` (PyTorch's are
-tried where torch is installed); configurations and command lines for `validate` and `train.parse`. Each runs in a process of its
-own, so that a crash is seen and belongs to an input. A finding is an exception of another kind, a message of several lines, more
+Three targets: image files for `decode_image`; weight files and folders for `teachers.load` and
+`model_files.read_model` (PyTorch's are tried where torch is installed); configurations and command
+lines for `validate` and `train.parse`. Each runs in a process of its own, so that a crash is seen
+and belongs to an input. A finding is an exception of another kind, a message of several lines, more
 than 2 s of computing for one input, a crash, a hang, or memory that grows by more than 200 MB.
 
-An input is a function of its target and its number alone: --only=images:17 makes and runs that one again.
+An input is a function of its target and its number alone: --only=images:17 makes and runs that one
+again.
 """
 
 import argparse
@@ -67,7 +69,9 @@ class Case(NamedTuple):
 
 
 def mutate(data: bytes, other: bytes, rng: np.random.Generator) -> bytes:
-  """One to three of: flipped bits, a cut, zeros, a splice with `other`, an edited length, something inserted or left out."""
+  """One to three of: flipped bits, a cut, zeros, a splice with `other`, an edited length, something
+  inserted or left out.
+  """
   data = bytearray(data)
   for _ in range(rng.choice([1, 1, 2, 3])):
     size = len(data)
@@ -293,7 +297,9 @@ def safetensors(header, values: bytes, rng: np.random.Generator) -> bytes:
 def mutate_tensors(
   tensors: dict[str, np.ndarray], rng: np.random.Generator
 ) -> dict[str, np.ndarray]:
-  """A whole file of other tensors: names, shapes, types and values changed, some left out or doubled."""
+  """A whole file of other tensors: names, shapes, types and values changed, some left out or
+  doubled.
+  """
   tensors = dict(tensors)
   for _ in range(rng.choice([1, 1, 2, 3])):
     name = sorted(tensors)[rng.integers(len(tensors))]
@@ -522,7 +528,9 @@ def weights() -> Callable[[np.random.Generator], Case]:
 
 
 def _torch_bases(root: Path, teacher) -> list[tuple[dict[str, bytes], Callable[[Path], None]]]:
-  """PyTorch's files. Without torch all but TorchScript are refused as they are; the bases stay as many, for the numbers' sake."""
+  """PyTorch's files. Without torch all but TorchScript are refused as they are; the bases stay as
+  many, for the numbers' sake.
+  """
   goldens = Path(__file__).parent.parent / "goldens" / "teachers"
   old = goldens / "dino_backbone.pth"
   found = [
@@ -943,7 +951,9 @@ def _lines(process: subprocess.Popen, patience: float):
 
 
 def numbers_of(target: str, inputs: int, seed: int) -> list[int]:
-  """The numbers of a target's share of so many inputs: those of the seed, then those that once were findings."""
+  """The numbers of a target's share of so many inputs: those of the seed, then those that once were
+  findings.
+  """
   return [*range(seed * REPEAT, seed * REPEAT + round(inputs * SHARES[target])), *KNOWN[target]]
 
 
@@ -990,7 +1000,8 @@ def main(argv: list[str] | None = None) -> int:
     )
   for target, o in outcomes.items():
     print(
-      f"{target}: {o.results + o.refused + len(o.findings)} inputs in {o.seconds:.0f} s: {o.results} results, {o.refused} refused, "
+      f"{target}: {o.results + o.refused + len(o.findings)} "
+      f"inputs in {o.seconds:.0f} s: {o.results} results, {o.refused} refused, "
       f"{len(o.findings)} findings; memory grew by {o.grown / 1e6:.0f} MB"
     )
     for number, what in o.findings.items():

@@ -1,4 +1,6 @@
-"""Hostile and mistaken input (F33, F34, F35): refused in one clear line before anything is computed; nothing of it is executed."""
+"""Hostile and mistaken input (F33, F34, F35): refused in one clear line before anything is
+computed; nothing of it is executed.
+"""
 
 import copy
 import io
@@ -467,7 +469,8 @@ def test_f34_notes_of_a_model_are_checked(tmp_path, notes):
   files.write_safetensors(path, tensors, {model_files.METADATA_KEY: json.dumps(good | notes)})
   with pytest.raises(
     WeightsError,
-    match="is damaged: what it notes|holds a size that is none|must hold equally many numbers|does not fit",
+    match="is damaged: what it notes|holds a size that is none|must hold equally many numbers|"
+    "does not fit",
   ) as error:
     model_files.read_model(path, decoder=False)
   assert "\n" not in str(error.value)
@@ -628,7 +631,9 @@ def test_f34_code_of_torchscript_is_not_run(tmp_path):
 
 
 def test_f34_archives_are_not_unpacked(tmp_path):
-  """Of all files only PyTorch's are archives, and those are read in memory: names that lead elsewhere lead nowhere."""
+  """Of all files only PyTorch's are archives, and those are read in memory: names that lead
+  elsewhere lead nowhere.
+  """
   inside = tmp_path / "inside"
   inside.mkdir()
   path = archive(
@@ -842,7 +847,8 @@ def test_f35_a_run_that_is_none(tmp_path, content):
   (tmp_path / "config.json").write_text(content)
   refused(
     f"checkpoint:{tmp_path}",
-    "teacher.path=checkpoint:.*(config.json there is not that of a run|holds no run|cannot be read)",
+    "teacher.path=checkpoint:.*(config.json there is not that of a run|holds no run|"
+    "cannot be read)",
   )
 
 
@@ -850,7 +856,9 @@ def test_f35_a_run_that_is_none(tmp_path, content):
 
 
 def test_the_fuzzer_finds(tmp_path):
-  """Every kind of finding is told apart, blamed on its number, and stored so that the number gives it again."""
+  """Every kind of finding is told apart, blamed on its number, and stored so that the number gives
+  it again.
+  """
   make, numbers = fuzz.itself(), {}
   for number in range(100, 1000):
     numbers.setdefault(fuzz.make_case(make, number).files["what"].decode(), number)
