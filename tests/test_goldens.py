@@ -141,7 +141,7 @@ def test_forward(name, sparse):
   np.testing.assert_array_equal(mask.ids_restore[::masks], tensors["out.ids_restore"])
   np.testing.assert_array_equal(ours(mask.removed), tensors["out.mask"])
   close(ours(streams["fused"]), tensors["out.latent"], FORWARD, "latent")
-  # The bundled case of complementary masks leaves it out (5 MB); its loss and gradients are compared.
+  # The bundled case of complementary masks leaves it out (5 MB); its loss and gradients are tested.
   if "out.pred" in tensors:
     close(ours(prediction), tensors["out.pred"], FORWARD, "prediction")
 

@@ -369,7 +369,7 @@ def test_position_tables_are_resized_as_torch_does(old, new, rule, options):
 
 
 def test_old_dino_checkpoints_name_their_class(tmp_path):
-  """Options beside the weights: argparse.Namespace is accepted, other classes are refused by name."""
+  """Options beside the weights: argparse.Namespace is accepted, other classes are refused."""
   import argparse
   import datetime
 
