@@ -1,26 +1,30 @@
-"""The paper's ladder in an hour on two CPU cores: MAE, ConvMAE and MR-MAE on CIFAR-10 with one compute budget.
+"""The paper's ladder in an hour on two CPU cores: MAE, ConvMAE and MR-MAE on CIFAR-10, one budget.
 
-Command:   python -m mrmae_jax.cli.train --config=configs/cifar10.py:mrmae --workdir=DIR --config.data.source=folder:/path/to/cifar10
-               --config.teacher.path=TEACHER
-           The folder has train/ and test/ with a sub-folder per class. The teacher is trained on train/ without labels:
-           see the section "CIFAR-10" of README.md, which has every command and the results.
-Arguments: configs/cifar10.py:METHOD,epochs=2: mae, convmae or mrmae; epochs of ConvMAE that the budget pays for
+Command:   mrmae pretrain --config=configs/cifar10.py:mrmae --workdir=DIR \\
+               --config.data.source=folder:/path/to/cifar10 --config.teacher.path=TEACHER
+           The folder has train/ and test/ with a sub-folder per class. The teacher is trained on
+           train/ without labels: the section "CIFAR-10" of README.md has every command and the
+           results.
+Arguments: configs/cifar10.py:METHOD,epochs=2
+           METHOD is mae, convmae or mrmae; epochs are those of ConvMAE that the budget pays for
 Hardware:  2 CPU cores
-Cost:      the same FLOPs for each method, the forward pass of the teacher included; about 6 minutes on one core
-Expected:  with a tenth of the labels, k-NN (k = 20), linear and fine-tuned accuracy: MAE 38.2, 49.4 and 53.0 %, ConvMAE 38.2,
-           47.2 and 50.7 %, MR-MAE 44.7, 51.4 and 53.7 % (three seeds)
+Cost:      the same FLOPs for each method, the forward pass of the teacher included; about 6
+           minutes on one core
+Expected:  with a tenth of the labels, k-NN (k = 20), linear and fine-tuned accuracy: MAE 38.2,
+           49.4 and 53.0 %, ConvMAE 38.2, 47.2 and 50.7 %, MR-MAE 44.7, 51.4 and 53.7 % (three
+           seeds)
 """
 
 from mrmae_jax import config
 from mrmae_jax.errors import ConfigError
 
-# FLOPs of the forward and backward pass for one image in units of ConvMAE's 75 million, counted by XLA; MR-MAE: with the
-# forward pass of a ViT teacher of width 64 and depth 6.
+# FLOPs of the forward and backward pass for one image in units of ConvMAE's 75 million, counted by
+# XLA. MR-MAE includes the forward pass of a ViT teacher of width 64 and depth 6.
 COST = {"mae": 0.89, "convmae": 1.0, "mrmae": 1.63}
 
 
 def get_config(arguments: str = "mrmae"):
-  a = config.arguments(arguments, method="mrmae", epochs=2.0)
+  a = config.parse_arguments(arguments, method="mrmae", epochs=2.0)
   if a.method not in COST:
     raise ConfigError(f"method {a.method!r} is not one of {', '.join(COST)}")
   c = config.pretrain()

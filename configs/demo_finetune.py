@@ -1,6 +1,6 @@
 """Fine-tunes what configs/demo.py has pre-trained, on the labels of the same digits.
 
-Command:   python -m mrmae_jax.cli.train --config=configs/demo_finetune.py --workdir=/tmp/mrmae_demo_finetuned
+Command:   mrmae finetune --config=configs/demo_finetune.py --workdir=/tmp/mrmae_demo_finetuned
            (--config.init_from= for the same from random weights)
 Hardware:  2 CPU cores
 Cost:      2 min 20 s
@@ -8,17 +8,16 @@ Expected:  top-1 0.96 on 359 held-out digits, 0.90 from random weights (one seed
 """
 
 from configs import demo
-from mrmae_jax.config import finetune
+from mrmae_jax import config
 
 
 def get_config():
-  pretrained, c = demo.get_config(), finetune()
+  pretrained = demo.get_config()
+  c = config.finetune()
   c.init_from = "/tmp/mrmae_demo"
-  c.image_size, c.batch_size, c.dtype = (
-    pretrained.image_size,
-    pretrained.batch_size,
-    pretrained.dtype,
-  )
+  c.image_size = pretrained.image_size
+  c.batch_size = pretrained.batch_size
+  c.dtype = pretrained.dtype
   c.encoder = pretrained.encoder
   c.encoder.update(drop_path=0.1, learned_positions=True)
   c.data = pretrained.data

@@ -1,14 +1,16 @@
-"""Fine-tuning on labelled images: the MAE/ConvMAE recipe.
+"""Fine-tuning on labeled images: the MAE/ConvMAE recipe.
 
-Command:   python -m mrmae_jax.cli.train --config=configs/finetune.py:base --workdir=DIR --config.init_from=PRETRAINED
-           --config.data.source=folder:/path/to/imagenet (or tfds with --config.data.data_dir=TFDS)
-           PRETRAINED is a workdir of pre-training, an exported file or a published checkpoint; "" starts from random weights
-Arguments: configs/finetune.py:SIZE,encoder=convvit (or vit); SIZE is base, large or huge. Or configs/finetune.py:PRETRAINED with the
-           workdir of a run: its encoder, image size and data are taken, the recipe is that of the base size
+Command:   mrmae finetune --config=configs/finetune.py:base --workdir=DIR \\
+               --config.init_from=PRETRAINED --config.data.source=folder:/path/to/imagenet
+           (or tfds with --config.data.data_dir=TFDS). PRETRAINED is a workdir of pre-training, an
+           exported file or a published checkpoint; "" starts from random weights
+Arguments: configs/finetune.py:SIZE,encoder=convvit (or vit)
+           SIZE is base, large or huge; or PRETRAINED, the workdir of a run, whose encoder, image
+           size and data are taken, with the recipe of the base size
 Hardware:  one TPU v4-32 slice, or 8 GPUs of 80 GB; fewer devices with --config.optim.accum_steps=K
 Cost:      base: 138 GFLOP per image and step; 100 epochs of ImageNet-1k = 1.8e19 FLOP
-Expected:  ConvMAE-B after 1600 epochs of pre-training: 85.0 % top-1 (Alpha-VL/ConvMAE README); MAE-B 83.6, MAE-L 85.9, MAE-H
-           86.9 (facebookresearch/mae README); not reproduced here yet
+Expected:  ConvMAE-B after 1600 epochs of pre-training: 85.0 % top-1 (Alpha-VL/ConvMAE README);
+           MAE-B 83.6, MAE-L 85.9, MAE-H 86.9 (facebookresearch/mae README); not reproduced here yet
 """
 
 from mrmae_jax import config
@@ -21,13 +23,14 @@ RECIPES = {  # of facebookresearch/mae FINETUNE.md; the base size's is ConvMAE's
 
 
 def get_config(arguments: str = "base"):
-  a = config.arguments(arguments, size="base", encoder="convvit")
-  recipe, c = RECIPES.get(a.size, RECIPES["base"]), config.finetune()
+  a = config.parse_arguments(arguments, size="base", encoder="convvit")
+  recipe = RECIPES.get(a.size, RECIPES["base"])
+  c = config.finetune()
   if a.size in RECIPES:
     c.data.source = "tfds:imagenet2012"
     c.encoder = config.encoder(a.encoder, a.size)
   else:
-    config.like(c, a.size)
+    config.start_from(c, a.size)
   c.encoder.update(drop_path=recipe["drop_path"], learned_positions=True)
   c.mix.groups = 32  # the reference draws for each GPU's 32 images
   c.epochs = recipe["epochs"]

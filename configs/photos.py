@@ -1,20 +1,22 @@
 """MR-MAE on a folder of your own photographs, small enough for one GPU or a patient CPU.
 
-Command:   python -m mrmae_jax.cli.train --config=configs/photos.py --workdir=DIR --config.data.source=folder:/path/to/photos \\
-               --config.teacher.path=TEACHER
-           TEACHER is a folder or file of a CLIP or DINO tower, one of your own making (python -m
-           mrmae_jax.cli.teacher --help), or "" for none; or --config.teacher.name=clip_vit_b16 to fetch one
+Command:   mrmae pretrain --config=configs/photos.py --workdir=DIR --config.teacher.path=TEACHER \\
+               --config.data.source=folder:/path/to/photos
+           TEACHER is a folder or file of a CLIP or DINO tower, one that you train yourself (mrmae
+           teacher --help), or "" for none; or --config.teacher.name=clip_vit_b16 fetches one
 Hardware:  1 GPU, or 2 CPU cores with --config.dtype=float32 --config.teacher.dtype=float32
-Cost:      0.5 GFLOP per image and step beside the teacher; 20 epochs of 900 photographs take 5 minutes on 2 CPU cores
-Expected:  with a teacher of one's own, 20 epochs of 900 photographs brought the mimic loss from 1.93 to 0.08 and the pixel
-           loss from 1.27 to 0.87; reconstructions are still blurred then, hundreds of epochs sharpen them
+Cost:      0.5 GFLOP per image and step beside the teacher; 20 epochs of 900 photographs take 5
+           minutes on 2 CPU cores
+Expected:  with a self-trained teacher, 20 epochs of 900 photographs brought the mimic loss from
+           1.93 to 0.08 and the pixel loss from 1.27 to 0.87; reconstructions are still blurred
+           then, hundreds of epochs sharpen them
 """
 
-from mrmae_jax.config import pretrain
+from mrmae_jax import config
 
 
 def get_config():
-  c = pretrain()
+  c = config.pretrain()
   c.image_size = (96, 96)
   c.batch_size = 64
   c.epochs = 100.0

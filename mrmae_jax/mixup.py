@@ -30,8 +30,6 @@ def mix(
   *,
   mixup_alpha: float,
   cutmix_alpha: float,
-  prob: float = 1.0,
-  switch_prob: float = 0.5,
   smoothing: float = 0.0,
   groups: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
@@ -54,8 +52,6 @@ def mix(
     num_classes: of the targets.
     mixup_alpha, cutmix_alpha: of the Beta law; 0 switches that kind off, two zeros switch mixing
       off.
-    prob: that a batch is mixed at all.
-    switch_prob: that it is cutmix, where both are on.
     smoothing: label smoothing inside the targets.
     groups: must divide B; static.
 
@@ -74,7 +70,7 @@ def mix(
     return images.astype(dtype), targets
 
   def mix_group(key, x, y):
-    kept, lam = _kept_share(key, *x.shape[1:3], mixup_alpha, cutmix_alpha, prob, switch_prob)
+    kept, lam = _kept_share(key, *x.shape[1:3], mixup_alpha, cutmix_alpha)
     x = x.astype(jnp.float32)
     return (x * kept + x[::-1] * (1 - kept)).astype(dtype), y * lam + y[::-1] * (1 - lam)
 
@@ -83,20 +79,18 @@ def mix(
   return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), mixed)
 
 
-def _kept_share(key, height, width, mixup_alpha, cutmix_alpha, prob, switch_prob):
+def _kept_share(key, height, width, mixup_alpha, cutmix_alpha):
   """Returns how much of itself an image keeps: at each pixel [H, W, 1], and in all, a scalar.
 
   A pixel keeps 0 or 1 in cutmix, lambda in mixup.
   """
-  on_key, kind_key, mixup_key, cutmix_key, box_key = jax.random.split(key, 5)
-  on = jax.random.uniform(on_key) < prob
+  kind_key, mixup_key, cutmix_key, box_key = jax.random.split(key, 4)
   if mixup_alpha and cutmix_alpha:
-    is_cutmix = jax.random.uniform(kind_key) < switch_prob
+    is_cutmix = jax.random.bernoulli(kind_key)
   else:
     is_cutmix = bool(cutmix_alpha)
   draw = lambda key, alpha: jax.random.beta(key, alpha, alpha) if alpha else 1.0
-  blend = jnp.where(on, draw(mixup_key, mixup_alpha), 1.0)
-  cut = jnp.where(on, draw(cutmix_key, cutmix_alpha), 1.0)
+  blend, cut = draw(mixup_key, mixup_alpha), draw(cutmix_key, cutmix_alpha)
   outside = 1.0 - _box(box_key, height, width, cut)
   share = jnp.where(is_cutmix, outside.mean(), blend)
   return jnp.where(is_cutmix, outside, blend)[..., None], share

@@ -13,7 +13,7 @@ from jax.extend.core import jaxprs_in_params
 from jax.interpreters.partial_eval import dce_jaxpr
 
 COMPONENTS = {  # by the names of modules; the first that fits
-  "teacher": r"Tower",
+  "teacher": r"\bteacher\b",
   "decoder": r"Decoder",
   "mimic head": r"MimicHead",
   "stage 1": r"/(patch_embed1|blocks1_)",

@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from mrmae_jax.config import IMAGENET_MEAN, IMAGENET_STD
 from mrmae_jax.config import token_size as student_token_size
+from mrmae_jax.constants import IMAGENET_MEAN, IMAGENET_STD
 from mrmae_jax.errors import StorageError, WeightsError, WorkdirError
 from mrmae_jax.models import make_encoder
-from mrmae_jax.models.tower import ACTIVATIONS, Tower
+from mrmae_jax.models.layers import ACTIVATIONS
+from mrmae_jax.models.vit import ViT
 from mrmae_jax.mrmae import TeacherOutput, normalize, normalize_features
 from mrmae_jax.runs import checkpoint
 from mrmae_jax.weights import files, positions, towers
@@ -316,10 +317,10 @@ def read_spec(
   elif str(path) == "random":
     weights, source = None, f"random {name}"
     (family, fields, table_grid), prefix = _preset_tower(name, num_heads, activation), ""
-    module, stored = Tower(**fields, dtype=jnp.dtype(dtype)), _normalisation(None, family.name)
+    module, stored = ViT(**fields, dtype=jnp.dtype(dtype)), _normalisation(None, family.name)
     proj_dim, probe, described = (
       module.proj_dim,
-      module.probe,
+      module.attention_pool,
       f"{family.name} {_size(module)} with random weights",
     )
   else:
@@ -334,14 +335,20 @@ def read_spec(
       else weights.parent
     )
     family, prefix, fields, table_grid = _tower(weights, folder, name, num_heads, activation)
-    check_fields(Tower, fields, str(weights or folder))
-    module, source = Tower(**fields, dtype=jnp.dtype(dtype)), str(weights or folder)
+    check_fields(ViT, fields, str(weights or folder))
+    module, source = ViT(**fields, dtype=jnp.dtype(dtype)), str(weights or folder)
     if name:
       _check_preset(name, module, table_grid, source)
     stored = _normalisation(
       folder / "preprocessor_config.json" if family.model_types else None, family.name
     )
-    proj_dim, probe, described = module.proj_dim, module.probe, f"{family.name} {_size(module)}"
+    proj_dim, probe, described = (
+      module.proj_dim,
+      module.attention_pool,
+      f"{family.name} {_size(module)}",
+    )
+  if module.dim % 4:
+    raise WeightsError(f"{source}: width {module.dim} is not divisible by 4")
   if module.dim % module.num_heads:
     raise WeightsError(
       f"{source}: width {module.dim} does not divide into {module.num_heads} heads; check num_heads"
@@ -550,7 +557,7 @@ def _to_grid(x: jax.Array, old: tuple[int, int], new: tuple[int, int]) -> jax.Ar
 
 
 def _tower(weights: Path | None, folder: Path, name: str, num_heads: int, activation: str):
-  """Family, prefix, fields of Tower and grid of the position table, from config.json and the shapes, where they are there."""
+  """Family, prefix, fields of ViT and grid of the position table, from config.json and the shapes, where they are there."""
   source = str(weights or folder)
   config = files.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
   asked = PRESETS[name].family if name else None
@@ -608,7 +615,7 @@ def _tower(weights: Path | None, folder: Path, name: str, num_heads: int, activa
 
 
 def _preset_tower(name: str, num_heads: int, activation: str):
-  """Family, fields of Tower and grid of the position table of a preset, from what is known of it without its files."""
+  """Family, fields of ViT and grid of the position table of a preset, from what is known of it without its files."""
   if not name:
     raise WeightsError(f"teacher.path=random needs teacher.name, one of {', '.join(PRESETS)}")
   preset = PRESETS[name]
@@ -641,7 +648,7 @@ def _overruled(fields, num_heads, activation):
 
 
 def _bare(family, sizes, source, name, num_heads, activation):
-  """Fields of Tower for a file without config.json: heads are 64 wide in all models that came so (wider ones need telling)."""
+  """Fields of ViT for a file without config.json: heads are 64 wide in all models that came so (wider ones need telling)."""
   width = sizes["dim"]
   if not num_heads and (width % 64 or width > 1024):
     raise WeightsError(
@@ -659,12 +666,12 @@ def _bare(family, sizes, source, name, num_heads, activation):
   )
 
 
-def _size(module: Tower) -> str:
+def _size(module: ViT) -> str:
   letter = {192: "Ti", 384: "S", 768: "B", 1024: "L", 1280: "H", 1536: "g"}.get(module.dim)
   return f"ViT{f'-{letter}' if letter else ''}/{module.patch_size}"
 
 
-def _check_preset(name: str, module: Tower, table_grid, source: str) -> None:
+def _check_preset(name: str, module: ViT, table_grid, source: str) -> None:
   preset = PRESETS[name]
   if (module.dim, module.depth, module.patch_size) != (preset.dim, preset.depth, preset.patch):
     raise WeightsError(

@@ -291,4 +291,4 @@ def host_agreement(config, task: Task) -> dict[str, Any]:
   code = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
   environment = {"code": code[:12], "jax": jax.__version__}
   images = {"images": task.source("train").fingerprint}
-  return config_lib.flatten(config) | images | environment | task.identity
+  return config_lib.shared_values(config) | images | environment | task.identity

@@ -136,7 +136,7 @@ def test_operations_belong_to_parts():
   for name, part in (
     ("jit(train_step)/transpose(jvp(ConvViT))/blocks1_0/fc1/dot_general", "stage 1"),
     ("jit(train_step)/jvp(ConvViT)/stage2_output_decode/add", "embed 3 and 4, stage fusion"),
-    ("jit(f)/jvp(Tower)/blocks_3/attn/qkv/dot_general", "teacher"),
+    ("jit(f)/jvp(teacher)/ViT/blocks_3/attn/qkv/dot_general", "teacher"),
     ("jit(f)/jvp(ViT)/blocks_0/fc1", "transformer"),
     ("jit(f)/jvp(Classifier)/encoder/blocks1_0/fc1/dot_general", "stage 1"),
     ("jit(f)/adam/mul", "rest"),

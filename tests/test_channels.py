@@ -10,10 +10,9 @@ from PIL import Image
 
 import mrmae_jax
 from mrmae_jax import config as config_lib
-from mrmae_jax import data, teachers, train
+from mrmae_jax import data, preflight, teachers, train
 from mrmae_jax.cli import convert, features, show_teacher, visualize
 from mrmae_jax.cli import verify as data_tool
-from mrmae_jax.config import validate
 from mrmae_jax.data import augment, packed
 from mrmae_jax.errors import ConfigError, DataError, WeightsError
 from mrmae_jax.evals import reconstruct
@@ -318,9 +317,9 @@ def test_verify_counts_channels(folder, tmp_path, capsys):
   ],
 )
 def test_configurations_that_do_not_fit(folder, values, message):
-  validate(bands_config(folder), 8)
+  preflight.check(bands_config(folder), 8)
   with pytest.raises(ConfigError, match=message):
-    validate(bands_config(folder, **values), 8)
+    preflight.check(bands_config(folder, **values), 8)
 
 
 # The teacher.
@@ -462,7 +461,7 @@ def test_foreign_files_that_do_not_tell_their_statistics(tmp_path):
 def test_weights_for_rgb_do_not_start_a_run_on_four_channels(folder, tmp_path):
   finished_run(tmp_path)
   config = config_lib.finetune()
-  config_lib.like(config, str(tmp_path))
+  config_lib.start_from(config, str(tmp_path))
   config.data.update(source=f"folder:{folder}", mean=MEAN, std=STD, randaug="")
   config.image_size = (160, 224)
   for task in (finetune, probe):
@@ -478,7 +477,7 @@ def test_weights_for_rgb_do_not_start_a_run_on_four_channels(folder, tmp_path):
 
 def test_grey_images_train(tmp_path, capsys):
   config = changed(tiny.get_config(), data__mean=(0.3,), data__std=(0.35,))
-  validate(config, 8)
+  preflight.check(config, 8)
   task = pretrain.make(config)
   params = train.fit(config, task, tmp_path / "none", check=True).params
   assert params["encoder"]["patch_embed1"]["proj"]["kernel"].shape == (2 * 2 * 1, 8)
@@ -518,7 +517,7 @@ def test_four_channels_from_the_files_to_the_features(folder, tmp_path):
   """Pre-trained with an RGB teacher, drawn, fine-tuned, exported, loaded again, encoded; 160 x 224 pixels."""
   config, run = bands_config(folder), tmp_path / "run"
   config.evals.knn.update(k=3)
-  validate(config, 8)
+  preflight.check(config, 8)
   task = pretrain.make(config)
   state = train.fit(config, task, run)
   assert train.identity(config, task, data.open_split(config.data, "train"))[
@@ -559,7 +558,7 @@ def test_four_channels_from_the_files_to_the_features(folder, tmp_path):
   assert "channels 2, 1, 0 as RGB" in (tmp_path / "look" / "index.html").read_text()
 
   tuning = config_lib.finetune()
-  config_lib.like(tuning, str(run))
+  config_lib.start_from(tuning, str(run))
   changed(
     tuning,
     batch_size=8,
@@ -569,7 +568,7 @@ def test_four_channels_from_the_files_to_the_features(folder, tmp_path):
     evals__accuracy__batch_size=8,
     optim__warmup_epochs=0.5,
   )
-  validate(tuning, 8)
+  preflight.check(tuning, 8)
   assert tuning.data.mean == MEAN and tuning.image_size == (160, 224)
   train.fit(tuning, finetune.make(tuning), tmp_path / "tuned")
   records = [

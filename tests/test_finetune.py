@@ -14,8 +14,7 @@ from PIL import Image
 
 import mrmae_jax
 from mrmae_jax import config as config_lib
-from mrmae_jax import sharding
-from mrmae_jax.config import validate
+from mrmae_jax import data, preflight, sharding
 from mrmae_jax.errors import ConfigError, DataError, WeightsError
 from mrmae_jax.evals import accuracy as evaluator
 from mrmae_jax.models.layers import DropPath, drop_paths
@@ -83,7 +82,7 @@ def test_it_starts_from_a_run(tmp_path, encoder, values):
   own = {key: value for key, value in values.items() if key != "pool"}
   _, params = finished_run(tmp_path, encoder, **own)
   config = finetune_config(encoder, init_from=str(tmp_path), **values)
-  validate(config, num_devices=8)
+  preflight.check(config, num_devices=8)
   task = finetune.make(config)
   fresh = jax.jit(task.init)(jax.random.key(0))[0]
   known = {
@@ -129,7 +128,7 @@ def test_another_architecture_is_refused(tmp_path):
     (dict(init_from=None), "config.init_from is not set"),
     (dict(pool="max"), "config.pool='max' is not one of mean, cls"),
     (dict(pool="cls"), "needs an encoder with a CLS token"),
-    (dict(mix__prob=1.5), r"config.mix.prob=1.5 must lie in \[0, 1\]"),
+    (dict(mix__smoothing=1.0), r"config.mix.smoothing=1.0 must lie in \[0, 1\)"),
     (dict(mix__mixup_alpha=-1.0), "config.mix.mixup_alpha=-1.0 must be"),
     (dict(mix__groups=3), "config.mix.groups=3 does not divide"),
     (dict(optim__layer_decay=0.0), "config.optim.layer_decay=0.0"),
@@ -138,7 +137,7 @@ def test_another_architecture_is_refused(tmp_path):
 )
 def test_mistakes_are_named(values, message):
   with pytest.raises(ConfigError, match=message) as error:
-    validate(finetune_config(**values), num_devices=8)
+    preflight.check(finetune_config(**values), num_devices=8)
   assert len(str(error.value).splitlines()) == 1
 
 
@@ -156,7 +155,7 @@ def test_other_classes_to_evaluate_are_found_before_anything_starts(tmp_path):
       Image.new("RGB", (48, 32)).save(tmp_path / split / name / "x.png")
   config = finetune_config(data__source=f"folder:{tmp_path}")
   with pytest.raises(ConfigError, match=r"must agree; only in training: c; only in evaluation: d"):
-    validate(config, num_devices=8)
+    preflight.check(config, num_devices=8)
 
 
 def test_accuracy_counts_every_image_once_on_any_devices():
@@ -175,10 +174,7 @@ def test_accuracy_counts_every_image_once_on_any_devices():
 
   task = predicting_task(predict, config)
   labels = np.array(
-    [
-      example["label"]
-      for example in (evaluator.data.open_split(config.data, "eval")[i] for i in range(199))
-    ]
+    [example["label"] for example in (data.open_split(config.data, "eval")[i] for i in range(199))]
   )
   results = []
   for devices, batch_size in ((1, 64), (8, 40)):
@@ -206,7 +202,8 @@ def test_a_run_from_start_to_end(tmp_path):
     command = [
       sys.executable,
       "-m",
-      "mrmae_jax.cli.train",
+      "mrmae_jax",
+      "finetune",
       f"--config={tmp_path}/finetune.py",
       f"--workdir={tmp_path}/run",
       *arguments,

@@ -19,6 +19,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from mrmae_jax import mrmae
+from mrmae_jax.errors import WeightsError
 from mrmae_jax.mixup import smooth_one_hot, soft_cross_entropy
 from mrmae_jax.models.classifier import Classifier
 from mrmae_jax.models.convvit import ConvViT
@@ -26,8 +27,8 @@ from mrmae_jax.models.decoder import Decoder
 from mrmae_jax.models.layers import sincos_2d
 from mrmae_jax.models.vit import ViT
 from mrmae_jax.pretrained import Pretrained
-from mrmae_jax.weights import convmae, files, mae, students
-from mrmae_jax.weights.table import WeightsError, convert, export
+from mrmae_jax.weights import convmae, files, mae, model_files
+from mrmae_jax.weights.table import convert, export
 
 GOLDENS = Path(os.environ.get("MRMAE_GOLDENS", Path(__file__).parent / "goldens"))
 FORWARD, GRADIENT = 1e-5, 1e-4  # relative to the largest entry; float32 sums in another order
@@ -95,7 +96,7 @@ def load(name, sparse):
   def to_ours(named):
     return convert(
       named,
-      students.name_table(encoder, decoder, (), True),
+      model_files.name_table(encoder, decoder, (), True),
       expected,
       ignore=("pos_embed", "decoder_pos_embed"),
       source=name,
@@ -196,7 +197,7 @@ def named(prefix, name):
 
 def opened(path, **options):
   """A model that takes the images of the goldens, which are normalised already."""
-  student = students.read(path, num_heads=3, decoder_heads=4, **options)
+  student = model_files.read(path, num_heads=3, decoder_heads=4, **options)
   return Pretrained(student._replace(mean=(0.0,) * 3, std=(1.0,) * 3))
 
 
@@ -240,7 +241,7 @@ def test_published_checkpoints(tmp_path, release, suffix):
     (2, 1, 3),
     (4, 4, 4),
   )
-  table = students.name_table(encoder, model.student.decoder, (), True)
+  table = model_files.name_table(encoder, model.student.decoder, (), True)
   for name, x in export(model.student.params, table).items():
     if name != "cls_token":
       np.testing.assert_array_equal(x, tensors[name], err_msg=name)
@@ -282,7 +283,7 @@ def test_a_malicious_pickle_is_refused_and_nothing_in_it_is_run():
   with pytest.raises(
     WeightsError, match="needs pickled class posix.system; refusing, as it could run any code"
   ):
-    students.read(path)
+    model_files.read(path)
   assert not trace.exists()
 
 
@@ -301,7 +302,7 @@ def test_fine_tuned_checkpoint(tmp_path):
     {"params": model.student.params["classifier"]["fc_norm"]}, model.encode(images)["pooled"]
   )
   close(norm, expected["features"], FORWARD, "features")
-  students.write(model.student, tmp_path / "ours.safetensors", "convmae")
+  model_files.write(model.student, tmp_path / "ours.safetensors", "convmae")
   written = load_file(tmp_path / "ours.safetensors")
   assert written.keys() == tensors.keys() and all(
     np.array_equal(written[name], tensors[name]) for name in tensors
@@ -313,7 +314,7 @@ def test_fine_tuned_checkpoint(tmp_path):
 def test_fine_tuning_loss_and_every_gradient(tmp_path):
   tensors = named("param.", "convvit_finetune")
   files.write_safetensors(tmp_path / "finetuned.safetensors", tensors)
-  student = students.read(tmp_path / "finetuned.safetensors", num_heads=3)
+  student = model_files.read(tmp_path / "finetuned.safetensors", num_heads=3)
   model = Classifier(student.encoder, 7)
   images, labels = (named("in.", "convvit_finetune")[name] for name in ("imgs", "labels"))
 
@@ -333,7 +334,7 @@ def test_fine_tuning_loss_and_every_gradient(tmp_path):
   assert not np.asarray(
     gradients["encoder"].pop("norm")["scale"]
   ).any()  # the last norm is not used
-  table = students.name_table(student.encoder, None, ("fc_norm", "head"), False)
+  table = model_files.name_table(student.encoder, None, ("fc_norm", "head"), False)
   ours = export({"encoder": gradients.pop("encoder"), "classifier": gradients}, table)
   theirs = named("grad.", "convvit_finetune")
   assert ours.keys() == theirs.keys() == tensors.keys()

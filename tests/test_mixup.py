@@ -79,11 +79,7 @@ def test_switch_and_laws():
   # Beta(a, a): mean 1/2, variance 1 / (4 (2a + 1)).
   assert abs(blended.mean() - 0.5) < 0.03
   np.testing.assert_allclose(blended.var(), 1 / (4 * 2.6), rtol=0.06)
-  # With prob 0 nothing is mixed, with prob 0.3 three batches in ten.
-  images, targets = draws(count=2000, prob=0.3, **RECIPE)
-  assert abs((own_share(targets, 0.1) < 1 - 1e-6).mean() - 0.3) < 0.05
-  images, _ = draws(count=50, prob=0.0, **RECIPE)
-  assert (images == np.arange(B)[:, None, None, None]).all()
+  assert ((lam < 1 - 1e-6) | pasted).all()  # every batch is mixed
   assert np.isin(draws(count=200, mixup_alpha=0.0, cutmix_alpha=1.0)[0][:, 0], [0, B - 1]).all()
   assert (
     not np.isin(draws(count=200, mixup_alpha=0.8, cutmix_alpha=0.0)[0][:, 0], [0, B - 1])

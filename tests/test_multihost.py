@@ -32,7 +32,7 @@ def start(
   env = dict(
     os.environ, PYTHONPATH=str(ROOT), XLA_FLAGS=flags, PYTHONUNBUFFERED="1", **environment or {}
   )
-  command = [sys.executable, "-m", "mrmae_jax.cli.train", f"--config={config}"]
+  command = [sys.executable, "-m", "mrmae_jax", "pretrain", f"--config={config}"]
   if count > 1:
     command += [
       "--multihost",

@@ -223,19 +223,18 @@ def test_lars_with_a_changing_rate():
   np.testing.assert_allclose(updates, -0.5)
 
 
-def test_a_grid_of_heads_is_as_many_optimisers():
-  """Trust ratios, momenta and rates of each head are its own; running statistics move by a tenth of their gradient."""
+def test_a_grid_of_heads_is_as_many_optimizers():
+  """Trust ratios, momenta and rates of each head are its own."""
   rng = np.random.default_rng(0)
   grid = (0.5, 1.0, 3.0)
-  head = {
+  start = {
     "kernel": rng.standard_normal((3, 4, 2)) * np.array([1, 5, 0.2])[:, None, None],
     "bias": rng.standard_normal((3, 2)),
   }
-  params = jax.tree.map(
-    jnp.float32, {"head": head, "running": {"mean": np.ones(4), "var": np.full(4, 2.0)}}
-  )
-  config = options(weight_decay=0.01, grid=grid, blr=0.4, min_lr=0.0, warmup_epochs=2.0)
-  tx, schedule = optim.make_optimizer(config, 256, optim.Steps(1, 6))
+  params = jax.tree.map(jnp.float32, {"head": start})
+  config = options(blr=0.4, min_lr=0.0, warmup_epochs=2.0)
+  schedule = optim.make_schedule(config, 256, optim.Steps(1, 6))
+  tx = optim.over_grid(optim.lars(schedule, 0.01), grid)
   alone = [optim.lars(lambda step, f=f: f * schedule(step), 0.01) for f in grid]
   take = lambda tree, i: jax.tree.map(lambda x: x[i], tree)
   singles = [take(params["head"], i) for i in range(3)]
@@ -243,19 +242,13 @@ def test_a_grid_of_heads_is_as_many_optimisers():
   for step in range(6):
     gradient = jax.tree.map(lambda p: jnp.cos(3 * p + step), params)
     updates, state = tx.update(gradient, state, params)
-    np.testing.assert_allclose(
-      updates["running"]["var"], -0.1 * gradient["running"]["var"], rtol=1e-6
-    )
     params = optax.apply_updates(params, updates)
     for i, t in enumerate(alone):
       update, states[i] = t.update(take(gradient["head"], i), states[i], singles[i])
       singles[i] = optax.apply_updates(singles[i], update)
-      jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
-        take(params["head"], i),
-        singles[i],
-      )
-  assert np.abs(singles[0]["kernel"] - head["kernel"][0]).max() > 1e-4
+      close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6)
+      jax.tree.map(close, take(params["head"], i), singles[i])
+  assert np.abs(singles[0]["kernel"] - start["kernel"][0]).max() > 1e-4
 
 
 def test_average_of_the_parameters():

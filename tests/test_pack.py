@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from mrmae_jax import config as config_lib
+from mrmae_jax import preflight
 from mrmae_jax.cli import pack
 from mrmae_jax.data import augment, open_source, packed
 from mrmae_jax.errors import ConfigError, DataError
@@ -234,7 +235,7 @@ def test_memory_does_not_grow(root):
 
 def test_pillow_is_the_default_and_evaluation_has_no_choice(root, monkeypatch):
   source = open_source(f"folder:{root}/folder", "train")
-  assert config_lib.pretrain().data.resize == config_lib.CHOICES["data.resize"][0] == "pillow"
+  assert config_lib.pretrain().data.resize == config_lib.RESIZE[0] == "pillow"
   assert_same(train_steps(source, 2, resize="pillow"), train_steps(source, 2))
   monkeypatch.setattr(augment, "resizer", lambda name: None)  # training crops would fail
   image = make_views(resize="cv2").eval(source[0], None)["image"]
@@ -255,7 +256,7 @@ def test_resizes_that_are_not_there(root, monkeypatch, resize, message):
   config.batch_size, config.teacher.path = 8, ""
   config.data.update(source=f"folder:{root}/folder", resize=resize)
   with pytest.raises(ConfigError, match=f"config.data.resize='{resize}'.*({message})"):
-    config_lib.validate(config, 8)
+    preflight.check(config, 8)
 
 
 def test_cv2_gives_the_same_crops_in_other_pixels(root):

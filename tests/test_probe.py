@@ -11,10 +11,9 @@ from PIL import Image
 
 import mrmae_jax
 from mrmae_jax import config as config_lib
-from mrmae_jax import optim, sharding, train
+from mrmae_jax import data, optim, preflight, sharding, train
 from mrmae_jax.cli import features
 from mrmae_jax.cli import knn as tool
-from mrmae_jax.config import validate
 from mrmae_jax.errors import ConfigError, WeightsError
 from mrmae_jax.evals import accuracy as evaluator
 from mrmae_jax.runs.checkpoint import Checkpoints
@@ -97,7 +96,7 @@ def test_features_are_those_of_the_frozen_encoder(tmp_path, encoder, pool):
   """A LayerNorm that has learnt nothing on the mean token, or the CLS token after the last norm."""
   finished_run(tmp_path, encoder)
   config = probe_config(encoder, init_from=str(tmp_path), pool=pool)
-  validate(config, num_devices=8)
+  preflight.check(config, num_devices=8)
   task, batch = probe.make(config), batch_of(3)
   found = task.predict(*task.init(jax.random.key(1)), task.frozen, batch, None)["features"]
   model = mrmae_jax.load(tmp_path)
@@ -135,10 +134,7 @@ def test_accuracy_of_a_grid():
 
   task = predicting_task(predict, config)
   labels = np.array(
-    [
-      example["label"]
-      for example in (evaluator.data.open_split(config.data, "eval")[i] for i in range(199))
-    ]
+    [example["label"] for example in (data.open_split(config.data, "eval")[i] for i in range(199))]
   )
   for devices in (1, 8):
     mesh = sharding.make_mesh(devices=jax.devices()[:devices])
@@ -191,7 +187,7 @@ def test_a_run_with_a_break(tmp_path):
 )
 def test_mistakes_are_named(values, message):
   with pytest.raises(ConfigError, match=message):
-    validate(probe_config(**values), num_devices=8)
+    preflight.check(probe_config(**values), num_devices=8)
 
 
 def test_cached_probe_finds_what_is_linear():

@@ -142,11 +142,7 @@ def commands():
 
 
 FOUND = list(commands())
-KEYS = {
-  row[0]
-  for schema in (config.pretrain(), config.finetune(), config.probe())
-  for row in config.describe(schema)
-}
+KEYS = {row[0] for schema in map(config.defaults, config.TASKS) for row in config.describe(schema)}
 
 
 def test_there_are_commands_in_the_readme():

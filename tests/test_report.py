@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mrmae_jax.__main__ import main
 from mrmae_jax.cli import report
 from mrmae_jax.runs import log
 from mrmae_jax.runs.paths import open_folder
@@ -67,12 +68,13 @@ class Reader(html.parser.HTMLParser):
     self.words.append(data)
 
 
-def test_a_page_about_two_runs(tmp_path, capsys):
+def test_a_page_about_two_runs(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(sys, "argv", ["mrmae", "pretrain", "--config=demo"])
   workdir_with_a_run(tmp_path / "sweep", "a<b>", 1.0, 1e-4)
   workdir_with_a_run(tmp_path / "sweep", "b", 2.0, 3e-4)
   (tmp_path / "sweep" / "notes").mkdir()
   out = tmp_path / "page.html"
-  assert report.main(["report", f"--runs={tmp_path}/sweep", f"--out={out}"]) == 0
+  assert main(["mrmae", "report", f"--runs={tmp_path}/sweep", f"--out={out}"]) == 0
   assert "2 runs" in capsys.readouterr().out
   text = out.read_text()
   page, words = Reader(text), " ".join(Reader(text).words)
@@ -92,7 +94,7 @@ def test_a_page_about_two_runs(tmp_path, capsys):
   )
   assert (
     "goodput" in words.lower()
-    and "python -m mrmae_jax.cli.train" in words
+    and "mrmae pretrain --config=demo" in words
     and f"jax {log.jax.__version__}" in words
   )
   svgs = [image for image in page.images if image["src"].startswith("data:image/svg")]
@@ -151,11 +153,11 @@ def test_a_plot_becomes_a_file(tmp_path):
 
 def test_mistakes(tmp_path, capsys):
   for arguments, said in (
-    ([], "--runs is missing"),
+    ([], "--runs"),
     ([f"--runs={tmp_path}"], "holds no run"),
     ([f"--runs={tmp_path}", "--out=x.pdf"], "must end in .html"),
   ):
-    assert report.main(["report", *arguments]) == 2 and said in capsys.readouterr().err
+    assert main(["mrmae", "report", *arguments]) == 2 and said in capsys.readouterr().err
 
 
 def test_every_start_is_noted(tmp_path):

@@ -10,9 +10,8 @@ import pytest
 from PIL import Image
 
 from mrmae_jax import config as config_lib
-from mrmae_jax import mrmae, teachers
+from mrmae_jax import mrmae, preflight, teachers
 from mrmae_jax.cli import show_teacher
-from mrmae_jax.config import validate
 from mrmae_jax.errors import ConfigError
 from mrmae_jax.runs.checkpoint import Checkpoints
 from mrmae_jax.tasks import pretrain
@@ -37,7 +36,7 @@ def finished_run(workdir, encoder="convvit", **values):
     jax.random.key(3)
   )
   saving = Checkpoints(workdir, {})
-  saving.save(7, TrainState(jnp.int32(7), params, (jnp.zeros(3),), jnp.float32(0)))
+  saving.save(7, TrainState(jnp.int32(7), params, (), (jnp.zeros(3),), jnp.float32(0)))
   saving.close()
   (workdir / "config.json").write_text(config.to_json())
   return model, params
@@ -55,7 +54,7 @@ def test_a_trained_encoder_is_a_teacher(tmp_path, encoder, values, layer, last_k
     teacher__layer=layer,
     teacher__last_k=last_k,
   )
-  validate(config, num_devices=8)
+  preflight.check(config, num_devices=8)
   spec = teachers.configured_spec(config.teacher, config)
   teacher = teachers.load(spec)
   images = np.random.default_rng(0).integers(0, 256, (2, 32, 48, 3), np.uint8)
@@ -110,7 +109,7 @@ def test_several_teachers_of_a_configuration(tmp_path):
   ):
     config.extra_teachers[name] = config_lib.teacher()
     config.extra_teachers[name].update(path=str(path), dtype="float32", **options)
-  validate(config, num_devices=8)
+  preflight.check(config, num_devices=8)
   task = pretrain.make(config)
   params, extra = jax.jit(task.init)(jax.random.key(0))
   images = np.random.default_rng(0).integers(0, 256, (2, 32, 48, 3), np.uint8)
@@ -125,7 +124,7 @@ def test_several_teachers_of_a_configuration(tmp_path):
   assert len(task.notes) == 3 and task.notes[1].startswith("mimic_dino: teacher DINO ViT/8")
   config.extra_teachers.dino.loss = "huber"
   with pytest.raises(ConfigError, match="config.extra_teachers.dino.loss='huber' is not one of"):
-    validate(config, num_devices=8)
+    preflight.check(config, num_devices=8)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +152,7 @@ def test_what_such_a_teacher_cannot_do(tmp_path, values, message):
   finished_run(tmp_path)
   config = changed(tiny.get_config(), **dict(teacher__path=f"checkpoint:{tmp_path}") | values)
   with pytest.raises(ConfigError, match=message) as error:
-    validate(config, num_devices=8)
+    preflight.check(config, num_devices=8)
   assert len(str(error.value).splitlines()) == 1
 
 
@@ -228,11 +227,11 @@ def test_every_preset_word_is_known_to_the_schema():
   """The choices that validation allows are those that the code knows."""
   from mrmae_jax.models.decoder import MimicHead
 
-  assert config_lib.CHOICES["teacher.layer"] == teachers.LAYERS
-  assert set(config_lib.CHOICES["teacher.loss"]) == set(mrmae.DISTANCES)
+  assert config_lib.LAYERS == teachers.LAYERS
+  assert set(config_lib.LOSSES) == set(mrmae.DISTANCES)
   x = jnp.ones((1, 2, 8))
   trees = {
     kind: jax.tree.structure(jax.eval_shape(MimicHead(4, kind).init, jax.random.key(0), x))
-    for kind in config_lib.CHOICES["teacher.head"]
+    for kind in config_lib.HEADS
   }
   assert len(set(trees.values())) == len(trees)

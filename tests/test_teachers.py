@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from mrmae_jax import teachers
 from mrmae_jax.errors import WeightsError
 from mrmae_jax.models.layers import Attention
-from mrmae_jax.models.tower import Tower
+from mrmae_jax.models.vit import ViT
 from mrmae_jax.mrmae import normalize
 from mrmae_jax.weights import files, positions
 
@@ -939,7 +939,7 @@ def test_position_tables_keep_constants_and_cls(rule):
 
 def test_a_mask_needs_a_table():
   with pytest.raises(ValueError, match="a mask needs positions='table'"):
-    Tower(8, 12, 1, 1, 12, positions="rope").init(
+    ViT(8, 12, 1, 1, 12, positions="rope").init(
       jax.random.key(0), jnp.zeros((1, 16, 16, 3)), mask=object()
     )
 

@@ -20,8 +20,7 @@ from etils import epath
 from PIL import Image
 from safetensors.numpy import load_file
 
-from mrmae_jax import data, optim, sharding, train
-from mrmae_jax.config import validate
+from mrmae_jax import data, optim, preflight, sharding, train
 from mrmae_jax.errors import WorkdirError
 from mrmae_jax.runs import log
 from mrmae_jax.runs.checkpoint import Checkpoints
@@ -190,7 +189,8 @@ def run(workdir, *overrides, devices=1, wait=True):
   command = [
     sys.executable,
     "-m",
-    "mrmae_jax.cli.train",
+    "mrmae_jax",
+    "pretrain",
     "--config=tests/tiny.py",
     f"--workdir={workdir}",
     *(f"--config.{o}" if not o.startswith("--") else o for o in overrides),
@@ -372,7 +372,7 @@ def test_check_writes_nothing(tmp_path):
 
 def test_one_compilation(tmp_path, caplog):
   config = tiny.get_config()
-  validate(config, jax.device_count())
+  preflight.check(config, jax.device_count())
   jax.config.update("jax_log_compiles", True)
   try:
     with caplog.at_level(logging.WARNING):
@@ -455,7 +455,10 @@ def test_logs_of_a_run_in_a_bucket(monkeypatch):
   writer = log.Log(epath.Path("gs://bucket/run"), 10, first_step=1)
   writer.scalars(2, {"loss": 0.125})
   writer.close()
-  assert [(r["step"], r["loss"]) for r in log.read_metrics("gs://bucket/run")] == [(1, 0.5), (2, 0.125)]
+  assert [(r["step"], r["loss"]) for r in log.read_metrics("gs://bucket/run")] == [
+    (1, 0.5),
+    (2, 0.125),
+  ]
   assert not Path("gs:").exists()
 
 

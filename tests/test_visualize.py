@@ -34,7 +34,7 @@ def run_with_teacher(workdir, encoder="convvit", **values):
   model = pretrain.make_model(config, {"mimic": 48})
   params = jax.jit(lambda key: pretrain.init_params(model, SIZE, 0.75, key))(jax.random.key(3))
   saving = Checkpoints(workdir, {})
-  saving.save(7, TrainState(jnp.int32(7), params, (jnp.zeros(3),), jnp.float32(0)))
+  saving.save(7, TrainState(jnp.int32(7), params, (), (jnp.zeros(3),), jnp.float32(0)))
   saving.close()
   (workdir / "config.json").write_text(config.to_json())
   return config, params

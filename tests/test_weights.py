@@ -455,7 +455,7 @@ def test_runs(tmp_path, encoder):
   model = pretrain.make_model(config, {"mimic": 48})
   params = jax.jit(lambda key: pretrain.init_params(model, (32, 48), 0.75, key))(jax.random.key(0))
   checkpoints = Checkpoints(tmp_path / "run", {})
-  checkpoints.save(7, train.TrainState(jnp.int32(7), params, {}, jnp.float32(0)))
+  checkpoints.save(7, train.TrainState(jnp.int32(7), params, (), {}, jnp.float32(0)))
   checkpoints.close()
   (tmp_path / "run" / "config.json").write_text(config.to_json())
 

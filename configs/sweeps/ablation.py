@@ -1,10 +1,11 @@
 """Ablations of MR-MAE: the full recipe with one choice changed at a time.
 
-Command:   python -m launch.sweep --config=configs/sweeps/ablation.py --workdir=DIR --config.KEY=VALUE ...; arguments and
-           teachers as in configs/mrmae.py
-Hardware:  as configs/mrmae.py
+Command:   mrmae sweep --config=configs/sweeps/ablation.py --workdir=DIR --config.KEY=VALUE ...
+           arguments and teachers as in configs/mrmae.py
+Hardware:  that of configs/mrmae.py
 Cost:      100 epochs of ImageNet-1k at the base size, about 1.3e19 FLOP for each of 11 runs
-Expected:  the paper prints such a table; its numbers were not available, and none is reproduced here yet
+Expected:  the paper prints such a table; its numbers were not available, and none is reproduced
+           here yet
 """
 
 from configs import mrmae

@@ -1,8 +1,8 @@
 """Learning rate and weight decay, drawn at random around the published ones.
 
-Command:   python -m launch.sweep --config=configs/sweeps/lr.py --workdir=DIR --config.KEY=VALUE ...; arguments as in
-           configs/mrmae.py
-Hardware:  as configs/mrmae.py
+Command:   mrmae sweep --config=configs/sweeps/lr.py --workdir=DIR --config.KEY=VALUE ...
+           arguments as in configs/mrmae.py
+Hardware:  that of configs/mrmae.py
 Cost:      100 epochs of ImageNet-1k at the base size, about 1.3e19 FLOP for each of 12 runs
 Expected:  the published rate (blr 1.5e-4) within a factor of two of the best; not measured here yet
 """

@@ -1,10 +1,12 @@
 """Weight of the mimic loss beside the pixel loss; the paper does not print it.
 
-Command:   python -m launch.sweep --config=configs/sweeps/mimic_weight.py --workdir=DIR --config.KEY=VALUE ...; arguments as in
-           configs/mrmae.py, or demo (configs/sweeps/mimic_weight.py:demo) for the digits of configs/demo.py
-Hardware:  as configs/mrmae.py; the demo: 2 CPU cores
-Cost:      100 epochs of ImageNet-1k at the base size, about 1.3e19 FLOP for each of 6 runs; the demo: a quarter of an hour
-Expected:  both losses start near 1, so the best weight should not be far from 1; not measured here yet
+Command:   mrmae sweep --config=configs/sweeps/mimic_weight.py --workdir=DIR --config.KEY=VALUE ...
+           arguments as in configs/mrmae.py; or configs/sweeps/mimic_weight.py:demo for the digits
+           of configs/demo.py
+Hardware:  that of configs/mrmae.py; the demo: 2 CPU cores
+Cost:      100 epochs of ImageNet-1k at the base size, about 1.3e19 FLOP for each of 6 runs; the
+           demo: a quarter of an hour
+Expected:  both losses start near 1, so the best weight is probably near 1; not measured here yet
 """
 
 from configs import demo

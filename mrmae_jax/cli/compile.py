@@ -9,7 +9,6 @@ others. The time is a roofline, the larger of FLOPs over peak and bytes over ban
 --sweep_batch looks for the largest batch that fits.
 """
 
-import importlib
 import json
 import math
 import os
@@ -224,7 +223,7 @@ def run(options) -> str:
   devices = find_devices(options.topology)
   import jax
 
-  from mrmae_jax import config as config_lib
+  from mrmae_jax import preflight
 
   config = options.config
   if (
@@ -233,8 +232,8 @@ def run(options) -> str:
     and not config.data.source.startswith("folder:")
   ):
     config.data.source = "digits"  # the images are not looked at, and need not be here
-  config_lib.validate(config, len(devices))
-  task = importlib.import_module(f"mrmae_jax.tasks.{config.task}").make(config)
+  preflight.check(config, len(devices))
+  task = preflight.open_task(config)
 
   def attempt(batch):
     config.batch_size = batch

@@ -8,11 +8,10 @@ time. The picture --out shows the first images as training would see them. Nothi
 (the run would start, but this is rarely meant) or "stop". Exit code: 0 if the run would start, else the one it would end with.
 """
 
-import importlib
+import datetime
 import importlib.metadata
 import platform
 import shutil
-import datetime
 import sys
 from pathlib import Path
 
@@ -85,8 +84,7 @@ def examine(config, workdir: str | None, report: Report, out: str, compiled: boo
   """All checks of a configuration; what depends on something that failed is left out."""
   import jax  # a mistyped command line is answered before jax is loaded
 
-  from mrmae_jax import data
-  from mrmae_jax.config import validate
+  from mrmae_jax import data, preflight
 
   devices = jax.devices()
   versions = ", ".join(
@@ -100,7 +98,7 @@ def examine(config, workdir: str | None, report: Report, out: str, compiled: boo
   if workdir:
     folder(workdir, report)
   try:
-    validate(config, len(devices))
+    preflight.check(config, len(devices))
   except ConfigError as error:
     report.stop(str(error), 2)
     return
@@ -109,7 +107,7 @@ def examine(config, workdir: str | None, report: Report, out: str, compiled: boo
     return
   schedule(config, len(source), devices[0].platform, report)
   try:
-    task = importlib.import_module(f"mrmae_jax.tasks.{config.task}").make(config)
+    task = preflight.open_task(config)
   except (WeightsError, ConfigError) as error:
     report.stop(str(error), 2)
     return

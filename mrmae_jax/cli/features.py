@@ -238,13 +238,13 @@ def run(options) -> str:
 
 def _encoder(options):
   """What `extract` takes of --model: the function, size and channels of its images, and what to say of it."""
-  from mrmae_jax import config, mrmae, pretrained
+  from mrmae_jax import constants, mrmae, pretrained
   from mrmae_jax.weights import model_files
 
   square = (options.image_size,) * 2
   if options.model == "pixels":
     pixels = lambda images: mrmae.normalize(
-      images, config.IMAGENET_MEAN, config.IMAGENET_STD
+      images, constants.IMAGENET_MEAN, constants.IMAGENET_STD
     ).reshape(len(images), -1)
     return pixels, square if options.image_size else (32, 32), 3, "pixels, normalised"
   model = pretrained.load(

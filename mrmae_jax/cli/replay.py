@@ -1,10 +1,8 @@
 """Repeats a step whose loss or gradient was not finite, and says where it goes wrong.
 
 A run that had to give up writes WORKDIR/nonfinite/step_N: configuration, state before the step and
-its batch. This command needs nothing else, except the teacher's files in the place that the
-configuration names:
-
-    mrmae replay --bundle=WORKDIR/nonfinite/step_N
+its batch. `mrmae replay --bundle=WORKDIR/nonfinite/step_N` needs nothing else, except the
+teacher's files in the place that the configuration names.
 
 It computes the step as the run did and compares every number with the one that the run reported.
 They are equal bit for bit if the devices are of the same kind and number. It then names the modules
@@ -12,36 +10,20 @@ whose gradients are not finite. `--float32` computes in float32 instead. If the 
 then, the range or precision of bfloat16 was the cause.
 """
 
-import importlib
 import json
 import math
-import sys
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from mrmae_jax import sharding, train
-from mrmae_jax.cli import command_line
+from mrmae_jax import preflight, sharding, train
 from mrmae_jax.errors import UsageError
 from mrmae_jax.runs.checkpoint import Checkpoints
 from mrmae_jax.runs.paths import open_folder
-
-
-def define_flags() -> flags.FlagValues:
-  """The options."""
-  values = flags.FlagValues()
-  flags.DEFINE_string(
-    "bundle", None, "Folder that the run has written: WORKDIR/nonfinite/step_N.", flag_values=values
-  )
-  flags.DEFINE_bool(
-    "float32", False, "Compute in float32, whatever the run did.", flag_values=values
-  )
-  return values
 
 
 class Bundle(NamedTuple):
@@ -104,7 +86,7 @@ def replay(bundle: Bundle) -> tuple[dict[str, float], dict[str, bool]]:
     {name: value} of its metrics, and {parameter: whether its gradient is finite}.
   """
   config = bundle.config
-  task = importlib.import_module(f"mrmae_jax.tasks.{config.task}").make(config)
+  task = preflight.open_task(config)
   mesh = sharding.make_mesh(**config.mesh)
   plan = train.make_plan(config, task, mesh)
   checkpoints = Checkpoints(bundle.folder, bundle.identity, keep=1)
@@ -131,13 +113,11 @@ def replay(bundle: Bundle) -> tuple[dict[str, float], dict[str, bool]]:
 
 
 def run(options) -> str:
-  """Runs the command; returns a line for people.
+  """Runs `mrmae replay`; returns a line for people.
 
   Raises:
-    UsageError: `options.bundle` is missing or incomplete.
+    UsageError: the bundle is incomplete.
   """
-  if not options.bundle:
-    raise UsageError("--bundle is missing; see --help")
   bundle = read_bundle(options.bundle)
   if options.float32:
     compute_in_float32(bundle.config)
@@ -158,12 +138,3 @@ def run(options) -> str:
   conclusion = "the same numbers, bit for bit" if is_same else "not the same numbers"
   all_finite = all(math.isfinite(value) for value in metrics.values())
   return conclusion + (", and they are finite" if all_finite else "")
-
-
-def main(argv: list[str] | None = None) -> int:
-  """Runs a command line (default: sys.argv); returns the exit code: 0 done, 2 usage, 3 data."""
-  return command_line(__doc__, define_flags(), run, argv)
-
-
-if __name__ == "__main__":
-  sys.exit(main())

@@ -1,21 +1,13 @@
-"""One page about a run, or several side by side: curves, throughput, pictures over time, settings, and the commands behind them.
-
-  mrmae report --runs=/runs/a,/runs/b --out=report.html
-
-A folder of runs, such as that of a sweep, counts as all of them. The page is one file that opens anywhere, offline too.
-"""
+"""Writes one page about a run, or several side by side: `mrmae report`."""
 
 import json
-import sys
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
-from mrmae_jax.cli import command_line
 from mrmae_jax.config import flatten
 from mrmae_jax.errors import UsageError, WorkdirError
 from mrmae_jax.runs.log import NOT_RESULTS, read_metrics
@@ -23,8 +15,9 @@ from mrmae_jax.runs.paths import open_folder
 from mrmae_jax.viz.page import Figure, Page
 from mrmae_jax.viz.plot import line_plot
 
-PICTURES = 6  # of each run, spread over its time
-FIRST = ("loss", "pixel", "mimic")  # curves that come first; then evaluations, then the rest
+PICTURES = 6  # reconstructions shown of each run, from its first to its last
+# Order of the curves: FIRST, other losses, evaluations, LAST.
+FIRST = ("loss", "pixel", "mimic")
 LAST = (
   "lr",
   "grad_norm",
@@ -38,16 +31,6 @@ LAST = (
   "device_gib",
   "evaluation_s",
 )
-
-
-def define_flags() -> flags.FlagValues:
-  """The options."""
-  own = flags.FlagValues()
-  flags.DEFINE_list(
-    "runs", [], "Workdirs, or folders of workdirs, separated by commas.", flag_values=own
-  )
-  flags.DEFINE_string("out", "report.html", "The page.", flag_values=own)
-  return own
 
 
 class Run(NamedTuple):
@@ -230,13 +213,11 @@ def _add_starts(page: Page, runs: list[Run]) -> None:
 
 
 def run(options) -> str:
-  """The command with an attribute per flag; returns a line for people.
+  """Runs `mrmae report`; returns a line for people.
 
   Raises:
-    UsageError: no runs.
+    UsageError: a folder without a run, or a page that does not end in .html.
   """
-  if not options.runs:
-    raise UsageError("--runs is missing; see --help")
   if not options.out.endswith(".html"):
     raise UsageError(f"--out={options.out} must end in .html")
   try:
@@ -245,12 +226,3 @@ def run(options) -> str:
     raise UsageError(str(error)) from None
   write_page(runs, options.out)
   return f"wrote {options.out}: {len(runs)} run{'s' if len(runs) > 1 else ''}"
-
-
-def main(argv: list[str] | None = None) -> int:
-  """Runs a command line (default: sys.argv); returns the exit code: 0 done, 2 usage."""
-  return command_line(__doc__, define_flags(), run, argv)
-
-
-if __name__ == "__main__":
-  sys.exit(main())

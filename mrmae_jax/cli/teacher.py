@@ -38,7 +38,7 @@ from mrmae_jax.data import augment
 from mrmae_jax.errors import DataError, UsageError
 from mrmae_jax.evals.knn import knn_classify
 from mrmae_jax.models.layers import gelu, sincos_2d
-from mrmae_jax.models.tower import Tower
+from mrmae_jax.models.vit import ViT
 from mrmae_jax.mrmae import normalize, sample_mask
 from mrmae_jax.weights import files, table, towers
 
@@ -208,7 +208,7 @@ def photometric(key, images, jitter: float, colour: float):
   return jnp.where(draw(4, 0, 1) < 0.5, jnp.einsum("bij,bjkc,blk->bilc", blur, x, blur), x)
 
 
-def make_step(options, vit: Tower, total_steps: int):
+def make_step(options, vit: ViT, total_steps: int):
   """The optimiser and step: (state, images uint8 [2, B, S, S, 3], step) -> (state, loss)."""
   schedule = optim.warmup_cosine(options.lr, 0.0, total_steps / 10, total_steps)
   optimiser = optax.chain(
@@ -368,7 +368,14 @@ def train(options):
     )
   total_steps = max(1, round(options.epochs * steps_per_epoch))
 
-  vit = Tower(options.patch_size, options.width, options.depth, options.heads, 4 * options.width)
+  vit = ViT(
+    options.patch_size,
+    options.width,
+    options.depth,
+    options.heads,
+    4 * options.width,
+    learned_positions=True,
+  )
   vit_key, head_key = jax.random.split(jax.random.key(options.seed))
   params = vit.init(vit_key, jnp.zeros((1, options.image_size, options.image_size, 3)))["params"]
   grid = (options.image_size // options.patch_size,) * 2
@@ -424,7 +431,7 @@ def train(options):
   return vit, state.teacher["vit"], history
 
 
-def centred(vit: Tower, params, source, size: int):
+def centred(vit: ViT, params, source, size: int):
   """`params` with the mean patch token of the last block's residual stream, over up to 4,096 images, moved to zero.
 
   A student that mimics tokens normalised one by one would otherwise learn this one vector and little else.
@@ -444,7 +451,7 @@ def centred(vit: Tower, params, source, size: int):
   return params | {last: params[last] | {"fc2": fc2 | {"bias": fc2["bias"] - mean}}}
 
 
-def save(out: str, vit: Tower, params, image_size: int) -> None:
+def save(out: str, vit: ViT, params, image_size: int) -> None:
   """Writes the folder, and reads it back: `teachers.load` is strict, and its features must be those of `params`."""
   folder = Path(out).expanduser()
   folder.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
   mrmae verify --source=folder:/path/to/photos
   mrmae verify --source=folder:/path/to/photos --json=report.json --quarantine=bad.json
-  python -m mrmae_jax.cli.train --config=... --config.data.source=folder:/path/to/photos --config.data.quarantine=bad.json
+  mrmae pretrain --config=... --config.data.source=folder:/path/to/photos --config.data.quarantine=bad.json
 
 verify decodes every image of the splits and prints a report in JSON: how many images, which are bad and why, how large they are
 (shorter side), how many are grey, CMYK, 16-bit, with alpha, animated, or turned by their EXIF orientation (which training ignores),

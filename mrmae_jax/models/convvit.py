@@ -32,7 +32,7 @@ from mrmae_jax.models.layers import (
   patchify,
   position_table,
   put_visible,
-  rematerialised,
+  rematerialize,
   take_visible,
   to_blocks,
 )
@@ -140,7 +140,7 @@ class ConvViT(nn.Module):
     learned_positions: the position table is a parameter [1, N, D], as in ConvMAE's fine-tuning, instead of a constant.
     sparse: run the convolutional stages on the visible blocks only when there is a mask.
     drop_path: of the last block; rises linearly from 0 over the blocks of all stages.
-    remat: of the blocks, see `rematerialised`.
+    remat: of the blocks, see `rematerialize`.
     dtype: of the computation; parameters are float32.
   """
 
@@ -208,7 +208,7 @@ class ConvViT(nn.Module):
       token_size //= p
       x = PatchEmbed(p, width, dtype=self.dtype, name=f"patch_embed{stage}")(x)
       for i in range(self.depths[stage - 1]):
-        block = rematerialised(ConvBlock, self.remat, static_argnums=(3,))
+        block = rematerialize(ConvBlock, self.remat, static_argnums=(3,))
         x = block(int(width * ratio), self.dtype, name=f"blocks{stage}_{i}")(
           x, mask, grid, next(drops)
         )
@@ -237,10 +237,14 @@ class ConvViT(nn.Module):
 
     out["layers"] = []
     for i in range(self.depth):
-      block = rematerialised(Block, self.remat)
-      x, attention = block(
-        self.num_heads, int(dim * self.mlp_ratios[2]), VIT_EPS, self.dtype, name=f"blocks3_{i}"
-      )(x, next(drops))
+      block = rematerialize(Block, self.remat)(
+        self.num_heads,
+        int(dim * self.mlp_ratios[2]),
+        VIT_EPS,
+        dtype=self.dtype,
+        name=f"blocks3_{i}",
+      )
+      x, attention = block(x, next(drops))
       out["layers"].append(x)
     if self.cls_token:
       out["attention"] = attention[:, 1:]

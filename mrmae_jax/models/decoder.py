@@ -14,7 +14,7 @@ from mrmae_jax.models.layers import (
   layer_norm,
   position_table,
   put_visible,
-  rematerialised,
+  rematerialize,
 )
 
 
@@ -25,7 +25,7 @@ class Decoder(nn.Module):
     out_dim: length of a prediction, patch_size^2 * channels.
     dim, depth, num_heads, mlp_ratio: the transformer. ConvMAE takes mlp_ratio from its first encoder stage.
     learned_positions: the position table is a parameter, of published weights with tables of their own.
-    remat: of the blocks, see `rematerialised`.
+    remat: of the blocks, see `rematerialize`.
     eps: of every LayerNorm.
     dtype: of the computation; parameters are float32.
   """
@@ -64,11 +64,15 @@ class Decoder(nn.Module):
     x = jnp.where(mask.removed[..., None], mask_token, put_visible(visible, mask))
     x = jnp.concatenate([cls, x], axis=1) if cls.shape[1] else x
     x = x + position_table(self, grid, cls_token=bool(cls.shape[1])).astype(self.dtype)
-    block = rematerialised(Block, self.remat)
+    block = rematerialize(Block, self.remat)
     for i in range(self.depth):
       only = mask.masked if i == self.depth - 1 and not everywhere else None
       x, _ = block(
-        self.num_heads, int(self.dim * self.mlp_ratio), self.eps, self.dtype, name=f"blocks_{i}"
+        self.num_heads,
+        int(self.dim * self.mlp_ratio),
+        self.eps,
+        dtype=self.dtype,
+        name=f"blocks_{i}",
       )(x, only=only)
     x = layer_norm(self.eps, self.dtype, "norm")(x)
     out = {"tokens": x[:, cls.shape[1] :] if everywhere else x}

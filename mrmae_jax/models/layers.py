@@ -82,8 +82,11 @@ take_visible.defvjp(lambda x, mask: (_take(x, mask), (x[:, :0], mask)), _take_bw
 put_visible.defvjp(lambda x, mask: (_put(x, mask), mask), lambda mask, dy: (_take(dy, mask), None))
 
 
-def chosen(x: jax.Array, only: Mask | None) -> jax.Array:
-  """The visible ones of the last N of T tokens, those before them (CLS) not: [B, T, ...] -> [B, V, ...]; all for None."""
+def select_visible(x: jax.Array, only: Mask | None) -> jax.Array:
+  """Selects the visible patch tokens and drops prefix tokens such as CLS: [B, T, ...] -> [B, V, ...].
+
+  The patches are the last N of the T tokens. None returns x itself.
+  """
   return x if only is None else take_visible(x[:, x.shape[1] - only.ids_restore.shape[1] :], only)
 
 
@@ -195,6 +198,14 @@ def quick_gelu(x: jax.Array) -> jax.Array:
   return x * jax.nn.sigmoid(np.asarray(1.702, x.dtype) * x)
 
 
+ACTIVATIONS = {
+  "gelu": gelu,
+  "gelu_tanh": jax.nn.gelu,
+  "quick_gelu": quick_gelu,
+  "silu": jax.nn.silu,
+}
+
+
 def sincos_2d(dim: int, grid: tuple[int, int], cls_token: bool = False) -> np.ndarray:
   """Fixed 2-D sine-cosine position table (MAE, util/pos_embed.py): float32 [N, dim], or [1 + N, dim] with CLS.
 
@@ -213,14 +224,15 @@ def sincos_2d(dim: int, grid: tuple[int, int], cls_token: bool = False) -> np.nd
 
 
 def position_table(module: nn.Module, grid: tuple[int, int], cls_token: bool = False) -> jax.Array:
-  """The positions of a module with fields `dim` and `learned_positions`: float32 [N, dim], or [1 + N, dim] with CLS.
+  """Returns the positions of a module with fields `dim` and `learned_positions`: float32 [T, dim].
 
-  Learned ones are its parameter "pos_embed" [1, T, dim], which belongs to one grid and starts as the sine-cosine table.
+  T is rows * columns of the grid, plus 1 for a CLS row before them. Learned positions are the module's
+  parameter "pos_embed" [1, T, dim], which belongs to one grid and starts as the sine-cosine table.
   """
-  table = jnp.asarray(sincos_2d(module.dim, grid, cls_token))
-  return (
-    module.param("pos_embed", lambda key: table[None])[0] if module.learned_positions else table
-  )
+  table = lambda: jnp.asarray(sincos_2d(module.dim, grid, cls_token))
+  if module.learned_positions:
+    return module.param("pos_embed", lambda key: table()[None])[0]
+  return table()
 
 
 class Dense(nn.Module):
@@ -360,15 +372,19 @@ class Attention(nn.Module):
   def __call__(self, x: jax.Array, only: Mask | None = None) -> tuple[jax.Array, jax.Array]:
     """[B, T, D] -> [B, T, D], and what the first token attends to: float32 [B, T], mean over the heads.
 
-    The first token is CLS, where there is one. Its row costs nothing unless it is used: jit drops it. With `only`, which see in
-    `chosen`, [B, V, D] of the chosen tokens; they attend to all.
+    The first token is CLS, where there is one. Its row costs nothing unless it is used: jit drops it.
+    If `only` is given, queries are computed for its V visible tokens alone: [B, V, D]. They attend to
+    all T tokens.
     """
     dim = x.shape[-1]
     qkv = Dense(3 * dim, dtype=self.dtype, name="qkv")
     q, k, v = (
       jnp.split(qkv(x), 3, axis=-1)
       if only is None
-      else (qkv(chosen(x, only), slice(dim)), *jnp.split(qkv(x, slice(dim, None)), 2, axis=-1))
+      else (
+        qkv(select_visible(x, only), slice(dim)),
+        *jnp.split(qkv(x, slice(dim, None)), 2, axis=-1),
+      )
     )
     q, k, v = (y.reshape(*y.shape[:2], self.num_heads, -1).swapaxes(1, 2) for y in (q, k, v))
     if self.rotate is not None:
@@ -379,11 +395,28 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-  """Pre-norm transformer block: x += attention(norm(x)); x += mlp(norm(x))."""
+  """Pre-norm transformer block: x += scale1 * attention(norm1(x)); x += scale2 * mlp(norm2(x)).
+
+  Attributes:
+    num_heads: divides the width.
+    mlp_dim: hidden width of the MLP; of each half if it is gated.
+    eps: epsilon of both LayerNorms.
+    activation: a key of ACTIVATIONS.
+    gated: the MLP is fc2(activation(a) * b) with [a, b] = fc1(x) (SwiGLU, Shazeer 2020,
+      arXiv 2002.05202), instead of fc2(activation(fc1(x))).
+    layer_scale: `scale1` and `scale2` are learned gains per channel (Touvron et al. 2021,
+      arXiv 2103.17239); otherwise both are 1.
+    rotate: see `Attention`.
+    dtype: of the computation; parameters are float32.
+  """
 
   num_heads: int
   mlp_dim: int
   eps: float = 1e-6
+  activation: str = "gelu"
+  gated: bool = False
+  layer_scale: bool = False
+  rotate: Callable[[jax.Array], jax.Array] | None = None
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -392,31 +425,43 @@ class Block(nn.Module):
   ) -> tuple[jax.Array, jax.Array]:
     """[B, T, D] -> [B, T, D], and the first token's attention [B, T] (see `Attention`).
 
-    With `only`, which see in `chosen`, [B, V, D]: the other tokens are attended to, and end here.
+    If `only` is given, the output holds its V visible tokens alone: [B, V, D]. They attend to all T
+    tokens; the other tokens end before the MLP.
     """
     dense = lambda features, name: Dense(features, dtype=self.dtype, name=name)
-    h = layer_norm(self.eps, self.dtype, "norm1")(x)
-    mixed, attention = Attention(self.num_heads, dtype=self.dtype, name="attn")(h, only)
-    x = chosen(x, only) + drop(mixed, 0)
-    h = dense(self.mlp_dim, "fc1")(layer_norm(self.eps, self.dtype, "norm2")(x))
-    return x + drop(dense(x.shape[-1], "fc2")(gelu(h)), 1), attention
+    attend_to = Attention(self.num_heads, self.rotate, self.dtype, name="attn")
+    mixed, attention = attend_to(layer_norm(self.eps, self.dtype, "norm1")(x), only)
+    x = select_visible(x, only) + drop(self._scale("scale1", mixed), 0)
+    h = layer_norm(self.eps, self.dtype, "norm2")(x)
+    h = dense(self.mlp_dim * (1 + self.gated), "fc1")(h)
+    h, *gate = jnp.split(h, 2, axis=-1) if self.gated else [h]
+    h = ACTIVATIONS[self.activation](h)
+    h = dense(x.shape[-1], "fc2")(h * gate[0] if gate else h)
+    return x + drop(self._scale("scale2", h), 1), attention
+
+  def _scale(self, name: str, x: jax.Array) -> jax.Array:
+    if not self.layer_scale:
+      return x
+    return x * self.param(name, nn.initializers.ones, x.shape[-1:]).astype(self.dtype)
 
 
-def rematerialised(
+REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+
+
+def rematerialize(
   block: type[nn.Module], remat: str, static_argnums: tuple[int, ...] = ()
 ) -> type[nn.Module]:
-  """A kind of block of which the backward pass computes again what was not kept: memory for time, the same numbers.
+  """Returns a class of blocks whose backward pass recomputes activations: less memory, the same numbers.
 
   Args:
     block: class of modules.
-    remat: "none"; "dots": results of matrix products are kept, norms and activations are not; "full": inputs alone are kept,
-      a third more work.
-    static_argnums: places of the arguments of __call__ that are no arrays; `self` has place 0.
+    remat: "none" recomputes nothing; "dots" keeps the results of matrix products and recomputes norms
+      and activations; "full" keeps the inputs alone and costs a third more work.
+    static_argnums: positions of the arguments of __call__ that are not arrays; `self` has position 0.
   """
   if remat == "none":
     return block
-  policy = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}[remat]
-  return nn.remat(block, policy=policy, static_argnums=static_argnums)
+  return nn.remat(block, policy=REMAT_POLICIES[remat], static_argnums=static_argnums)
 
 
 class LayerFusion(nn.Module):

@@ -1,12 +1,14 @@
-"""The plain ViT student: encoder of MAE (facebookresearch/mae models_mae.py)."""
+"""The plain ViT: MAE's encoder and the vision tower of every frozen teacher, one module with a field per difference."""
 
-from typing import Any
+from typing import Any, Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mrmae_jax.models.layers import (
+  ACTIVATIONS,
   Block,
   Dense,
   LayerFusion,
@@ -15,22 +17,40 @@ from mrmae_jax.models.layers import (
   layer_norm,
   patchify,
   position_table,
-  rematerialised,
+  rematerialize,
   take_visible,
+  xavier_uniform,
 )
+
+POSITIONS = ("table", "rope")
 
 
 class ViT(nn.Module):
-  """Pre-norm ViT with a CLS token.
+  """Pre-norm Vision Transformer. The defaults are MAE's encoder (facebookresearch/mae models_mae.py).
 
   Attributes:
-    patch_size, dim, depth, num_heads, mlp_dim: as in the ViT paper; mlp_dim is 4 * dim in every standard size.
-    fuse_layers: blocks whose outputs are fused with the last one's before the last norm, counted from 0; () for none.
-    learned_positions: the position table is a parameter [1, 1 + N, D] instead of a constant, in which CLS has zeros.
-    eps: of every LayerNorm.
-    drop_path: of the last block; rises linearly from 0.
-    remat: of the blocks, see `rematerialised`.
-    dtype: of the computation; parameters are float32.
+    patch_size, dim, depth, num_heads, mlp_dim: as in the ViT paper; `mlp_dim` is 4 * dim in every
+      standard size, and the width of each half of a gated MLP.
+    eps: epsilon of every LayerNorm.
+    cls_token: prepend a CLS token. SigLIP has none.
+    num_registers: tokens between CLS and the patches that no output shows (Darcet et al. 2024,
+      arXiv 2309.16588).
+    positions: "table" adds a table to the patches and to CLS, but not to registers; "rope" rotates the
+      queries and keys of the patches (DINOv3).
+    learned_positions: the table is a parameter [1, T, D] instead of the sine-cosine constant.
+    rope_theta: base of the rotary periods.
+    patch_bias: the patch embedding has a bias (CLIP's has none).
+    norm_pre: apply a LayerNorm to all tokens before the blocks (CLIP).
+    activation: a key of `layers.ACTIVATIONS`.
+    gated: the MLP is gated, see `Block`.
+    layer_scale: blocks have learned gains on both branches, see `Block`.
+    fuse_layers: blocks, counted from 0, whose outputs are fused with the last one's before the last
+      norm; () for none.
+    proj_dim: width of the linear projection after the last norm (CLIP); 0 for none.
+    attention_pool: add an attention-pooling head (SigLIP).
+    drop_path: drop rate of the last block; it rises linearly from 0.
+    remat: what the backward pass recomputes, see `rematerialize`.
+    dtype: of the computation. Parameters are float32; LayerNorm, softmax and rotation compute in float32.
   """
 
   patch_size: int = 16
@@ -43,48 +63,163 @@ class ViT(nn.Module):
   eps: float = 1e-6
   drop_path: float = 0.0
   remat: str = "none"
+  cls_token: bool = True
+  num_registers: int = 0
+  positions: str = "table"
+  rope_theta: float = 100.0
+  patch_bias: bool = True
+  norm_pre: bool = False
+  activation: str = "gelu"
+  gated: bool = False
+  layer_scale: bool = False
+  proj_dim: int = 0
+  attention_pool: bool = False
   dtype: Any = jnp.float32
-  cls_token = True  # not a choice
 
   @nn.compact
   def __call__(
     self, images: jax.Array, mask: Mask | None = None, keys: jax.Array | None = None
   ) -> tuple[jax.Array, dict[str, Any]]:
-    """Encodes normalised images.
+    """Encodes normalized images.
+
+    The output has T tokens: CLS if there is one, then the visible patches.
 
     Args:
       images: [B, H, W, C], both sides multiples of `patch_size`.
-      mask: the visible tokens, one or several sets for each image; None encodes the whole image.
-      keys: [B], one per image, to drop paths by; None drops nothing.
+      mask: the visible patches, one or several sets for each image; None encodes the whole image.
+        A mask needs positions="table".
+      keys: [B], one key per image, which decide the dropped paths; None drops nothing.
 
     Returns:
-      x: [B, 1 + V, D] after fusion and the last norm, CLS first, then the tokens in the order of `mask.ids_keep`. With k
-        sets for each image, B * k rows, those of one image side by side.
-      out: "layers": `depth` times [B, 1 + V, D], the output of each block; "attention": float32 [B, V], what the
-        last one's CLS attends to.
+      x: [B, T, D] after fusion and the last norm. Patches come in the order of `mask.ids_keep`, or row
+        by row without a mask. With k sets for each image, B * k rows, those of one image side by side.
+      out: "layers": `depth` times [B, T, D], the residual stream after each block;
+        "attention": float32 [B, V], the attention of CLS (or of the pooling head) to the V visible
+        patches in the last block (or in the head), averaged over the heads. Weights on CLS and
+        registers are cut off without renormalizing the rest. Absent without CLS and head;
+        "proj": [B, T, proj_dim], the projection of x; "pooled": [B, D], the head's output, where the
+        model has them.
     """
-    b, h, w, _ = images.shape
-    grid = (h // self.patch_size, w // self.patch_size)
-    x = patchify(images.astype(self.dtype), self.patch_size).reshape(b, grid[0] * grid[1], -1)
-    pos = position_table(self, grid, cls_token=True)
-    if mask is None:
-      token_pos = pos[1:]
-    else:  # the embedding works patch by patch, so only the visible patches need to be embedded
-      x, token_pos = take_visible(x, mask), pos[1:][mask.ids_keep]
-    x = Dense(self.dim, dtype=self.dtype, name="patch_embed")(x)
-    cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.dim)) + pos[:1]
-    x = jnp.concatenate(
-      [jnp.broadcast_to(cls, (len(x), 1, self.dim)), x + token_pos], axis=1
-    ).astype(self.dtype)
+    if mask is not None and self.positions != "table":
+      raise ValueError(f"a mask needs positions='table', not {self.positions!r}")
+    grid = tuple(side // self.patch_size for side in images.shape[1:3])
+    x, rotate = self._embed(images, mask, grid)
+    if self.norm_pre:
+      x = layer_norm(self.eps, self.dtype, "norm_pre")(x)
 
+    block = rematerialize(Block, self.remat)
+    first_patch = self.cls_token + self.num_registers
     layers = []
     for i, drop in enumerate(drop_paths(self.drop_path, self.depth, keys)):
-      block = rematerialised(Block, self.remat)
-      x, attention = block(self.num_heads, self.mlp_dim, self.eps, self.dtype, name=f"blocks_{i}")(
-        x, drop
-      )
-      layers.append(x)
-    out = {"layers": layers, "attention": attention[:, 1:]}
+      x, attention = block(
+        num_heads=self.num_heads,
+        mlp_dim=self.mlp_dim,
+        eps=self.eps,
+        activation=self.activation,
+        gated=self.gated,
+        layer_scale=self.layer_scale,
+        rotate=rotate,
+        dtype=self.dtype,
+        name=f"blocks_{i}",
+      )(x, drop)
+      layers.append(_cut(x, self.cls_token, first_patch))
+    out, x = {"layers": layers}, layers[-1]
+    if self.cls_token:
+      out["attention"] = attention[:, first_patch:]
     if self.fuse_layers:
       x = LayerFusion(self.dtype, name="fusion")([layers[i] for i in self.fuse_layers] + [x])
-    return layer_norm(self.eps, self.dtype, "norm")(x), out
+    x = layer_norm(self.eps, self.dtype, "norm")(x)
+    if self.proj_dim:
+      out["proj"] = Dense(self.proj_dim, use_bias=False, dtype=self.dtype, name="proj")(x)
+    if self.attention_pool:
+      out["pooled"], out["attention"] = AttentionPool(
+        self.num_heads, self.mlp_dim, self.eps, self.activation, self.dtype, name="head"
+      )(x)
+    return x, out
+
+  def _embed(self, images: jax.Array, mask: Mask | None, grid: tuple[int, int]):
+    """Tokens [B, CLS + registers + V, D] with their positions, and the rotation of "rope" or None."""
+    x = patchify(images.astype(self.dtype), self.patch_size)
+    x = x.reshape(len(images), grid[0] * grid[1], -1)
+    if mask is not None:  # the embedding works patch by patch: embed the visible patches alone
+      x = take_visible(x, mask)
+    x = Dense(self.dim, use_bias=self.patch_bias, dtype=self.dtype, name="patch_embed")(x)
+
+    normal = nn.initializers.normal(0.02)
+    rotate, prefix = None, []
+    # The order of the parameters decides their random numbers: first positions, then CLS.
+    if self.positions == "table":
+      pos = position_table(self, grid, cls_token=self.cls_token)
+      patches = pos[self.cls_token :]
+      x = x + (patches if mask is None else patches[mask.ids_keep])
+    else:
+      rotate = rotation(grid, self.dim // self.num_heads, self.rope_theta)
+    if self.cls_token:
+      cls = self.param("cls_token", normal, (1, 1, self.dim))
+      prefix.append(cls + pos[:1] if self.positions == "table" else cls)
+    if self.num_registers:
+      prefix.append(self.param("registers", normal, (1, self.num_registers, self.dim)))
+    prefix = [jnp.broadcast_to(token, (len(x), *token.shape[1:])) for token in prefix]
+    return jnp.concatenate([*prefix, x], axis=1).astype(self.dtype), rotate
+
+
+def _cut(x: jax.Array, start: int, stop: int) -> jax.Array:
+  """[B, T, D] without the tokens from `start` to `stop`: the registers."""
+  return x if start == stop else jnp.concatenate([x[:, :start], x[:, stop:]], axis=1)
+
+
+def rotation(
+  grid: tuple[int, int], head_dim: int, theta: float
+) -> Callable[[jax.Array], jax.Array]:
+  """Returns DINOv3's rotary positions, a function that turns the last N tokens of [B, heads, T, head_dim].
+
+  Patch centers lie in [-1, 1] on each axis. Channel k turns by 2 pi * coordinate * theta^(-4k / head_dim)
+  (Siméoni et al. 2025, arXiv 2508.10104). The first quarter of the channels uses the row, the second the
+  column. The other half repeats both: channel k turns together with channel k + head_dim / 2.
+  """
+  rows, columns = np.meshgrid(*((2 * np.arange(n) + 1) / n - 1 for n in grid), indexing="ij")
+  periods = theta ** (4 * np.arange(head_dim // 4) / head_dim)
+  angles = np.concatenate(
+    [2 * np.pi * axis.reshape(-1, 1) / periods for axis in (rows, columns)] * 2, axis=1
+  )
+  cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+  def rotate(x):
+    prefix, x = x[:, :, : -len(angles)], x[:, :, -len(angles) :]
+    a, b = jnp.split(x, 2, axis=-1)
+    turned = x.astype(jnp.float32) * cos
+    turned += jnp.concatenate([-b, a], axis=-1).astype(jnp.float32) * sin
+    return jnp.concatenate([prefix, turned.astype(x.dtype)], axis=2)
+
+  return rotate
+
+
+class AttentionPool(nn.Module):
+  """SigLIP's head (google-research/big_vision models/vit.py, MAPHead): a learned query attends to all tokens.
+
+  An MLP with a residual connection follows. The attributes are those of `ViT`.
+  """
+
+  num_heads: int
+  mlp_dim: int
+  eps: float
+  activation: str
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[B, N, D] -> pooled [B, D], and the query's attention, float32 [B, N], averaged over the heads."""
+    dense = lambda features, name: Dense(features, dtype=self.dtype, name=name)
+    b, n, d = x.shape
+    probe = self.param("probe", xavier_uniform, (1, 1, d)).astype(self.dtype)
+    # One packed weight as in the files. Keys of the probe and queries of the tokens are unused.
+    qkv = dense(3 * d, "qkv")(jnp.concatenate([jnp.broadcast_to(probe, (b, 1, d)), x], axis=1))
+    q, k, v = qkv.reshape(b, n + 1, 3, self.num_heads, -1).transpose(2, 0, 3, 1, 4)
+    logits = jnp.einsum(
+      "bhd,bhkd->bhk", q[:, :, 0], k[:, :, 1:], preferred_element_type=jnp.float32
+    )
+    attention = jax.nn.softmax(logits * q.shape[-1] ** -0.5, axis=-1)
+    x = jnp.einsum("bhk,bhkd->bhd", attention.astype(self.dtype), v[:, :, 1:]).reshape(b, d)
+    x = dense(d, "proj")(x)
+    h = dense(self.mlp_dim, "fc1")(layer_norm(self.eps, self.dtype, "norm")(x))
+    return x + dense(d, "fc2")(ACTIVATIONS[self.activation](h)), attention.mean(1)

@@ -142,7 +142,7 @@ class Log:
     start = {
       "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
       "first_step": first_step,
-      "command": shlex.join(["python", "-m", "mrmae_jax.cli.train", *sys.argv[1:]]),
+      "command": shlex.join(["mrmae", *sys.argv[1:]]),
       "devices": f"{len(devices)} x {devices[0].device_kind}, {jax.process_count()} processes",
       "versions": ", ".join([f"python {platform.python_version()}", *versions]),
     }

@@ -106,7 +106,7 @@ class Run:
 
   def _open_log(self, lines: str) -> None:
     config = self._config
-    settings = config_lib.flatten(config)
+    settings = config_lib.shared_values(config)
     self._log = Log(self._workdir, self._total, self._first_step, settings, config.wandb)
     self._closing.callback(self._log.close)
     self._log.text("config.json", config.to_json(indent=2))

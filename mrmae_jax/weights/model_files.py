@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mrmae_jax.config import IMAGENET_MEAN, IMAGENET_STD
+from mrmae_jax.constants import IMAGENET_MEAN, IMAGENET_STD
 from mrmae_jax.errors import StorageError, WeightsError, WorkdirError
 from mrmae_jax.models import ConvViT, Decoder, ViT, make_decoder, make_encoder
 from mrmae_jax.models.layers import Mask, sincos_2d

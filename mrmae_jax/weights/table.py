@@ -13,13 +13,19 @@ from typing import Any, Callable, NamedTuple
 import jax
 import numpy as np
 
-from mrmae_jax.config import CHOICES
 from mrmae_jax.errors import WeightsError
+from mrmae_jax.models.layers import ACTIVATIONS, REMAT_POLICIES
+from mrmae_jax.models.vit import POSITIONS
 
 MAX_SIZE, MAX_DEPTH = (
   2**17,
   200,
 )  # of a network that a file describes: several times the largest ever published
+_CHOICES = {
+  "activation": tuple(ACTIVATIONS),
+  "positions": POSITIONS,
+  "remat": ("none", *REMAT_POLICIES),
+}
 _MAY_BE_ZERO = ("num_registers", "proj_dim", "fuse_layers", "drop_path")
 
 
@@ -149,11 +155,7 @@ def _possible(name: str, value, kind) -> bool:
     )
   if kind is float:
     return type(value) in (int, float) and 0 <= value < 1e6 and (value > 0 or name in _MAY_BE_ZERO)
-  return (
-    kind in (bool, str)
-    and isinstance(value, kind)
-    and (name != "remat" or value in CHOICES["encoder.remat"])
-  )
+  return kind in (bool, str) and isinstance(value, kind) and value in _CHOICES.get(name, (value,))
 
 
 def count_blocks(numbers: typing.Iterable[str], what: str, source: str) -> int:

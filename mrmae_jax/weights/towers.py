@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mrmae_jax.errors import WeightsError
-from mrmae_jax.models.tower import Tower
+from mrmae_jax.models.vit import ViT
 from mrmae_jax.weights import positions
 from mrmae_jax.weights.table import (
   MAX_SIZE,
@@ -61,7 +61,7 @@ class Family(NamedTuple):
     prefixes: one of them stands before every name.
     ignore: regular expressions (full match) of tensors that are no part of the vision tower.
     rule: how its position table is resized.
-    tower: fields of Tower that all its members share.
+    tower: fields of ViT that all its members share.
     model_types: of config.json, each with what transformers fills in for keys that are left out; none: files of this naming
       come alone, and the sizes are read off the shapes.
     gated_fc1, gated_fc2: names of the MLP where it is gated.
@@ -397,7 +397,7 @@ def tower_shapes(
   """What the shapes of a file tell about the tower.
 
   Returns:
-    Fields of Tower, and the number of grid positions in its table (0: no table).
+    Fields of ViT, and the number of grid positions in its table (0: no table).
 
   Raises:
     WeightsError: a tensor that would tell is missing.
@@ -441,7 +441,8 @@ def tower_shapes(
     gated=gated,
     num_registers=registers,
     proj_dim=projection[1 if names.proj == "proj" else 0],
-    probe=f"{prefix}{names.head}.probe" in shapes,
+    learned_positions=bool(names.pos_embed),
+    attention_pool=f"{prefix}{names.head}.probe" in shapes,
   ), table
 
 
@@ -451,7 +452,7 @@ def tower_config(
   """What Hugging Face's config.json tells about a tower; keys that are left out have transformers' values.
 
   Returns:
-    The family (the first of its namings), fields of Tower, and the grid of the position table, None without one.
+    The family (the first of its namings), fields of ViT, and the grid of the position table, None without one.
 
   Raises:
     WeightsError: an unsupported model, or values that make no sense.
@@ -502,7 +503,8 @@ def tower_config(
       gated=gated,
       proj_dim=proj_dim,
       num_registers=c.get("num_register_tokens", 0),
-      probe=bool(c.get("vision_use_head")),
+      learned_positions=bool(family.names.pos_embed),
+      attention_pool=bool(c.get("vision_use_head")),
     )
     if "rope_theta" in c:
       grid, fields["rope_theta"] = None, float(c["rope_theta"])
@@ -516,7 +518,7 @@ def tower_config(
     raise
   except (TypeError, ValueError, ArithmeticError, LookupError) as error:
     raise WeightsError(f"{source} holds a size that is none: {error}") from None
-  check_fields(Tower, fields, source)
+  check_fields(ViT, fields, source)
   if grid and not all(type(side) is int and 0 < side <= MAX_SIZE for side in grid):
     raise WeightsError(f"{source} holds a size that is none: a grid of {str(grid)[:60]} patches")
   return family, fields, grid
@@ -527,7 +529,7 @@ def _projection(names: Names, prefix: str) -> str:
   return (prefix if names.proj == "proj" else "") + names.proj
 
 
-def name_table(family: Family, prefix: str, tower: Tower) -> list[Entry]:
+def name_table(family: Family, prefix: str, tower: ViT) -> list[Entry]:
   """The entries of every parameter of `tower`."""
   names = family.names
   at = lambda name: prefix + name
@@ -567,7 +569,7 @@ def name_table(family: Family, prefix: str, tower: Tower) -> list[Entry]:
         Entry(f"{ours}/scale{k}", (theirs + name,), same)
         for k, name in ((1, names.scale1), (2, names.scale2))
       ]
-  if tower.probe:
+  if tower.attention_pool:
     theirs = at(names.head)
     table += [
       Entry("head/probe", (f"{theirs}.probe",), tokens),

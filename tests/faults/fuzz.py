@@ -354,7 +354,6 @@ def weights() -> Callable[[np.random.Generator], Case]:
 
   from mrmae_jax import teachers
   from mrmae_jax.models import ConvViT, Decoder, ViT
-  from mrmae_jax.models.tower import Tower
   from mrmae_jax.weights import files, model_files, table, towers
 
   rng = np.random.default_rng(0)
@@ -363,7 +362,8 @@ def weights() -> Callable[[np.random.Generator], Case]:
   )
 
   def tower(family, prefix, **options):
-    module = Tower(8, 8, 1, 2, 12, **family.tower | options)
+    learned = bool(family.names.pos_embed)
+    module = ViT(8, 8, 1, 2, 12, learned_positions=learned, **family.tower | options)
     shapes = jax.eval_shape(
       module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
     )["params"]
@@ -404,7 +404,7 @@ def weights() -> Callable[[np.random.Generator], Case]:
       options = {
         "vit": {},
         "clip_vision_model": {},
-        "siglip_vision_model": dict(probe=False),
+        "siglip_vision_model": dict(attention_pool=False),
         "dinov2": {},
         "dinov3_vit": dict(num_registers=2),
       }[kind]
@@ -622,8 +622,8 @@ def configs() -> Callable[[np.random.Generator], Case]:
   import ml_collections
   from absl import flags
 
-  from mrmae_jax import sharding, teachers, train
-  from mrmae_jax.config import finetune, flatten, probe, validate
+  from mrmae_jax import preflight, sharding, teachers, train
+  from mrmae_jax.config import finetune, flatten, probe
   from mrmae_jax.tasks import pretrain
   from tests import tiny
 
@@ -651,12 +651,14 @@ def configs() -> Callable[[np.random.Generator], Case]:
     return c
 
   def judge(config, deep: bool):
-    validate(config, num_devices=1)
+    preflight.check(config, num_devices=1)
     config.to_json()
     if (
       deep and config.task == "pretrain" and not (config.teacher.name or "").strip()
     ):  # what comes next, without computing
-      train.make_plan(config, pretrain.make(config), sharding.make_mesh(devices=jax.devices()[:1]), 8)
+      train.make_plan(
+        config, pretrain.make(config), sharding.make_mesh(devices=jax.devices()[:1]), 8
+      )
 
   def structural(rng, text):
     """A configuration as a file could make it."""

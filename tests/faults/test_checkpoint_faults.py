@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from mrmae_jax import config as config_lib
-from mrmae_jax import sharding, train
+from mrmae_jax import preflight, sharding, train
+from mrmae_jax.__main__ import main
 from mrmae_jax.errors import DataError, NonFiniteError, StorageError, WorkdirError
 from mrmae_jax.runs import checkpoint, log, nonfinite, workdir
 from mrmae_jax.runs.checkpoint import Checkpoints
@@ -224,7 +225,7 @@ def test_f19_a_save_that_fails_leaves_the_one_before(tmp_path):
   """The disk takes no file above a size, from the second save on: the run goes on, and says so; its end is exit code 5."""
   code = """if True:
     import resource, signal, sys
-    from mrmae_jax.cli import train
+    from mrmae_jax.__main__ import main
     from mrmae_jax.runs import checkpoint
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     save = checkpoint.Checkpoints.save
@@ -235,7 +236,7 @@ def test_f19_a_save_that_fails_leaves_the_one_before(tmp_path):
       finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10**9, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     checkpoint.Checkpoints.save = limited
-    sys.exit(train.main(["main", "--config=tests/faults/small.py", f"--workdir=WORKDIR"]))
+    sys.exit(main(["mrmae", "pretrain", "--config=tests/faults/small.py", f"--workdir=WORKDIR"]))
   """.replace("WORKDIR", str(tmp_path))
   done = subprocess.run(
     [sys.executable, "-c", code],
@@ -332,7 +333,7 @@ def test_f25_the_best_checkpoint_of_a_run_stays(tmp_path, monkeypatch):
   )
   _, records = toy_run(
     tmp_path,
-    evals__fake=config_lib.ml_collections.ConfigDict(),
+    evals__fake=config_lib.ConfigDict(),
     keep_best="fake/accuracy",
     keep_checkpoints=1,
     eval_every=small.get_config().checkpoint_every,
@@ -388,13 +389,11 @@ def test_f24_a_spike_may_be_left_out():
 
 def test_f23_a_run_that_is_lost_leaves_a_bundle_that_replays(tmp_path, monkeypatch, capsys):
   """From step 10 on every loss is nan: after three the run ends, and replay gives the same numbers in another process."""
-  from mrmae_jax.cli import replay
-
   monkeypatch.chdir(ROOT)
   config = small.get_config()
   with config.unlocked():
     config.optim.update(max_skips=3, blr=1e14)
-  config_lib.validate(config, jax.device_count())
+  preflight.check(config, jax.device_count())
   from mrmae_jax.tasks import pretrain
 
   with pytest.raises(
@@ -406,12 +405,12 @@ def test_f23_a_run_that_is_lost_leaves_a_bundle_that_replays(tmp_path, monkeypat
   said = capsys.readouterr().out
   assert said.count("update skipped") >= 3 and told["step"] >= 3 and told["state"] == "saved"
   assert not any((tmp_path / "checkpoints").glob(str(told["step"])))
-  assert replay.main(["replay", f"--bundle={bundle}"]) == 0
+  assert main(["mrmae", "replay", f"--bundle={bundle}"]) == 0
   printed = capsys.readouterr().out
   assert "the same numbers, bit for bit" in printed and "not the same\n" not in printed, printed
   assert "gradients that are not finite: " in printed and "encoder/" in printed
   assert (
-    replay.main(["replay", f"--bundle={tmp_path}"]) == 2
+    main(["mrmae", "replay", f"--bundle={tmp_path}"]) == 2
     and "is not a bundle" in capsys.readouterr().err
   )
 

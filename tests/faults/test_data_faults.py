@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from mrmae_jax import config as config_lib
-from mrmae_jax import train
+from mrmae_jax import preflight, train
 from mrmae_jax.cli import pack
 from mrmae_jax.cli import verify as tool
 from mrmae_jax.data import augment, open_source
@@ -253,7 +253,7 @@ def test_f26_quarantine_lists_that_do_not_fit(tmp_path, content, message):
   config.batch_size, config.teacher.path = 8, ""
   config.data.update(source="digits", quarantine=str(tmp_path / "list.json"))
   with pytest.raises(ConfigError, match=f"config.data: quarantine .*{message}"):
-    config_lib.validate(config, 8)
+    preflight.check(config, 8)
 
 
 def test_f26_quarantine_of_everything(tmp_path):
@@ -286,7 +286,7 @@ def test_f26_options_that_do_not_fit(key, value):
     value,
   )
   with pytest.raises(ConfigError, match=f"config.data.{key}={value!r}"):
-    config_lib.validate(config, 8)
+    preflight.check(config, 8)
 
 
 # Formats whose rule is not "whatever Pillow does" alone; the others are in tests/test_data.py.
@@ -669,7 +669,8 @@ def start(tmp_path, *arguments):
   command = [
     sys.executable,
     "-m",
-    "mrmae_jax.cli.train",
+    "mrmae_jax",
+    "pretrain",
     "--config=tests/tiny.py",
     f"--workdir={tmp_path}/run",
     f"--config.data.source=folder:{tmp_path}/images",

@@ -21,9 +21,9 @@ from PIL import Image
 from safetensors.numpy import load_file, save
 
 from mrmae_jax import config as config_lib
-from mrmae_jax import teachers, train
+from mrmae_jax import preflight, teachers, train
 from mrmae_jax.cli import train as cli_train
-from mrmae_jax.config import flatten, validate
+from mrmae_jax.config import flatten
 from mrmae_jax.data import augment, open_source, packed
 from mrmae_jax.data.randaugment import parse as parse_randaug
 from mrmae_jax.errors import ConfigError, DataError, WeightsError
@@ -171,12 +171,14 @@ def valid(task, photos, encoder="convvit"):
   if task == "pretrain":
     c.extra_teachers.dino = copy.deepcopy(c.teacher)
   else:
-    other = config_lib.TASKS[task]()
-    other.update(image_size=c.image_size, batch_size=16, epochs=20.0, init_from="")
+    other = config_lib.defaults(task)
+    other.update(image_size=c.image_size, batch_size=16, epochs=20.0)
+    if "init_from" in other:
+      other.init_from = ""
     other.encoder, other.evals.knn = c.encoder, c.evals.knn
     c = other
   c.data.source = photos
-  validate(c, num_devices=8)
+  preflight.check(c, num_devices=8)
   return c
 
 
@@ -195,14 +197,17 @@ HARMLESS = {("mesh.data", "-1"): "the default: all devices that are left"}
 
 def test_f33_every_number_of_every_task(photos):
   """NaN, infinity, -1, huge values and other types, at every number of the configuration."""
-  tried, accepted = set(), set()
+  tried, accepted, numbers_of_schema = set(), set(), set()
   for task, encoder in (
     ("pretrain", "convvit"),
     ("pretrain", "vit"),
     ("finetune", "convvit"),
     ("probe", "vit"),
+    ("self_distill", "vit"),
   ):
     config = valid(task, photos, encoder)
+    keys = config_lib.find_keys(config)
+    numbers_of_schema |= {n for n, k in keys.items() if isinstance(k.allowed, config_lib.Rule)}
     for name, value in flatten(config).items():
       several = isinstance(value, tuple)
       numbers = value if several else (value,)
@@ -229,7 +234,7 @@ def test_f33_every_number_of_every_task(photos):
         given = (bad, *(numbers[1:])) if several else bad
         put(changed, name, given)
         try:
-          validate(changed, num_devices=8)
+          preflight.check(changed, num_devices=8)
           accepted.add((name, repr(bad)))
         except ConfigError as error:
           # The two axes of a mesh are judged together.
@@ -239,23 +244,20 @@ def test_f33_every_number_of_every_task(photos):
             else f"config.{name}"
           )
           assert key in str(error) and "\n" not in str(error), (name, bad, error)
-  assert accepted == set(HARMLESS) and set(config_lib.RULES) <= tried
+  assert accepted == set(HARMLESS) and tried == numbers_of_schema
 
 
 def test_f33_every_number_has_a_range():
-  """A new key of the configuration needs a row in RULES, and no row is left over."""
-  names = set()
-  for task in config_lib.TASKS.values():
-    c = task()
-    for size in ("convvit", "vit"):
-      c.encoder = config_lib.encoder(size, "base")
-      names |= {
-        name
-        for name, value in flatten(c).items()
-        for x in (value if isinstance(value, tuple) else (value,))
-        if type(x) in (int, float)
-      }
-  assert names | {"encoder.fuse_layers", "teacher.bands"} == set(config_lib.RULES)
+  """A key whose value is a number, or a tuple of numbers, has a rule; every key has a meaning."""
+  for task in config_lib.TASKS:
+    for kind in ("convvit", "vit"):
+      c = config_lib.defaults(task)
+      c.encoder = config_lib.encoder(kind, "base")
+      for name, key in config_lib.find_keys(c).items():
+        several = isinstance(key.default, tuple)
+        element = key.many or type(key.default[0] if several else key.default)
+        assert isinstance(key.allowed, config_lib.Rule) == (element in (int, float)), name
+        assert key.help and key.resume in ("same", "free", "local"), name
 
 
 def _no_section(c):
@@ -272,7 +274,7 @@ def _no_key(c):
   [
     (
       lambda c: put(c, "optim.lr", 3),
-      "config.optim.lr is no key of the task 'pretrain'; did you mean config.optim.blr?",
+      "config.optim.lr is not a key of the task 'pretrain'; did you mean config.optim.blr?",
     ),
     (lambda c: put(c, "data.mean", "abc"), "config.data.mean='abc' must hold three numbers"),
     (lambda c: put(c, "data.flip", "no"), "config.data.flip='no' must be of type bool"),
@@ -280,7 +282,7 @@ def _no_key(c):
     (lambda c: put(c, "extra_teachers", {"dino": 3}), "config.extra_teachers"),
     (
       lambda c: put(c, "evals.knnn", ml_collections.ConfigDict({"k": 3})),
-      "config.evals.knnn is no evaluator of the task 'pretrain'",
+      "config.evals.knnn is not an evaluator of the task 'pretrain'",
     ),
     (lambda c: put(c, "task", ["pretrain"]), "config.task=['pretrain'] is not one of"),
     (_no_section, "config.optim must be a section"),
@@ -291,14 +293,14 @@ def test_f33_what_a_configuration_file_can_do(photos, change, message):
   config = valid("pretrain", photos)
   change(config)
   with pytest.raises(ConfigError) as error:
-    validate(config, num_devices=8)
+    preflight.check(config, num_devices=8)
   assert message in str(error.value)
 
 
 @pytest.mark.parametrize("found", [None, 3, {"task": "pretrain"}, ml_collections.ConfigDict()])
 def test_f33_no_configuration_at_all(found):
   with pytest.raises(ConfigError, match="start from pretrain"):
-    validate(found, num_devices=1)
+    preflight.check(found, num_devices=1)
 
 
 @pytest.mark.parametrize(

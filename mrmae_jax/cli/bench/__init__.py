@@ -4,7 +4,6 @@ Everything is measured on random data of the real shapes, with the optimiser, af
 in one process, A B C, then C B A, so that a machine that becomes slower becomes so for all; ratios are those of one round.
 """
 
-import importlib
 import json
 import statistics
 import time
@@ -49,12 +48,12 @@ def make_task(config):
   """
   import jax  # --help is answered without jax
 
-  from mrmae_jax import config as config_lib
+  from mrmae_jax import preflight
 
   if config.task == "pretrain" and (config.data.source or "tfds:").startswith("tfds:"):
     config.data.source = "digits"
-  config_lib.validate(config, jax.device_count())
-  return importlib.import_module(f"mrmae_jax.tasks.{config.task}").make(config)
+  preflight.check(config, jax.device_count())
+  return preflight.open_task(config)
 
 
 def make_step(config, task=None, batch=None, safeguards: bool = True) -> Step:

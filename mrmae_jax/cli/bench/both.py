@@ -40,8 +40,7 @@ def run(options) -> str:
   """
   import jax  # --help is answered without jax
 
-  from mrmae_jax import config as config_lib
-  from mrmae_jax import data, train
+  from mrmae_jax import data, preflight, train
   from mrmae_jax.runs import log
 
   config = options.config
@@ -53,7 +52,7 @@ def run(options) -> str:
   source = data.open_split(config.data, "train")
   config.epochs = (options.steps + WARM_UP) * config.batch_size / len(source)
   config.optim.warmup_epochs = min(config.optim.warmup_epochs, config.epochs)
-  config_lib.validate(config, jax.device_count())
+  preflight.check(config, jax.device_count())
   with tempfile.TemporaryDirectory() as folder:
     with contextlib.redirect_stdout(io.StringIO()):  # a line a step
       train.fit(config, bench.make_task(config), folder)

@@ -289,10 +289,10 @@ class _TorchImages:
   """A map-style data set for torch: position in the stream -> normalised float tensor [3, S, S] and label."""
 
   def __init__(self, source, size: int):
-    from mrmae_jax import config
+    from mrmae_jax import constants
 
     self._source, self._size = source, size
-    self._mean, self._std = config.IMAGENET_MEAN, config.IMAGENET_STD
+    self._mean, self._std = constants.IMAGENET_MEAN, constants.IMAGENET_STD
 
   def __getitem__(self, index):
     import torch  # of all loaders only this one needs it

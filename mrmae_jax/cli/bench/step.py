@@ -52,7 +52,9 @@ def necessary(config) -> dict[str, float]:
   config.encoder.update(
     {key: value for key, value in (("sparse", True), ("remat", "none")) if key in config.encoder}
   )
-  plan = train.make_plan(config, bench.make_task(config), sharding.make_mesh(**config.mesh), 1_281_167)
+  plan = train.make_plan(
+    config, bench.make_task(config), sharding.make_mesh(**config.mesh), 1_281_167
+  )
   found = program.flops(plan.step, plan.state, plan.frozen, plan.batch)
   return {part: number / config.batch_size for part, number in found.items()}
 

@@ -1,0 +1,26 @@
+"""Constants that several modules share; this module imports nothing."""
+
+# Mean and standard deviation per channel of ImageNet's pixels in [0, 1], as torchvision has them
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+CONVVIT = {  # fields of models.convvit.ConvViT. B: Alpha-VL/ConvMAE; L: mx-mark/DMJD; S, H: public forks only
+  "small": dict(
+    embed_dims=(128, 256, 384), depths=(2, 2, 11), num_heads=6, mlp_ratios=(4.0, 4.0, 4.0)
+  ),
+  "base": dict(
+    embed_dims=(256, 384, 768), depths=(2, 2, 11), num_heads=12, mlp_ratios=(4.0, 4.0, 4.0)
+  ),
+  "large": dict(
+    embed_dims=(384, 768, 1024), depths=(2, 2, 23), num_heads=16, mlp_ratios=(8.0, 8.0, 4.0)
+  ),
+  "huge": dict(
+    embed_dims=(768, 1024, 1280), depths=(2, 2, 31), num_heads=16, mlp_ratios=(8.0, 8.0, 4.0)
+  ),
+}
+VIT = {  # fields of models.vit.ViT (Dosovitskiy et al. 2021; S as in DeiT; H/14 as in MAE)
+  "small": dict(patch_size=16, dim=384, depth=12, num_heads=6, mlp_dim=1536),
+  "base": dict(patch_size=16, dim=768, depth=12, num_heads=12, mlp_dim=3072),
+  "large": dict(patch_size=16, dim=1024, depth=24, num_heads=16, mlp_dim=4096),
+  "huge": dict(patch_size=14, dim=1280, depth=32, num_heads=16, mlp_dim=5120),
+}
