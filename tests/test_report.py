@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mrmae_jax.__main__ import main
 from mrmae_jax.cli import report
 from mrmae_jax.runs import log
 from mrmae_jax.runs.paths import open_folder
 from mrmae_jax.viz.plot import COLORS, line_plot
+from tests.helpers.cli import run_command
 
 
 def new_folder(path):
@@ -74,7 +74,7 @@ def test_a_page_about_two_runs(tmp_path, monkeypatch, capsys):
   workdir_with_a_run(tmp_path / "sweep", "b", 2.0, 3e-4)
   (tmp_path / "sweep" / "notes").mkdir()
   out = tmp_path / "page.html"
-  assert main(["mrmae", "report", f"--runs={tmp_path}/sweep", f"--out={out}"]) == 0
+  assert run_command(["report", f"--runs={tmp_path}/sweep", f"--out={out}"]) == 0
   assert "2 runs" in capsys.readouterr().out
   text = out.read_text()
   page, words = Reader(text), " ".join(Reader(text).words)
@@ -153,11 +153,11 @@ def test_a_plot_becomes_a_file(tmp_path):
 
 def test_mistakes(tmp_path, capsys):
   for arguments, said in (
-    ([], "--runs"),
+    ([], "--runs is missing"),
     ([f"--runs={tmp_path}"], "holds no run"),
     ([f"--runs={tmp_path}", "--out=x.pdf"], "must end in .html"),
   ):
-    assert main(["mrmae", "report", *arguments]) == 2 and said in capsys.readouterr().err
+    assert run_command(["report", *arguments]) == 2 and said in capsys.readouterr().err
 
 
 def test_every_start_is_noted(tmp_path):

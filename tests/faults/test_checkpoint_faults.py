@@ -15,11 +15,11 @@ import pytest
 
 from mrmae_jax import config as config_lib
 from mrmae_jax import preflight, sharding, train
-from mrmae_jax.__main__ import main
 from mrmae_jax.errors import DataError, NonFiniteError, StorageError, WorkdirError
 from mrmae_jax.runs import checkpoint, log, nonfinite, workdir
 from mrmae_jax.runs.checkpoint import Checkpoints
 from tests.faults import small
+from tests.helpers.cli import run_command
 from tests.helpers.tasks import init_state, make_tx
 
 # What orbax leaves behind of a read that failed is not waited for.
@@ -225,7 +225,7 @@ def test_f19_a_save_that_fails_leaves_the_one_before(tmp_path):
   """The disk takes no file above a size, from the second save on: the run goes on, and says so; its end is exit code 5."""
   code = """if True:
     import resource, signal, sys
-    from mrmae_jax.__main__ import main
+    from mrmae_jax import __main__ as entry
     from mrmae_jax.runs import checkpoint
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     save = checkpoint.Checkpoints.save
@@ -236,7 +236,7 @@ def test_f19_a_save_that_fails_leaves_the_one_before(tmp_path):
       finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10**9, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     checkpoint.Checkpoints.save = limited
-    sys.exit(main(["mrmae", "pretrain", "--config=tests/faults/small.py", f"--workdir=WORKDIR"]))
+    sys.exit(entry.main(["mrmae", "pretrain", "--config=tests/faults/small.py", f"--workdir=WORKDIR"]))
   """.replace("WORKDIR", str(tmp_path))
   done = subprocess.run(
     [sys.executable, "-c", code],
@@ -389,6 +389,7 @@ def test_f24_a_spike_may_be_left_out():
 
 def test_f23_a_run_that_is_lost_leaves_a_bundle_that_replays(tmp_path, monkeypatch, capsys):
   """From step 10 on every loss is nan: after three the run ends, and replay gives the same numbers in another process."""
+
   monkeypatch.chdir(ROOT)
   config = small.get_config()
   with config.unlocked():
@@ -405,12 +406,12 @@ def test_f23_a_run_that_is_lost_leaves_a_bundle_that_replays(tmp_path, monkeypat
   said = capsys.readouterr().out
   assert said.count("update skipped") >= 3 and told["step"] >= 3 and told["state"] == "saved"
   assert not any((tmp_path / "checkpoints").glob(str(told["step"])))
-  assert main(["mrmae", "replay", f"--bundle={bundle}"]) == 0
+  assert run_command(["replay", f"--bundle={bundle}"]) == 0
   printed = capsys.readouterr().out
   assert "the same numbers, bit for bit" in printed and "not the same\n" not in printed, printed
   assert "gradients that are not finite: " in printed and "encoder/" in printed
   assert (
-    main(["mrmae", "replay", f"--bundle={tmp_path}"]) == 2
+    run_command(["replay", f"--bundle={tmp_path}"]) == 2
     and "is not a bundle" in capsys.readouterr().err
   )
 

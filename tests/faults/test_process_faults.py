@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from mrmae_jax.__main__ import main
 from mrmae_jax.errors import Interrupted
 from mrmae_jax.runs import log, supervision
+from tests.helpers.cli import run_command
 from tests.test_multihost import finish, free_port
 
 ROOT = Path(__file__).parent.parent.parent
@@ -37,8 +37,8 @@ def injected():
   beat()
 supervision.beat = injected
 sys.argv = ["mrmae", "pretrain"] + {arguments!r}
-from mrmae_jax.__main__ import run_process
-run_process()
+from mrmae_jax import __main__ as entry
+entry.run_process()
 """
 
 
@@ -186,6 +186,7 @@ def test_f4_stopped_while_compiling_and_while_evaluating(tmp_path):
 
 
 def test_f4_stopped_while_features_are_computed(tmp_path, monkeypatch, capsys):
+
   beats = iter(range(2))
   monkeypatch.setattr(
     supervision,
@@ -193,7 +194,6 @@ def test_f4_stopped_while_features_are_computed(tmp_path, monkeypatch, capsys):
     lambda: next(beats, None) is None and (_ for _ in ()).throw(Interrupted("SIGTERM")),
   )
   arguments = [
-    "mrmae",
     "features",
     "--model=pixels",
     "--images=digits",
@@ -202,7 +202,8 @@ def test_f4_stopped_while_features_are_computed(tmp_path, monkeypatch, capsys):
     f"--out={tmp_path}/f.npz",
   ]
   assert (
-    main(arguments) == 75 and "stopped by a signal; nothing was written" in capsys.readouterr().err
+    run_command(arguments) == 75
+    and "stopped by a signal; nothing was written" in capsys.readouterr().err
   )
   assert not list(tmp_path.iterdir())
 
