@@ -1,4 +1,7 @@
-"""`mrmae COMMAND ...`, or `python -m mrmae_jax COMMAND ...`: parses, runs, and turns errors into exit codes."""
+"""`mrmae COMMAND ...`: parses, runs, and turns errors into exit codes.
+
+`python -m mrmae_jax COMMAND ...` is the same.
+"""
 
 import argparse
 import importlib
@@ -62,7 +65,7 @@ def _module(name: str):
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-  """Parses a command line and loads its configuration, so that mistakes are answered before jax loads."""
+  """Parses a command line and loads its configuration: mistakes are answered before jax loads."""
   try:
     options = parser.parse(argv)
   except parser.UnknownWord as error:

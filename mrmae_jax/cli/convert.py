@@ -1,4 +1,4 @@
-"""Writes a trained model for others to read, or theirs in another form; `mrmae_jax.load` reads all."""
+"""Writes a trained model for others to read, or theirs in another form."""
 
 from mrmae_jax.weights import model_files
 

@@ -1,4 +1,4 @@
-"""What frozen features are worth: k-NN, few-shot and linear accuracy, from two files of features."""
+"""What frozen features are worth: k-NN, few-shot and linear accuracy."""
 
 import json
 from pathlib import Path
@@ -49,7 +49,10 @@ def run(options) -> str:
 
 
 def read_features(path: str) -> dict:
-  """Reads a file of `mrmae features`: features [N, D], labels [N], class_names (tuple), about (dict).
+  """Reads a file of `mrmae features`.
+
+  Returns:
+    features [N, D], labels [N], class_names (tuple), about (dict), by name.
 
   Raises:
     UsageError: no such file, another file, or images without labels.

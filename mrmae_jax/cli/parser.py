@@ -179,7 +179,8 @@ def _training(parser: Parser) -> None:
 
 
 def _pretrain(parser: Parser) -> None:
-  parser.epilog = """Run the same command again to resume an interrupted run.
+  parser.epilog = """\
+Run the same command again to resume an interrupted run.
 
 Exit codes: 0 done; 1 other hosts did not come or are gone; 2 a mistake in the command or its files;
 3 an image that cannot be read; 4 losses that are not finite; 5 storage; 6 a hang; 75 stopped by a
@@ -195,7 +196,8 @@ def _teacher(parser: Parser) -> None:
 
 
 def _doctor(parser: Parser) -> None:
-  parser.epilog = """Takes the command line of a training command and runs the cheap checks first: settings
+  parser.epilog = """\
+Takes the command line of a training command and runs the cheap checks first: settings
 that differ from the defaults, the learning rate, the images, the teacher, the workdir and its disk,
 then the compiled step: FLOPs, memory and time. Writes nothing but the picture. Lines begin with
 "ok", "warn" (the run would start, but this is rarely meant) or "stop". Exit code: 0 if the run
@@ -213,7 +215,8 @@ would start, else the one it would end with."""
 
 
 def _features(parser: Parser) -> None:
-  parser.epilog = """  mrmae features --model=RUN --images=folder:/my/photos --out=features.npz
+  parser.epilog = """\
+  mrmae features --model=RUN --images=folder:/my/photos --out=features.npz
 
 Every image of the split is encoded exactly once, in order, nothing masked. The .npz holds features
 float32 [N, D], names [N], labels int32 [N] (-1 for none), class_names, and about: a JSON text of
@@ -257,7 +260,8 @@ appears whole or not at all. `mrmae knn` measures what .npz files are worth."""
 
 
 def _knn(parser: Parser) -> None:
-  parser.epilog = """  mrmae features --model=RUN --images=folder:/my/photos --split=train --out=train.npz
+  parser.epilog = """\
+  mrmae features --model=RUN --images=folder:/my/photos --split=train --out=train.npz
   mrmae features --model=RUN --images=folder:/my/photos --split=eval --out=eval.npz
   mrmae knn --train=train.npz --eval=eval.npz --out=knn.json
 
@@ -299,7 +303,8 @@ published protocol, with random crops and LARS, is `mrmae probe`."""
 
 
 def _ensemble(parser: Parser) -> None:
-  parser.epilog = """  mrmae ensemble --models=RUN1,RUN2 --images=folder:/my/photos
+  parser.epilog = """\
+  mrmae ensemble --models=RUN1,RUN2 --images=folder:/my/photos
 
 Each model sees the images at its own size. Its classes must be those of the images, in the same
 order; a file without class names is compared by their number alone."""
@@ -331,7 +336,8 @@ order; a file without class names is compared by their number alone."""
 
 
 def _visualize(parser: Parser) -> None:
-  parser.epilog = """  mrmae visualize --model=RUN --out=DIR                          # the run's held-out images
+  parser.epilog = """\
+  mrmae visualize --model=RUN --out=DIR                          # the run's held-out images
   mrmae visualize --model=vit-mae-base --images=/my/photos --teacher=clip_vit_b16 --out=DIR
 
 Panels (all that can be drawn; the page says why others cannot):
@@ -393,7 +399,8 @@ Panels (all that can be drawn; the page says why others cannot):
 
 
 def _report(parser: Parser) -> None:
-  parser.epilog = """  mrmae report --runs=RUN1,RUN2 --out=report.html
+  parser.epilog = """\
+  mrmae report --runs=RUN1,RUN2 --out=report.html
 
 A folder of runs, such as that of a sweep, counts as all of them. The page is one file that opens
 anywhere, offline too."""
@@ -407,7 +414,8 @@ anywhere, offline too."""
 
 
 def _convert(parser: Parser) -> None:
-  parser.epilog = """  mrmae convert --model=RUN --out=encoder.safetensors --format=convmae --parts=encoder
+  parser.epilog = """\
+  mrmae convert --model=RUN --out=encoder.safetensors --format=convmae --parts=encoder
 
 Formats: convmae, a ConvViT in the names of Alpha-VL/ConvMAE; timm, a ViT in those of timm and
 facebookresearch/mae; hf, a ViT as a folder of transformers' ViTMAE. The parameters are the same bit
@@ -429,7 +437,8 @@ for bit, on the way and back. What is left out by design (mimic heads) is printe
 
 
 def _verify(parser: Parser) -> None:
-  parser.epilog = """  mrmae verify --source=folder:/my/photos --json=report.json --quarantine=bad.json
+  parser.epilog = """\
+  mrmae verify --source=folder:/my/photos --json=report.json --quarantine=bad.json
   mrmae pretrain --config=photos --workdir=DIR --config.data.source=folder:/my/photos \\
       --config.data.quarantine=bad.json
 
@@ -460,7 +469,8 @@ PNGs and one in six in JPEGs. Exit code: 0 all images are good, 3 some are bad."
 
 
 def _pack(parser: Parser) -> None:
-  parser.epilog = """  mrmae pack --source=folder:/path/to/imagenet --out=/data/imagenet256 --short_side=256
+  parser.epilog = """\
+  mrmae pack --source=folder:/path/to/imagenet --out=/data/imagenet256 --short_side=256
   mrmae pack --verify=/data/imagenet256
 
 The result is a source as well, --config.data.source=packed:/data/imagenet256, with the order,
@@ -494,7 +504,8 @@ the folder appears whole or not at all."""
 
 
 def _show_teacher(parser: Parser) -> None:
-  parser.epilog = """  mrmae show-teacher --config=mrmae --images=folder:/my/photos --out=teacher.png
+  parser.epilog = """\
+  mrmae show-teacher --config=mrmae --images=folder:/my/photos --out=teacher.png
 
 takes the teacher, image size and masking of a configuration. Each row of the picture is one image:
 what its CLS token attends to, the tokens that focused and random masking would show the student,
@@ -512,7 +523,8 @@ attention spreads (few: raise config.method.attention_temperature or attention_m
 
 
 def _compile(parser: Parser) -> None:
-  parser.epilog = """  mrmae compile --config=mrmae:base --config.teacher.path=random --topology=v5e:4x4
+  parser.epilog = """\
+  mrmae compile --config=mrmae:base --config.teacher.path=random --topology=v5e:4x4
 
 The program is the one that training runs, compiled by XLA for every chip of the topology; libtpu
 (the tpu extra) does this on any machine. Topologies are written as Google Cloud does: v4:2x2x1,
@@ -582,7 +594,8 @@ def _bench(parser: Parser) -> None:
 
 
 def _sweep(parser: Parser) -> None:
-  parser.epilog = """  mrmae sweep --config=sweeps/lr --workdir=DIR --parallel=2
+  parser.epilog = """\
+  mrmae sweep --config=sweeps/lr --workdir=DIR --parallel=2
 
 A configuration with a function sweep(), a generator of overrides, is a sweep. Each point has a
 folder named by what it changes. Run the same command again to resume: finished points are skipped.
@@ -606,7 +619,8 @@ sweep.csv, sweep.md and sweep.png in the workdir compare the last values and the
 
 
 def _replay(parser: Parser) -> None:
-  parser.epilog = """Computes the step of a bundle that a run with too many non-finite steps has written, compares
+  parser.epilog = """\
+Computes the step of a bundle that a run with too many non-finite steps has written, compares
 every number with what the run reported (bit for bit, if the devices are of the same kind and
 number), and names the parts of the parameters whose gradients are not finite."""
   parser.add_argument(

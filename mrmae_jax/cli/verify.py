@@ -187,7 +187,7 @@ def run(options) -> str:
       else "--quarantine=FILE here, config.data.quarantine=FILE"
     )
     raise DataError(
-      f"{len(bad)} of {total} images are bad, the first: {bad[0]}; leave them out with {advice} in a"
-      " run, or repair them"
+      f"{len(bad)} of {total} images are bad, the first: {bad[0]}; leave them out with {advice} "
+      "in a run, or repair them"
     )
   return f"all {total} images are good"

@@ -254,8 +254,8 @@ class Run:
           metrics,
         )
         raise NonFiniteError(
-          f"step {step}: {nonfinite.skip_reason(metrics)}, and {config.optim.max_skips} updates in a row"
-          f" were skipped; {nonfinite.HINT}. To look at it: mrmae replay --bundle={folder}"
+          f"step {step}: {nonfinite.skip_reason(metrics)}, and {config.optim.max_skips} updates in "
+          f"a row were skipped; {nonfinite.HINT}. To look at it: mrmae replay --bundle={folder}"
         )
     del metrics["skipped"]
     self._log.advance(step)
