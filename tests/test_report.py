@@ -68,7 +68,8 @@ class Reader(html.parser.HTMLParser):
     self.words.append(data)
 
 
-def test_a_page_about_two_runs(tmp_path, capsys):
+def test_a_page_about_two_runs(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(sys, "argv", ["mrmae", "pretrain", "--config=demo"])
   workdir_with_a_run(tmp_path / "sweep", "a<b>", 1.0, 1e-4)
   workdir_with_a_run(tmp_path / "sweep", "b", 2.0, 3e-4)
   (tmp_path / "sweep" / "notes").mkdir()
@@ -93,7 +94,7 @@ def test_a_page_about_two_runs(tmp_path, capsys):
   )
   assert (
     "goodput" in words.lower()
-    and "mrmae pretrain" in words
+    and "mrmae pretrain --config=demo" in words
     and f"jax {log.jax.__version__}" in words
   )
   svgs = [image for image in page.images if image["src"].startswith("data:image/svg")]

@@ -1,9 +1,4 @@
-"""One page about a run, or several side by side: curves, throughput, pictures over time, settings, and the commands behind them.
-
-  mrmae report --runs=/runs/a,/runs/b --out=report.html
-
-A folder of runs, such as that of a sweep, counts as all of them. The page is one file that opens anywhere, offline too.
-"""
+"""Writes one page about a run, or several side by side: `mrmae report`."""
 
 import json
 from typing import Any, NamedTuple
@@ -20,8 +15,9 @@ from mrmae_jax.runs.paths import open_folder
 from mrmae_jax.viz.page import Figure, Page
 from mrmae_jax.viz.plot import line_plot
 
-PICTURES = 6  # of each run, spread over its time
-FIRST = ("loss", "pixel", "mimic")  # curves that come first; then evaluations, then the rest
+PICTURES = 6  # reconstructions shown of each run, from its first to its last
+# Order of the curves: FIRST, other losses, evaluations, LAST.
+FIRST = ("loss", "pixel", "mimic")
 LAST = (
   "lr",
   "grad_norm",
@@ -217,10 +213,10 @@ def _add_starts(page: Page, runs: list[Run]) -> None:
 
 
 def run(options) -> str:
-  """Carries out `mrmae report`.
+  """Runs `mrmae report`; returns a line for people.
 
   Raises:
-    UsageError: no runs.
+    UsageError: a folder without a run, or a page that does not end in .html.
   """
   if not options.out.endswith(".html"):
     raise UsageError(f"--out={options.out} must end in .html")

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import sys
 import traceback
 
 import jax
@@ -44,6 +45,8 @@ def run(options) -> int:
     reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     code, reason = LostError.exit_code, f"{lost}; this process ends too" if lost else reason
   if code and options.multihost:
+    for line in reason.splitlines():
+      print(f"error: {line}", file=sys.stderr, flush=True)
     distributed.leave(code, reason)
   return code
 
