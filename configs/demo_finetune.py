@@ -7,8 +7,8 @@ Cost:      2 min 20 s
 Expected:  top-1 0.96 on 359 held-out digits, 0.90 from random weights (one seed each)
 """
 
-from configs import demo
 from mrmae_jax import config
+from mrmae_jax.configs import demo
 
 
 def get_config():

@@ -8,7 +8,7 @@ Expected:  the paper prints such a table; its numbers were not available, and no
            here yet
 """
 
-from configs import mrmae
+from mrmae_jax.configs import mrmae
 
 
 def get_config(arguments: str = "base"):

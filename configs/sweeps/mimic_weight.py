@@ -9,8 +9,8 @@ Cost:      100 epochs of ImageNet-1k at the base size, about 1.3e19 FLOP for eac
 Expected:  both losses start near 1, so the best weight is probably near 1; not measured here yet
 """
 
-from configs import demo
-from configs.sweeps import ablation
+from mrmae_jax.configs import demo
+from mrmae_jax.configs.sweeps import ablation
 from mrmae_jax.sweep import grid
 
 

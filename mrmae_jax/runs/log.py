@@ -19,7 +19,9 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
+from mrmae_jax import hardware
 from mrmae_jax.runs import supervision
+from mrmae_jax.runs.metrics import NOT_RESULTS, read_metrics
 
 # tensorboardX imports torch where it is installed, seconds and hundreds of megabytes for nothing: it does without.
 if "torch" in sys.modules:
@@ -29,56 +31,6 @@ else:
   import tensorboardX
 
   del sys.modules["torch"]
-
-# bfloat16 peak of one device in FLOP/s: data sheets of NVIDIA and Google Cloud, dense. A v2/v3/v4/v5p/v6e/7x "device" is a
-# chip as JAX counts it, except v2/v3/7x, where it is one of two cores.
-PEAK_FLOPS = {
-  "A100": 312e12,
-  "H100": 989e12,
-  "H200": 989e12,
-  "B200": 2250e12,
-  "L4": 121e12,
-  "L40S": 362e12,
-  "A10": 125e12,
-  "TPU v2": 23e12,
-  "TPU v3": 61e12,
-  "TPU v4": 275e12,
-  "TPU v5 lite": 197e12,
-  "TPU v5e": 197e12,
-  "TPU v5": 459e12,
-  "TPU v5p": 459e12,
-  "TPU v6 lite": 918e12,
-  "TPU v6e": 918e12,
-  "TPU7x": 1153e12,
-}
-
-
-# What is logged beside losses and evaluations.
-NOT_RESULTS = {
-  "step",
-  "lr",
-  "grad_norm",
-  "param_norm",
-  "update_norm",
-  "images_per_s",
-  "images_per_s_per_device",
-  "data_wait",
-  "mfu",
-  "device_gib",
-  "evaluation_s",
-  "skipped",
-}
-
-
-def peak_flops(device: jax.Device) -> float | None:
-  """bfloat16 peak of a device in FLOP/s, None when unknown."""
-  return of_device(PEAK_FLOPS, device)
-
-
-def of_device(table: dict[str, Any], device: jax.Device) -> Any:
-  """The entry of `table` whose name is a part of the device's kind, the longest that is; None without one."""
-  names = [name for name in table if name.lower() in device.device_kind.lower()]
-  return table[max(names, key=len)] if names else None
 
 
 class Log:
@@ -340,9 +292,9 @@ class Clock:
     values = {"images_per_s": rate, "data_wait": min(1.0, (waited - self._waited) / seconds)}
     if len(self._devices) > 1:
       values["images_per_s_per_device"] = rate / len(self._devices)
-    peak = peak_flops(self._devices[0])
-    if peak and self._flops:
-      values["mfu"] = self._flops * steps / seconds / peak
+    chip = hardware.find_chip(self._devices[0])
+    if chip and self._flops:
+      values["mfu"] = self._flops * steps / seconds / chip.peak_flops
     memory = (
       self._devices[0].memory_stats()
       if self._devices[0].process_index == jax.process_index()
@@ -371,15 +323,3 @@ def hms(seconds: float) -> str:
   """Hours, minutes and seconds: "1:02:03"."""
   seconds = round(seconds)
   return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
-
-
-def read_metrics(workdir: str | Path, name: str = "metrics.jsonl") -> list[dict]:
-  """Records of a run's metrics.jsonl in order; a torn last line, left by a killed run, is skipped."""
-  path = epath.Path(workdir) / name
-  records = []
-  for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-    try:
-      records.append(json.loads(line))
-    except ValueError:
-      continue
-  return records
