@@ -118,14 +118,14 @@ def _against_torch(options, model, names: dict[str, bool], write, call):
     options: of the command line.
     model: () -> the torch model, the same each time.
     names: of the ways to run it, each with whether it is strengthened.
-    write: (model, folder) -> path that `model_files.read` understands.
+    write: (model, folder) -> path that `model_files.read_model` understands.
     call: (model, images [B, 3, H, W] normalized, noise [B, N]) -> loss, both torch tensors.
   """
   import torch  # an extra
 
   config, rng = options.config, np.random.default_rng(0)
   with tempfile.TemporaryDirectory() as folder:
-    student = model_files.read(write(model(), Path(folder)), dtype=config.dtype)
+    student = model_files.read_model(write(model(), Path(folder)), dtype=config.dtype)
   network = mrmae.Model(student.encoder, student.decoder, (), config.data.mean, config.data.std)
   channels = len(config.data.mean)
   images = rng.integers(0, 256, (config.batch_size, *config.image_size, channels), np.uint8)

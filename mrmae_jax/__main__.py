@@ -1,5 +1,6 @@
 """`mrmae COMMAND ...`, or `python -m mrmae_jax COMMAND ...`: parses, runs, and turns errors into exit codes."""
 
+import argparse
 import importlib
 import os
 import sys
@@ -25,12 +26,12 @@ def main(argv: list[str] | None = None) -> int:
     if HELP.intersection(argv):
       print(_help(argv))
       return 0
-    options = parser.parse(argv)
+    options = _parse(argv)
   except UsageError as error:
     return report_error(error, debug)
   name = "train" if options.command in TRAINING else options.command.replace("-", "_")
   try:
-    result = importlib.import_module(f"mrmae_jax.cli.{name}").run(options)
+    result = _module(name).run(options)
   except Interrupted as error:
     print("error: stopped by a signal; nothing was written", file=sys.stderr, flush=True)
     return error.exit_code
@@ -55,13 +56,29 @@ def report_error(error: UserError, debug: bool) -> int:
   return error.exit_code
 
 
+def _module(name: str):
+  """Imports a module of the command line: each command loads only what it needs."""
+  return importlib.import_module(f"mrmae_jax.cli.{name}")
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+  """Parses a command line and loads its configuration, so that mistakes are answered before jax loads."""
+  try:
+    options = parser.parse(argv)
+  except parser.UnknownWord as error:
+    if argv[0] in (*TRAINING, "doctor"):
+      _module("configs").suggest_key(error.name, argv, str(error))
+    raise
+  if hasattr(options, "overrides") and options.command != "sweep":
+    options.config = _module("configs").load_config(options.config, options.overrides)
+  return options
+
+
 def _help(argv: list[str]) -> str:
   text = parser.help_text([word for word in argv if word not in HELP])
   if argv[0] not in (*TRAINING, "doctor"):
     return text
-  from mrmae_jax.cli import configs
-
-  return f"{text}\n{configs.describe_keys(argv)}"
+  return f"{text}\n{_module('configs').describe_keys(argv)}"
 
 
 def _let_configurations_import_their_neighbours() -> None:

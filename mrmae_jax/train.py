@@ -122,7 +122,7 @@ def check(config, task: Task) -> TrainState:
     run.close()
   metrics = jax.device_get(metrics)
   if nonfinite.Skips(config.optim.max_skips).count(1, metrics):
-    raise NonFiniteError(f"step 1: {nonfinite.reason(metrics)}; {nonfinite.HINT}")
+    raise NonFiniteError(f"step 1: {nonfinite.skip_reason(metrics)}; {nonfinite.HINT}")
   numbers = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
   print(
     f"compiled the training step in {seconds:.1f} s; one step gave {numbers}. Nothing was written.",

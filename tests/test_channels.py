@@ -6,21 +6,21 @@ import json
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from PIL import Image
 
 import mrmae_jax
 from mrmae_jax import config as config_lib
 from mrmae_jax import data, preflight, teachers, train
-from mrmae_jax.cli import convert, features, show_teacher, visualize
-from mrmae_jax.cli import verify as data_tool
+from mrmae_jax.cli import show_teacher
 from mrmae_jax.data import augment, packed
 from mrmae_jax.errors import ConfigError, DataError, WeightsError
 from mrmae_jax.evals import reconstruct
 from mrmae_jax.models import ConvViT, Decoder, ViT
 from mrmae_jax.tasks import finetune, pretrain, probe
 from mrmae_jax.weights import files, model_files
-from mrmae_jax.weights.table import leaves
 from tests import tiny
+from tests.helpers.cli import run_command
 from tests.helpers.images import eval_loader, photo, train_steps
 from tests.test_stages import changed, finished_run
 
@@ -270,18 +270,17 @@ def test_verify_counts_channels(folder, tmp_path, capsys):
     "--splits=train",
     "--workers=1",
   ]
-  assert data_tool.main([*command, "--channels=4", f"--json={tmp_path}/report.json"]) == 0
+  assert run_command([*command, "--channels=4", f"--json={tmp_path}/report.json"]) == 0
   found = json.loads((tmp_path / "report.json").read_text())["train"]
   pixels = np.concatenate([np.load(path).reshape(-1, 4) for path in folder.glob("*/*.npy")]) / 255
   assert found["pixels"] == len(pixels) and found["format"] == {"pixels": 24} and found["bad"] == 0
   np.testing.assert_allclose(found["mean"], pixels.mean(0), rtol=1e-9)
   np.testing.assert_allclose(found["std"], pixels.std(0), rtol=1e-9)
   capsys.readouterr()
-  assert data_tool.main(command) == 3
+  assert run_command(command) == 3
   assert "24 of 24 images are bad, the first: a/00.npy: has 4 channels" in capsys.readouterr().err
   assert (
-    data_tool.main(["verify", "--source=digits", "--splits=eval", "--workers=1", "--channels=1"])
-    == 0
+    run_command(["verify", "--source=digits", "--splits=eval", "--workers=1", "--channels=1"]) == 0
   )
   assert len(json.loads(capsys.readouterr().out.rpartition("}")[0] + "}")["eval"]["mean"]) == 1
 
@@ -327,7 +326,7 @@ def test_configurations_that_do_not_fit(folder, values, message):
 
 def look(config, images):
   teacher = teachers.load(teachers.configured_spec(config.teacher, config))
-  return np.asarray(jax.jit(teacher.look)(teacher.params, images).features)
+  return np.asarray(jax.jit(teacher.forward)(teacher.params, images).features)
 
 
 def test_a_teacher_sees_three_channels_of_many():
@@ -388,7 +387,7 @@ def student_of(encoder, channels, grid=(3, 5)):
   decoder, rng = Decoder(8 * 8 * channels, 12, 1, 3, 2), np.random.default_rng(0)
   shapes = model_files.param_shapes(encoder, decoder, grid, channels=channels)
   params = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32) * 0.3, shapes)
-  return model_files.Student(
+  return model_files.LoadedModel(
     encoder,
     decoder,
     params,
@@ -405,7 +404,7 @@ def student_of(encoder, channels, grid=(3, 5)):
 def test_files_keep_the_channels(tmp_path, form, channels):
   student = student_of(CONVVIT if form == "convmae" else VIT, channels)
   path = tmp_path / ("hf" if form == "hf" else "x.safetensors")
-  model_files.write(student, path, form)
+  model_files.write_model(student, path, form)
   tensors = files.open_weights(path)
   name = {
     "convmae": "patch_embed1.proj.weight",
@@ -421,7 +420,10 @@ def test_files_keep_the_channels(tmp_path, form, channels):
     student.std,
     (3, 5),
   )
-  found, expected = leaves(model.student.params), leaves(student.params)
+  found, expected = (
+    flatten_dict(model.network.params, sep="/"),
+    flatten_dict(student.params, sep="/"),
+  )
   assert found.keys() == expected.keys() and all(
     np.array_equal(found[name], x) for name, x in expected.items()
   )
@@ -432,15 +434,15 @@ def test_files_keep_the_channels(tmp_path, form, channels):
   )
   with pytest.raises(ValueError, match=rf"expected \[B, H, W, {channels}\]"):
     model.encode(np.zeros((2, 24, 40, channels + 1), np.uint8))
-  fresh = leaves(model_files.untrained(student).params["encoder"])
+  fresh = flatten_dict(model_files.untrained(student).params["encoder"], sep="/")
   assert {name: x.shape for name, x in fresh.items()} == {
-    name: x.shape for name, x in leaves(student.params["encoder"]).items()
+    name: x.shape for name, x in flatten_dict(student.params["encoder"], sep="/").items()
   }
 
 
 def test_foreign_files_that_do_not_tell_their_statistics(tmp_path):
   student = student_of(VIT, 4)
-  model_files.write(student, tmp_path / "notes.safetensors", "timm")
+  model_files.write_model(student, tmp_path / "notes.safetensors", "timm")
   tensors = {
     name: np.asarray(x) for name, x in files.open_weights(tmp_path / "notes.safetensors").items()
   }
@@ -538,9 +540,9 @@ def test_four_channels_from_the_files_to_the_features(folder, tmp_path):
   )  # the first picture of the first column
 
   assert (
-    visualize.main(
+    run_command(
       [
-        "visualise",
+        "visualize",
         f"--model={run}",
         "--count=2",
         f"--out={tmp_path}/look",
@@ -578,7 +580,7 @@ def test_four_channels_from_the_files_to_the_features(folder, tmp_path):
 
   for model, out, form in (("run", "hf", "hf"), ("tuned", "tuned.safetensors", "timm")):
     assert (
-      convert.main(
+      run_command(
         ["convert", f"--model={tmp_path / model}", f"--out={tmp_path / out}", f"--format={form}"]
       )
       == 0
@@ -599,7 +601,7 @@ def test_four_channels_from_the_files_to_the_features(folder, tmp_path):
   assert mrmae_jax.load(tmp_path / "tuned.safetensors").classify(images).shape == (2, 2)
 
   assert (
-    features.main(
+    run_command(
       [
         "features",
         f"--model={tmp_path}/hf",

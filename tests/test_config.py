@@ -16,9 +16,10 @@ import pytest
 from configs import cifar10, convmae, demo, finetune, mae, mrmae, probe
 from configs.sweeps import ablation
 from mrmae_jax import config as config_lib
-from mrmae_jax import preflight, teachers
+from mrmae_jax import preflight
 from mrmae_jax.errors import ConfigError
 from mrmae_jax.tasks import pretrain
+from mrmae_jax.weights.hub import PRESETS
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -63,7 +64,7 @@ def hub(tmp_path, monkeypatch):
     ),
     ("dino_vit_b16", {"model_type": "vit", "layer_norm_eps": 1e-12, "hidden_act": "gelu"} | sizes),
   ):
-    preset = teachers.PRESETS[name]
+    preset = PRESETS[name]
     commit = preset.revision if len(preset.revision) == 40 else "0" * 40
     root = tmp_path / "hub" / f"models--{preset.repo.replace('/', '--')}"
     ref = root / "refs" / preset.revision

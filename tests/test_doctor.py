@@ -8,26 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from absl import flags
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from mrmae_jax import __main__ as entry
 from mrmae_jax import config as schema
-from mrmae_jax.cli import doctor
-from mrmae_jax.cli import train as training
+from mrmae_jax.cli import doctor, parser
 from tests import tiny
+from tests.helpers.cli import run_command
 
 ROOT = Path(__file__).parent.parent
-
-
-def forget():
-  """A process parses one command line; these tests parse many."""
-  for name in [name for name in flags.FLAGS if name.startswith("config.")]:
-    delattr(flags.FLAGS, name)
-  for flag in training.FLAGS:
-    flags.FLAGS[flag.name].unparse()
-  flags.FLAGS.unparse_flags()
 
 
 @pytest.fixture
@@ -36,7 +26,6 @@ def examine(tmp_path, capsys, monkeypatch):
   monkeypatch.chdir(ROOT)
 
   def run(*arguments, workdir=tmp_path / "run"):
-    forget()
     words = [
       f"--config.{word}" if "=" in word and not word.startswith("--") else word
       for word in arguments
@@ -48,11 +37,11 @@ def examine(tmp_path, capsys, monkeypatch):
         "doctor",
         "--config=tests/tiny.py",
         *([f"--workdir={workdir}"] if workdir else []),
-        "--nocompile",
+        "--no-compile",
         *words,
       ],
     )
-    code = doctor.main()
+    code = run_command(sys.argv)
     printed = capsys.readouterr()
     assert "Traceback" not in printed.err
     return code, printed.out
@@ -93,11 +82,10 @@ def test_a_sound_run(examine, tmp_path):
 
 def test_the_step_is_compiled_and_timed(capsys, monkeypatch):
   monkeypatch.chdir(ROOT)
-  forget()
   monkeypatch.setattr(
     sys, "argv", ["doctor", "--config=tests/tiny.py:vit", "--config.teacher.path="]
   )
-  assert doctor.main() == 0
+  assert run_command(sys.argv) == 0
   out = capsys.readouterr().out
   assert "ms a step, " in out and "for 8 steps" in out and "GiB a device" in out
   assert "look  no teacher: this is MAE or ConvMAE" in out
@@ -225,11 +213,10 @@ def test_planted_teachers(examine, tmp_path):
 
 
 def test_every_command_answers_help(capsys):
-  forget()
   assert entry.main(["mrmae"]) == 0
   listing = capsys.readouterr().out
-  assert all(f"  {name} " in listing for name in entry.COMMANDS)
-  for name in entry.COMMANDS:
+  assert all(f"    {name} " in listing for name in parser.COMMANDS)
+  for name in parser.COMMANDS:
     assert entry.main(["mrmae", name, "--help"]) == 0, name
     assert len(capsys.readouterr().out) > 200, name
 
@@ -240,13 +227,11 @@ def test_the_script_finds_configurations_that_import_each_other(tmp_path, monkey
   monkeypatch.setattr(sys, "path", [str(ROOT), *(p for p in sys.path if p)])
   (tmp_path / "neighbour_of_mine.py").write_text("from tests.tiny import get_config")
   (tmp_path / "mine.py").write_text("from neighbour_of_mine import get_config")
-  forget()
   assert entry.main(["mrmae", "finetune", f"--config={tmp_path}/mine.py", "--workdir=/tmp/x"]) == 2
   assert "needs a configuration of task 'finetune'" in capsys.readouterr().err  # so it was read
 
 
 def test_mistakes_are_answered(capsys, monkeypatch):
-  forget()
   monkeypatch.chdir(ROOT)
   for arguments, said in (
     (["pretrian"], "did you mean pretrain?"),

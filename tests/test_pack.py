@@ -12,9 +12,9 @@ from PIL import Image
 
 from mrmae_jax import config as config_lib
 from mrmae_jax import preflight
-from mrmae_jax.cli import pack
 from mrmae_jax.data import augment, open_source, packed
 from mrmae_jax.errors import ConfigError, DataError
+from tests.helpers.cli import run_command
 from tests.helpers.images import (
   SIZE,
   as_pillow,
@@ -37,7 +37,8 @@ def root(tmp_path_factory):
     root / "folder", [f"{'ab'[i % 2]}/{i:02d}.{suffixes[i % 3 == 0]}" for i in range(27)]
   )
   assert (
-    pack.main(["pack", f"--source=folder:{root}/folder", f"--out={root}/packed", "--shards=3"]) == 0
+    run_command(["pack", f"--source=folder:{root}/folder", f"--out={root}/packed", "--shards=3"])
+    == 0
   )
   return root
 
@@ -85,7 +86,7 @@ def test_fingerprint_tells_contents_apart_wherever_they_lie(root, copy, tmp_path
   assert open_source(f"packed:{copy}", "train").fingerprint == fingerprint
   shutil.copytree(root / "folder", tmp_path / "folder")
   next((tmp_path / "folder").rglob("01.jpg")).write_bytes(encode(photo(seed=99)))
-  assert pack.main(["pack", f"--source=folder:{tmp_path}/folder", f"--out={tmp_path}/other"]) == 0
+  assert run_command(["pack", f"--source=folder:{tmp_path}/folder", f"--out={tmp_path}/other"]) == 0
   assert open_source(f"packed:{tmp_path}/other", "train").fingerprint != fingerprint
 
 
@@ -103,7 +104,7 @@ def test_short_side_shrinks_what_is_larger(tmp_path):
   (tmp_path / "a.png").write_bytes(encode(large, "PNG"))
   (tmp_path / "b.jpg").write_bytes(small)
   assert (
-    pack.main(
+    run_command(
       [
         "pack",
         f"--source=folder:{tmp_path}",
@@ -131,7 +132,7 @@ def test_an_image_that_cannot_be_decoded_is_named_and_nothing_is_left(tmp_path, 
   write_images(tmp_path / "folder", ["a.jpg", "c.jpg"])
   (tmp_path / "folder" / "b.jpg").write_bytes(b"<html>")
   assert (
-    pack.main(
+    run_command(
       [
         "pack",
         f"--source=folder:{tmp_path}/folder",
@@ -158,7 +159,7 @@ def test_an_image_that_cannot_be_decoded_is_named_and_nothing_is_left(tmp_path, 
   ],
 )
 def test_command_lines_that_do_not_fit(options, message, capsys):
-  assert pack.main(["pack", *options]) == 2
+  assert run_command(["pack", *options]) == 2
   assert message in capsys.readouterr().err
 
 
@@ -202,14 +203,14 @@ def test_shards_that_are_missing_or_cut_short_are_found_at_once(copy):
 
 
 def test_changed_bytes_are_found_by_verify_and_by_reading(copy, capsys):
-  assert pack.main(["pack", f"--verify={copy}"]) == 0
+  assert run_command(["pack", f"--verify={copy}"]) == 0
   assert "27 images in 5 shards are as written" in capsys.readouterr().out
   source = open_source(f"packed:{copy}", "train")
   shard = copy / "train-00000-of-00003.array_record"
   data = bytearray(shard.read_bytes())
   data[data.index(source[3]["image"][-500:])] ^= 1
   shard.write_bytes(data)
-  assert pack.main(["pack", f"--verify={copy}"]) == 3
+  assert run_command(["pack", f"--verify={copy}"]) == 3
   assert "train-00000-of-00003.array_record: was changed" in capsys.readouterr().err
   with pytest.raises(DataError, match="image 3 of 'train' cannot be read.*--verify="):
     examples(open_source(f"packed:{copy}", "train"))

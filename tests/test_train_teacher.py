@@ -15,6 +15,7 @@ from mrmae_jax import data, teachers
 from mrmae_jax.cli import teacher as teacher_cli
 from mrmae_jax.evals.knn import knn_classify
 from mrmae_jax.mrmae import normalize
+from tests.helpers.specs import read_spec
 
 BUNDLED = Path(__file__).parent.parent / "configs" / "demo_teacher"
 TINY = dict(
@@ -77,12 +78,12 @@ def test_folder_gives_the_features_of_the_trained_model(trained):
   np.testing.assert_array_equal(key, params["blocks_1"]["attn"]["qkv"]["kernel"][:, 16:32].T)
 
   teacher = teachers.load(
-    teachers.read_spec(path=folder, image_size=(16, 16), token_size=8, dtype="float32")
+    read_spec(path=folder, image_size=(16, 16), token_size=8, dtype="float32")
   )
   images = np.random.default_rng(1).integers(0, 256, (3, 16, 16, 3), np.uint8)
   _, out = vit.apply({"params": params}, normalize(images, (0.5,) * 3, (0.5,) * 3))
   np.testing.assert_allclose(
-    teacher.look(teacher.params, images).features, out["layers"][-1][:, 1:], atol=1e-5
+    teacher.forward(teacher.params, images).features, out["layers"][-1][:, 1:], atol=1e-5
   )
   assert set(history) == {0, 0.8} and all(
     0 < value <= 1 for row in history.values() for value in row.values()
@@ -216,7 +217,7 @@ def test_errors_are_one_line(arguments, code, message, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def bundled():
-  spec = teachers.read_spec(path=BUNDLED, image_size=(32, 32), token_size=4, dtype="float32")
+  spec = read_spec(path=BUNDLED, image_size=(32, 32), token_size=4, dtype="float32")
   splits = []
   for split in ("train", "eval"):
     source = data.open_source("digits", split, holdout_every=5)
@@ -228,7 +229,7 @@ def bundled():
 
 
 def features(teacher, params, images):
-  apply = jax.jit(teacher.look)
+  apply = jax.jit(teacher.forward)
   return np.concatenate([apply(params, part).features for part in np.array_split(images, 8)])
 
 

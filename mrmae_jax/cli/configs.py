@@ -10,7 +10,7 @@ from ml_collections import ConfigDict, config_flags
 
 import mrmae_jax
 from mrmae_jax import config as config_lib
-from mrmae_jax.errors import ConfigError, UsageError
+from mrmae_jax.errors import UsageError
 
 # In a checkout configs/ lies beside the package; a wheel carries it inside.
 _PACKAGE = Path(mrmae_jax.__file__).parent
@@ -37,10 +37,10 @@ def load_config(name: str, overrides: list[str] = ()) -> ConfigDict:
     raise UsageError(f"--config={name}: {type(error).__name__}: {error}") from error
   for word in overrides:
     _check_key(word, config)
-  values = flags.FlagValues()
-  config_flags.DEFINE_config_dict("config", config, lock_config=True, flag_values=values)
+  values, argv = flags.FlagValues(), ["mrmae", *overrides]
   try:
-    values(["mrmae", *overrides])
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+    values(argv)
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
     text = str(error.args[0] if error.args else error)
     raise UsageError(" ".join(text.split())) from error
@@ -95,15 +95,20 @@ def _check_key(word: str, config) -> None:
     node, place = node[key], f"{place}.{key}"
 
 
-def key_hint(word: str, name: str) -> str:
-  """Returns "; did you mean --config.KEY=VALUE?" for a word that is the end of a key, or ""."""
-  wanted = word.split("=")[0].lstrip("-")
-  try:
-    keys = config_lib.flatten(load_config(name))
-  except (UsageError, ConfigError):
-    return ""
+def suggest_key(wanted: str, argv: list[str], message: str) -> None:
+  """Raises a UsageError that suggests --config.KEY=VALUE, if `wanted` is the end of a key.
+
+  Args:
+    wanted: a word of the command line without dashes and value.
+    argv: the command line, whose --config has the keys.
+    message: what is wrong with the word.
+  """
+  names = [word.split("=", 1)[1] for word in argv if word.startswith("--config=")]
+  keys = config_lib.flatten(load_config(names[-1])) if names else ()
   matches = [key for key in keys if key == wanted or key.endswith(f".{wanted}")]
-  return f"; did you mean --config.{matches[0]}=VALUE?" if matches else ""
+  if matches:
+    text = message.split("; ")[0]
+    raise UsageError(f"{text}; did you mean --config.{matches[0]}=VALUE?")
 
 
 def describe_keys(argv: list[str]) -> str:

@@ -8,27 +8,32 @@ time. The picture --out shows the first images as training would see them. Nothi
 (the run would start, but this is rarely meant) or "stop". Exit code: 0 if the run would start, else the one it would end with.
 """
 
+import datetime
+import fcntl
 import importlib.metadata
+import os
 import platform
 import shutil
-import sys
+import statistics
 from pathlib import Path
 
-from absl import flags
+import jax
+import numpy as np
+from PIL import Image
 
-from mrmae_jax.errors import ConfigError, DataError, WeightsError
+from mrmae_jax import config as schema
+from mrmae_jax import data, preflight, program, sharding, train
+from mrmae_jax.cli import bench, show_teacher
+from mrmae_jax.cli import compile as pods
+from mrmae_jax.cli.train import load_training_config, out_of_memory
+from mrmae_jax.config import teacher_options
+from mrmae_jax.data import augment
+from mrmae_jax.errors import ConfigError, DataError, UsageError, WeightsError, WorkdirError
+from mrmae_jax.evals.reconstruct import bands_shown
+from mrmae_jax.runs.paths import open_folder
+from mrmae_jax.viz.grid import draw_grid
 
 COUNT = 16  # images that are looked at
-
-
-def define_flags() -> flags.FlagValues:
-  """The options of its own; the others are those of training."""
-  own = flags.FlagValues()
-  flags.DEFINE_string(
-    "out", "", "A .png with the first images as training sees them.", flag_values=own
-  )
-  flags.DEFINE_bool("compile", True, "Compile the step, and time three of them.", flag_values=own)
-  return own
 
 
 class Report:
@@ -50,40 +55,25 @@ class Report:
     self.code = self.code or code
 
 
-def main(argv: list[str] | None = None) -> int:
-  """Runs a command line (default: sys.argv); returns the exit code."""
-  argv = sys.argv if argv is None else argv
-  own = define_flags()
-  from mrmae_jax.cli import train as training  # --help needs it too
-
-  if {"-h", "--help", "--helpfull"}.intersection(argv[1:]):
-    print(__doc__, own.get_help(), "\nAnd the options of training:\n", sep="\n")
-    return training.main(argv[:1] + ["--help"])
+def run(options) -> int:
+  """Carries out `mrmae doctor`; returns the exit code that the run would have."""
   report = Report()
   try:
-    rest = own(argv, known_only=True)
-    if own.out and not own.out.endswith(".png"):
-      raise training.UsageError(f"--out={own.out} must end in .png")
-    with_workdir = any(word.startswith("--workdir") for word in rest)
-    config, workdir = training.parse(rest if with_workdir else [*rest, "--check"])
-  except (flags.Error, training.UsageError) as error:
+    if options.out and not options.out.endswith(".png"):
+      raise UsageError(f"--out={options.out} must end in .png")
+    options.check = options.check or not options.workdir
+    config = load_training_config(options, None)
+  except UsageError as error:
     report.stop(" ".join(str(error).split()), error.exit_code)
     return report.code
-  examine(config, workdir, report, own.out, own.compile)
-  print(
-    "\nthe run would start"
-    if not report.code
-    else f"\nthe run would end with exit code {report.code}",
-    flush=True,
-  )
+  examine(config, options.workdir, report, options.out, options.compile)
+  end = f"end with exit code {report.code}" if report.code else "start"
+  print(f"\nthe run would {end}", flush=True)
   return report.code
 
 
 def examine(config, workdir: str | None, report: Report, out: str, compiled: bool) -> None:
   """All checks of a configuration; what depends on something that failed is left out."""
-  import jax  # a mistyped command line is answered before jax is loaded
-
-  from mrmae_jax import data, preflight
 
   devices = jax.devices()
   versions = ", ".join(
@@ -127,7 +117,6 @@ def examine(config, workdir: str | None, report: Report, out: str, compiled: boo
 
 def differences(config, report: Report) -> None:
   """Settings that are not the defaults of the task."""
-  from mrmae_jax import config as schema
 
   base = schema.TASKS.get(config.task, schema.pretrain)()
   if config.encoder.name == "vit":
@@ -143,11 +132,6 @@ def differences(config, report: Report) -> None:
 
 def folder(workdir: str, report: Report) -> None:
   """The workdir, without writing to it."""
-  import fcntl
-  import os
-
-  from mrmae_jax.errors import WorkdirError
-  from mrmae_jax.runs.paths import open_folder
 
   try:
     place = open_folder(workdir)
@@ -182,10 +166,6 @@ def folder(workdir: str, report: Report) -> None:
 
 def images(config, report: Report, out: str):
   """The training split; looks at its first images, as they are and as training sees them. None if there is none to train on."""
-  import numpy as np
-
-  from mrmae_jax import data
-  from mrmae_jax.data import augment
 
   try:
     source = data.open_split(config.data, "train")
@@ -240,11 +220,6 @@ def images(config, report: Report, out: str):
   if "knn" in config.evals and not source.class_names:
     report.look("no k-NN evaluation: the images have no labels (folders as classes)")
   if out:
-    from PIL import Image
-
-    from mrmae_jax.evals.reconstruct import bands_shown
-    from mrmae_jax.viz.grid import draw_grid
-
     bands, caption = bands_shown(config)
     views = batch["image"][..., bands].astype(np.float32) / 255
     columns = [views[i::4] for i in range(min(4, len(views)))]
@@ -297,10 +272,6 @@ def schedule(config, count: int, platform_name: str, report: Report) -> None:
 
 def teachers(config, pictures, report: Report) -> None:
   """Each teacher on a few images: its grid, the size of its features, and how much of them is the same everywhere."""
-  import numpy as np
-
-  from mrmae_jax.cli import show_teacher
-  from mrmae_jax.config import teacher_options
 
   named = teacher_options(config)
   if not named:
@@ -329,14 +300,6 @@ def teachers(config, pictures, report: Report) -> None:
 
 def step(config, task, count: int, workdir: str | None, compiled: bool, report: Report) -> None:
   """Parameters, work, memory and time of the training step, and the disk for its checkpoints."""
-  import statistics
-
-  import jax
-
-  from mrmae_jax import program, sharding, train
-  from mrmae_jax.cli import bench
-  from mrmae_jax.cli import compile as pods
-  from mrmae_jax.runs import log
 
   plan = train.make_plan(config, task, sharding.make_mesh(**config.mesh), count)
   sizes = {
@@ -375,7 +338,6 @@ def step(config, task, count: int, workdir: str | None, compiled: bool, report: 
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    from mrmae_jax.cli.train import out_of_memory
 
     report.stop(out_of_memory(str(error), config), 2)
     return
@@ -388,5 +350,5 @@ def step(config, task, count: int, workdir: str | None, compiled: bool, report: 
   share = f" of {chip.memory / 2**30:.0f} GiB" if chip else ""
   report.ok(
     f"compiled in {ready.compile_s:.0f} s; {peak / 2**30:.2f} GiB{share} a device; {seconds * 1e3:,.0f} ms a step, "
-    f"{config.batch_size / seconds:,.0f} images/s without loading: {log.hms(seconds * steps)} for {steps} steps, without evaluations"
+    f"{config.batch_size / seconds:,.0f} images/s without loading: {datetime.timedelta(seconds=round(seconds * steps))} for {steps} steps, without evaluations"
   )

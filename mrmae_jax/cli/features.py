@@ -11,65 +11,16 @@ not at all. `mrmae knn` measures what .npz files are worth.
 """
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
-from absl import flags
+from tqdm import tqdm
 
-from mrmae_jax.cli import command_line
+from mrmae_jax import constants, data, mrmae, pretrained
 from mrmae_jax.errors import UsageError
-
-
-def define_flags() -> flags.FlagValues:
-  """The options, apart from absl's global ones."""
-  own = flags.FlagValues()
-  flags.DEFINE_string(
-    "model", None, "Workdir, weight file, ViTMAE folder, or pixels.", flag_values=own
-  )
-  flags.DEFINE_bool("untrained", False, "Fresh weights (seed 0) for the encoder.", flag_values=own)
-  flags.DEFINE_string("images", None, "Images: folder:/path, digits or tfds:name.", flag_values=own)
-  flags.DEFINE_string("data_dir", "", "Where tfds looks for prepared data sets.", flag_values=own)
-  flags.DEFINE_string(
-    "train_split", "train", "Sub-folder or tfds split behind --split=train.", flag_values=own
-  )
-  flags.DEFINE_string("eval_split", "validation", "The same for --split=eval.", flag_values=own)
-  flags.DEFINE_enum("split", "train", ["train", "eval"], "Which one.", flag_values=own)
-  flags.DEFINE_integer(
-    "holdout_every",
-    0,
-    "Images without splits: every k-th is --split=eval, as in a run; 0: all are train.",
-    flag_values=own,
-  )
-  flags.DEFINE_string("out", None, "The file: .npz or .parquet.", flag_values=own)
-  flags.DEFINE_enum(
-    "feature",
-    "pooled",
-    ["pooled", "cls"],
-    "The mean over the tokens, or the CLS token.",
-    flag_values=own,
-  )
-  flags.DEFINE_integer(
-    "image_size",
-    0,
-    "Side of the (square) images in pixels; 0: as the model was trained; pixels: 32.",
-    flag_values=own,
-  )
-  flags.DEFINE_float(
-    "crop", 0.875, "Central share of the resized image that is seen.", flag_values=own
-  )
-  flags.DEFINE_integer("batch_size", 64, "Images at a time.", flag_values=own)
-  flags.DEFINE_enum(
-    "dtype",
-    "float32",
-    ["float32", "bfloat16"],
-    "Of the computation; features are float32.",
-    flag_values=own,
-  )
-  flags.DEFINE_integer(
-    "num_heads", 0, "Attention heads, for files that do not tell.", flag_values=own
-  )
-  return own
+from mrmae_jax.runs import supervision
+from mrmae_jax.runs.paths import atomic_write
+from mrmae_jax.weights import model_files
 
 
 class _Named:
@@ -104,7 +55,6 @@ def extract(
   Raises:
     DataError: an image cannot be read.
   """
-  from mrmae_jax import data  # a mistyped command line is answered before jax is loaded
 
   named, done = _Named(source), 0
   # In threads of this process: the names are remembered here.
@@ -164,14 +114,11 @@ _WRITERS = {".npz": _save_npz, ".parquet": _save_parquet}
 
 
 def run(options) -> str:
-  """The command with an attribute per flag; returns a line for people.
+  """Carries out `mrmae features`.
 
   Raises:
     UsageError, WeightsError, DataError: options, a model or images that do not fit.
   """
-  for name in ("model", "images", "out"):
-    if not getattr(options, name):
-      raise UsageError(f"--{name} is missing; see --help")
   suffix = Path(options.out).suffix
   if suffix not in _WRITERS:
     raise UsageError(f"--out={options.out} must end in {' or '.join(_WRITERS)}")
@@ -183,11 +130,6 @@ def run(options) -> str:
         "a .parquet file needs pyarrow; install the parquet extra (pip install mrmae_jax[parquet]) or write "
         ".npz"
       ) from None
-  from tqdm import tqdm
-
-  from mrmae_jax import data
-  from mrmae_jax.runs import supervision
-  from mrmae_jax.weights import files
 
   source = data.open_source(
     options.images,
@@ -230,7 +172,7 @@ def run(options) -> str:
 
     with (
       supervision.supervised(hang_s=0),
-      files.whole(Path(options.out).expanduser()) as unfinished,
+      atomic_write(Path(options.out).expanduser()) as unfinished,
     ):
       _WRITERS[suffix](unfinished, watched(), source.class_names, about)
   return f"wrote {options.out}: {options.feature} features of {len(source)} images at {size[0]}x{size[1]}"
@@ -238,8 +180,6 @@ def run(options) -> str:
 
 def _encoder(options):
   """What `extract` takes of --model: the function, size and channels of its images, and what to say of it."""
-  from mrmae_jax import constants, mrmae, pretrained
-  from mrmae_jax.weights import model_files
 
   square = (options.image_size,) * 2
   if options.model == "pixels":
@@ -252,10 +192,10 @@ def _encoder(options):
   )
   report = str(model.report)
   if options.untrained:
-    model = pretrained.Pretrained(model_files.untrained(model.student))
+    model = pretrained.PretrainedModel(model_files.untrained(model.network))
     report = f"{report.splitlines()[0]}, with fresh weights"
   encoder, size = (
-    model.student.encoder,
+    model.network.encoder,
     square if options.image_size else model.config["image_size"],
   )
   if any(side % encoder.patch_size or side <= 0 for side in size):
@@ -264,13 +204,4 @@ def _encoder(options):
     )
   if options.feature == "cls" and not encoder.cls_token:
     raise UsageError("--feature=cls: the model has no CLS token; use pooled")
-  return lambda images: model.encode(images)[options.feature], size, len(model.student.mean), report
-
-
-def main(argv: list[str] | None = None) -> int:
-  """Runs a command line (default: sys.argv); returns the exit code: 0 done, 2 usage, 3 data."""
-  return command_line(__doc__, define_flags(), run, argv)
-
-
-if __name__ == "__main__":
-  sys.exit(main())
+  return lambda images: model.encode(images)[options.feature], size, len(model.network.mean), report

@@ -51,6 +51,17 @@ class Parser(argparse.ArgumentParser):
     raise UsageError(f"{message}; see mrmae {command} --help".replace("  ", " "))
 
 
+class UnknownWord(UsageError):
+  """A word of a command line that is not an option of its command."""
+
+  def __init__(self, word: str, command: str, names):
+    """Suggests the nearest of the `names` of options."""
+    self.word, self.name = word, word.split("=")[0].lstrip("-")
+    nearest = [self.name] if self.name in names else difflib.get_close_matches(self.name, names, 1)
+    hint = f"did you mean --{nearest[0]}?" if nearest else f"see mrmae {command} --help"
+    super().__init__(f"{word!r} is not an option; {hint}")
+
+
 # Types of options.
 
 
@@ -667,31 +678,38 @@ def parse(argv: list[str]) -> argparse.Namespace:
     raise UsageError(f"{argv[0]!r} is not a command; {hint}")
   if not argv:
     argv = ["--help"]
+  _check_names(argv)
   options, rest = make_parser().parse_known_args(argv)
   if getattr(options, "takes_overrides", False):
     options.overrides = [word for word in rest if word.startswith("--config.")]
     rest = [word for word in rest if not word.startswith("--config.")]
   if rest:
-    hint = nearest_option(rest[0], vars(options))
-    raise UsageError(f"{rest[0]!r} is not an option{hint}; see mrmae {options.command} --help")
+    raise UnknownWord(rest[0], options.command, vars(options))
   return options
 
 
-def nearest_option(word: str, options) -> str:
-  """Returns "; did you mean --x?" for a misspelt option, or "" if nothing is near."""
-  name = word.split("=")[0].lstrip("-")
-  if name in options and not word.startswith("-"):
-    return f"; did you mean --{word}?"
-  nearest = difflib.get_close_matches(name, options, 1)
-  return f"; did you mean --{nearest[0]}?" if nearest else ""
+def _check_names(argv: list[str]) -> None:
+  """Raises UsageError for an option that the command has not, before one that it misses."""
+  names = {
+    name.lstrip("-") for action in _find_parser(argv)._actions for name in action.option_strings
+  }
+  for word in argv[1:]:
+    name = word.split("=")[0]
+    if name.startswith("--") and name[2:] not in names and not name.startswith("--config."):
+      raise UnknownWord(word, argv[0], names)
 
 
-def help_text(argv: list[str]) -> str:
-  """Returns the help of the command that a command line names, or of all of them."""
+def _find_parser(argv: list[str]) -> Parser:
+  """Returns the parser of the command, and benchmark, that a command line names."""
   parser, names = make_parser(), [word for word in argv if not word.startswith("-")]
   for name in names[:2]:
     groups = [x for x in parser._actions if isinstance(x, argparse._SubParsersAction)]
     if not groups or name not in groups[0].choices:
       break
     parser = groups[0].choices[name]
-  return parser.format_help()
+  return parser
+
+
+def help_text(argv: list[str]) -> str:
+  """Returns the help of the command that a command line names, or of all of them."""
+  return _find_parser(argv).format_help()

@@ -40,7 +40,7 @@ from mrmae_jax.evals.knn import knn_classify
 from mrmae_jax.models.layers import gelu, sincos_2d
 from mrmae_jax.models.vit import ViT
 from mrmae_jax.mrmae import normalize, sample_mask
-from mrmae_jax.weights import files, table, towers
+from mrmae_jax.weights import families, files, table
 
 MEAN = STD = (0.5, 0.5, 0.5)
 YIQ = (
@@ -485,17 +485,18 @@ def save(out: str, vit: ViT, params, image_size: int) -> None:
   }
   for name, content in (("config", config), ("preprocessor_config", preprocessor)):
     (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
-  tensors = table.export(params, towers.name_table(towers.MODEL_TYPES["vit"], "", vit))
+  tensors = table.export(params, families.name_table(families.MODEL_TYPES["vit"], "", vit))
   files.write_safetensors(folder / "model.safetensors", tensors)
 
   spec = teachers.read_spec(
-    path=folder, image_size=(image_size,) * 2, token_size=vit.patch_size, dtype="float32"
+    teachers.TeacherOptions(path=folder, dtype="float32"),
+    teachers.StudentImages((image_size, image_size), vit.patch_size),
   )
   teacher = teachers.load(spec)
   images = np.random.default_rng(0).integers(0, 256, (2, image_size, image_size, 3), np.uint8)
   expected = vit.apply({"params": params}, normalize(images, MEAN, STD))[1]["layers"][-1][:, 1:]
   np.testing.assert_allclose(
-    teacher.look(teacher.params, images).features, expected, rtol=1e-5, atol=1e-5
+    teacher.forward(teacher.params, images).features, expected, rtol=1e-5, atol=1e-5
   )
 
 

@@ -6,11 +6,11 @@ import traceback
 
 import jax
 
+from mrmae_jax import config as config_lib
 from mrmae_jax import preflight, train
-from mrmae_jax.cli import configs
 from mrmae_jax.errors import Interrupted, LostError, OutOfMemoryError, UsageError, UserError
 from mrmae_jax.runs import distributed, supervision
-from mrmae_jax.runs.workdir import held, prepare_workdir
+from mrmae_jax.runs.workdir import lock_workdir, prepare_workdir
 
 TASKS = {
   "pretrain": "pretrain",
@@ -58,15 +58,16 @@ def load_training_config(options, task: str | None):
   Raises:
     UsageError: it cannot be loaded, is of another task, or an option is missing.
   """
-  config = configs.load_config(options.config, options.overrides)
-  if task and config.task != task:
+  config = options.config
+  # An unknown task is a mistake of the configuration, which preflight names.
+  if task and config.task != task and config.task in config_lib.TASKS:
     raise UsageError(
       f"this command needs a configuration of task {task!r}; that of --config has {config.task!r}"
     )
   if not options.check and not options.workdir:  # an empty one would be the current folder
     raise UsageError(
       f"--workdir is missing; see mrmae {options.command} --help. Example: "
-      f"mrmae {options.command} --config={options.config} --workdir=/tmp/run"
+      f"mrmae {options.command} --config=demo --workdir=/tmp/run"
     )
   places = ("coordinator_address", "num_processes", "process_id")
   given = [name for name in places if getattr(options, name) is not None]
@@ -87,11 +88,11 @@ def _train(options, config) -> int:
       try:
         preflight.check(config, jax.device_count())
         closing.enter_context(supervision.supervised(config.hang_s))
-        with supervision.phase("start", at_once=True):
+        with supervision.phase("start", interruptible=True):
           task = preflight.open_task(config)
         if not options.check:
           prepare_workdir(options.workdir)
-          if note := closing.enter_context(held(options.workdir)):
+          if note := closing.enter_context(lock_workdir(options.workdir)):
             print(note, flush=True)
       except UserError as error:
         distributed.agree("start", {}, error=str(error))

@@ -19,58 +19,22 @@ import itertools
 import json
 import multiprocessing
 import os
-import sys
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from absl import flags
+from PIL import Image
+from tqdm import tqdm
 
-from mrmae_jax.cli import command_line
-from mrmae_jax.errors import DataError, UsageError
+from mrmae_jax.cli.pack import open_splits
+from mrmae_jax.data import augment
+from mrmae_jax.errors import DataError
+from mrmae_jax.runs.paths import atomic_write
 
 CHUNK = 16  # images that a process takes at a time
 ORIENTATION = 0x0112  # EXIF tag; 1: as stored
-
-
-def define_flags() -> flags.FlagValues:
-  """The options, apart from absl's global ones."""
-  own = flags.FlagValues()
-  flags.DEFINE_string(
-    "source", None, "Images: folder:/path, digits, tfds:name or packed:/path.", flag_values=own
-  )
-  flags.DEFINE_list("splits", ["train", "eval"], "Which to look at.", flag_values=own)
-  flags.DEFINE_string(
-    "train_split", "train", "Sub-folder or tfds split for training.", flag_values=own
-  )
-  flags.DEFINE_string("eval_split", "validation", "The same for evaluation.", flag_values=own)
-  flags.DEFINE_string("data_dir", "", "Where tfds looks for prepared data sets.", flag_values=own)
-  flags.DEFINE_integer(
-    "holdout_every",
-    10,
-    "Images without splits: every k-th is for evaluation; 0: all are for training.",
-    flag_values=own,
-  )
-  flags.DEFINE_integer(
-    "channels",
-    3,
-    "Of the images: as many as the run's config.data.mean has numbers.",
-    lower_bound=1,
-    flag_values=own,
-  )
-  flags.DEFINE_integer(
-    "workers", 0, "Decoding processes; 0: one per core.", lower_bound=0, flag_values=own
-  )
-  flags.DEFINE_string("json", "", "A file for the report, too.", flag_values=own)
-  flags.DEFINE_string(
-    "quarantine",
-    "",
-    "A file for the list of bad images, for config.data.quarantine.",
-    flag_values=own,
-  )
-  return own
 
 
 class Found(NamedTuple):
@@ -97,7 +61,6 @@ def nothing(channels: int) -> Found:
 
 def inspect(source, channels: int, indices) -> Found:
   """Reads and decodes some images of a source."""
-  from mrmae_jax.data import augment
 
   found = nothing(channels)
   for i in indices:
@@ -121,7 +84,6 @@ def inspect(source, channels: int, indices) -> Found:
 
 def _about(data: bytes) -> list[tuple[str, str]]:
   """What `Found.counts` counts, of an image file that can be decoded."""
-  from PIL import Image
 
   with Image.open(io.BytesIO(data)) as picture:
     mode = picture.mode
@@ -207,25 +169,12 @@ def verify(source, channels: int, workers: int, progress) -> Found:
 
 
 def run(options) -> str:
-  """The command with an attribute per flag; returns a line for people.
+  """Carries out `mrmae verify`.
 
   Raises:
     UsageError, DataError: options that do not fit; bad images, after the files are written.
   """
-  if not options.source:
-    raise UsageError("--source is missing; see --help")
-  if not options.splits or not set(options.splits) <= {"train", "eval"}:
-    raise UsageError(f"--splits={','.join(options.splits)} must be train, eval or both")
-  from tqdm import tqdm
-
-  from mrmae_jax import data  # a mistyped command line is answered first
-  from mrmae_jax.weights import files
-
-  opened = ("train_split", "eval_split", "data_dir", "holdout_every")
-  sources = {
-    split: data.open_source(options.source, split, **{name: options[name].value for name in opened})
-    for split in options.splits
-  }
+  sources = open_splits(options)
   with tqdm(
     total=sum(map(len, sources.values())), unit="image", smoothing=0.05
   ) as bar:  # shows rate and time left
@@ -243,7 +192,7 @@ def run(options) -> str:
     (options.quarantine, {split: one.bad for split, one in found.items()}),
   ):
     if path:
-      with files.whole(Path(path).expanduser()) as unfinished:
+      with atomic_write(Path(path).expanduser()) as unfinished:
         unfinished.write_text(json.dumps(content, indent=1) + "\n")
   images, bad = (
     sum(one[key] for one in report.values() if isinstance(one, dict)) for key in ("images", "bad")
@@ -259,12 +208,3 @@ def run(options) -> str:
       f"{bad} of {images} images are bad, the first: {first}; leave them out with {advice} in a run, or repair them"
     )
   return f"all {images} images are good"
-
-
-def main(argv: list[str] | None = None) -> int:
-  """Runs a command line (default: sys.argv); returns the exit code: 0 all good, 2 usage, 3 bad images."""
-  return command_line(__doc__, define_flags(), run, argv)
-
-
-if __name__ == "__main__":
-  sys.exit(main())

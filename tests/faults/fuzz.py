@@ -354,7 +354,8 @@ def weights() -> Callable[[np.random.Generator], Case]:
 
   from mrmae_jax import teachers
   from mrmae_jax.models import ConvViT, Decoder, ViT
-  from mrmae_jax.weights import files, model_files, table, towers
+  from mrmae_jax.weights import families, files, model_files, table
+  from tests.helpers.specs import read_spec
 
   rng = np.random.default_rng(0)
   noise = lambda shapes: jax.tree.map(
@@ -363,20 +364,20 @@ def weights() -> Callable[[np.random.Generator], Case]:
 
   def tower(family, prefix, **options):
     learned = bool(family.names.pos_embed)
-    module = ViT(8, 8, 1, 2, 12, learned_positions=learned, **family.tower | options)
+    module = ViT(8, 8, 1, 2, 12, learned_positions=learned, **family.fields | options)
     shapes = jax.eval_shape(
       module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
     )["params"]
-    return table.export(noise(shapes), towers.name_table(family, prefix, module))
+    return table.export(noise(shapes), families.name_table(family, prefix, module))
 
   def teacher(folder, **options):
-    spec = teachers.read_spec(
+    spec = read_spec(
       path=folder / "weights", image_size=(16, 24), token_size=8, dtype="float32", **options
     )
     jax.block_until_ready(jax.tree.leaves(teachers.load(spec).params))
 
   def student(folder):
-    model_files.read(folder / "weights", num_heads=2, decoder_heads=2)
+    model_files.read_model(folder / "weights", num_heads=2, decoder_heads=2)
 
   root = Path(tempfile.mkdtemp(prefix="mrmae_jax_fuzz"))
   bases = []  # (files, reader)
@@ -392,7 +393,7 @@ def weights() -> Callable[[np.random.Generator], Case]:
       layer_norm_eps=1e-6,
     )
     statistics = json.dumps({"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}).encode()
-    by_type = {kind: family for family in towers.FAMILIES for kind in family.model_types}
+    by_type = {kind: family for family in families.FAMILIES for kind in family.model_types}
     for kind, form in (
       ("vit", "plain"),
       ("clip_vision_model", "sharded"),
@@ -448,7 +449,7 @@ def weights() -> Callable[[np.random.Generator], Case]:
       (ViT(8, 8, 1, 2, 12), Decoder(192, 8, 1, 2, 2)),
     ):
       shapes = model_files.param_shapes(encoder, decoder, (2, 3))
-      made = model_files.Student(
+      made = model_files.LoadedModel(
         encoder,
         decoder,
         noise(shapes),
@@ -459,7 +460,7 @@ def weights() -> Callable[[np.random.Generator], Case]:
         True,
         None,
       )
-      model_files.write(
+      model_files.write_model(
         made, root / "x.safetensors", "timm" if isinstance(encoder, ViT) else "convmae"
       )
       bases.append(({"weights": (root / "x.safetensors").read_bytes()}, student))
@@ -474,7 +475,7 @@ def weights() -> Callable[[np.random.Generator], Case]:
         },
       )
       bases.append(({"weights": (root / "x").read_bytes()}, student))
-    model_files.write(made, root / "hf", "hf")
+    model_files.write_model(made, root / "hf", "hf")
     bases.append(
       ({f"weights/{path.name}": path.read_bytes() for path in (root / "hf").iterdir()}, student)
     )
@@ -620,7 +621,6 @@ FLAGS = (
 def configs() -> Callable[[np.random.Generator], Case]:
   import jax
   import ml_collections
-  from absl import flags
 
   from mrmae_jax import preflight, sharding, teachers, train
   from mrmae_jax.config import finetune, flatten, probe
@@ -703,7 +703,7 @@ def configs() -> Callable[[np.random.Generator], Case]:
       "",
     ]
     argv = [
-      "main",
+      "pretrain",
       "--config=tests/tiny.py",
       f"--workdir={home.name}/run",
       f"--config.data.source=folder:{home.name}",
@@ -725,19 +725,11 @@ def configs() -> Callable[[np.random.Generator], Case]:
       )
     return argv
 
-  from mrmae_jax.cli import train as cli_train
+  from mrmae_jax.cli import configs, parser
 
   def parse(argv):
-    old, sys.argv = sys.argv, argv  # ml_collections reads it itself
-    try:
-      return cli_train.parse(argv)[0]
-    finally:
-      sys.argv = old
-      for name in list(flags.FLAGS):
-        if name.startswith("config."):
-          delattr(flags.FLAGS, name)
-        else:
-          flags.FLAGS[name].unparse()
+    options = parser.parse(argv)
+    return configs.load_config(options.config, options.overrides)
 
   def make(rng):
     deep = rng.random() < 0.06

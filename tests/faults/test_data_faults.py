@@ -21,11 +21,11 @@ import pytest
 
 from mrmae_jax import config as config_lib
 from mrmae_jax import preflight, train
-from mrmae_jax.cli import pack
 from mrmae_jax.cli import verify as tool
 from mrmae_jax.data import augment, open_source
 from mrmae_jax.data.sources import Remaining
 from mrmae_jax.errors import ConfigError, DataError
+from tests.helpers.cli import run_command
 from tests.helpers.images import (
   SIZE,
   Numbered,
@@ -196,7 +196,7 @@ def test_f26_a_run_with_a_quarantine_list_equals_one_without_these_files(folders
   (tmp_path / "bad" / name(17)).write_bytes(JPEG[:20])
   source = f"folder:{tmp_path}/bad"
   options = [f"--source={source}", "--holdout_every=0", "--splits=train", "--workers=2"]
-  assert tool.main(["verify", *options, f"--json={report}", f"--quarantine={listed}"]) == 3
+  assert run_command(["verify", *options, f"--json={report}", f"--quarantine={listed}"]) == 3
   assert json.loads(listed.read_text())["train"].keys() == {name(i) for i in BAD}
   assert "4 of 24 images are bad" in capsys.readouterr().err
   left = open_source(source, "train", holdout_every=0, quarantine=str(listed))
@@ -353,7 +353,7 @@ def test_f26_verify_counts_everything_and_finds_what_is_bad(tmp_path, capsys):
     (folder / file).write_bytes(data)
   (folder / "nobody.jpg").symlink_to(tmp_path / "gone.jpg")
   assert (
-    tool.main(
+    run_command(
       [
         "data",
         "verify",
@@ -397,7 +397,7 @@ def test_f26_verify_counts_everything_and_finds_what_is_bad(tmp_path, capsys):
 def test_f26_verify_of_good_images(tmp_path, capsys):
   listed = tmp_path / "list.json"
   assert (
-    tool.main(
+    run_command(
       [
         "data",
         "verify",
@@ -425,7 +425,7 @@ def test_f26_verify_of_good_images(tmp_path, capsys):
   ],
 )
 def test_f26_command_lines_that_do_not_fit(options, message, capsys):
-  assert tool.main(["verify", *options]) == 2
+  assert run_command(["verify", *options]) == 2
   assert message in capsys.readouterr().err
 
 
@@ -514,7 +514,7 @@ def test_f28_a_file_that_goes_away_makes_no_epoch_shorter(tmp_path, shards):
 def test_f28_a_packed_shard_that_is_cut_during_a_run(tmp_path, workers):
   write_images(tmp_path / "whole", map(name, range(COUNT)))
   assert (
-    pack.main(
+    run_command(
       [
         "pack",
         f"--source=folder:{tmp_path}/whole",

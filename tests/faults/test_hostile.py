@@ -16,13 +16,11 @@ from pathlib import Path
 import ml_collections
 import numpy as np
 import pytest
-from absl import flags
 from PIL import Image
 from safetensors.numpy import load_file, save
 
 from mrmae_jax import config as config_lib
 from mrmae_jax import preflight, teachers, train
-from mrmae_jax.cli import train as cli_train
 from mrmae_jax.config import flatten
 from mrmae_jax.data import augment, open_source, packed
 from mrmae_jax.data.randaugment import parse as parse_randaug
@@ -30,6 +28,8 @@ from mrmae_jax.errors import ConfigError, DataError, WeightsError
 from mrmae_jax.weights import files, model_files
 from tests import tiny
 from tests.faults import fuzz
+from tests.helpers.cli import run_command
+from tests.helpers.specs import read_spec
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
 DINO, CLIP = GOLDENS / "teachers" / "hf_dino", GOLDENS / "teachers" / "hf_clip_full"
@@ -44,17 +44,10 @@ def command(monkeypatch, capsys, tmp_path):
   monkeypatch.setattr(train, "fit", lambda *args, **kwargs: pytest.fail("training began"))
 
   def run(*arguments):
-    monkeypatch.setattr(
-      sys, "argv", ["main", "--config=tests/tiny.py", f"--workdir={tmp_path}/run", *arguments]
+    monkeypatch.setattr(sys, "argv", ["mrmae"])
+    code = run_command(
+      ["pretrain", "--config=tests/tiny.py", f"--workdir={tmp_path}/run", *arguments]
     )
-    try:
-      code = cli_train.main()
-    finally:
-      for name in list(flags.FLAGS):  # a process parses one command line as a rule
-        if name.startswith("config."):
-          delattr(flags.FLAGS, name)
-        else:
-          flags.FLAGS[name].unparse()
     assert not (tmp_path / "run").exists()
     return code, capsys.readouterr().err
 
@@ -327,45 +320,59 @@ two = lambda *offsets: {name: entry((3,), place) for name, place in zip("ab", of
 HEADERS = {  # what the file claims -> the answer
   "terabytes of header": (
     stored({"a": entry()}, length=2**42),
-    "header asks for 4398046511112 bytes",
+    "header too large",
   ),
-  "all of 64 bits": (stored({"a": entry()}, length=2**64 - 1), "header asks for"),
+  "all of 64 bits": (stored({"a": entry()}, length=2**64 - 1), "header too large"),
   "terabytes of values": (
     stored({"a": entry((2**20, 2**20), (0, 2**42))}),
-    "header asks for 4398046511",
+    "file not fully covered",
   ),
   "a huge shape over little": (
     stored({"a": entry((2**31, 2**31))}),
-    r"\(2147483648, 2147483648\) takes 24 bytes",
+    "overflow computing buffer size from shape",
   ),
-  "an overflowing shape": (stored({"a": entry((2**32, 2**32, 0), (0, 0))}, b""), "holds nothing"),
-  "a negative side": (stored({"a": entry((-2, -3))}), r"a has type 'F32', shape \[-2, -3\]"),
-  "a fraction of a side": (stored({"a": entry((2.0, 3))}), "a has type"),
-  "a truth for a side": (stored({"a": entry((True, 6))}), "a has"),
-  "values before the file": (stored({"a": entry((2, 3), (-24, 0))}), "a has type"),
-  "an end before the beginning": (stored({"a": entry((2, 3), (24, 0))}), "a has type"),
+  "an overflowing shape": (
+    stored({"a": entry((2**32, 2**32, 0), (0, 0))}, b""),
+    "overflow computing buffer size",
+  ),
+  "an empty tensor": (stored({"a": entry((0, 3), (0, 0))}, b""), "holds nothing"),
+  "a negative side": (stored({"a": entry((-2, -3))}), "invalid value: integer `-2`"),
+  "a fraction of a side": (stored({"a": entry((2.0, 3))}), "floating point `2.0`"),
+  "a truth for a side": (stored({"a": entry((True, 6))}), "boolean `true`"),
+  "values before the file": (
+    stored({"a": entry((2, 3), (-24, 0))}),
+    "invalid value: integer `-24`",
+  ),
+  "an end before the beginning": (
+    stored({"a": entry((2, 3), (24, 0))}),
+    "invalid offset for tensor `a`",
+  ),
   "values beyond the file": (
     stored({"a": entry((2, 3), (0, 24)), "b": entry((2, 3), (24, 48))}),
-    "header asks for",
+    "file not fully covered",
   ),
-  "overlapping tensors": (stored(two((0, 12), (8, 20))), "b begins at 8, expected 12"),
-  "the same bytes twice": (stored(two((0, 12), (0, 12))), "b begins at 0, expected 12"),
-  "a hole": (stored(two((0, 12), (16, 28)), bytes(28)), "b begins at 16, expected 12"),
-  "hidden bytes at the end": (stored({"a": entry()}, bytes(99)), "header asks for"),
+  "overlapping tensors": (stored(two((0, 12), (8, 20))), "invalid offset for tensor `b`"),
+  "the same bytes twice": (stored(two((0, 12), (0, 12))), "invalid offset for tensor `[ab]`"),
+  "a hole": (stored(two((0, 12), (16, 28)), bytes(28)), "invalid offset for tensor `b`"),
+  "hidden bytes at the end": (stored({"a": entry()}, bytes(99)), "file not fully covered"),
   "a name twice": (
     stored(b'{"a": %b, "a": %b}' % ((json.dumps(entry()).encode(),) * 2)),
     "'a' comes twice",
   ),
-  "an unknown type": (stored({"a": entry(dtype="F4096")}), "a is F4096"),
-  "a list for a type": (stored({"a": entry(dtype=["F32"])}), "a has"),
-  "no offsets": (stored({"a": {"dtype": "F32", "shape": [2, 3]}}), "KeyError"),
-  "a list": (stored(b"[" + b"1," * 9 + b"1]"), "no weight"),
-  "a list inside": (stored({"a": [1, 2]}), "its header is not that of a safetensors file"),
-  "a deep header": (stored(b'{"a":' + b"[" * 200_000), "its header is not that"),
-  "cut JSON": (stored(b'{"a": {'), "its header is not"),
-  "notes that are none": (stored({"__metadata__": [1], "a": entry()}), "its header is not"),
+  "an unknown type": (stored({"a": entry(dtype="F4096")}), "unknown variant `F4096`"),
+  "a list for a type": (stored({"a": entry(dtype=["F32"])}), "expected string"),
+  "no offsets": (stored({"a": {"dtype": "F32", "shape": [2, 3]}}), "missing field `data_offsets`"),
+  "a list": (stored(b"[" + b"1," * 9 + b"1]"), "not a weight file"),
+  "a list inside": (stored({"a": [1, 2]}), "invalid JSON in header"),
+  "a deep header": (stored(b'{"a":' + b"[" * 200_000), "recursion limit exceeded"),
+  "cut JSON": (stored(b'{"a": {'), "invalid JSON in header: EOF"),
+  "notes that are none": (stored({"__metadata__": [1], "a": entry()}), "invalid JSON in header"),
   "a name for a terminal": (stored({"\x1b[2Ja": entry()}), r"called '\\x1b\[2Ja'"),
-  "nothing": (stored({}, b""), "family|no student"),
+  "a bad name for a terminal": (
+    stored({"\x1b[2Ja": entry((2, 3), (24, 0))}),
+    r"invalid offset for tensor `\\x1b\[2Ja`",
+  ),
+  "nothing": (stored({}, b""), "family|not a model"),
 }
 
 
@@ -375,15 +382,15 @@ def test_f34_safetensors_headers(tmp_path, case):
   path = tmp_path / "x.safetensors"
   path.write_bytes(content)
   for read in (
-    lambda: teachers.read_spec(path=path, image_size=(32, 32), token_size=8),
-    lambda: model_files.read(path),
+    lambda: read_spec(path=path, image_size=(32, 32), token_size=8),
+    lambda: model_files.read_model(path),
   ):
     tracemalloc.start()
     with pytest.raises(WeightsError, match=message) as error:
       read()
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert "\n" not in str(error.value) and str(path) in str(error.value) and peak < 50e6
+    assert str(error.value).isprintable() and str(path) in str(error.value) and peak < 50e6
 
 
 def test_f34_a_terabyte_that_is_there(tmp_path):
@@ -391,9 +398,7 @@ def test_f34_a_terabyte_that_is_there(tmp_path):
   path = tmp_path / "x.safetensors"
   path.write_bytes((2**40).to_bytes(8, "little") + b"{")
   os.truncate(path, 8 + 2**40)
-  with pytest.raises(
-    WeightsError, match="a header of 1099511627776 bytes, at most 100000000 are read"
-  ):
+  with pytest.raises(WeightsError, match="header too large"):
     files.open_weights(path)
 
 
@@ -403,10 +408,10 @@ def test_f34_names_cannot_ask_for_a_billion_blocks(tmp_path, number):
   tensors[f"blocks.{number}.attn.qkv.weight"] = np.ones(3, np.float32)
   (tmp_path / "x.safetensors").write_bytes(save(tensors))
   for read in (
-    lambda: teachers.read_spec(
+    lambda: read_spec(
       path=tmp_path / "x.safetensors", image_size=(32, 32), token_size=8, num_heads=4
     ),
-    lambda: model_files.read(tmp_path / "x.safetensors", num_heads=4),
+    lambda: model_files.read_model(tmp_path / "x.safetensors", num_heads=4),
   ):
     with pytest.raises(
       WeightsError, match=f"blocks are numbered up to {number[:20]}, but 4 are there"
@@ -451,14 +456,14 @@ def test_f34_notes_of_a_model_are_checked(tmp_path, notes):
     "std": [0.5] * 3,
     "method": {"mask_ratio": 0.75, "norm_pix": True},
   }
-  files.write_safetensors(path, tensors, {model_files.NOTES: json.dumps(good)})
-  model_files.read(path, decoder=False)  # without the change it is one
-  files.write_safetensors(path, tensors, {model_files.NOTES: json.dumps(good | notes)})
+  files.write_safetensors(path, tensors, {model_files.METADATA_KEY: json.dumps(good)})
+  model_files.read_model(path, decoder=False)  # without the change it is one
+  files.write_safetensors(path, tensors, {model_files.METADATA_KEY: json.dumps(good | notes)})
   with pytest.raises(
     WeightsError,
     match="is damaged: what it notes|holds a size that is none|must hold equally many numbers|does not fit",
   ) as error:
-    model_files.read(path, decoder=False)
+    model_files.read_model(path, decoder=False)
   assert "\n" not in str(error.value)
 
 
@@ -473,9 +478,7 @@ def folder_with(tmp_path, source=DINO, **contents):
 
 def refused(folder, message, **options):
   with pytest.raises(WeightsError, match=message) as error:
-    teachers.load(
-      teachers.read_spec(**dict(path=folder, image_size=(32, 32), token_size=8) | options)
-    )
+    teachers.load(read_spec(**dict(path=folder, image_size=(32, 32), token_size=8) | options))
   assert "\n" not in str(error.value) and len(str(error.value)) < 2000
 
 
@@ -544,7 +547,7 @@ def test_f34_an_index_stays_in_its_folder(tmp_path, shard):
   )  # what it points at would do
   shutil.copy(tmp_path / "outside.safetensors", folder / "sub" / "x.safetensors")
   (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
-  refused(folder, "the index lists .*, expected names of files in its own folder|is no index")
+  refused(folder, "the index lists .*, expected names of files in its own folder|is not an index")
 
 
 class Harm:
@@ -631,7 +634,7 @@ def test_f34_archives_are_not_unpacked(tmp_path):
       "x/data.pkl": b"\x80\x02}.",
     },
   )
-  with pytest.raises(WeightsError, match="no PyTorch archive"):
+  with pytest.raises(WeightsError, match="not a PyTorch archive"):
     files.open_weights(path)
   assert (
     os.listdir(tmp_path) == ["inside"]
