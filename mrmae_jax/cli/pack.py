@@ -5,7 +5,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mrmae_jax import data
-from mrmae_jax.data import packed
+from mrmae_jax.data.pack import write_packed
+from mrmae_jax.data.sources.packed import count_packed, verify_packed
 from mrmae_jax.errors import UsageError
 
 SPLITS = ("train", "eval")
@@ -23,21 +24,21 @@ def run(options) -> str:
       "give --source and --out to pack images, or --verify alone to check a packed folder"
     )
   if options.verify:
-    with tqdm(total=packed.count_images(options.verify), unit="image") as bar:
-      return packed.verify(options.verify, bar.update)
+    with tqdm(total=count_packed(options.verify), unit="image") as bar:
+      return verify_packed(options.verify, bar.update)
   out = Path(options.out).expanduser()
   if out.exists():
     raise UsageError(f"--out={options.out} exists; give another name or remove it")
   sources = open_splits(options)
   print(*(source.description for source in sources.values()), sep="\n", flush=True)
   names = ("source", *SOURCE_OPTIONS, "short_side", "quality")
-  about = {name: getattr(options, name) for name in names}
+  index_options = {name: getattr(options, name) for name in names}
   images = sum(map(len, sources.values()))
   with tqdm(total=images, unit="image", smoothing=0.05) as bar:
-    packed.write(
+    write_packed(
       sources,
       out,
-      about,
+      index_options,
       short_side=options.short_side,
       quality=options.quality,
       shards=options.shards,
@@ -54,7 +55,8 @@ def open_splits(options) -> dict[str, data.Source]:
   """Opens the splits that --splits names.
 
   Raises:
-    UsageError, DataError: no such split.
+    UsageError: --splits names something else.
+    DataError: a split cannot be opened.
   """
   if not options.splits or not set(options.splits) <= set(SPLITS):
     raise UsageError(f"--splits={','.join(options.splits)} must be train, eval or both")

@@ -198,7 +198,7 @@ def _doctor(parser: Parser) -> None:
   parser.epilog = """Takes the command line of a training command and runs the cheap checks first: settings
 that differ from the defaults, the learning rate, the images, the teacher, the workdir and its disk,
 then the compiled step: FLOPs, memory and time. Writes nothing but the picture. Lines begin with
-"ok", "look" (the run would start, but this is rarely meant) or "stop". Exit code: 0 if the run
+"ok", "warn" (the run would start, but this is rarely meant) or "stop". Exit code: 0 if the run
 would start, else the one it would end with."""
   _training(parser)
   parser.add_argument(
@@ -434,7 +434,7 @@ def _verify(parser: Parser) -> None:
       --config.data.quarantine=bad.json
 
 Decodes every image and prints a report in JSON: how many images, which are bad and why, how large
-they are (shorter side), how many are grey, CMYK, 16-bit, with alpha, animated, or turned by their
+they are (shorter side), how many are gray, CMYK, 16-bit, with alpha, animated, or turned by their
 EXIF orientation (which training ignores), and mean and deviation of each channel, for
 config.data.mean and std. An image is bad if training cannot read it, or if it is a JPEG whose
 decoder notices damage. Not all damage can be seen: of random changes of one byte, all are found in

@@ -32,7 +32,8 @@ from PIL import Image
 from mrmae_jax import config as config_lib
 from mrmae_jax import data, mrmae, pretrained
 from mrmae_jax.cli import show_teacher
-from mrmae_jax.data import open_source, open_split, sources
+from mrmae_jax.data import open_source, open_split
+from mrmae_jax.data.sources.folder import FolderSource
 from mrmae_jax.errors import UsageError, WeightsError, WorkdirError
 from mrmae_jax.evals import knn
 from mrmae_jax.evals.reconstruct import bands_shown
@@ -516,7 +517,7 @@ def _source(options, stored: dict[str, Any]):
     return open_split(images, "eval" if images.holdout_every else "train")
   path = Path(options.images).expanduser()
   if path.is_file():
-    return sources.FolderSource(str(path.parent.absolute()), [path.name], (), f"{path}: one image")
+    return FolderSource(str(path.parent.absolute()), [path.name], (), f"{path}: one image")
   spec = f"folder:{path}" if path.is_dir() else options.images
   return open_source(spec, options.split, data_dir=options.data_dir, holdout_every=0)
 

@@ -1,4 +1,7 @@
-"""Hostile and mistaken input (F33, F34, F35): refused in one clear line before anything is computed; nothing of it is executed."""
+"""Hostile and mistaken input (F33, F34, F35) is refused in one clear line, before any computing.
+
+Nothing of it is executed.
+"""
 
 import copy
 import io
@@ -22,8 +25,10 @@ from safetensors.numpy import load_file, save
 from mrmae_jax import config as config_lib
 from mrmae_jax import preflight, teachers, train
 from mrmae_jax.config import flatten
-from mrmae_jax.data import augment, open_source, packed
+from mrmae_jax.data import augment, open_source
+from mrmae_jax.data.pack import write_packed
 from mrmae_jax.data.randaugment import parse as parse_randaug
+from mrmae_jax.data.sources import packed
 from mrmae_jax.errors import ConfigError, DataError, WeightsError
 from mrmae_jax.weights import files, model_files
 from tests import tiny
@@ -40,7 +45,7 @@ DINO, CLIP = GOLDENS / "teachers" / "hf_dino", GOLDENS / "teachers" / "hf_clip_f
 
 @pytest.fixture
 def command(monkeypatch, capsys, tmp_path):
-  """Runs `main` in this process; training is not reached. (exit code, stderr)."""
+  """Runs a command line in this process without training: (exit code, stderr)."""
   monkeypatch.setattr(train, "fit", lambda *args, **kwargs: pytest.fail("training began"))
 
   def run(*arguments):
@@ -159,7 +164,7 @@ def photos(tmp_path_factory):
 
 
 def valid(task, photos, encoder="convvit"):
-  """A small configuration of each task, with every section there is."""
+  """Returns a small configuration of a task with every section that it can have."""
   c = tiny.get_config(encoder)
   if task == "pretrain":
     c.extra_teachers.dino = copy.deepcopy(c.teacher)
@@ -184,7 +189,7 @@ def put(config, name, value):
     node[leaf] = value
 
 
-# What is accepted although it looks odd, and why that does no harm.
+# Values that are accepted although they look odd, and why they do no harm
 HARMLESS = {("mesh.data", "-1"): "the default: all devices that are left"}
 
 
@@ -290,10 +295,10 @@ def test_f33_what_a_configuration_file_can_do(photos, change, message):
   assert message in str(error.value)
 
 
-@pytest.mark.parametrize("found", [None, 3, {"task": "pretrain"}, ml_collections.ConfigDict()])
-def test_f33_no_configuration_at_all(found):
+@pytest.mark.parametrize("config", [None, 3, {"task": "pretrain"}, ml_collections.ConfigDict()])
+def test_f33_no_configuration_at_all(config):
   with pytest.raises(ConfigError, match="start from pretrain"):
-    preflight.check(found, num_devices=1)
+    preflight.check(config, num_devices=1)
 
 
 @pytest.mark.parametrize(
@@ -461,7 +466,8 @@ def test_f34_notes_of_a_model_are_checked(tmp_path, notes):
   files.write_safetensors(path, tensors, {model_files.METADATA_KEY: json.dumps(good | notes)})
   with pytest.raises(
     WeightsError,
-    match="is damaged: what it notes|holds a size that is none|must hold equally many numbers|does not fit",
+    match="is damaged: what it notes|holds a size that is none|must hold equally many numbers|"
+    "does not fit",
   ) as error:
     model_files.read_model(path, decoder=False)
   assert "\n" not in str(error.value)
@@ -622,7 +628,7 @@ def test_f34_code_of_torchscript_is_not_run(tmp_path):
 
 
 def test_f34_archives_are_not_unpacked(tmp_path):
-  """Of all files only PyTorch's are archives, and those are read in memory: names that lead elsewhere lead nowhere."""
+  """Only PyTorch's files are archives; they are read in memory, so that no name leads to a path."""
   inside = tmp_path / "inside"
   inside.mkdir()
   path = archive(
@@ -713,7 +719,7 @@ def test_f34_solid_colours_are_decoded():
 
 def test_f34_packed_shards_lie_in_their_folder(tmp_path, photos):
   root = tmp_path / "packed"
-  packed.write({"train": open_source(photos, "train")}, root, {"source": "photos"})
+  write_packed({"train": open_source(photos, "train")}, root, {"source": "photos"})
   index = json.loads((root / "index.json").read_text())
   shard = index["splits"]["train"][0]
   shutil.copy(root / shard["file"], tmp_path / "outside")
@@ -730,10 +736,10 @@ def test_f34_packed_shards_lie_in_their_folder(tmp_path, photos):
       (root / "index.json").write_text(json.dumps(changed))
       for read in (
         lambda: packed.PackedSource(str(root), "train"),
-        lambda: packed.verify(root),
-        lambda: packed.count_images(root),
+        lambda: packed.verify_packed(root),
+        lambda: packed.count_packed(root),
       ):
-        with pytest.raises(DataError, match="no packed folder"):
+        with pytest.raises(DataError, match="not a packed folder"):
           read()
   for text in (
     "[" * 100_000,
@@ -745,7 +751,7 @@ def test_f34_packed_shards_lie_in_their_folder(tmp_path, photos):
     json.dumps(index | {"options": 3}),
   ):
     (root / "index.json").write_text(text)
-    with pytest.raises(DataError, match="no packed folder"):
+    with pytest.raises(DataError, match="not a packed folder"):
       packed.PackedSource(str(root), "train")
 
 
@@ -765,7 +771,7 @@ def test_f34_packed_shards_lie_in_their_folder(tmp_path, photos):
   ],
 )
 def test_f34_packed_records_are_checked(tmp_path, photos, about):
-  packed.write({"train": open_source(photos, "train")}, tmp_path / "packed", {"source": "photos"})
+  write_packed({"train": open_source(photos, "train")}, tmp_path / "packed", {"source": "photos"})
   source = packed.PackedSource(str(tmp_path / "packed"), "train")
   source._records = [about + b"\n" + bytes(12)]
   with pytest.raises(DataError, match="image 0 of 'train' cannot be read"):
@@ -836,7 +842,8 @@ def test_f35_a_run_that_is_none(tmp_path, content):
   (tmp_path / "config.json").write_text(content)
   refused(
     f"checkpoint:{tmp_path}",
-    "teacher.path=checkpoint:.*(config.json there is not that of a run|holds no run|cannot be read)",
+    "teacher.path=checkpoint:.*"
+    "(config.json there is not that of a run|holds no run|cannot be read)",
   )
 
 
@@ -844,20 +851,20 @@ def test_f35_a_run_that_is_none(tmp_path, content):
 
 
 def test_the_fuzzer_finds(tmp_path):
-  """Every kind of finding is told apart, blamed on its number, and stored so that the number gives it again."""
+  """Each kind of finding has its message and its number, and its input is stored."""
   make, numbers = fuzz.itself(), {}
   for number in range(100, 1000):
-    numbers.setdefault(fuzz.make_case(make, number).files["what"].decode(), number)
+    numbers.setdefault(fuzz.make_case(make, number).files["kind"].decode(), number)
   first = [
     number
     for number in range(1000, 3000)
-    if fuzz.make_case(make, number).files["what"] in (b"result", b"refused")
+    if fuzz.make_case(make, number).files["kind"] in (b"result", b"refused")
   ][: fuzz.WARM_UP]
-  order = [*first, *(numbers[what] for what in ("raises", "two lines", "dies", "is slow", "hangs"))]
+  order = [*first, *(numbers[kind] for kind in ("raises", "two lines", "dies", "is slow", "hangs"))]
   outcome = fuzz.run("itself", order, tmp_path, hang_s=20)
-  found = {
-    what: outcome.findings.pop(numbers[what])
-    for what in ("raises", "two lines", "dies", "is slow", "hangs")
+  reasons = {
+    kind: outcome.findings.pop(numbers[kind])
+    for kind in ("raises", "two lines", "dies", "is slow", "hangs")
   }
   assert (
     not outcome.findings
@@ -865,12 +872,12 @@ def test_the_fuzzer_finds(tmp_path):
     and min(outcome.results, outcome.refused) > 20
   )
   assert (
-    "KeyError: 'raises'" in found["raises"]
-    and "several lines" in found["two lines"]
-    and "died with -6" in found["dies"]
+    "KeyError: 'raises'" in reasons["raises"]
+    and "several lines" in reasons["two lines"]
+    and "died with -6" in reasons["dies"]
   )
-  assert "s of computing" in found["is slow"] and "no answer for 20 s" in found["hangs"]
-  assert (tmp_path / f"itself-{numbers['dies']}" / "what").read_bytes() == b"dies"
+  assert "s of computing" in reasons["is slow"] and "no answer for 20 s" in reasons["hangs"]
+  assert (tmp_path / f"itself-{numbers['dies']}" / "kind").read_bytes() == b"dies"
   outcome = fuzz.run("itself", [*first, numbers["takes memory"]], tmp_path)
   assert (
     "memory has grown by" in outcome.findings[numbers["takes memory"]]

@@ -34,7 +34,8 @@ from PIL import Image
 from mrmae_jax import data
 from mrmae_jax.cli import bench
 from mrmae_jax.constants import IMAGENET_MEAN, IMAGENET_STD
-from mrmae_jax.data import augment, packed
+from mrmae_jax.data import augment
+from mrmae_jax.data.pack import write_packed
 from mrmae_jax.errors import UsageError
 
 PACKED_SIDE = 256
@@ -105,7 +106,7 @@ def _measure_speed(options, source) -> dict:
     sources = {"": source}
     for name, side in ((", packed", 0), (f", packed at {PACKED_SIDE}", PACKED_SIDE)):
       root = Path(folder) / str(side)
-      packed.write({"train": source}, root, {"source": options.source}, short_side=side)
+      write_packed({"train": source}, root, {"source": options.source}, short_side=side)
       sources[name] = data.open_source(f"packed:{root}", "train")
     loaders = _make_loaders(options, {name: _Repeated(x) for name, x in sources.items()})
     equal = _has_pixels_of_pil(options, source)
