@@ -7,9 +7,6 @@ Cost:      2 min 20 s
 Expected:  top-1 0.96 on 359 held-out digits, 0.90 from random weights (one seed each)
 """
 
-import runpy
-from pathlib import Path
-
 from mrmae_jax import config
 
 DEMO = Path(__file__).with_name("demo.py")

@@ -8,11 +8,6 @@ Expected:  the paper prints such a table; its numbers were not available, and no
            here yet
 """
 
-import runpy
-from pathlib import Path
-
-MRMAE = Path(__file__).parents[1] / "mrmae.py"
-
 
 def get_config(arguments: str = "base"):
   c = runpy.run_path(str(MRMAE))["get_config"](arguments)

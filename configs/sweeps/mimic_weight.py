@@ -9,9 +9,6 @@ Cost:      100 epochs of ImageNet-1k at the base size, about 1.3e19 FLOP for eac
 Expected:  both losses start near 1, so the best weight is probably near 1; not measured here yet
 """
 
-import runpy
-from pathlib import Path
-
 from mrmae_jax.sweep import grid
 
 DEMO = Path(__file__).parents[1] / "demo.py"
