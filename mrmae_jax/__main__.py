@@ -10,7 +10,12 @@ import importlib
 import sys
 from pathlib import Path
 
-TASKS = {"pretrain": "pretrain", "finetune": "finetune", "probe": "probe"}  # command -> config.task
+TASKS = {  # command -> config.task
+  "pretrain": "pretrain",
+  "finetune": "finetune",
+  "probe": "probe",
+  "teacher": "self_distill",
+}
 COMMANDS = {
   "pretrain": (None, "pre-train: MR-MAE, ConvMAE or MAE (--config=configs/mrmae.py:base)"),
   "finetune": (None, "fine-tune a classifier (--config=configs/finetune.py:base)"),
@@ -30,7 +35,7 @@ COMMANDS = {
   "convert": ("convert", "weights in the names of ConvMAE, timm or Hugging Face"),
   "verify": ("verify", "decode every image of a data set, list those that cannot be read"),
   "pack": ("pack", "a data set in shards that are read faster"),
-  "teacher": ("teacher", "train a small teacher on your own images, without labels"),
+  "teacher": (None, "train a small teacher without labels (--config=configs/teacher.py)"),
   "show-teacher": ("show_teacher", "what a teacher has to teach"),
   "compile": ("compile", "compile a training step for devices that need not be there"),
   "bench": ("bench.__main__", "benchmarks of the step, the loader and others' code"),

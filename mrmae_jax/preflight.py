@@ -86,8 +86,8 @@ def _check_data(config, mistakes: Mistakes) -> None:
     config.data.source,
     "config.data.source is not set; use digits, folder:/path/to/images, tfds:name or packed:/path",
   ):
-    # The evaluators of pre-training do without a held-out split.
-    for split in ("train",) if config.task == "pretrain" else ("train", "eval"):
+    # The evaluators of the other tasks do without a held-out split.
+    for split in ("train", "eval") if config.task in ("finetune", "probe") else ("train",):
       try:
         data.open_split(config.data, split)
       except DataError as error:

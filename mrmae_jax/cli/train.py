@@ -34,6 +34,9 @@ _WORKDIR = flags.DEFINE_string(
   None,
   "Folder, or gs://BUCKET/FOLDER, for checkpoints, metrics and pictures; holds at most one run.",
 )
+_OUT = flags.DEFINE_string(
+  "out", "", "Of mrmae teacher alone: folder that receives the teacher; default: WORKDIR/teacher."
+)
 _CHECK = flags.DEFINE_bool("check", False, "Open the data, compile, run one step, write nothing.")
 _MULTIHOST = flags.DEFINE_bool(
   "multihost", False, "Wait for the processes of the other hosts and train with them."
@@ -55,6 +58,7 @@ _DEBUG = flags.DEFINE_bool("debug", False, "Show where in the code an error came
 FLAGS = (
   _CONFIG,
   _WORKDIR,
+  _OUT,
   _DEBUG,
   _CHECK,
   _MULTIHOST,
@@ -112,6 +116,10 @@ def main(argv: list[str] | None = None, task: str | None = None) -> int:
         distributed.agree("start", train.host_agreement(config, task))
       if _CHECK.value:
         train.check(config, task)
+      elif config.task == "self_distill":
+        from mrmae_jax.cli import teacher
+
+        print(teacher.run_teacher(config, task, workdir, _OUT.value), flush=True)
       else:
         train.fit(config, task, workdir)
   except Interrupted as error:
@@ -174,6 +182,8 @@ def parse(argv: list[str]):
     raise UsageError(
       f"--{given[0]} says where other processes are: add --multihost, or leave it out"
     )
+  if _OUT.value and _CONFIG.value.task != "self_distill":
+    raise UsageError("--out is for mrmae teacher alone; leave it out")
   return _CONFIG.value, _WORKDIR.value
 
 
