@@ -489,6 +489,11 @@ def _trained_encoder(workdir: Path, dtype: str):
   """The encoder module of the run in a workdir, and the mean and deviation of its input."""
   try:
     config = checkpoint.read_config(workdir)
+    if config.get("task") == "self_distill":
+      raise WeightsError(
+        f"teacher.path=checkpoint:{workdir} is a run of mrmae teacher; give the folder that it "
+        f"wrote, --out or teacher.path={workdir}/teacher"
+      )
     return make_encoder(config["encoder"], jnp.dtype(dtype)), (
       tuple(config["data"]["mean"]),
       tuple(config["data"]["std"]),
