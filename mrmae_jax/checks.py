@@ -301,7 +301,7 @@ def _check_distill(config, need) -> None:
   )
   patches = math.prod(side // token_size(config) for side in config.image_size)
   need(
-    patches * config.distill.visible >= 1,
+    int(patches * (1 - (1 - config.distill.visible))) >= 1,  # as `mrmae.sample_mask` rounds
     f"config.distill.visible={config.distill.visible} must leave one of {patches} patches",
   )
 

@@ -60,6 +60,7 @@ SHORTER = [  # (commands that contain this, options in addition, exit code); all
     "--config.epochs=1 --config.batch_size=8 --config.optim.warmup_epochs=0.1",
     0,
   ),
+  (r"configs/teacher\.py:photos", f"{VIT} --config.dtype=float32", 0),
   (r"^mrmae visualize .*clip_vit_b16", "--teacher=tests/goldens/teachers/hf_clip_full", 0),
   (r"^mrmae knn --train=train", "--batch_size=16", 0),
   (r"^mrmae bench (step|both)", "--steps=2", 0),

@@ -12,11 +12,12 @@ from PIL import Image
 from safetensors import safe_open
 
 import mrmae_jax
+from configs import teacher as recipe
 from mrmae_jax import __main__ as entry
 from mrmae_jax import config as config_lib
-from mrmae_jax import data, sharding, teachers, train
+from mrmae_jax import data, preflight, sharding, teachers, train
 from mrmae_jax.cli import teacher as teacher_cli
-from mrmae_jax.errors import UsageError, WeightsError
+from mrmae_jax.errors import ConfigError, UsageError, WeightsError
 from mrmae_jax.evals.knn import knn_classify
 from mrmae_jax.mrmae import normalize
 from mrmae_jax.runs.log import read_metrics
@@ -53,6 +54,17 @@ def trained(tmp_path_factory):
   task = self_distill.make(config)
   assert teacher_cli.run_teacher(config, task, workdir) == f"teacher: {workdir / 'teacher'}"
   return workdir, config, task, train.fit(config, task, workdir)
+
+
+def test_the_recipe_has_the_defaults_and_that_of_photographs_is_valid():
+  assert recipe.get_config().to_dict() == config_lib.self_distill().to_dict()
+  photos = recipe.get_config("photos")
+  with pytest.raises(ConfigError, match="config.data.source is not set"):
+    preflight.check(photos, 8)
+  photos.data.source = "digits"
+  preflight.check(photos, 8)
+  with pytest.raises(ConfigError, match="images 'videos' is not one of digits, photos"):
+    recipe.get_config("videos")
 
 
 def leaves(params):

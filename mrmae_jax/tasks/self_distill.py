@@ -12,10 +12,10 @@ start from the sine-cosine table, since small noise takes long to unlearn.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mrmae_jax import data, evals, mrmae, optim, sharding
 from mrmae_jax.models import ViT, make_encoder
@@ -38,19 +38,19 @@ def make(config) -> Task:
   Raises:
     DataError: there are no training images.
   """
-  distill, (mean, std) = config.distill, (config.data.mean, config.data.std)
+  distill = config.distill
   encoder = make_encoder(config.encoder, jnp.dtype(config.dtype))
   source = functools.cache(functools.partial(data.open_split, config.data))
   steps = optim.count_steps(config, len(source("train")))
-  num_patches = np.prod([side // encoder.patch_size for side in config.image_size])
+  num_patches = math.prod(side // encoder.patch_size for side in config.image_size)
+  normalize = functools.partial(mrmae.normalize, mean=config.data.mean, std=config.data.std)
 
   def init(key):
     encoder_key, head_key = jax.random.split(key)
+    prototypes = distill.prototypes if distill.objective == "dino" else 0
     params = {
       "encoder": encoder.init(encoder_key, jnp.zeros((1, *config.image_size, 3)))["params"],
-      "head": init_head(
-        head_key, 2 * encoder.dim, distill.prototypes if distill.objective == "dino" else 0
-      ),
+      "head": init_head(head_key, 2 * encoder.dim, prototypes),
     }
     extra = {
       "teacher": jax.tree.map(jnp.copy, params),  # buffers of its own, since the step donates them
@@ -58,15 +58,6 @@ def make(config) -> Task:
       "step": jnp.int32(0),
     }
     return params, extra
-
-  def outputs(params, pixels, mask):
-    """Projections [2, B, K] of normalized views [B * 2, H, W, 3]."""
-    x, _ = encoder.apply({"params": params["encoder"]}, pixels, mask)
-    x = x.astype(jnp.float32)
-    # The paper projects CLS alone; the students of this project mimic the patches.
-    x = jnp.concatenate([x[:, 0], x[:, 1:].mean(1)], axis=1)
-    x = project(params["head"], x)
-    return x.reshape(-1, 2, x.shape[1]).swapaxes(0, 1)
 
   def loss(params, extra, frozen, batch, keys):
     del frozen
@@ -77,13 +68,10 @@ def make(config) -> Task:
     teacher = jax.tree.map(follow, extra["teacher"], jax.lax.stop_gradient(params))
     student = params | {"head": freeze_prototypes(params["head"], step < steps.per_epoch)}
 
-    pixels = mrmae.normalize(augment_pairs(keys, batch["image"], distill), mean, std)
-    mask = None
-    if distill.visible < 1:
-      noise = jax.vmap(lambda key: jax.random.uniform(key, (2, num_patches)))(fold(keys, 1))
-      mask = mrmae.sample_mask(noise.reshape(-1, num_patches), 1 - distill.visible)
-    target = jax.lax.stop_gradient(outputs(teacher, pixels, None))
-    prediction = outputs(student, pixels, mask)
+    pixels = normalize(augment_pairs(keys, batch["image"], distill))
+    mask = sample_masks(keys, num_patches, distill.visible)
+    target = jax.lax.stop_gradient(project_views(encoder, teacher, pixels))
+    prediction = project_views(encoder, student, pixels, mask)
     if distill.objective == "contrast":
       value = contrast_loss(prediction, target, distill.contrast_temperature)
     else:
@@ -94,7 +82,7 @@ def make(config) -> Task:
 
   def predict(params, extra, frozen, batch, keys):
     del params, frozen, keys
-    pixels = mrmae.normalize(batch["image"], mean, std)
+    pixels = normalize(batch["image"])
     return {"features": mean_token(encoder, extra["teacher"]["encoder"], pixels)}
 
   return Task(
@@ -105,6 +93,23 @@ def make(config) -> Task:
     source=source,
     optimizer=lambda _, steps: optim.make_optimizer(config.optim, config.batch_size, steps),
   )
+
+
+def project_views(encoder: ViT, params, pixels: jax.Array, mask=None) -> jax.Array:
+  """Projects normalized views [B * 2, H, W, 3], those of an image side by side, to [2, B, K]."""
+  x, _ = encoder.apply({"params": params["encoder"]}, pixels, mask)
+  x = x.astype(jnp.float32)
+  # The paper projects CLS alone; the students of this project mimic the patches.
+  x = project(params["head"], jnp.concatenate([x[:, 0], x[:, 1:].mean(1)], axis=1))
+  return x.reshape(-1, 2, x.shape[1]).swapaxes(0, 1)
+
+
+def sample_masks(keys, num_patches: int, visible: float):
+  """Draws the patches that the student sees of both views of each image; None if it sees all."""
+  if visible == 1:
+    return None
+  noise = jax.vmap(lambda key: jax.random.uniform(key, (2, num_patches)))(fold(keys, 1))
+  return mrmae.sample_mask(noise.reshape(-1, num_patches), 1 - visible)
 
 
 def fold(keys, number: int):
