@@ -132,7 +132,7 @@ def _against_torch(options, model, names: dict[str, bool], write, call):
 
   config, rng = options.config, np.random.default_rng(0)
   with tempfile.TemporaryDirectory() as folder:
-    student = model_files.read(write(model(), Path(folder)), dtype=config.dtype)
+    student = model_files.read_model(write(model(), Path(folder)), dtype=config.dtype)
   network = mrmae.Model(student.encoder, student.decoder, (), config.data.mean, config.data.std)
   images = rng.integers(
     0, 256, (config.batch_size, *config.image_size, len(config.data.mean)), np.uint8

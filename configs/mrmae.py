@@ -9,7 +9,7 @@ Command:   mrmae pretrain --config=configs/mrmae.py:base --workdir=DIR --config.
 Arguments: configs/mrmae.py:SIZE,NAME=VALUE,...
            size      small, base, large, huge
            encoder   convvit, or vit (MR-MAE without convolutional stages)
-           teacher   a key of mrmae_jax.teachers.PRESETS, or several: clip_vit_b16+dino_vit_b16
+           teacher   a name of mrmae_jax.weights.hub.PRESETS, or several: clip_vit_b16+dino_vit_b16
            masking   focused, or random
            fusion    stages+layers, stages, layers or none
            tokens    visible, or masked: the decoder regresses the teacher on the masked tokens,

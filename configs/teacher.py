@@ -9,6 +9,9 @@ Cost:      digits: 6 minutes
 Expected:  digits: k-NN accuracy 0.92 on 359 held-out digits, 0.50 before training. The teacher in
            configs/demo_teacher is of this recipe. photos: near the values of the DINO paper, not
            tuned here
+
+On CIFAR-10 an hour of one CPU core is too short for objective="dino": k-NN accuracy 0.36 after one
+epoch, 0.41 after four. By contrast (--config.distill.objective=contrast) it is 0.42 after one.
 """
 
 from mrmae_jax import config

@@ -1,9 +1,11 @@
-"""MR-MAE in JAX and Flax. `mrmae_jax.load` opens a trained student; importing the package imports nothing else."""
+"""MR-MAE in JAX and Flax. `mrmae_jax.load` loads a trained model; importing the package imports
+nothing else.
+"""
 
 
 def __getattr__(name: str):
-  if name == "load":
-    from mrmae_jax.pretrained import load  # jax is loaded when it is needed
+  if name in ("load", "PretrainedModel"):
+    from mrmae_jax import pretrained  # jax is imported when it is needed
 
-    return load
+    return getattr(pretrained, name)
   raise AttributeError(f"module 'mrmae_jax' has no attribute {name!r}")

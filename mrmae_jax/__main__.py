@@ -1,87 +1,104 @@
-"""mrmae: everything that can be done, as sub-commands. `mrmae COMMAND --help` tells the options of each.
+"""`mrmae COMMAND ...`: parses, runs, and turns errors into exit codes.
 
-  mrmae pretrain --config=configs/demo.py --workdir=/tmp/demo
-  mrmae features --model=/tmp/demo --images=folder:/my/photos --out=features.npz
+`python -m mrmae_jax COMMAND ...` is the same.
+"""
 
-(`python -m mrmae_jax COMMAND` is the same.)"""
-
-import difflib
+import argparse
 import importlib
+import os
 import sys
+import traceback
 from pathlib import Path
 
-TASKS = {  # command -> config.task
-  "pretrain": "pretrain",
-  "finetune": "finetune",
-  "probe": "probe",
-  "teacher": "self_distill",
-}
-COMMANDS = {
-  "pretrain": (None, "pre-train: MR-MAE, ConvMAE or MAE (--config=configs/mrmae.py:base)"),
-  "finetune": (None, "fine-tune a classifier (--config=configs/finetune.py:base)"),
-  "probe": (None, "linear probe by the published protocol (--config=configs/probe.py)"),
-  "doctor": (
-    "doctor",
-    "would this run start, how long would it take, and are its settings sound? Writes nothing",
-  ),
-  "features": ("features", "features of images to a file"),
-  "knn": ("knn", "k-NN, few-shot and linear accuracy of such files"),
-  "ensemble": ("ensemble", "accuracy of several fine-tuned models together"),
-  "visualize": (
-    "visualize",
-    "reconstructions, attention, features of a model, as pictures and a page",
-  ),
-  "report": ("report", "one page about a run or several: curves, throughput, pictures"),
-  "convert": ("convert", "weights in the names of ConvMAE, timm or Hugging Face"),
-  "verify": ("verify", "decode every image of a data set, list those that cannot be read"),
-  "pack": ("pack", "a data set in shards that are read faster"),
-  "teacher": (None, "train a small teacher without labels (--config=configs/teacher.py)"),
-  "show-teacher": ("show_teacher", "what a teacher has to teach"),
-  "compile": ("compile", "compile a training step for devices that need not be there"),
-  "bench": ("bench.__main__", "benchmarks of the step, the loader and others' code"),
-  "sweep": (None, "run and compare the points of a sweep (--config=configs/sweeps/lr.py)"),
-  "replay": ("replay", "do a step again whose loss was not finite"),
-}
+from mrmae_jax.cli import parser
+from mrmae_jax.errors import DataError, Interrupted, UsageError, UserError
+
+TRAINING = ("pretrain", "finetune", "probe", "teacher")
+HELP = {"-h", "--help", "--helpfull"}
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Runs a command line (default: sys.argv); returns the exit code of the sub-command, see there."""
-  argv = sys.argv if argv is None else argv
-  if not {"", str(Path.cwd())}.intersection(
-    sys.path
-  ):  # as python -m has it: configurations import their neighbours
-    sys.path.insert(0, str(Path.cwd()))
-  name = argv[1] if len(argv) > 1 else "--help"
-  if name in ("-h", "--help", "--helpfull", "help"):
-    print(
-      __doc__, *(f"  {command:<13} {what}" for command, (_, what) in COMMANDS.items()), sep="\n"
-    )
-    return 0
-  if name not in COMMANDS:
-    near = difflib.get_close_matches(name, COMMANDS, 1)
-    print(
-      f"error: {name!r} is no command; {f'did you mean {near[0]}?' if near else 'mrmae --help lists them'}",
-      file=sys.stderr,
-    )
-    return 2
-  rest = [f"{argv[0]} {name}", *argv[2:]]
-  if name in TASKS:
-    from mrmae_jax.cli import train as training  # each command loads what it needs
+  """Runs a command line (default: sys.argv) and returns the exit code, see errors.py.
 
-    return training.command(rest, TASKS[name])
-  if name == "sweep":
-    launch = Path(__file__).parent.parent / "launch" / "sweep.py"
-    if not launch.is_file():
-      print(
-        "error: the launch scripts are not part of the installed package; run mrmae sweep in a checkout of the repository, "
-        "installed with pip install -e .",
-        file=sys.stderr,
-      )
-      return 2
-    sys.path.insert(0, str(launch.parent.parent))
-    return importlib.import_module("launch.sweep").main(rest)
-  return importlib.import_module(f"mrmae_jax.cli.{COMMANDS[name][0]}").main(rest)
+  Prints the text that the command returns, or one line per mistake that begins with "error: ".
+  """
+  argv = (sys.argv if argv is None else argv)[1:]
+  _let_configurations_import_their_neighbours()
+  debug = "--debug" in argv
+  try:
+    if HELP.intersection(argv):
+      print(_help(argv))
+      return 0
+    options = _parse(argv)
+  except UsageError as error:
+    return report_error(error, debug)
+  name = "train" if options.command in TRAINING else options.command.replace("-", "_")
+  try:
+    result = _module(name).run(options)
+  except Interrupted as error:
+    print("error: stopped by a signal; nothing was written", file=sys.stderr, flush=True)
+    return error.exit_code
+  except UserError as error:
+    return report_error(error, debug)
+  except OSError as error:
+    if options.command in TRAINING:  # whatever it was, the launch scripts try again
+      raise
+    return report_error(UsageError(" ".join(str(error).split())), debug)
+  if isinstance(result, str):
+    print(result, flush=True)
+    return 0
+  return result
+
+
+def report_error(error: UserError, debug: bool) -> int:
+  """Prints an error, each of its lines as one; returns its exit code."""
+  if debug:
+    traceback.print_exc()
+  for line in str(error).splitlines():
+    print(f"error: {line}", file=sys.stderr, flush=True)
+  return error.exit_code
+
+
+def _module(name: str):
+  """Imports a module of the command line: each command loads only what it needs."""
+  return importlib.import_module(f"mrmae_jax.cli.{name}")
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+  """Parses a command line and loads its configuration: mistakes are answered before jax loads."""
+  try:
+    options = parser.parse(argv)
+  except parser.UnknownWord as error:
+    if argv[0] in (*TRAINING, "doctor"):
+      _module("configs").suggest_key(error.name, argv, str(error))
+    raise
+  if hasattr(options, "overrides") and options.command != "sweep":
+    options.config = _module("configs").load_config(options.config, options.overrides)
+  return options
+
+
+def _help(argv: list[str]) -> str:
+  text = parser.help_text([word for word in argv if word not in HELP])
+  if argv[0] not in (*TRAINING, "doctor"):
+    return text
+  return f"{text}\n{_module('configs').describe_keys(argv)}"
+
+
+def _let_configurations_import_their_neighbours() -> None:
+  """Puts the current folder on the path of imports, as `python -m` does."""
+  if not {"", str(Path.cwd())}.intersection(sys.path):
+    sys.path.insert(0, str(Path.cwd()))
+
+
+def run_process() -> None:
+  """The whole process: `main`, and its end."""
+  code = main()
+  if code == DataError.exit_code:  # a loader's thread may wait for ever for its image
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+  sys.exit(code)
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  run_process()

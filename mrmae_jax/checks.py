@@ -48,15 +48,6 @@ class Mistakes:
       raise ConfigError("\n".join(self._messages))
 
 
-def validate(config: ConfigDict) -> None:
-  """Checks what can be checked without devices, data and teachers; `preflight.check` does the rest.
-
-  Raises:
-    ConfigError: all mistakes, one per line: the value given, the value expected, what to do.
-  """
-  find_mistakes(config).report()
-
-
 def find_mistakes(config: ConfigDict) -> Mistakes:
   """Returns the mistakes of a configuration.
 
@@ -114,15 +105,20 @@ def _find_mistake(value, key: Key) -> str:
   return ""
 
 
-def _check_run(config, need) -> None:
-  """Checks the schedule, the crops and the choice of the best checkpoint."""
-  optim, (low, high) = config.optim, config.data.crop_scale
+def _check_warmup(config, need) -> None:
+  warmup, epochs = config.optim.warmup_epochs, config.epochs
   need(
-    optim.warmup_epochs <= config.epochs,
-    f"config.optim.warmup_epochs={optim.warmup_epochs} is longer than "
-    f"config.epochs={config.epochs}",
+    warmup <= epochs,
+    f"config.optim.warmup_epochs={warmup} is longer than config.epochs={epochs}",
   )
+
+
+def _check_crops(config, need) -> None:
+  low, high = config.data.crop_scale
   need(low <= high, f"config.data.crop_scale={(low, high)} must satisfy 0 < low <= high <= 1")
+
+
+def _check_keep_best(config, need) -> None:
   need(
     not config.keep_best or config.keep_best.split("/")[0] in config.evals,
     f"config.keep_best={config.keep_best!r} is not a result of an evaluation, e.g. knn/accuracy; "
@@ -308,7 +304,9 @@ def _check_distill(config, need) -> None:
 
 CHECKS: dict[str, dict[Callable, tuple[str, ...]]] = {
   "": {  # of every task
-    _check_run: ("optim.warmup_epochs", "epochs", "data.crop_scale", "keep_best"),
+    _check_warmup: ("optim.warmup_epochs", "epochs"),
+    _check_crops: ("data.crop_scale",),
+    _check_keep_best: ("keep_best",),
     _check_channels: ("data.mean", "data.std", "data.randaug"),
     _check_encoder: ("encoder", "image_size"),
   },

@@ -244,11 +244,13 @@ class TaskSchema(NamedTuple):
     sections: its keys and sections.
     recipe: values that differ from the defaults of the keys.
     evals: its evaluators; "knn" can be added to any task.
+    splits: the splits of the data that it cannot do without.
   """
 
   sections: dict[str, Any]
   recipe: dict[str, Any]
   evals: tuple[str, ...]
+  splits: tuple[str, ...] = ("train",)
 
 
 TASKS = {  # modules of mrmae_jax.tasks
@@ -274,6 +276,7 @@ TASKS = {  # modules of mrmae_jax.tasks
       ),
     ),
     evals=("accuracy",),
+    splits=("train", "eval"),
   ),
   "probe": TaskSchema(
     sections=COMMON | TRANSFER | dict(optim=OPTIM | dict(grid=GRID)),
@@ -285,6 +288,7 @@ TASKS = {  # modules of mrmae_jax.tasks
       optim=dict(blr=0.1, weight_decay=0.0, warmup_epochs=10.0),
     ),
     evals=("accuracy",),
+    splits=("train", "eval"),
   ),
   "self_distill": TaskSchema(
     sections=COMMON | dict(encoder=ENCODERS["vit"], distill=DISTILL),

@@ -1,10 +1,12 @@
-"""Constants that several modules share; this module imports nothing."""
+"""Holds constants that several modules share; imports nothing."""
 
 # Mean and standard deviation per channel of ImageNet's pixels in [0, 1], as torchvision has them
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-CONVVIT = {  # fields of models.convvit.ConvViT. B: Alpha-VL/ConvMAE; L: mx-mark/DMJD; S, H: public forks only
+# Fields of models.convvit.ConvViT by size. Sources: base Alpha-VL/ConvMAE; large mx-mark/DMJD;
+# small and huge public forks only
+CONVVIT = {
   "small": dict(
     embed_dims=(128, 256, 384), depths=(2, 2, 11), num_heads=6, mlp_ratios=(4.0, 4.0, 4.0)
   ),
@@ -18,7 +20,8 @@ CONVVIT = {  # fields of models.convvit.ConvViT. B: Alpha-VL/ConvMAE; L: mx-mark
     embed_dims=(768, 1024, 1280), depths=(2, 2, 31), num_heads=16, mlp_ratios=(8.0, 8.0, 4.0)
   ),
 }
-VIT = {  # fields of models.vit.ViT (Dosovitskiy et al. 2021; S as in DeiT; H/14 as in MAE)
+# Fields of models.vit.ViT by size (Dosovitskiy et al. 2021; small as in DeiT; huge, /14, as in MAE)
+VIT = {
   "small": dict(patch_size=16, dim=384, depth=12, num_heads=6, mlp_dim=1536),
   "base": dict(patch_size=16, dim=768, depth=12, num_heads=12, mlp_dim=3072),
   "large": dict(patch_size=16, dim=1024, depth=24, num_heads=16, mlp_dim=4096),

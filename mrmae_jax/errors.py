@@ -62,3 +62,8 @@ class Interrupted(UserError):
   """A signal asked the process to stop. What it has done is saved, or can be done again."""
 
   exit_code = 75  # "try again" in sysexits.h
+
+
+def one_line(error: BaseException, limit: int = 200) -> str:
+  """Returns the text of an error in one line of at most `limit` characters, or else its type."""
+  return (" ".join(str(error).split()) or type(error).__name__)[:limit]

@@ -12,10 +12,16 @@ import ml_collections
 
 from mrmae_jax import checks, data, teachers
 from mrmae_jax.checks import Mistakes
-from mrmae_jax.config import teacher_sections
+from mrmae_jax.config import TASKS, teacher_sections
 from mrmae_jax.data import randaugment
 from mrmae_jax.errors import DataError, WeightsError
 from mrmae_jax.train import Task
+
+# Keys that `data.open_split` reads
+SOURCE = tuple(
+  f"data.{key}"
+  for key in ("source", "train_split", "eval_split", "data_dir", "holdout_every", "quarantine")
+)
 
 
 def check(config: ml_collections.ConfigDict, num_devices: int) -> None:
@@ -39,11 +45,11 @@ def check(config: ml_collections.ConfigDict, num_devices: int) -> None:
     )
   if mistakes.usable("mesh", "batch_size", "optim.accum_steps"):
     _check_devices(config, num_devices, mistakes)
-  if mistakes.usable("data"):
-    _check_data(config, mistakes)
-  if config.task == "pretrain" and mistakes.usable(
-    "encoder", "image_size", "method", "data.mean", "data.std"
-  ):
+  if mistakes.usable(*SOURCE):
+    _check_source(config, mistakes)
+  _check_image_options(config, mistakes)
+  student = ("encoder", "image_size", "method", "data.mean", "data.std")
+  if "teacher" in TASKS[config.task].sections and mistakes.usable(*student):
     _check_teachers(config, mistakes)
   mistakes.report()
 
@@ -80,21 +86,27 @@ def _check_devices(config, num_devices: int, mistakes: Mistakes) -> None:
   )
 
 
-def _check_data(config, mistakes: Mistakes) -> None:
-  """Opens the splits that the task needs, and what resizes and augments their images."""
-  if mistakes.need(
+def _check_source(config, mistakes: Mistakes) -> None:
+  """Opens the splits that the task needs."""
+  if not mistakes.need(
     config.data.source,
     "config.data.source is not set; use digits, folder:/path/to/images, tfds:name or packed:/path",
   ):
-    # The evaluators of the other tasks do without a held-out split.
-    for split in ("train", "eval") if config.task in ("finetune", "probe") else ("train",):
-      try:
-        data.open_split(config.data, split)
-      except DataError as error:
-        mistakes.need(False, f"config.data: {error}")
-  for function, key in ((randaugment.parse, "randaug"), (data.resizer, "resize")):
+    return
+  for split in TASKS[config.task].splits:
     try:
-      function(config.data[key])
+      data.open_split(config.data, split)
+    except DataError as error:
+      mistakes.need(False, f"config.data: {error}")
+
+
+def _check_image_options(config, mistakes: Mistakes) -> None:
+  """Looks for the program that resizes images, and reads the description of RandAugment."""
+  for make, key in ((randaugment.parse, "randaug"), (data.resizer, "resize")):
+    if not mistakes.usable(f"data.{key}"):
+      continue
+    try:
+      make(config.data[key])
     except DataError as error:
       mistakes.need(False, f"config.data.{error}")
 

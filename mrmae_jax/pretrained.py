@@ -1,8 +1,9 @@
-"""Trained students in use: `mrmae_jax.load(path).encode(images)`.
+"""Trained models in use: `mrmae_jax.load(path).encode(images)`.
 
-model = mrmae_jax.load("mae_pretrain_vit_base.pth")  # or a ViTMAE folder, a run's workdir, a file of mrmae convert
-print(model.report)                                  # what was loaded, and what was not
-features = model.encode(images)["pooled"]            # uint8 [B, H, W, 3] of any size -> float32 [B, D]
+# A file as here, a ViTMAE folder, the workdir of a run, or a file of `mrmae convert`.
+model = mrmae_jax.load("mae_pretrain_vit_base.pth")
+print(model.report)                        # what was loaded, and what was not
+features = model.encode(images)["pooled"]  # uint8 [B, H, W, 3] of any size -> float32 [B, D]
 """
 
 from pathlib import Path
@@ -19,106 +20,186 @@ from mrmae_jax.models.layers import layer_norm
 from mrmae_jax.weights import model_files
 
 
-def load(path: str | Path, **options) -> "Pretrained":
-  """Opens a trained student; see `weights.students.read` for what it may be, the options and the errors."""
-  return Pretrained(model_files.read(path, **options))
+def load(
+  path: str | Path,
+  *,
+  decoder: bool = True,
+  mimic_heads: bool = False,
+  learned_positions: bool = False,
+  dtype: str = "float32",
+  **hints,
+) -> "PretrainedModel":
+  """Loads a trained model.
+
+  Args:
+    path: the workdir of a run, on disk or in a bucket (gs://BUCKET/RUN); a file of weights in
+      ConvMAE's or MAE's names (.safetensors, or .pth with torch installed), as `mrmae convert`
+      writes it; or a ViTMAE folder of transformers.
+    decoder: load the decoder too, if there is one; `reconstruct` needs it.
+    mimic_heads: load the mimic heads of a run too.
+    learned_positions: keep the position table as a parameter even if it is the sine-cosine one.
+    dtype: of the computation, "float32" or "bfloat16". Parameters and results are float32.
+    **hints: facts for files that do not tell: num_heads, decoder_heads, grid (rows, columns of
+      tokens in training), mean and std of the input (one number per channel, of pixels in [0, 1]).
+
+  Returns:
+    The model, ready to use. Its `report` lists what was loaded and what was not.
+
+  Raises:
+    WeightsError: there is nothing, it is another kind of model, or it is damaged or incomplete.
+  """
+  return PretrainedModel(
+    model_files.read_model(
+      path,
+      decoder=decoder,
+      mimic_heads=mimic_heads,
+      learned_positions=learned_positions,
+      dtype=dtype,
+      **hints,
+    )
+  )
 
 
-class Pretrained:
-  """A trained student that takes images.
+class PretrainedModel:
+  """A trained model that takes images and normalizes them itself.
 
-  Images are [B, H, W, C], uint8 or float in [0, 1], with the channels of its training (3: RGB), both sides multiples of the
-  token size; they are normalised here. Learned position tables are interpolated for images of another grid than theirs. Every
-  shape is compiled once.
+  Images are arrays [B, H, W, C], uint8 in [0, 255] or float in [0, 1]. C is the number of channels
+  in training (3: RGB); H and W are multiples of the token size, `encoder.patch_size`. Learned
+  position tables are interpolated for images of another grid than that of training. Every shape is
+  compiled once.
 
   Attributes:
-    student: modules and parameters (`weights.students.Student`).
+    network: modules and parameters (`weights.model_files.LoadedModel`).
     report: str() of it lists what was loaded, what is new and what was dropped, both by design.
-    class_names: of a fine-tuned model, in the order of its logits; () where its source does not tell.
+    class_names: of a fine-tuned model, in the order of its logits; () where its source does not
+      tell.
   """
 
-  def __init__(self, student: model_files.Student):
-    self.student, self.report, self.class_names = student, student.report, student.classes
-    self._model = mrmae.Model(student.encoder, student.decoder, (), student.mean, student.std)
+  def __init__(self, network: model_files.LoadedModel):
+    self.network, self.report, self.class_names = network, network.report, network.classes
+    self._model = mrmae.Model(network.encoder, network.decoder, (), network.mean, network.std)
     self._params = {}  # grid -> parameters on the device
-    self._encode, self._classify = jax.jit(self._features), jax.jit(self._logits)
-    self._attention = jax.jit(self._weights)
-    self._reconstruct = jax.jit(self._pictures, static_argnums=(3, 4))
+    self._encode = jax.jit(self._features)
+    self._classify = jax.jit(self._logits)
+    self._attend = jax.jit(self._head_attention)
+    self._reconstruct = jax.jit(self._reconstructions, static_argnums=(3, 4))
 
   @property
   def config(self) -> dict[str, Any]:
-    """Dimensions of the networks, grid of the position tables, input normalisation, number of classes (0: no classifier)."""
-    s, classifier = self.student, self.student.params.get("classifier")
+    """Returns sizes and input statistics of the model.
+
+    Returns:
+      "encoder", "decoder": fields of the modules; None without a decoder.
+      "grid": (rows, columns) of tokens in training.
+      "image_size": (height, width) in training.
+      "mean", "std": of the input, one number per channel.
+      "classes": number of classes, 0 without a classifier.
+    """
+    network, classifier = self.network, self.network.params.get("classifier")
     return {
-      "encoder": model_files.module_fields(s.encoder),
-      "decoder": s.decoder and model_files.module_fields(s.decoder),
-      "grid": s.grid,
-      "image_size": tuple(side * s.encoder.patch_size for side in s.grid),
-      "mean": s.mean,
-      "std": s.std,
+      "encoder": model_files.module_fields(network.encoder),
+      "decoder": network.decoder and model_files.module_fields(network.decoder),
+      "grid": network.grid,
+      "image_size": tuple(side * network.encoder.patch_size for side in network.grid),
+      "mean": network.mean,
+      "std": network.std,
       "classes": len(classifier["head"]["bias"]) if classifier else 0,
     }
 
   def encode(self, images) -> dict[str, jax.Array]:
-    """Features of whole images, nothing masked; float32.
+    """Returns features of images, with nothing masked; float32.
+
+    Args:
+      images: [B, H, W, C], uint8 or float in [0, 1].
 
     Returns:
-      "tokens" [B, N, D], row by row: of a ConvViT after the last block, before fusion and the last norm, which fine-tuning
-      drops too; of a ViT after the norm (after the last block if it was fine-tuned without it). "pooled" [B, D]: their mean.
-      "cls" [B, D] where there is a CLS token. Of a ConvViT "stage1" [B, H/4, W/4, D1], "stage2" [B, H/8, W/8, D2].
-    """
-    return self._encode(*self._ready(images))
-
-  def attention(self, images) -> jax.Array:
-    """What each token attends to in each head of the last block, nothing masked: see `models.head_attention`."""
-    return self._attention(*self._ready(images))
-
-  def classify(self, images) -> jax.Array:
-    """Logits float32 [B, classes] of a fine-tuned model, in the order of `class_names`.
+      "tokens" [B, N, D], row by row, N = (H / patch_size) * (W / patch_size). A ConvViT gives its
+        last block's output, before fusion and the last norm, which fine-tuning drops too. A ViT
+        gives its output after the norm, or after the last block if it was fine-tuned without the
+        norm.
+      "pooled" [B, D], the mean of the tokens.
+      "cls" [B, D], if the model has a CLS token.
+      "stage1" [B, H/4, W/4, D1], "stage2" [B, H/8, W/8, D2], the feature maps of a ConvViT.
 
     Raises:
-      WeightsError: it has no classifier.
+      ValueError: the images have another shape, type or range.
     """
-    if "classifier" not in self.student.params:
+    return self._encode(*self._prepare(images))
+
+  def attention(self, images) -> jax.Array:
+    """Returns the attention of every token in each head of the last block, with nothing masked.
+
+    Args:
+      images: [B, H, W, C], uint8 or float in [0, 1].
+
+    Returns:
+      float32 [B, heads, T, T]. Rows (queries) sum to 1. T counts the N tokens row by row, after CLS
+      where there is one.
+
+    Raises:
+      ValueError: the images have another shape, type or range.
+    """
+    return self._attend(*self._prepare(images))
+
+  def classify(self, images) -> jax.Array:
+    """Returns the logits of a fine-tuned model, float32 [B, classes], as `class_names` orders them.
+
+    Args:
+      images: [B, H, W, C], uint8 or float in [0, 1].
+
+    Raises:
+      WeightsError: the model has no classifier.
+      ValueError: the images have another shape, type or range.
+    """
+    if "classifier" not in self.network.params:
       raise WeightsError(
-        f"{self.report.source} holds no classifier (head.weight); give a fine-tuned model, or use encode"
+        f"{self.report.source} holds no classifier (head.weight); give a fine-tuned model, or use "
+        "encode"
       )
-    return self._classify(*self._ready(images))
+    return self._classify(*self._prepare(images))
 
   def reconstruct(
     self, images, mask_ratio: float | None = None, norm_pix: bool | None = None, seed: int = 0
-  ):
-    """Reconstructions from randomly masked images, as `tasks.pretrain.reconstruct` gives them: float32 in [0, 1].
+  ) -> dict[str, jax.Array]:
+    """Masks patches of images at random and returns their reconstructions.
 
     Args:
-      images: see above.
-      mask_ratio, norm_pix: of pre-training; None: what the source tells, else MAE's 0.75 and True. The weights behind MAE's
-        own pictures, mae_visualize_*.pth, predict plain pixels and do not tell: they need norm_pix=False.
-      seed: of the mask; visible at a high ratio is a part of what is visible at a lower one.
+      images: [B, H, W, C], uint8 or float in [0, 1].
+      mask_ratio: share of hidden patches, in (0, 1); None: that of pre-training, else MAE's 0.75.
+      norm_pix: the decoder predicts pixels normalized per patch; None: as in pre-training, else
+        True. The weights behind MAE's own pictures, mae_visualize_*.pth, predict plain pixels and
+        do not tell: they need norm_pix=False.
+      seed: of the mask. Patches that are visible at a high ratio are visible at a lower one too.
+
+    Returns:
+      float32 [B, H, W, C] in [0, 1]:
+      "original".
+      "masked": hidden patches are gray.
+      "reconstruction": every patch as predicted.
+      "pasted": predictions in the hidden places, the original elsewhere.
+      "reconstruction_blind", "pasted_blind": brightness and contrast of predictions are guessed
+        from the visible patches instead of taken from the hidden ones.
 
     Raises:
       WeightsError: the model has no decoder.
+      ValueError: the images have another shape, type or range.
     """
-    if self.student.decoder is None:
+    if self.network.decoder is None:
       raise WeightsError(
-        f"{self.report.source} was loaded without a decoder and cannot reconstruct; most published files hold "
-        "the encoder alone: give a run's workdir, or a full pre-training checkpoint, as of MAE the folders "
-        "facebook/vit-mae-* or the files mae_pretrain_*_full.pth and mae_visualize_*.pth"
+        f"{self.report.source} was loaded without a decoder and cannot reconstruct; most published "
+        "files hold the encoder alone: give a run's workdir, or a full pre-training checkpoint, as "
+        "of MAE the folders facebook/vit-mae-* or the files mae_pretrain_*_full.pth and "
+        "mae_visualize_*.pth"
       )
-    method = self.student.method
-    ratio = method["mask_ratio"] if mask_ratio is None else mask_ratio
-    params, images = self._ready(images)
-    return self._reconstruct(
-      params,
-      images,
-      jax.random.key(seed),
-      ratio,
-      method["norm_pix"] if norm_pix is None else norm_pix,
-    )
+    method = self.network.method
+    mask_ratio = method["mask_ratio"] if mask_ratio is None else mask_ratio
+    norm_pix = method["norm_pix"] if norm_pix is None else norm_pix
+    params, images = self._prepare(images)
+    return self._reconstruct(params, images, jax.random.key(seed), mask_ratio, norm_pix)
 
-  def _ready(self, images):
-    """Parameters for the images' grid, and the images; ValueError for what is no batch of images."""
-    patch, channels = self.student.encoder.patch_size, len(self.student.mean)
+  def _prepare(self, images):
+    """Checks images; returns the parameters for their grid, and the images."""
+    patch, channels = self.network.encoder.patch_size, len(self.network.mean)
     if (
       images.ndim != 4
       or images.shape[3] != channels
@@ -126,52 +207,47 @@ class Pretrained:
       or any(n % patch or not n for n in images.shape[1:3])
     ):
       raise ValueError(
-        f"images of shape {tuple(images.shape)} given; expected [B, H, W, {channels}] with B > 0, H and W multiples "
-        f"of the token size {patch}"
+        f"images of shape {tuple(images.shape)} given; expected [B, H, W, {channels}] with B > 0, "
+        f"H and W multiples of the token size {patch}"
       )
     if not (images.dtype == np.uint8 or jnp.issubdtype(images.dtype, jnp.floating)):
       raise ValueError(f"images of type {images.dtype} given; expected uint8, or float in [0, 1]")
-    if (
-      isinstance(images, np.ndarray)
-      and images.dtype != np.uint8
-      and not -1e-3 <= images.min() <= images.max() <= 1.001
-    ):
+    is_float_array = isinstance(images, np.ndarray) and images.dtype != np.uint8
+    if is_float_array and not -1e-3 <= images.min() <= images.max() <= 1.001:
       raise ValueError(
-        f"float images from {images.min():g} to {images.max():g} given; expected [0, 1]: divide by 255 first, "
-        "normalisation is done here"
+        f"float images from {images.min():g} to {images.max():g} given; expected [0, 1]: divide by "
+        "255 first, the model normalizes them itself"
       )
     grid = (images.shape[1] // patch, images.shape[2] // patch)
     if grid not in self._params:
-      self._params[grid] = jax.device_put(model_files.params_at(self.student, grid))
+      self._params[grid] = jax.device_put(model_files.params_at(self.network, grid))
     return self._params[grid], images
 
-  def _features(self, params, images):
-    pixels = mrmae.normalize(images, *self._model[-2:])
-    return encode(
-      self.student.encoder, params["encoder"], pixels, None if self.student.has_norm else False
-    )
+  def _normalize(self, images):
+    return mrmae.normalize(images, self.network.mean, self.network.std)
 
-  def _weights(self, params, images):
-    return head_attention(
-      self.student.encoder, params["encoder"], mrmae.normalize(images, *self._model[-2:])
-    )
+  def _features(self, params, images):
+    normed = None if self.network.has_norm else False
+    return encode(self.network.encoder, params["encoder"], self._normalize(images), normed)
+
+  def _head_attention(self, params, images):
+    return head_attention(self.network.encoder, params["encoder"], self._normalize(images))
 
   def _logits(self, params, images):
-    pixels, classifier = mrmae.normalize(images, *self._model[-2:]), params["classifier"]
+    pixels, classifier = self._normalize(images), params["classifier"]
+    encoder = self.network.encoder
     if "fc_norm" in classifier:  # MAE's and ConvMAE's --global_pool
-      x = encode(self.student.encoder, params["encoder"], pixels, normed=False)["pooled"]
+      x = encode(encoder, params["encoder"], pixels, normed=False)["pooled"]
       x = layer_norm(1e-6, jnp.float32).apply({"params": classifier["fc_norm"]}, x)
     else:  # CLS; in a ConvViT without one, the first patch, as in the reference
-      x = self.student.encoder.apply({"params": params["encoder"]}, pixels)[0][:, 0].astype(
-        jnp.float32
-      )
+      x, _ = encoder.apply({"params": params["encoder"]}, pixels)
+      x = x[:, 0].astype(jnp.float32)
     return x @ classifier["head"]["kernel"] + classifier["head"]["bias"]
 
-  def _pictures(self, params, images, key, mask_ratio, norm_pix):
+  def _reconstructions(self, params, images, key, mask_ratio, norm_pix):
     from mrmae_jax.tasks import pretrain  # features need nothing of training
 
-    grid = [side // self.student.encoder.patch_size for side in images.shape[1:3]]
-    noise = jax.random.uniform(key, (len(images), grid[0] * grid[1]))
-    return pretrain.reconstruct(
-      self._model, params, images, mrmae.sample_mask(noise, mask_ratio), norm_pix
-    )
+    rows, columns = (side // self.network.encoder.patch_size for side in images.shape[1:3])
+    noise = jax.random.uniform(key, (len(images), rows * columns))
+    mask = mrmae.sample_mask(noise, mask_ratio)
+    return pretrain.reconstruct(self._model, params, images, mask, norm_pix)

@@ -39,8 +39,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices=None) -> Mesh:
   slices = len({slice_of(device) for device in devices})
   if len(devices) // slices % shape[1]:
     raise ValueError(
-      f"mesh fsdp={shape[1]} does not divide the {len(devices) // slices} devices of each of {slices} slices; "
-      "parameters would be exchanged over the slow network between them"
+      f"mesh fsdp={shape[1]} does not divide the {len(devices) // slices} devices of each of "
+      f"{slices} slices; parameters would be exchanged over the slow network between them"
     )
   return Mesh(np.array(devices, dtype=object).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 2)
 

@@ -122,7 +122,7 @@ def check(config, task: Task) -> TrainState:
     run.close()
   metrics = jax.device_get(metrics)
   if nonfinite.Skips(config.optim.max_skips).count(1, metrics):
-    raise NonFiniteError(f"step 1: {nonfinite.reason(metrics)}; {nonfinite.HINT}")
+    raise NonFiniteError(f"step 1: {nonfinite.skip_reason(metrics)}; {nonfinite.HINT}")
   numbers = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
   print(
     f"compiled the training step in {seconds:.1f} s; one step gave {numbers}. Nothing was written.",
@@ -195,7 +195,7 @@ def make_train_step(
     tx: of `optim.skippable`.
     schedule: step -> learning rate, for the metrics.
     seed: of all randomness in the steps.
-    accum_steps: micro-batches per update; `extra` passes from one to the next.
+    accum_steps: micro-batches per update, see `accumulate`.
     max_spike: see above; 0 accepts every finite gradient.
     gather: applied to parameters, extra and frozen arrays where they are used.
   """
@@ -207,25 +207,9 @@ def make_train_step(
     (loss, (terms, extra)), grads = jax.value_and_grad(loss, has_aux=True)(params)
     return (grads, {"loss": loss, **terms}), extra
 
-  def accumulated(params, extra, frozen, batch, keys):
-    # Micro-batch i takes every accum_steps-th example, so that each device keeps its own rows.
-    split = lambda x: x.reshape(-1, accum_steps, *x.shape[1:]).swapaxes(0, 1)
-    inputs = jax.tree.map(split, (batch, keys))
-    first = jax.tree.map(lambda x: x[0], inputs)
-    shapes, _ = jax.eval_shape(gradients, params, extra, frozen, *first)
-
-    def add(carry, micro):
-      total, extra = carry
-      part, extra = gradients(params, extra, frozen, *micro)
-      return (jax.tree.map(jnp.add, total, part), extra), None
-
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    (total, extra), _ = jax.lax.scan(add, (zeros, extra), inputs)
-    return jax.tree.map(lambda x: x / accum_steps, total), extra
-
   def train_step(state: TrainState, frozen, batch):
     keys = sample_keys(seed, state.step, len(jax.tree.leaves(batch)[0]))
-    compute = gradients if accum_steps == 1 else accumulated
+    compute = gradients if accum_steps == 1 else accumulate(gradients, accum_steps)
     (grads, metrics), extra = compute(state.params, state.extra, frozen, batch, keys)
     norm, mean_norm = optax.global_norm(grads), state.mean_grad_norm
     bad = ~jnp.isfinite(metrics["loss"] + norm)
@@ -246,6 +230,33 @@ def make_train_step(
     return TrainState(state.step + 1, params, extra, opt_state, mean_norm), metrics
 
   return train_step
+
+
+def accumulate(gradients: Callable, accum_steps: int) -> Callable:
+  """Returns `gradients` for micro-batches: means over them; `extra` passes from one to the next.
+
+  Args:
+    gradients: (params, extra, frozen, batch, keys) -> (tree of means over the batch, extra).
+    accum_steps: number of micro-batches. Number i takes every accum_steps-th example from i on, so
+      that each device keeps its own rows.
+  """
+
+  def accumulated(params, extra, frozen, batch, keys):
+    split = lambda x: x.reshape(-1, accum_steps, *x.shape[1:]).swapaxes(0, 1)
+    inputs = jax.tree.map(split, (batch, keys))
+    first = jax.tree.map(lambda x: x[0], inputs)
+    shapes, _ = jax.eval_shape(gradients, params, extra, frozen, *first)
+
+    def add(carry, micro):
+      total, extra = carry
+      part, extra = gradients(params, extra, frozen, *micro)
+      return (jax.tree.map(jnp.add, total, part), extra), None
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    (total, extra), _ = jax.lax.scan(add, (zeros, extra), inputs)
+    return jax.tree.map(lambda x: x / accum_steps, total), extra
+
+  return accumulated
 
 
 def sample_keys(seed: int, step, batch_size: int) -> jax.Array:

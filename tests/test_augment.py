@@ -1,4 +1,4 @@
-"""RandAugment, erasing and single-try crops against their definitions, and batches that contain them."""
+"""RandAugment, erasing and single-try crops against their definitions, alone and in batches."""
 
 import math
 
@@ -41,7 +41,7 @@ def apply(name, image, argument):
 )
 def test_strengths_become_arguments(name, arguments):
   strengths = (0, 0.9, 1, -0.9, -1)[: len(arguments)]
-  assert OPS[name].signed == (len(arguments) == 5)
+  assert OPS[name].is_signed == (len(arguments) == 5)
   np.testing.assert_allclose([OPS[name].argument(s) for s in strengths], arguments, atol=1e-12)
   if name not in ("PosterizeIncreasing", "SolarizeAdd", "SolarizeIncreasing"):
     return
@@ -49,7 +49,7 @@ def test_strengths_become_arguments(name, arguments):
 
 
 def test_the_list_is_complete():
-  assert len(OPS) == 15 and {name for name, op in OPS.items() if not op.signed} == {
+  assert len(OPS) == 15 and {name for name, op in OPS.items() if not op.is_signed} == {
     "AutoContrast",
     "Equalize",
     "Invert",
@@ -100,14 +100,14 @@ def test_operations_on_histograms():
 def test_enhancements_blend_with_a_degenerate_picture(factor):
   image = photo(20, 30)
   x = image.astype(float)
-  grey = (x @ [0.299, 0.587, 0.114])[..., None]
-  smooth = x.copy()  # the 3 x 3 mean with the centre counted five times, borders as they are
+  gray = (x @ [0.299, 0.587, 0.114])[..., None]
+  smooth = x.copy()  # the 3 x 3 mean with the center counted five times, borders as they are
   smooth[1:-1, 1:-1] = (
     4 * x[1:-1, 1:-1] + sum(x[i : i + 18, j : j + 28] for i in range(3) for j in range(3))
   ) / 13
   for name, degenerate in {
-    "Color": grey,
-    "Contrast": grey.mean(),
+    "Color": gray,
+    "Contrast": gray.mean(),
     "Brightness": 0.0,
     "Sharpness": smooth,
   }.items():
@@ -120,7 +120,7 @@ def test_geometry():
   np.testing.assert_array_equal(apply("Rotate", image, 90), np.rot90(image))  # counter-clockwise
   turned = apply("Rotate", image, 30)
   assert all((turned[i, j] == FILL).all() for i in (0, -1) for j in (0, -1))
-  # Whole pixels are moved exactly: what lies to the right, or below, comes in.
+  # A shift by a number of pixels is exact: pixels from the right, or from below, come in.
   for name, axis in (("TranslateYRel", 0), ("TranslateXRel", 1)):
     for share in (0.25, -0.25):
       moved = apply(name, image, share)
@@ -144,7 +144,7 @@ def test_geometry():
 def test_strength_zero_changes_nothing():
   image = photo(20, 30)
   for name, op in OPS.items():
-    if op.signed or name in ("SolarizeIncreasing", "SolarizeAdd"):
+    if op.is_signed or name in ("SolarizeIncreasing", "SolarizeAdd"):
       np.testing.assert_array_equal(apply(name, image, op.argument(0)), image, err_msg=name)
 
 
@@ -156,7 +156,7 @@ def test_notation():
   assert randaugment.parse("rand-m9-mstd0.5-inc1") == Policy(9, 0.5, 2)
   assert randaugment.parse("rand-inc1-n3-m7.5") == Policy(7.5, 0, 3)
   assert randaugment.parse("rand-inc1") == Policy(10, 0, 2)
-  assert randaugment.mean_colour(tuple(MEAN)) == FILL
+  assert randaugment.mean_color(tuple(MEAN)) == FILL
 
 
 @pytest.mark.parametrize(
@@ -177,9 +177,9 @@ def test_notation():
   ],
 )
 def test_other_notation_is_refused(text):
-  with pytest.raises(DataError, match=r"'rand-m9-mstd0.5-inc1'") as caught:
+  with pytest.raises(DataError, match=r"'rand-m9-mstd0.5-inc1'") as error:
     train_steps(Numbered(3), 1, randaug=text)
-  assert repr(text) in str(caught.value) and "m0 to m10" in str(caught.value)
+  assert repr(text) in str(error.value) and "m0 to m10" in str(error.value)
 
 
 def recorded(policy, images=4000):
@@ -193,7 +193,7 @@ def recorded(policy, images=4000):
 
   original = dict(OPS)
   try:
-    OPS.update({name: spy(name, op.signed) for name, op in original.items()})
+    OPS.update({name: spy(name, op.is_signed) for name, op in original.items()})
     for seed in range(images):
       randaugment.randaugment(
         np.zeros((2, 2, 3), np.uint8), np.random.default_rng(seed), policy, FILL
@@ -220,7 +220,7 @@ def test_draws():
   ]
   assert abs(np.mean(pairs) - 1 / 15) < 0.03  # with replacement
   strengths = np.array([s for *_, s, _ in calls])
-  signed = np.array([OPS[name].signed for name in names])
+  signed = np.array([OPS[name].is_signed for name in names])
   assert (strengths[~signed] > 0).all() and abs((strengths[signed] < 0).mean() - 0.5) < 0.04
   magnitudes = 10 * np.abs(strengths)
   assert (
@@ -308,7 +308,7 @@ def test_a_single_try_is_cut_to_the_image():
     assert (h, w) == (min(wanted[0], height), min(wanted[1], width))
     assert 0 <= top <= height - h and 0 <= left <= width - w
     cut += h < wanted[0]
-    if wanted[0] <= height:  # a first draw that fits is what the other rule takes, too
+    if wanted[0] <= height:  # the other rule takes a first draw that fits, too
       assert (top, left, h, w) == augment.crop_box(
         height, width, np.random.default_rng(seed), scale
       )
@@ -335,8 +335,8 @@ def test_batches_do_not_depend_on_shards_and_workers(shards, workers):
   assert reference[0]["image"].dtype == np.uint8
 
 
-def test_what_comes_after_what():
-  """Crop and flip are drawn first, so images that nothing else happens to are the same as without."""
+def test_crop_and_flip_are_drawn_first():
+  """Crop and flip are drawn first, so other options do not change them."""
   source, steps = Numbered(16), 40
   plain = np.concatenate([b["image"] for b in train_steps(source, steps)])
 
@@ -356,11 +356,11 @@ def test_what_comes_after_what():
 
 
 def test_mean_and_deviation_reach_the_views():
-  grey = [np.full((24, 24, 3), 128, np.uint8)]
+  gray = [np.full((24, 24, 3), 128, np.uint8)]
 
   class Grey(Numbered):
     def __init__(self):
-      self._images = grey
+      self._images = gray
 
   options = dict(erase_prob=1.0, mean=(0.5, 0.5, 0.5), std=(1e-6, 1e-6, 0.2))
   image = train_steps(Grey(), 1, **options)[0]["image"]

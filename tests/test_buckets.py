@@ -1,4 +1,7 @@
-"""Runs and data in a bucket, through gcsfs, orbax, tensorstore and array_record as they are, against a server on the loopback."""
+"""Runs and data in a bucket, against a server on the loopback.
+
+gcsfs, orbax, tensorstore and array_record are the real ones.
+"""
 
 import importlib.util
 import io
@@ -50,7 +53,7 @@ def config(tmp_path_factory):
 
 
 def python(code, environment):
-  """What `code` prints in a process of its own, with further variables."""
+  """Returns what `code` prints in another process with these environment variables."""
   environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
   done = subprocess.run(
     [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
@@ -61,7 +64,7 @@ def python(code, environment):
 
 @needs_gcsfs
 def test_a_run_in_a_bucket_is_killed_and_continues(server, config, tmp_path):
-  """2 processes of 2 devices are killed; a save that was not complete does not count; 1 process of 4 ends as if never cut."""
+  """A run of 2 x 2 devices is killed in a save; 1 x 4 devices resume it from the save before."""
   port, workdir = free_port(), "--workdir=gs://bucket/run"
   cut = [
     start(
@@ -126,8 +129,8 @@ def test_a_run_in_a_bucket_is_killed_and_continues(server, config, tmp_path):
     > 100
   )
   printed = python(
-    "import mrmae_jax; from mrmae_jax import metrics; print(mrmae_jax.load('gs://bucket/run').report.source); "
-    "print(metrics.summary('gs://bucket/run')[0])",
+    "import mrmae_jax; from mrmae_jax.runs import log; "
+    "print(mrmae_jax.load('gs://bucket/run').report.source, log.summary('gs://bucket/run')[0])",
     server.environment,
   )
   assert "gs://bucket/run after 18 steps" in printed and "at step 18" in printed
@@ -135,7 +138,7 @@ def test_a_run_in_a_bucket_is_killed_and_continues(server, config, tmp_path):
 
 @needs_gcsfs
 def test_images_in_a_bucket(server, tmp_path):
-  """A prepared dataset is the same from a bucket, also in worker processes; what is not there is named."""
+  """A prepared dataset is the same from a bucket, also in workers; a missing one is named."""
   rows = [{"image": images.encode(images.photo(seed=i)), "label": i % 3} for i in range(11)]
   features = {
     "image": tfds.features.Image(encoding_format="jpeg"),
@@ -153,7 +156,8 @@ if __name__ == "__main__":
   here = open_it("{tmp_path}")
   for where in ("gs://bucket/tfds", "gs://bucket/tfds/bucket_photos/1.0.0"):
     there = open_it(where)
-    assert there.fingerprint == here.fingerprint and [there[i] for i in range(8)] == [here[i] for i in range(8)]
+    assert there.fingerprint == here.fingerprint
+    assert [there[i] for i in range(8)] == [here[i] for i in range(8)]
   images.assert_same(images.train_steps(there, 2, workers=1), images.train_steps(here, 2))
   for where in ("gs://bucket/none", "gs://none/tfds", "gs://private/tfds", "s3://bucket/tfds"):
     try: open_it(where)
@@ -179,7 +183,7 @@ if __name__ == "__main__":
   [
     (
       "private",
-      "gs://private/run cannot be reached (Anonymous caller does not have storage.objects.get access",
+      "gs://private/run cannot be reached (Anonymous caller does not have storage.objects.get",
     ),
     ("none", "cannot write to gs://none/run ("),
   ],

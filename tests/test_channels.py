@@ -1,4 +1,4 @@
-"""Images that are not RGB at 224 pixels: any number of channels, an RGB teacher on three of them, grey, sides that differ."""
+"""Images that are not RGB at 224 pixels: more channels, gray, sides that differ, an RGB teacher."""
 
 import io
 import json
@@ -6,22 +6,24 @@ import json
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from PIL import Image
 
 import mrmae_jax
 from mrmae_jax import config as config_lib
 from mrmae_jax import data, preflight, teachers, train
-from mrmae_jax.cli import convert, features, show_teacher, visualize
-from mrmae_jax.cli import verify as data_tool
-from mrmae_jax.data import augment, packed
+from mrmae_jax.cli import show_teacher
+from mrmae_jax.data import augment
+from mrmae_jax.data.pack import write_packed
 from mrmae_jax.errors import ConfigError, DataError, WeightsError
 from mrmae_jax.evals import reconstruct
 from mrmae_jax.models import ConvViT, Decoder, ViT
 from mrmae_jax.tasks import finetune, pretrain, probe
 from mrmae_jax.weights import files, model_files
-from mrmae_jax.weights.table import leaves
 from tests import tiny
+from tests.helpers.cli import run_command
 from tests.helpers.images import eval_loader, photo, train_steps
+from tests.test_doctor import examine  # noqa: F401 (a fixture)
 from tests.test_stages import changed, finished_run
 
 MEAN, STD = (0.1, 0.3, 0.5, 0.7), (0.2, 0.25, 0.3, 0.15)
@@ -66,7 +68,7 @@ def bands_config(folder, **values):
 
 
 def source_of(tmp_path, files_in):
-  """A folder of images {name: an array for .npy, encoded bytes, or what Pillow saves}; examples by name."""
+  """Writes {name: array or encoded bytes} to a folder; returns a function from name to example."""
   for name, content in files_in.items():
     if isinstance(content, bytes):
       (tmp_path / name).write_bytes(content)
@@ -92,21 +94,21 @@ def test_npy_files_hold_any_number_of_channels(tmp_path, shape, order):
 
 
 def test_grey_and_rgb_become_each_other_and_nothing_else_does(tmp_path):
-  rgb, grey, four = photo(20, 30), photo(20, 30)[..., 0], multispectral(20, 30)
+  rgb, gray, four = photo(20, 30), photo(20, 30)[..., 0], multispectral(20, 30)
   luma, repeated = (
     np.asarray(Image.fromarray(rgb).convert("L"))[..., None],
-    np.stack([grey] * 3, axis=2),
+    np.stack([gray] * 3, axis=2),
   )
   example = source_of(
-    tmp_path, {"rgb.png": rgb, "rgb.npy": rgb, "grey.png": grey, "grey.npy": grey, "four.npy": four}
+    tmp_path, {"rgb.png": rgb, "rgb.npy": rgb, "gray.png": gray, "gray.npy": gray, "four.npy": four}
   )
   for name, channels, expected in (
     ("rgb.png", 1, luma),
     ("rgb.npy", 1, luma),
-    ("grey.png", 1, grey[..., None]),
-    ("grey.npy", 1, grey[..., None]),
-    ("grey.png", 3, repeated),
-    ("grey.npy", 3, repeated),
+    ("gray.png", 1, gray[..., None]),
+    ("gray.npy", 1, gray[..., None]),
+    ("gray.png", 3, repeated),
+    ("gray.npy", 3, repeated),
     ("rgb.png", 3, rgb),
     ("rgb.npy", 3, rgb),
     ("four.npy", 4, four),
@@ -114,17 +116,16 @@ def test_grey_and_rgb_become_each_other_and_nothing_else_does(tmp_path):
     np.testing.assert_array_equal(
       augment.pixels(example(name), channels), expected, err_msg=f"{name}, {channels} channels"
     )
-  for name, found, channels in (
+  for name, given, channels in (
     ("rgb.png", 3, 4),
     ("four.npy", 4, 3),
     ("four.npy", 4, 1),
-    ("grey.npy", 1, 4),
+    ("gray.npy", 1, 4),
     ("rgb.npy", 3, 2),
   ):
-    with pytest.raises(
-      DataError,
-      match=rf"/{name}: has {found} channels \(20 x 30 x {found}\); expected {channels}, .*config.data.mean",
-    ):
+    shape = rf"\(20 x 30 x {given}\)"
+    message = f"/{name}: has {given} channels {shape}; expected {channels}, .*config.data.mean"
+    with pytest.raises(DataError, match=message):
       augment.pixels(example(name), channels)
 
 
@@ -143,11 +144,11 @@ def pickled():
 @pytest.mark.parametrize(
   "content, cause",
   [
-    (b"", "no array"),
-    (b"<html>404</html>", "no array"),
-    (npy_header((4, 4))[:20], "no array"),
-    (b"\x93NUMPY\x09\x00", "no array"),
-    (npy_header((4, 4)).replace(b"fortran", b"__import"), "no array"),
+    (b"", "not an array"),
+    (b"<html>404</html>", "not an array"),
+    (npy_header((4, 4))[:20], "not an array"),
+    (b"\x93NUMPY\x09\x00", "not an array"),
+    (npy_header((4, 4)).replace(b"fortran", b"__import"), "not an array"),
     (pickled(), "holds object of shape"),
     (np.zeros((4, 4, 3), np.float32), r"holds float32 of shape \(4, 4, 3\); expected uint8"),
     (np.zeros((4, 4), np.uint16), "holds uint16"),
@@ -169,9 +170,9 @@ def test_bad_npy_files_are_named(tmp_path, monkeypatch, content, cause):
     isinstance(content, np.ndarray) or b"60000" in content or b"object" in content
   ):  # decided by the header alone
     monkeypatch.setattr(np, "load", lambda *_, **__: pytest.fail("read"))
-  with pytest.raises(DataError, match=f"/x.npy: .*{cause}") as caught:
+  with pytest.raises(DataError, match=f"/x.npy: .*{cause}") as error:
     example("x.npy")
-  assert "\n" not in str(caught.value)
+  assert "\n" not in str(error.value)
 
 
 # Views.
@@ -250,7 +251,7 @@ def test_noise_has_the_statistics_of_each_channel():
 def test_packed_bands(folder, tmp_path):
   source = data.open_source(f"folder:{folder}", "train", holdout_every=4)
   for short_side in (0, 64):
-    packed.write(
+    write_packed(
       {"train": source}, tmp_path / str(short_side), {"source": "x"}, short_side=short_side
     )
     copy = data.open_source(f"packed:{tmp_path}/{short_side}", "train")
@@ -263,25 +264,27 @@ def test_packed_bands(folder, tmp_path):
 
 def test_verify_counts_channels(folder, tmp_path, capsys):
   command = [
-    "data",
     "verify",
     f"--source=folder:{folder}",
     "--holdout_every=0",
     "--splits=train",
     "--workers=1",
   ]
-  assert data_tool.main([*command, "--channels=4", f"--json={tmp_path}/report.json"]) == 0
-  found = json.loads((tmp_path / "report.json").read_text())["train"]
+  assert run_command([*command, "--channels=4", f"--json={tmp_path}/report.json"]) == 0
+  statistics = json.loads((tmp_path / "report.json").read_text())["train"]
   pixels = np.concatenate([np.load(path).reshape(-1, 4) for path in folder.glob("*/*.npy")]) / 255
-  assert found["pixels"] == len(pixels) and found["format"] == {"pixels": 24} and found["bad"] == 0
-  np.testing.assert_allclose(found["mean"], pixels.mean(0), rtol=1e-9)
-  np.testing.assert_allclose(found["std"], pixels.std(0), rtol=1e-9)
+  assert (
+    statistics["pixels"] == len(pixels)
+    and statistics["format"] == {"pixels": 24}
+    and statistics["bad"] == 0
+  )
+  np.testing.assert_allclose(statistics["mean"], pixels.mean(0), rtol=1e-9)
+  np.testing.assert_allclose(statistics["std"], pixels.std(0), rtol=1e-9)
   capsys.readouterr()
-  assert data_tool.main(command) == 3
+  assert run_command(command) == 3
   assert "24 of 24 images are bad, the first: a/00.npy: has 4 channels" in capsys.readouterr().err
   assert (
-    data_tool.main(["verify", "--source=digits", "--splits=eval", "--workers=1", "--channels=1"])
-    == 0
+    run_command(["verify", "--source=digits", "--splits=eval", "--workers=1", "--channels=1"]) == 0
   )
   assert len(json.loads(capsys.readouterr().out.rpartition("}")[0] + "}")["eval"]["mean"]) == 1
 
@@ -302,7 +305,8 @@ def test_verify_counts_channels(folder, tmp_path, capsys):
     ),
     (
       dict(teacher__bands=()),
-      r"config.teacher: bands=\(\) given; images have 4 channels \(config.data.mean\), .*hf_clip_full sees 3: give",
+      r"config.teacher: bands=\(\) given; images have 4 channels \(config.data.mean\), "
+      ".*hf_clip_full sees 3: give",
     ),
     (
       dict(teacher__bands=(0, 1)),
@@ -327,7 +331,7 @@ def test_configurations_that_do_not_fit(folder, values, message):
 
 def look(config, images):
   teacher = teachers.load(teachers.configured_spec(config.teacher, config))
-  return np.asarray(jax.jit(teacher.look)(teacher.params, images).features)
+  return np.asarray(jax.jit(teacher.forward)(teacher.params, images).features)
 
 
 def test_a_teacher_sees_three_channels_of_many():
@@ -348,8 +352,8 @@ def test_a_teacher_sees_three_channels_of_many():
 
 def test_a_teacher_sees_grey_in_each_of_its_channels():
   images = np.random.default_rng(0).integers(0, 256, (2, 32, 48, 1), np.uint8)
-  grey = changed(tiny.get_config(), data__mean=(0.4,), data__std=(0.3,))
-  np.testing.assert_array_equal(look(grey, images), look(tiny.get_config(), images.repeat(3, 3)))
+  gray = changed(tiny.get_config(), data__mean=(0.4,), data__std=(0.3,))
+  np.testing.assert_array_equal(look(gray, images), look(tiny.get_config(), images.repeat(3, 3)))
   assert (
     "channels"
     not in teachers.configured_spec(tiny.get_config().teacher, tiny.get_config()).description
@@ -388,7 +392,7 @@ def student_of(encoder, channels, grid=(3, 5)):
   decoder, rng = Decoder(8 * 8 * channels, 12, 1, 3, 2), np.random.default_rng(0)
   shapes = model_files.param_shapes(encoder, decoder, grid, channels=channels)
   params = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32) * 0.3, shapes)
-  return model_files.Student(
+  return model_files.LoadedModel(
     encoder,
     decoder,
     params,
@@ -405,7 +409,7 @@ def student_of(encoder, channels, grid=(3, 5)):
 def test_files_keep_the_channels(tmp_path, form, channels):
   student = student_of(CONVVIT if form == "convmae" else VIT, channels)
   path = tmp_path / ("hf" if form == "hf" else "x.safetensors")
-  model_files.write(student, path, form)
+  model_files.write_model(student, path, form)
   tensors = files.open_weights(path)
   name = {
     "convmae": "patch_embed1.proj.weight",
@@ -421,7 +425,10 @@ def test_files_keep_the_channels(tmp_path, form, channels):
     student.std,
     (3, 5),
   )
-  found, expected = leaves(model.student.params), leaves(student.params)
+  found, expected = (
+    flatten_dict(model.network.params, sep="/"),
+    flatten_dict(student.params, sep="/"),
+  )
   assert found.keys() == expected.keys() and all(
     np.array_equal(found[name], x) for name, x in expected.items()
   )
@@ -432,15 +439,15 @@ def test_files_keep_the_channels(tmp_path, form, channels):
   )
   with pytest.raises(ValueError, match=rf"expected \[B, H, W, {channels}\]"):
     model.encode(np.zeros((2, 24, 40, channels + 1), np.uint8))
-  fresh = leaves(model_files.untrained(student).params["encoder"])
+  fresh = flatten_dict(model_files.untrained(student).params["encoder"], sep="/")
   assert {name: x.shape for name, x in fresh.items()} == {
-    name: x.shape for name, x in leaves(student.params["encoder"]).items()
+    name: x.shape for name, x in flatten_dict(student.params["encoder"], sep="/").items()
   }
 
 
 def test_foreign_files_that_do_not_tell_their_statistics(tmp_path):
   student = student_of(VIT, 4)
-  model_files.write(student, tmp_path / "notes.safetensors", "timm")
+  model_files.write_model(student, tmp_path / "notes.safetensors", "timm")
   tensors = {
     name: np.asarray(x) for name, x in files.open_weights(tmp_path / "notes.safetensors").items()
   }
@@ -467,7 +474,8 @@ def test_weights_for_rgb_do_not_start_a_run_on_four_channels(folder, tmp_path):
   for task in (finetune, probe):
     with pytest.raises(
       WeightsError,
-      match="takes images of 3 channels, config.data.mean has 4; weights of the one are not turned into",
+      match="takes images of 3 channels, config.data.mean has 4; weights of the one"
+      " are not turned into",
     ):
       task.make(changed(config, optim__grid=(1.0,)) if task is probe else config)
 
@@ -483,9 +491,9 @@ def test_grey_images_train(tmp_path, capsys):
   assert params["encoder"]["patch_embed1"]["proj"]["kernel"].shape == (2 * 2 * 1, 8)
   assert params["decoder"]["pred"]["kernel"].shape == (16, 8 * 8 * 1)
   assert "skipped 0" in capsys.readouterr().out
-  seen = lambda params, frozen, batch, keys: {
-    name: batch["image"] / 255 for name in reconstruct.COLUMNS
-  }
+  seen = lambda params, frozen, batch, keys: dict.fromkeys(
+    reconstruct.COLUMNS, batch["image"] / 255
+  )
   evaluator = reconstruct.Evaluator(
     task._replace(predict=seen), {}, config, train.sharding.make_mesh(), tmp_path, images=2
   )
@@ -514,7 +522,7 @@ def test_channels_that_are_shown(channels, bands, expected, caption):
 
 
 def test_four_channels_from_the_files_to_the_features(folder, tmp_path):
-  """Pre-trained with an RGB teacher, drawn, fine-tuned, exported, loaded again, encoded; 160 x 224 pixels."""
+  """Goes from pre-training with an RGB teacher to exported features, at 160 x 224 pixels."""
   config, run = bands_config(folder), tmp_path / "run"
   config.evals.knn.update(k=3)
   preflight.check(config, 8)
@@ -538,9 +546,9 @@ def test_four_channels_from_the_files_to_the_features(folder, tmp_path):
   )  # the first picture of the first column
 
   assert (
-    visualize.main(
+    run_command(
       [
-        "visualise",
+        "visualize",
         f"--model={run}",
         "--count=2",
         f"--out={tmp_path}/look",
@@ -578,7 +586,7 @@ def test_four_channels_from_the_files_to_the_features(folder, tmp_path):
 
   for model, out, form in (("run", "hf", "hf"), ("tuned", "tuned.safetensors", "timm")):
     assert (
-      convert.main(
+      run_command(
         ["convert", f"--model={tmp_path / model}", f"--out={tmp_path / out}", f"--format={form}"]
       )
       == 0
@@ -599,7 +607,7 @@ def test_four_channels_from_the_files_to_the_features(folder, tmp_path):
   assert mrmae_jax.load(tmp_path / "tuned.safetensors").classify(images).shape == (2, 2)
 
   assert (
-    features.main(
+    run_command(
       [
         "features",
         f"--model={tmp_path}/hf",
@@ -616,7 +624,7 @@ def test_four_channels_from_the_files_to_the_features(folder, tmp_path):
   assert archive["features"].shape == (6, 24)
 
 
-def test_doctor_and_show_teacher_on_four_channels(folder, tmp_path, examine):
+def test_doctor_and_show_teacher_on_four_channels(folder, tmp_path, examine):  # noqa: F811
   code, out = examine(
     "image_size=(160, 224)",
     "batch_size=8",

@@ -19,6 +19,7 @@ from mrmae_jax import sharding
 from mrmae_jax.cli import compile as tool
 from mrmae_jax.tasks import pretrain
 from tests import tiny
+from tests.helpers.cli import run_command
 from tests.test_stages import changed
 
 ROOT = Path(__file__).parent.parent
@@ -33,9 +34,9 @@ def config_file(tmp_path_factory):
 
 
 def run(monkeypatch, *arguments):
-  """The tool as a command; overrides of a configuration are taken from sys.argv."""
-  monkeypatch.setattr(sys, "argv", ["compile", *arguments])
-  return tool.main()
+  """The tool as a command."""
+  del monkeypatch
+  return run_command(["compile", *arguments])
 
 
 def test_figures_of_the_devices_that_are_here(config_file, tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""Configurations: all that ship load, validate and build at their published size; mistakes get one clear line each."""
+"""Configurations: those in configs/ load, pass the checks and build; a mistake has one line."""
 
 import functools
 import json
@@ -16,9 +16,10 @@ import pytest
 from configs import cifar10, convmae, demo, finetune, mae, mrmae, probe
 from configs.sweeps import ablation
 from mrmae_jax import config as config_lib
-from mrmae_jax import preflight, teachers
+from mrmae_jax import preflight
 from mrmae_jax.errors import ConfigError
 from mrmae_jax.tasks import pretrain
+from mrmae_jax.weights.hub import PRESETS
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -39,7 +40,7 @@ def millions(tree):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-  """A cache of the Hugging Face hub, offline, with the config.json of CLIP-B/16 and DINO-B/16: all that validation reads."""
+  """An offline cache of the Hugging Face hub with the config.json of CLIP-B/16 and DINO-B/16."""
   from huggingface_hub import constants
 
   monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -63,7 +64,7 @@ def hub(tmp_path, monkeypatch):
     ),
     ("dino_vit_b16", {"model_type": "vit", "layer_norm_eps": 1e-12, "hidden_act": "gelu"} | sizes),
   ):
-    preset = teachers.PRESETS[name]
+    preset = PRESETS[name]
     commit = preset.revision if len(preset.revision) == 40 else "0" * 40
     root = tmp_path / "hub" / f"models--{preset.repo.replace('/', '--')}"
     ref = root / "refs" / preset.revision
@@ -82,9 +83,7 @@ CONFIGS = [
 def test_shipped_configs_validate_and_build(module, size, hub, tmp_path):
   config = module.get_config(size)
   (tmp_path / "photo.png").touch()
-  config.data.source = (
-    f"folder:{tmp_path}"  # what ships is tfds:imagenet2012, which has to be prepared first
-  )
+  config.data.source = f"folder:{tmp_path}"  # instead of tfds:imagenet2012, which needs preparation
   preflight.check(config, num_devices=32)
   params = shapes(config, {"mimic": 768})
   assert millions(params) > 20 and ("mimic_heads" in params) == (module is mrmae)
@@ -120,7 +119,7 @@ def test_the_full_recipe_and_its_arguments():
 
 def test_every_ablation_validates_and_builds(hub, tmp_path):
   (tmp_path / "photo.png").touch()
-  seen = set()
+  distinct = set()
   for item in ablation.sweep():
     config = ablation.get_config(item.pop("argument"))
     config.update_from_flattened_dict(item)
@@ -128,8 +127,8 @@ def test_every_ablation_validates_and_builds(hub, tmp_path):
     preflight.check(config, num_devices=8)
     params = shapes(config, {"mimic": 768, "mimic_dino_vit_b16": 768})
     assert len(params["mimic_heads"]) == 1 + len(config.extra_teachers)
-    seen.add(config.to_json())
-  assert len(seen) == 11
+    distinct.add(config.to_json())
+  assert len(distinct) == 11
 
 
 def test_demo_validates():
@@ -137,7 +136,6 @@ def test_demo_validates():
   assert sum(f.stat().st_size for f in (ROOT / "configs" / "demo_teacher").iterdir()) < 2_000_000
 
 
-# Counted on the reference code of these sizes: encoder without the fusion convolutions, those, decoder, in millions
 @pytest.mark.parametrize(
   "module, argument",
   [
@@ -193,9 +191,8 @@ def test_the_ladder_has_one_compute_budget():
     config = cifar10.get_config(method)
     config.data.source = "digits"
     if method == "mrmae":
-      config.teacher.path = (
-        demo.get_config().teacher.path
-      )  # as large as the one that the README trains
+      # As large as the teacher that the README trains
+      config.teacher.path = demo.get_config().teacher.path
     task, keys = (
       pretrain.make(config),
       jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 8)),
@@ -224,10 +221,11 @@ def test_the_ladder_has_one_compute_budget():
   ],
 )
 def test_parameter_counts_are_the_published_ones(size, encoder, fusion, decoder):
+  """Millions, counted on the reference code: encoder without fusion, its fusion, decoder."""
   params = shapes(convmae.get_config(size))
   fused = {name: part for name, part in params["encoder"].items() if name.endswith("output_decode")}
-  own = {name: part for name, part in params["encoder"].items() if name not in fused}
-  assert [round(millions(x), 2) for x in (own, fused, params["decoder"])] == [
+  rest = {name: part for name, part in params["encoder"].items() if name not in fused}
+  assert [round(millions(x), 2) for x in (rest, fused, params["decoder"])] == [
     encoder,
     fusion,
     decoder,
@@ -246,7 +244,8 @@ def test_configs_are_read_without_jax():
   code = (
     "import sys; from configs import demo, mrmae, mae, convmae\n"
     "for m in (mrmae, mae, convmae): m.get_config('huge')\n"
-    "demo.get_config().to_json(); print([m for m in ('jax', 'flax', 'torch', 'tensorflow') if m in sys.modules])"
+    "demo.get_config().to_json()\n"
+    "print([m for m in ('jax', 'flax', 'torch', 'tensorflow') if m in sys.modules])"
   )
   out = subprocess.run(
     [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
@@ -285,7 +284,8 @@ def changed(**overrides):
     (dict(image_size=(32,)), r"config\.image_size=\(32,\) must hold two numbers"),
     (
       dict(batch_size=20),
-      r"config\.batch_size=20 is not divisible by 8 devices x 1 accumulation steps; nearest: 16 or 24",
+      r"config\.batch_size=20 is not divisible by 8 devices x 1 accumulation steps; "
+      r"nearest: 16 or 24",
     ),
     (
       dict(batch_size=24, optim__accum_steps=2),
@@ -342,7 +342,8 @@ def changed(**overrides):
     (dict(method__pixel_weight=0.0, teacher__path=""), r"leaves nothing to learn"),
     (
       dict(method__complementary_masks=5),
-      r"complementary_masks=5 sets of 6 visible tokens do not fit 24; it must be a whole number from 1 to 4",
+      r"complementary_masks=5 sets of 6 visible tokens do not fit 24; "
+      r"it must be a whole number from 1 to 4",
     ),
     (dict(method__complementary_masks=0), r"complementary_masks=0 sets of"),
     (dict(encoder__drop_path=0.1), r"encoder.drop_path=0.1 is for fine-tuning"),
@@ -387,7 +388,7 @@ def command(*arguments):
     XLA_FLAGS="--xla_backend_optimization_level=0",
   )
   done = subprocess.run(
-    [sys.executable, "-m", "mrmae_jax.cli.train", *arguments],
+    [sys.executable, "-m", "mrmae_jax", "pretrain", *arguments],
     cwd=ROOT,
     env=env,
     capture_output=True,
@@ -428,7 +429,7 @@ def test_a_missing_flag_is_named():
 def test_help():
   env = dict(os.environ, PYTHONPATH=str(ROOT))
   out = subprocess.run(
-    [sys.executable, "-m", "mrmae_jax.cli.train", "--help"],
+    [sys.executable, "-m", "mrmae_jax", "pretrain", "--help"],
     cwd=ROOT,
     env=env,
     capture_output=True,
@@ -436,9 +437,7 @@ def test_help():
     check=True,
   ).stdout
   assert (
-    "python -m mrmae_jax.cli.train --config=configs/demo.py" in out
-    and "--check: " in out
-    and "--workdir: " in out
+    "mrmae pretrain --config=configs/demo.py" in out and "--check: " in out and "--workdir: " in out
   )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
+from mrmae_jax import data
 from mrmae_jax.data import augment, loader, open_source
 from mrmae_jax.errors import DataError
 from tests.helpers.images import (
@@ -24,9 +25,11 @@ from tests.helpers.images import (
   eval_loader,
   good_files,
   lying_jpeg,
+  make_views,
   photo,
   png_header,
   prepare_tfds,
+  take,
   train_loader,
   train_steps,
   write_images,
@@ -55,8 +58,8 @@ def reference(folder):
   [(2, 0, 0), (4, 0, 0), (1, 0, 3), (1, 1, 0), (2, 2, 2), (1, 4, 1)],
 )
 def test_global_batch_is_a_function_of_seed_and_step(folder, reference, shards, workers, first):
-  got = train_steps(folder, 7 - first, shards=shards, workers=workers, first_step=first)
-  assert_same(got, reference[first:])
+  actual = train_steps(folder, 7 - first, shards=shards, workers=workers, first_step=first)
+  assert_same(actual, reference[first:])
 
 
 def test_batch_format(reference):
@@ -74,7 +77,7 @@ def test_epochs_are_different_permutations():
   assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
-def test_an_image_is_seen_differently_each_time():
+def test_each_view_of_an_image_is_different():
   steps = train_steps(Numbered(1), 1, batch_size=6)
   assert len({image.tobytes() for image in steps[0]["image"]}) == 6
 
@@ -84,13 +87,13 @@ def test_seeds_give_unrelated_orders():
     steps = train_steps(Numbered(12), 3, batch_size=12, seed=seed)
     return [tuple(step["label"]) for step in steps]
 
-  # Also no seed may start where its neighbour is one epoch later.
+  # No seed may start where the next seed is one epoch later.
   assert len(set(epochs(0) + epochs(1) + epochs(2))) == 9
 
 
 def test_views_depend_on_the_seed_not_only_on_the_order():
-  one, two = (train_steps(Numbered(1), 1, batch_size=1, seed=seed)[0] for seed in (0, 1))
-  assert not np.array_equal(one["image"], two["image"])
+  first, second = (train_steps(Numbered(1), 1, batch_size=1, seed=seed)[0] for seed in (0, 1))
+  assert not np.array_equal(first["image"], second["image"])
 
 
 def test_flip_is_optional_and_applied_to_half():
@@ -194,7 +197,7 @@ def test_evaluation_sees_every_image_once(count, shards):
 def test_evaluation_limit_is_evenly_spaced():
   def labels(limit):
     batches = eval_loader(Numbered(10), batch_size=3, limit=limit)
-    return [l for b in batches for l in b["label"][b["valid"]].tolist()]
+    return [label for batch in batches for label in batch["label"][batch["valid"]].tolist()]
 
   assert labels(4) == [0, 2, 5, 7]
   assert labels(99) == list(range(10))
@@ -206,7 +209,85 @@ def test_evaluation_with_workers(folder):
   )
 
 
-# Views.
+# The contract of views.
+
+
+def noisy_view(example, rng):
+  """Rows of other names, shapes and dtypes than images have."""
+  return {"boxes": rng.random((3, 4), np.float32), "target": np.float32(example["label"])}
+
+
+class PartlyUnreadable(Numbered):
+  """Image 0 cannot be read."""
+
+  def __getitem__(self, index):
+    if index == 0:
+      raise DataError("0: cannot be read")
+    return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_loader_knows_no_field_of_a_batch(workers):
+  source, options = Numbered(5), data.LoaderOptions(workers=workers)
+  [batch] = take(data.train_batches(source, noisy_view, seed=0, batch_size=4, options=options), 1)
+  assert {name: (x.shape, x.dtype) for name, x in batch.items()} == {
+    "boxes": ((4, 3, 4), np.float32),
+    "target": ((4,), np.float32),
+  }
+  first, last = data.eval_batches(source, noisy_view, batch_size=4, options=options)
+  np.testing.assert_array_equal(first["target"], [0, 1, 2, 3])
+  np.testing.assert_array_equal(last["valid"], [True, False, False, False])
+  assert not last["target"][1:].any() and not last["boxes"][1:].any() and last["boxes"][0].all()
+
+
+def test_random_numbers_of_an_evaluation_view_belong_to_the_image():
+  views = {}
+  for limit, batch_size, shard in ((0, 2, 0), (4, 4, 0), (0, 6, 1)):
+    num_shards = 1 + shard
+    for batch in data.eval_batches(
+      Numbered(8),
+      noisy_view,
+      batch_size=batch_size,
+      limit=limit,
+      shard=shard,
+      num_shards=num_shards,
+    ):
+      for target, boxes, valid in zip(batch["target"], batch["boxes"], batch["valid"]):
+        if valid:
+          np.testing.assert_array_equal(views.setdefault(int(target), boxes), boxes)
+  assert len({boxes.tobytes() for boxes in views.values()}) == len(views) == 8
+
+
+def test_shapes_of_a_batch_are_those_of_the_first_readable_image():
+  skip = data.LoaderOptions(on_error="skip", max_skipped=0.25)
+  shapes = {"boxes": ((3, 4), np.float32), "target": ((), np.float32)}
+  assert data.element_shapes(Numbered(4), noisy_view) == shapes
+  assert data.element_shapes(PartlyUnreadable(4), noisy_view, skip) == shapes
+  assert data.element_shapes(Numbered(1), make_views().train) == {
+    "image": ((*SIZE, 3), np.uint8),
+    "label": ((), np.int32),
+  }
+  for source, options in (
+    (PartlyUnreadable(4), data.LoaderOptions()),
+    (PartlyUnreadable(3), skip),  # a quarter of three images is none
+    (PartlyUnreadable(1), skip._replace(max_skipped=1.0)),
+  ):
+    with pytest.raises(DataError, match="0: cannot be read"):
+      data.element_shapes(source, noisy_view, options)
+  with pytest.raises(DataError, match="empty"):
+    data.element_shapes(Numbered(0), noisy_view)
+
+
+@pytest.mark.parametrize("task", ["pretrain", "probe"])
+def test_views_travel_to_worker_processes(task):
+  options = dict(task=task, randaug="rand-m9-inc1", erase_prob=0.5)
+  views, example = make_views(**options), Numbered(1)[0]
+  for view, other in zip(views, pickle.loads(pickle.dumps(views))):
+    draws = [v(example, np.random.default_rng(3))["image"] for v in (view, other)]
+    np.testing.assert_array_equal(*draws)
+
+
+# Views of images.
 
 
 def test_crop_boxes_follow_the_law():
@@ -297,7 +378,7 @@ def test_decoding_equals_pillow(name, data):
   np.testing.assert_array_equal(image, as_pillow(data))
 
 
-def test_colour_jpegs_do_not_go_through_pillow(monkeypatch):
+def test_color_jpegs_do_not_go_through_pillow(monkeypatch):
   data = encode(photo())
   expected = as_pillow(data)
   monkeypatch.setattr(Image.Image, "convert", None)
@@ -338,7 +419,7 @@ def test_bad_files_are_named(name, case):
 
 
 @pytest.mark.parametrize("name", ["bomb.png", "bomb.jpg"])
-def test_size_limit_is_our_own(monkeypatch, name):
+def test_size_limit_holds_without_that_of_pillow(monkeypatch, name):
   data, _ = bad_files()[name]
   monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
   monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
@@ -535,7 +616,7 @@ def test_digits():
     coarse = image[..., 0].reshape(8, 4, 8, 4).mean((1, 3)) / 255 * 16
     assert np.corrcoef(coarse.ravel(), digits.images[index].ravel())[0, 1] > 0.95
   assert evaluation[0]["image"].max() > 200
-  # A 4x4 patch that is one flat colour has no normalised target.
+  # A 4x4 patch that is one flat color has no normalized target.
   blocks = evaluation[0]["image"][..., 0].reshape(8, 4, 8, 4)
   assert (np.ptp(blocks, axis=(1, 3)) > 0).mean() > 0.5
 
@@ -549,7 +630,7 @@ def tfds_dir(tmp_path_factory):
 
   data_dir = tmp_path_factory.mktemp("tfds")
   rows = [
-    # A second image that is none: it must not even be looked at.
+    # A second feature of type Image that holds other bytes: it must not be decoded.
     {"image": encode(photo(seed=i)), "label": i % 3, "mask": b"not an image"}
     for i in range(11)
   ]
@@ -658,7 +739,7 @@ print("heavy", sorted({"tensorflow", "torch"} & set(sys.modules)))
 
 
 def test_neither_tensorflow_nor_torch_is_imported(tfds_dir, tmp_path):
-  # Empty stand-ins, so that an attempt succeeds and is seen.
+  # Empty stand-ins, so that an import succeeds and shows up in sys.modules.
   for name in ("tensorflow", "torch"):
     (tmp_path / name).mkdir()
     (tmp_path / name / "__init__.py").write_text("")

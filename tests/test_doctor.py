@@ -1,4 +1,4 @@
-"""mrmae doctor finds mistakes before hours are spent on them; mrmae itself finds its commands."""
+"""mrmae doctor finds mistakes before they cost hours; mrmae finds its commands."""
 
 import fcntl
 import json
@@ -8,26 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from absl import flags
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from mrmae_jax import __main__ as entry
 from mrmae_jax import config as schema
-from mrmae_jax.cli import doctor
-from mrmae_jax.cli import train as training
+from mrmae_jax.cli import doctor, parser
 from tests import tiny
+from tests.helpers.cli import run_command
 
 ROOT = Path(__file__).parent.parent
-
-
-def forget():
-  """A process parses one command line; these tests parse many."""
-  for name in [name for name in flags.FLAGS if name.startswith("config.")]:
-    delattr(flags.FLAGS, name)
-  for flag in training.FLAGS:
-    flags.FLAGS[flag.name].unparse()
-  flags.FLAGS.unparse_flags()
 
 
 @pytest.fixture
@@ -36,7 +26,6 @@ def examine(tmp_path, capsys, monkeypatch):
   monkeypatch.chdir(ROOT)
 
   def run(*arguments, workdir=tmp_path / "run"):
-    forget()
     words = [
       f"--config.{word}" if "=" in word and not word.startswith("--") else word
       for word in arguments
@@ -48,11 +37,11 @@ def examine(tmp_path, capsys, monkeypatch):
         "doctor",
         "--config=tests/tiny.py",
         *([f"--workdir={workdir}"] if workdir else []),
-        "--nocompile",
+        "--no-compile",
         *words,
       ],
     )
-    code = doctor.main()
+    code = run_command(sys.argv)
     printed = capsys.readouterr()
     assert "Traceback" not in printed.err
     return code, printed.out
@@ -93,21 +82,20 @@ def test_a_sound_run(examine, tmp_path):
 
 def test_the_step_is_compiled_and_timed(capsys, monkeypatch):
   monkeypatch.chdir(ROOT)
-  forget()
   monkeypatch.setattr(
     sys, "argv", ["doctor", "--config=tests/tiny.py:vit", "--config.teacher.path="]
   )
-  assert doctor.main() == 0
+  assert run_command(sys.argv) == 0
   out = capsys.readouterr().out
   assert "ms a step, " in out and "for 8 steps" in out and "GiB a device" in out
-  assert "look  no teacher: this is MAE or ConvMAE" in out
+  assert "warn  no teacher: this is MAE or ConvMAE" in out
 
 
-# The twenty mistakes. (what is planted, exit code, what is said)
+# Planted mistakes: (options, exit code, words of the line)
 
 
 @pytest.mark.parametrize(
-  "arguments, code, said",
+  "arguments, code, message",
   [
     (["optim.bler=1e-4"], 2, "did you mean config.optim.blr?"),  # 1 a misspelt key
     (["batch_size=many"], 2, "batch_size"),  # 2 a wrong type
@@ -152,11 +140,11 @@ def test_the_step_is_compiled_and_timed(capsys, monkeypatch):
     ),  # 17 other statistics
   ],
 )
-def test_planted_settings(examine, arguments, code, said):
-  found, out = examine(*arguments)
-  assert found == code and said in out, out
+def test_planted_settings(examine, arguments, code, message):
+  exit_code, out = examine(*arguments)
+  assert exit_code == code and message in out, out
   assert out.endswith("the run would start\n") == (code == 0) and any(
-    said in line and line.startswith("stop" if code else "look") for line in out.splitlines()
+    message in line and line.startswith("stop" if code else "warn") for line in out.splitlines()
   )
 
 
@@ -167,7 +155,7 @@ def test_planted_images(examine, tmp_path):
   assert code == 3 and "000.png" in out and "not an image" in out
   plain = folder_of_images(tmp_path / "plain", value=90, classes=0)  # 19 nothing in them, no labels
   code, out = examine(f"data.source=folder:{plain}")
-  assert code == 0 and "are of one colour" in out and "the images have no labels" in out
+  assert code == 0 and "are of one color" in out and "the images have no labels" in out
 
 
 def test_planted_workdirs(examine, tmp_path, monkeypatch):
@@ -225,30 +213,27 @@ def test_planted_teachers(examine, tmp_path):
 
 
 def test_every_command_answers_help(capsys):
-  forget()
   assert entry.main(["mrmae"]) == 0
   listing = capsys.readouterr().out
-  assert all(f"  {name} " in listing for name in entry.COMMANDS)
-  for name in entry.COMMANDS:
+  assert all(f"    {name} " in listing for name in parser.COMMANDS)
+  for name in parser.COMMANDS:
     assert entry.main(["mrmae", name, "--help"]) == 0, name
     assert len(capsys.readouterr().out) > 200, name
 
 
 def test_the_script_finds_configurations_that_import_each_other(tmp_path, monkeypatch, capsys):
-  """An installed script has the folder of scripts on its path, where `python -m` has the current one."""
+  """An installed script has its folder on the path, `python -m` has the current folder."""
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(sys, "path", [str(ROOT), *(p for p in sys.path if p)])
   (tmp_path / "neighbour_of_mine.py").write_text("from tests.tiny import get_config")
   (tmp_path / "mine.py").write_text("from neighbour_of_mine import get_config")
-  forget()
   assert entry.main(["mrmae", "finetune", f"--config={tmp_path}/mine.py", "--workdir=/tmp/x"]) == 2
   assert "needs a configuration of task 'finetune'" in capsys.readouterr().err  # so it was read
 
 
 def test_mistakes_are_answered(capsys, monkeypatch):
-  forget()
   monkeypatch.chdir(ROOT)
-  for arguments, said in (
+  for arguments, message in (
     (["pretrian"], "did you mean pretrain?"),
     (
       ["finetune", "--config=tests/tiny.py", "--workdir=/tmp/x"],
@@ -258,7 +243,7 @@ def test_mistakes_are_answered(capsys, monkeypatch):
   ):
     assert entry.main(["mrmae", *arguments]) == 2
     printed = capsys.readouterr().err
-    assert said in printed and printed.startswith("error: ") and printed.count("\n") == 1
+    assert message in printed and printed.startswith("error: ") and printed.count("\n") == 1
   assert entry.main(["mrmae", "features", "--modl=x", "--debug"]) == 2
   assert "Traceback" in capsys.readouterr().err
 

@@ -8,10 +8,10 @@ from PIL import Image
 
 import mrmae_jax
 from mrmae_jax import data
-from mrmae_jax.cli import ensemble as tool
-from mrmae_jax.evals import ensemble
+from mrmae_jax.cli import ensemble
 from mrmae_jax.models import ViT
 from mrmae_jax.weights import model_files
+from tests.helpers.cli import run_command
 from tests.test_weights import make
 
 
@@ -47,13 +47,13 @@ def models(tmp_path_factory):
       has_norm=False,
       seed=seed,
     )
-    model_files.write(
+    model_files.write_model(
       student._replace(classes=tuple("xyzuv"[:classes])), root / f"{name}.safetensors", "timm"
     )
   order = make(
     ViT(4, 16, 1, 2, 32, learned_positions=True), None, classes=3, has_norm=False
   )._replace(classes=("x", "z", "y"))
-  model_files.write(order, root / "order.safetensors", "timm")
+  model_files.write_model(order, root / "order.safetensors", "timm")
   for split, count in (("train", 1), ("validation", 7)):
     for name in "xyz":
       (root / "photos" / split / name).mkdir(parents=True)
@@ -68,7 +68,7 @@ def models(tmp_path_factory):
 def test_the_tool(models, average, tmp_path, capsys):
   paths = [str(models / f"{name}.safetensors") for name in "ab"]
   assert (
-    tool.main(
+    run_command(
       [
         "ensemble",
         f"--models={','.join(paths)}",
@@ -117,6 +117,6 @@ def test_mistakes(models, capsys):
     ),
     ((f"--models={a},{models}/none", f"--images={photos}"), 2, "no such file or folder"),
   ):
-    assert tool.main(["ensemble", *options]) == code
+    assert run_command(["ensemble", *options]) == code
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(error) == 1 and message in error[0], error

@@ -10,9 +10,9 @@ from PIL import Image
 
 import mrmae_jax
 from mrmae_jax import data
-from mrmae_jax.cli import features
 from mrmae_jax.models import ConvViT, ViT
 from mrmae_jax.weights import model_files
+from tests.helpers.cli import run_command
 from tests.test_weights import make
 
 
@@ -31,7 +31,7 @@ def paths(tmp_path_factory):
     ("finetuned", make(vit, None, classes=3, has_norm=False), "timm"),
   ):
     found[name] = folder / f"{name}.safetensors"
-    model_files.write(student, found[name], form)
+    model_files.write_model(student, found[name], form)
   return found
 
 
@@ -63,7 +63,7 @@ def test_any_size_and_type(paths):
 
 
 def test_images_are_normalised_with_what_the_file_says(paths):
-  student = model_files.read(paths["vit"])
+  student = model_files.read_model(paths["vit"])
   model, images = (
     mrmae_jax.load(paths["vit"]),
     np.random.default_rng(0).random((2, 12, 20, 3), np.float32),
@@ -85,7 +85,7 @@ def test_each_shape_is_compiled_once(paths):
 def test_a_fine_tuned_vit(paths):
   model = mrmae_jax.load(paths["finetuned"])
   student, images = (
-    model.student,
+    model.network,
     np.random.default_rng(0).integers(0, 256, (2, 12, 20, 3), np.uint8),
   )
   pixels = (images / np.float32(255) - np.float32(student.mean)) / np.float32(student.std)
@@ -149,7 +149,7 @@ def test_every_image_once(paths, folder, tmp_path, batch_size, capsys):
   names, labels, found = expected(paths["convvit"], folder, (24, 40), 0.875)
   for out in ("x.npz", "x.parquet"):
     assert (
-      features.main(
+      run_command(
         [
           "features",
           f"--model={paths['convvit']}",
@@ -180,7 +180,7 @@ def test_every_image_once(paths, folder, tmp_path, batch_size, capsys):
 
 def test_cls_size_and_unlabelled_images(paths, folder, tmp_path):
   assert (
-    features.main(
+    run_command(
       [
         "features",
         f"--model={paths['vit']}",
@@ -209,10 +209,10 @@ def test_parquet_without_pyarrow(paths, folder, tmp_path, monkeypatch, capsys):
   monkeypatch.setitem(sys.modules, "pyarrow", None)
   command = ["features", f"--model={paths['convvit']}", f"--images=folder:{folder}"]
   assert (
-    features.main([*command, f"--out={tmp_path}/x.parquet"]) == 2
+    run_command([*command, f"--out={tmp_path}/x.parquet"]) == 2
     and "needs pyarrow" in capsys.readouterr().err
   )
-  assert features.main([*command, f"--out={tmp_path}/x.npz"]) == 0
+  assert run_command([*command, f"--out={tmp_path}/x.npz"]) == 0
 
 
 def test_errors_leave_no_file(paths, folder, tmp_path, capsys):
@@ -238,7 +238,7 @@ def test_errors_leave_no_file(paths, folder, tmp_path, capsys):
     ),
   ):
     assert (
-      features.main(["features", *(f"--{key}={value}" for key, value in (good | change).items())])
+      run_command(["features", *(f"--{key}={value}" for key, value in (good | change).items())])
       == code
     )
     error = [

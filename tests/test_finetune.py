@@ -14,7 +14,7 @@ from PIL import Image
 
 import mrmae_jax
 from mrmae_jax import config as config_lib
-from mrmae_jax import preflight, sharding
+from mrmae_jax import data, preflight, sharding
 from mrmae_jax.errors import ConfigError, DataError, WeightsError
 from mrmae_jax.evals import accuracy as evaluator
 from mrmae_jax.models.layers import DropPath, drop_paths
@@ -174,10 +174,7 @@ def test_accuracy_counts_every_image_once_on_any_devices():
 
   task = predicting_task(predict, config)
   labels = np.array(
-    [
-      example["label"]
-      for example in (evaluator.data.open_split(config.data, "eval")[i] for i in range(199))
-    ]
+    [example["label"] for example in (data.open_split(config.data, "eval")[i] for i in range(199))]
   )
   results = []
   for devices, batch_size in ((1, 64), (8, 40)):
@@ -205,7 +202,8 @@ def test_a_run_from_start_to_end(tmp_path):
     command = [
       sys.executable,
       "-m",
-      "mrmae_jax.cli.train",
+      "mrmae_jax",
+      "finetune",
       f"--config={tmp_path}/finetune.py",
       f"--workdir={tmp_path}/run",
       *arguments,

@@ -26,7 +26,7 @@ from mrmae_jax.models.convvit import ConvViT
 from mrmae_jax.models.decoder import Decoder
 from mrmae_jax.models.layers import sincos_2d
 from mrmae_jax.models.vit import ViT
-from mrmae_jax.pretrained import Pretrained
+from mrmae_jax.pretrained import PretrainedModel
 from mrmae_jax.weights import convmae, files, mae, model_files
 from mrmae_jax.weights.table import convert, export
 
@@ -197,8 +197,8 @@ def named(prefix, name):
 
 def opened(path, **options):
   """A model that takes the images of the goldens, which are normalised already."""
-  student = model_files.read(path, num_heads=3, decoder_heads=4, **options)
-  return Pretrained(student._replace(mean=(0.0,) * 3, std=(1.0,) * 3))
+  student = model_files.read_model(path, num_heads=3, decoder_heads=4, **options)
+  return PretrainedModel(student._replace(mean=(0.0,) * 3, std=(1.0,) * 3))
 
 
 RELEASES = {  # which tensors of convmae_pretrain they hold, and what they must be
@@ -231,7 +231,7 @@ def test_published_checkpoints(tmp_path, release, suffix):
     files.write_safetensors(path, {name: x for name, x in tensors.items() if holds(name)} | cls)
 
   model = opened(path)
-  encoder = model.student.encoder
+  encoder = model.network.encoder
   assert {
     key: getattr(encoder, key) for key in expected
   } == expected and not encoder.learned_positions
@@ -241,13 +241,13 @@ def test_published_checkpoints(tmp_path, release, suffix):
     (2, 1, 3),
     (4, 4, 4),
   )
-  table = model_files.name_table(encoder, model.student.decoder, (), True)
-  for name, x in export(model.student.params, table).items():
+  table = model_files.name_table(encoder, model.network.decoder, (), True)
+  for name, x in export(model.network.params, table).items():
     if name != "cls_token":
       np.testing.assert_array_equal(x, tensors[name], err_msg=name)
   features = model.encode(np.full((1, 64, 96, 3), 0.5, np.float32))
   assert features["tokens"].shape == (1, 24, 48) and features["stage1"].shape == (1, 16, 24, 16)
-  if model.student.decoder is None:
+  if model.network.decoder is None:
     assert "encoder-only" in str(model.report)
     with pytest.raises(WeightsError, match="cannot reconstruct"):
       model.reconstruct(np.zeros((1, 64, 64, 3), np.uint8))
@@ -257,9 +257,9 @@ def test_published_checkpoints(tmp_path, release, suffix):
     jnp.asarray(images.transpose(0, 2, 3, 1)),
     mrmae.sample_mask(jnp.asarray(mask), 0.75),
   )
-  network = mrmae.Model(encoder, model.student.decoder, (), (0.0,) * 3, (1.0,) * 3)
+  network = mrmae.Model(encoder, model.network.decoder, (), (0.0,) * 3, (1.0,) * 3)
   streams, prediction = jax.jit(lambda p: mrmae.encode_decode(p, images, mask, network))(
-    model.student.params
+    model.network.params
   )
   expected = named("out.", "convmae_pretrain")
   close(streams["fused"], expected["latent"], FORWARD, "latent")
@@ -283,7 +283,7 @@ def test_a_malicious_pickle_is_refused_and_nothing_in_it_is_run():
   with pytest.raises(
     WeightsError, match="needs pickled class posix.system; refusing, as it could run any code"
   ):
-    model_files.read(path)
+    model_files.read_model(path)
   assert not trace.exists()
 
 
@@ -293,16 +293,16 @@ def test_fine_tuned_checkpoint(tmp_path):
   tensors = named("param.", "convvit_finetune")
   files.write_safetensors(path, tensors)
   model = opened(path)
-  assert model.student.encoder.learned_positions and model.config["classes"] == 7
+  assert model.network.encoder.learned_positions and model.config["classes"] == 7
   assert "norm (fine-tuning replaces" in str(model.report)
   images, expected = named("in.", "convvit_finetune")["imgs"], named("out.", "convvit_finetune")
   images = jnp.asarray(images.transpose(0, 2, 3, 1))
   close(model.classify(images), expected["logits"], FORWARD, "logits")
   norm = nn.LayerNorm(1e-6).apply(
-    {"params": model.student.params["classifier"]["fc_norm"]}, model.encode(images)["pooled"]
+    {"params": model.network.params["classifier"]["fc_norm"]}, model.encode(images)["pooled"]
   )
   close(norm, expected["features"], FORWARD, "features")
-  model_files.write(model.student, tmp_path / "ours.safetensors", "convmae")
+  model_files.write_model(model.network, tmp_path / "ours.safetensors", "convmae")
   written = load_file(tmp_path / "ours.safetensors")
   assert written.keys() == tensors.keys() and all(
     np.array_equal(written[name], tensors[name]) for name in tensors
@@ -314,7 +314,7 @@ def test_fine_tuned_checkpoint(tmp_path):
 def test_fine_tuning_loss_and_every_gradient(tmp_path):
   tensors = named("param.", "convvit_finetune")
   files.write_safetensors(tmp_path / "finetuned.safetensors", tensors)
-  student = model_files.read(tmp_path / "finetuned.safetensors", num_heads=3)
+  student = model_files.read_model(tmp_path / "finetuned.safetensors", num_heads=3)
   model = Classifier(student.encoder, 7)
   images, labels = (named("in.", "convvit_finetune")[name] for name in ("imgs", "labels"))
 

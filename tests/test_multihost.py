@@ -32,7 +32,7 @@ def start(
   env = dict(
     os.environ, PYTHONPATH=str(ROOT), XLA_FLAGS=flags, PYTHONUNBUFFERED="1", **environment or {}
   )
-  command = [sys.executable, "-m", "mrmae_jax.cli.train", f"--config={config}"]
+  command = [sys.executable, "-m", "mrmae_jax", "pretrain", f"--config={config}"]
   if count > 1:
     command += [
       "--multihost",
@@ -188,7 +188,7 @@ def test_a_coordinator_that_is_not_there(tmp_path):
   lines = [
     line for line in log.read_text().splitlines() if "waited" in line
   ]  # it is said at 20 s already what is missing
-  assert "process 1 of 2 waited 20 s" in lines[0] and "going on for up to 23 s" in lines[0]
+  assert "process 1 of 2 waited 20 s" in lines[0] and "still waiting, up to 23 s" in lines[0]
   assert "error: process 1 of 2 waited 23 s" in lines[1] and all(
     "nothing answers at localhost:" in line for line in lines
   )

@@ -1,4 +1,4 @@
-"""Packed sources: the same examples and batches as the original, or a clear error; and the resize of training crops."""
+"""Packed sources give the examples and batches of the original; resizes of training crops."""
 
 import json
 import os
@@ -12,9 +12,11 @@ from PIL import Image
 
 from mrmae_jax import config as config_lib
 from mrmae_jax import preflight
-from mrmae_jax.cli import pack
-from mrmae_jax.data import augment, open_source, packed
+from mrmae_jax.data import augment, open_source
+from mrmae_jax.data.pack import write_packed
+from mrmae_jax.data.sources.packed import verify_packed
 from mrmae_jax.errors import ConfigError, DataError
+from tests.helpers.cli import run_command
 from tests.helpers.images import (
   SIZE,
   as_pillow,
@@ -30,14 +32,15 @@ from tests.helpers.images import (
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-  """27 images in two classes, JPEG and PNG, and a packed copy in shards of 8 or 9 and of 1 images."""
+  """27 images in two classes, JPEG and PNG, and a packed copy in shards of 9, 8, 8, 1 and 1."""
   root = tmp_path_factory.mktemp("pack")
   suffixes = ("jpg", "png")
   write_images(
     root / "folder", [f"{'ab'[i % 2]}/{i:02d}.{suffixes[i % 3 == 0]}" for i in range(27)]
   )
   assert (
-    pack.main(["pack", f"--source=folder:{root}/folder", f"--out={root}/packed", "--shards=3"]) == 0
+    run_command(["pack", f"--source=folder:{root}/folder", f"--out={root}/packed", "--shards=3"])
+    == 0
   )
   return root
 
@@ -85,13 +88,13 @@ def test_fingerprint_tells_contents_apart_wherever_they_lie(root, copy, tmp_path
   assert open_source(f"packed:{copy}", "train").fingerprint == fingerprint
   shutil.copytree(root / "folder", tmp_path / "folder")
   next((tmp_path / "folder").rglob("01.jpg")).write_bytes(encode(photo(seed=99)))
-  assert pack.main(["pack", f"--source=folder:{tmp_path}/folder", f"--out={tmp_path}/other"]) == 0
+  assert run_command(["pack", f"--source=folder:{tmp_path}/folder", f"--out={tmp_path}/other"]) == 0
   assert open_source(f"packed:{tmp_path}/other", "train").fingerprint != fingerprint
 
 
 def test_pixels_without_a_file_are_packed_as_they_are(tmp_path):
   original = open_source("digits", "eval")
-  packed.write({"eval": original}, tmp_path / "packed", {"source": "digits"})
+  write_packed({"eval": original}, tmp_path / "packed", {"source": "digits"})
   copy = open_source(f"packed:{tmp_path}/packed", "eval")
   for one, other in zip(examples(copy), examples(original)):
     np.testing.assert_array_equal(one.pop("image"), other.pop("image"), strict=True)
@@ -103,7 +106,7 @@ def test_short_side_shrinks_what_is_larger(tmp_path):
   (tmp_path / "a.png").write_bytes(encode(large, "PNG"))
   (tmp_path / "b.jpg").write_bytes(small)
   assert (
-    pack.main(
+    run_command(
       [
         "pack",
         f"--source=folder:{tmp_path}",
@@ -131,7 +134,7 @@ def test_an_image_that_cannot_be_decoded_is_named_and_nothing_is_left(tmp_path, 
   write_images(tmp_path / "folder", ["a.jpg", "c.jpg"])
   (tmp_path / "folder" / "b.jpg").write_bytes(b"<html>")
   assert (
-    pack.main(
+    run_command(
       [
         "pack",
         f"--source=folder:{tmp_path}/folder",
@@ -158,19 +161,19 @@ def test_an_image_that_cannot_be_decoded_is_named_and_nothing_is_left(tmp_path, 
   ],
 )
 def test_command_lines_that_do_not_fit(options, message, capsys):
-  assert pack.main(["pack", *options]) == 2
+  assert run_command(["pack", *options]) == 2
   assert message in capsys.readouterr().err
 
 
 def test_nothing_is_overwritten(copy):
   before = sorted(copy.iterdir())
   with pytest.raises(FileExistsError, match="give another name"):
-    packed.write({"eval": open_source("digits", "eval")}, copy, {})
+    write_packed({"eval": open_source("digits", "eval")}, copy, {})
   assert sorted(copy.iterdir()) == before
 
 
 def test_a_split_that_was_not_packed(tmp_path):
-  packed.write({"eval": open_source("digits", "eval")}, tmp_path / "packed", {"source": "digits"})
+  write_packed({"eval": open_source("digits", "eval")}, tmp_path / "packed", {"source": "digits"})
   with pytest.raises(
     DataError, match="holds eval, not 'train'; pack again with --splits=train,eval"
   ):
@@ -181,7 +184,7 @@ def test_a_split_that_was_not_packed(tmp_path):
 def test_no_packed_folder(tmp_path, content):
   if content is not None:
     (tmp_path / "index.json").write_text(content)
-  with pytest.raises(DataError, match="no packed folder.*mrmae pack"):
+  with pytest.raises(DataError, match="not a packed folder.*mrmae pack"):
     open_source(f"packed:{tmp_path}", "train")
 
 
@@ -189,7 +192,7 @@ def test_shards_that_are_missing_or_cut_short_are_found_at_once(copy):
   shard = copy / "train-00001-of-00003.array_record"
   data = shard.read_bytes()
   shard.write_bytes(data[:-1])
-  for attempt in (lambda: open_source(f"packed:{copy}", "train"), lambda: packed.verify(copy)):
+  for attempt in (lambda: open_source(f"packed:{copy}", "train"), lambda: verify_packed(copy)):
     with pytest.raises(
       DataError,
       match=f"00001-of-00003.array_record: has {len(data) - 1:,} bytes, expected {len(data):,}",
@@ -202,14 +205,14 @@ def test_shards_that_are_missing_or_cut_short_are_found_at_once(copy):
 
 
 def test_changed_bytes_are_found_by_verify_and_by_reading(copy, capsys):
-  assert pack.main(["pack", f"--verify={copy}"]) == 0
+  assert run_command(["pack", f"--verify={copy}"]) == 0
   assert "27 images in 5 shards are as written" in capsys.readouterr().out
   source = open_source(f"packed:{copy}", "train")
   shard = copy / "train-00000-of-00003.array_record"
   data = bytearray(shard.read_bytes())
   data[data.index(source[3]["image"][-500:])] ^= 1
   shard.write_bytes(data)
-  assert pack.main(["pack", f"--verify={copy}"]) == 3
+  assert run_command(["pack", f"--verify={copy}"]) == 3
   assert "train-00000-of-00003.array_record: was changed" in capsys.readouterr().err
   with pytest.raises(DataError, match="image 3 of 'train' cannot be read.*--verify="):
     examples(open_source(f"packed:{copy}", "train"))

@@ -11,14 +11,13 @@ from PIL import Image
 
 import mrmae_jax
 from mrmae_jax import config as config_lib
-from mrmae_jax import optim, preflight, sharding, train
-from mrmae_jax.cli import features
-from mrmae_jax.cli import knn as tool
+from mrmae_jax import data, optim, preflight, sharding, train
 from mrmae_jax.errors import ConfigError, WeightsError
 from mrmae_jax.evals import accuracy as evaluator
 from mrmae_jax.runs.checkpoint import Checkpoints
 from mrmae_jax.tasks import finetune, probe
 from tests import tiny
+from tests.helpers.cli import run_command
 from tests.helpers.tasks import init_state, make_tx, predicting_task
 from tests.test_stages import changed, finished_run
 
@@ -104,7 +103,7 @@ def test_features_are_those_of_the_frozen_encoder(tmp_path, encoder, pool):
     expected = model.encode(batch["image"])["cls"]
   else:
     student, x = (
-      model.student,
+      model.network,
       (batch["image"] / np.float32(255) - model.config["mean"]) / model.config["std"],
     )
     _, out = student.encoder.apply({"params": student.params["encoder"]}, jnp.float32(x))
@@ -134,10 +133,7 @@ def test_accuracy_of_a_grid():
 
   task = predicting_task(predict, config)
   labels = np.array(
-    [
-      example["label"]
-      for example in (evaluator.data.open_split(config.data, "eval")[i] for i in range(199))
-    ]
+    [example["label"] for example in (data.open_split(config.data, "eval")[i] for i in range(199))]
   )
   for devices in (1, 8):
     mesh = sharding.make_mesh(devices=jax.devices()[:devices])
@@ -235,7 +231,7 @@ def photos(tmp_path_factory):
 def make_features(photos, out, *options):
   for split in ("train", "eval"):
     assert (
-      features.main(
+      run_command(
         [
           "features",
           f"--images=folder:{photos}",
@@ -255,7 +251,7 @@ def test_the_tools_from_images_to_a_result(photos, tmp_path, options, capsys):
   finished_run(tmp_path / "run")
   make_features(photos, tmp_path, *(option.format(run=tmp_path / "run") for option in options))
   command = [
-    "probe",
+    "knn",
     f"--train={tmp_path}/train.npz",
     f"--eval={tmp_path}/eval.npz",
     f"--out={tmp_path}/result.json",
@@ -265,7 +261,7 @@ def test_the_tools_from_images_to_a_result(photos, tmp_path, options, capsys):
     "--epochs=9",
     "--batch_size=20",
   ]
-  assert tool.main(command) == 0
+  assert run_command(command) == 0
   printed = capsys.readouterr().out
   assert "80 training images, 20 to measure on, 2 classes" in printed and "wrote" in printed
   result = json.loads((tmp_path / "result.json").read_text())
@@ -326,7 +322,7 @@ def test_mistakes_of_the_tool(photos, tmp_path, capsys):
     ({"batch_size": 100}, "--batch_size=100 is more than the 80 training images"),
   ):
     assert (
-      tool.main(["probe", *(f"--{key}={value}" for key, value in (good | change).items())]) == 2
+      run_command(["knn", *(f"--{key}={value}" for key, value in (good | change).items())]) == 2
     )
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(error) == 1 and message in error[0], error
@@ -346,10 +342,10 @@ def test_averaged_weights_are_the_ones_that_are_loaded(tmp_path):
   saving.save(7, train.TrainState(jnp.int32(7), params, (), state, jnp.float32(0)))
   saving.close()
   (tmp_path / "run" / "config.json").write_text(config.to_json())
-  loaded = mrmae_jax.load(tmp_path / "run").student.params
+  loaded = mrmae_jax.load(tmp_path / "run").network.params
   for part in ("encoder", "decoder"):
     jax.tree.map(np.testing.assert_array_equal, loaded[part], jax.device_get(average[part]))
-  plain = mrmae_jax.load(tmp_path / "plain").student.params["encoder"]
+  plain = mrmae_jax.load(tmp_path / "plain").network.params["encoder"]
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a - b, 0.5, atol=1e-6), loaded["encoder"], plain
   )

@@ -15,6 +15,7 @@ from mrmae_jax.cli import report
 from mrmae_jax.runs import log
 from mrmae_jax.runs.paths import open_folder
 from mrmae_jax.viz.plot import COLORS, line_plot
+from tests.helpers.cli import run_command
 
 
 def new_folder(path):
@@ -72,7 +73,7 @@ def test_a_page_about_two_runs(tmp_path, capsys):
   workdir_with_a_run(tmp_path / "sweep", "b", 2.0, 3e-4)
   (tmp_path / "sweep" / "notes").mkdir()
   out = tmp_path / "page.html"
-  assert report.main(["report", f"--runs={tmp_path}/sweep", f"--out={out}"]) == 0
+  assert run_command(["report", f"--runs={tmp_path}/sweep", f"--out={out}"]) == 0
   assert "2 runs" in capsys.readouterr().out
   text = out.read_text()
   page, words = Reader(text), " ".join(Reader(text).words)
@@ -92,7 +93,7 @@ def test_a_page_about_two_runs(tmp_path, capsys):
   )
   assert (
     "goodput" in words.lower()
-    and "python -m mrmae_jax.cli.train" in words
+    and "mrmae pretrain" in words
     and f"jax {log.jax.__version__}" in words
   )
   svgs = [image for image in page.images if image["src"].startswith("data:image/svg")]
@@ -155,7 +156,7 @@ def test_mistakes(tmp_path, capsys):
     ([f"--runs={tmp_path}"], "holds no run"),
     ([f"--runs={tmp_path}", "--out=x.pdf"], "must end in .html"),
   ):
-    assert report.main(["report", *arguments]) == 2 and said in capsys.readouterr().err
+    assert run_command(["report", *arguments]) == 2 and said in capsys.readouterr().err
 
 
 def test_every_start_is_noted(tmp_path):

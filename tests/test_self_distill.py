@@ -23,6 +23,7 @@ from mrmae_jax.mrmae import normalize
 from mrmae_jax.runs.log import read_metrics
 from mrmae_jax.runs.run import Run
 from mrmae_jax.tasks import self_distill
+from tests.helpers.specs import read_spec
 
 ROOT = Path(__file__).parent.parent
 BUNDLED = ROOT / "configs" / "demo_teacher"
@@ -113,12 +114,12 @@ def test_folder_gives_the_features_of_the_trained_model(trained):
   }
   np.testing.assert_array_equal(key, params["blocks_1"]["attn"]["qkv"]["kernel"][:, 16:32].T)
 
-  spec = teachers.read_spec(path=folder, image_size=(16, 16), token_size=8, dtype="float32")
+  spec = read_spec(path=folder, image_size=(16, 16), token_size=8, dtype="float32")
   teacher = teachers.load(spec)
   images = np.random.default_rng(1).integers(0, 256, (3, 16, 16, 3), np.uint8)
   _, out = spec.module.apply({"params": params}, normalize(images, (0.5,) * 3, (0.5,) * 3))
   np.testing.assert_allclose(
-    teacher.look(teacher.params, images).features, out["layers"][-1][:, 1:], atol=1e-5
+    teacher.forward(teacher.params, images).features, out["layers"][-1][:, 1:], atol=1e-5
   )
 
 
@@ -167,7 +168,7 @@ def test_other_files_are_not_replaced(trained, tmp_path):
     with pytest.raises(UsageError, match=message):
       teacher_cli.run_teacher(*trained[1:3], trained[0], str(out))
   with pytest.raises(UsageError, match="--out is missing and --workdir=gs://bucket/run"):
-    teacher_cli.find_folder("", "gs://bucket/run")
+    teacher_cli.find_folder(None, "gs://bucket/run")
 
 
 def test_a_run_of_self_distillation_is_not_taken_for_a_student(trained):
@@ -176,7 +177,7 @@ def test_a_run_of_self_distillation_is_not_taken_for_a_student(trained):
     mrmae_jax.load(workdir)
   path = f"checkpoint:{workdir}"
   with pytest.raises(WeightsError, match=f"teacher.path={workdir}/teacher"):
-    teachers.read_spec(path=path, image_size=(16, 16), token_size=8)
+    read_spec(path=path, image_size=(16, 16), token_size=8)
 
 
 class ShuffledLabels:
@@ -378,7 +379,7 @@ def test_errors_are_one_line(arguments, code, message, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def bundled():
-  spec = teachers.read_spec(path=BUNDLED, image_size=(32, 32), token_size=4, dtype="float32")
+  spec = read_spec(path=BUNDLED, image_size=(32, 32), token_size=4, dtype="float32")
   splits = []
   for split in ("train", "eval"):
     source = data.open_source("digits", split, holdout_every=5)
@@ -390,7 +391,7 @@ def bundled():
 
 
 def features(teacher, params, images):
-  apply = jax.jit(teacher.look)
+  apply = jax.jit(teacher.forward)
   return np.concatenate([apply(params, part).features for part in np.array_split(images, 8)])
 
 

@@ -18,6 +18,7 @@ from mrmae_jax.tasks import pretrain
 from mrmae_jax.train import TrainState
 from mrmae_jax.viz import grid
 from tests import tiny
+from tests.helpers.cli import run_command
 
 
 def changed(config, **values):
@@ -36,7 +37,7 @@ def finished_run(workdir, encoder="convvit", **values):
     jax.random.key(3)
   )
   saving = Checkpoints(workdir, {})
-  saving.save(7, TrainState(jnp.int32(7), params, (jnp.zeros(3),), jnp.float32(0)))
+  saving.save(7, TrainState(jnp.int32(7), params, (), (jnp.zeros(3),), jnp.float32(0)))
   saving.close()
   (workdir / "config.json").write_text(config.to_json())
   return model, params
@@ -58,7 +59,7 @@ def test_a_trained_encoder_is_a_teacher(tmp_path, encoder, values, layer, last_k
   spec = teachers.configured_spec(config.teacher, config)
   teacher = teachers.load(spec)
   images = np.random.default_rng(0).integers(0, 256, (2, 32, 48, 3), np.uint8)
-  seen = jax.jit(teacher.look)(teacher.params, images)
+  seen = jax.jit(teacher.forward)(teacher.params, images)
   pixels = mrmae.normalize(images, model.mean, model.std)
   x, out = jax.jit(model.encoder.apply)({"params": params["encoder"]}, pixels)
   norm = lambda t: (t - t.mean(-1, keepdims=True)) / np.sqrt(t.var(-1, keepdims=True) + 1e-5)
@@ -163,7 +164,7 @@ def show(tmp_path, capsys, monkeypatch):
       sys,
       "argv",
       [
-        "show_teacher",
+        "show-teacher",
         "--config=tests/tiny.py",
         f"--out={tmp_path}/teacher.png",
         "--statistics=20",
@@ -171,7 +172,7 @@ def show(tmp_path, capsys, monkeypatch):
         *arguments,
       ],
     )
-    return show_teacher.main(), capsys.readouterr()
+    return run_command(sys.argv), capsys.readouterr()
 
   return run
 

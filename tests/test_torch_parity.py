@@ -11,8 +11,9 @@ from mrmae_jax.errors import WeightsError
 from mrmae_jax.models import encode
 from mrmae_jax.models.layers import depthwise_conv, gelu, patchify, sincos_2d
 from mrmae_jax.models.vit import ViT
-from mrmae_jax.pretrained import Pretrained
+from mrmae_jax.pretrained import PretrainedModel
 from mrmae_jax.weights import files, mae, model_files, positions
+from tests.helpers.specs import read_spec
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -126,7 +127,7 @@ def test_towers(tmp_path, make, options, prefix, image_size):
   model = randomise(make(**options), 0)
   model.set_attn_implementation("eager")
   model.save_pretrained(tmp_path)
-  spec = teachers.read_spec(path=tmp_path, image_size=image_size, token_size=8, dtype="float32")
+  spec = read_spec(path=tmp_path, image_size=image_size, token_size=8, dtype="float32")
   teacher = teachers.load(spec)
   images = np.random.default_rng(0).integers(0, 256, (2, *image_size, 3), np.uint8)
   pixels = np.asarray(mrmae.normalize(jnp.asarray(images), spec.mean, spec.std))
@@ -174,7 +175,7 @@ def test_towers(tmp_path, make, options, prefix, image_size):
     attention = probe["attention"][:, 0]
     near(out["pooled"], theirs.pooler_output)
   near(out["attention"], attention, atol=1e-6)
-  seen = jax.jit(teacher.look)(teacher.params, images)
+  seen = jax.jit(teacher.forward)(teacher.params, images)
   np.testing.assert_allclose(seen.features, out["layers"][-1][:, bool(prefix) :], atol=1e-5)
   np.testing.assert_allclose(seen.attention, out["attention"], atol=1e-6)
   assert (seen.cls is None) == (prefix == 0) and spec.has_cls == (prefix > 0) and spec.has_attention
@@ -214,7 +215,7 @@ def test_mae_there_and_back(tmp_path, tables, eps):
   if tables != "own":
     model.load_state_dict(zero if tables == "zero" else sincos, strict=False)
   model.save_pretrained(tmp_path / "theirs")
-  student = model_files.read(tmp_path / "theirs")
+  student = model_files.read_model(tmp_path / "theirs")
   assert (
     student.encoder.learned_positions == student.decoder.learned_positions == (tables != "sincos")
   )
@@ -236,7 +237,7 @@ def test_mae_there_and_back(tmp_path, tables, eps):
   )
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
-  model_files.write(student, tmp_path / "ours", "hf")
+  model_files.write_model(student, tmp_path / "ours", "hf")
   back, info = type(model).from_pretrained(tmp_path / "ours", output_loading_info=True)
   assert not any(info.values())
   assert all(torch.equal(x, back.state_dict()[name]) for name, x in model.state_dict().items())
@@ -252,8 +253,8 @@ def test_the_encoder_of_mae_in_transformers(tmp_path):
   from transformers.models.vit_mae import ViTMAEModel
 
   vit_mae(layer_norm_eps=1e-6).save_pretrained(tmp_path / "theirs")
-  student = model_files.encoder_only(model_files.read(tmp_path / "theirs"))
-  model_files.write(student, tmp_path / "ours", "hf")
+  student = model_files.encoder_only(model_files.read_model(tmp_path / "theirs"))
+  model_files.write_model(student, tmp_path / "ours", "hf")
   model, info = ViTMAEModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
   assert not any(info.values())
   images = np.random.default_rng(3).standard_normal((2, 32, 32, 3)).astype(np.float32)
@@ -280,18 +281,18 @@ def test_fine_tuned_mae_on_cls(tmp_path):
   t = load_file(tmp_path / "theirs" / "model.safetensors")
   module = ViT(8, 36, 3, 3, 52, learned_positions=True)
   named = {}
-  for entry in mae.encoder(module):
+  for entry in mae.encoder_table(module):
     parts = [t[name] for name in mae.to_hf(entry).theirs]
     named[entry.theirs[0]] = np.concatenate(parts)  # query, key, value in one
   named |= {"head.weight": t["classifier.weight"], "head.bias": t["classifier.bias"]}
   files.write_safetensors(tmp_path / "finetuned.safetensors", named)
-  student = model_files.read(tmp_path / "finetuned.safetensors", num_heads=3)
+  student = model_files.read_model(tmp_path / "finetuned.safetensors", num_heads=3)
   assert student.encoder == module
   images = np.random.default_rng(3).random((2, 32, 32, 3), np.float32)
   with torch.no_grad():
     pixels = (images - np.float32(student.mean)) / np.float32(student.std)
     expected = theirs(torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())).logits.numpy()
-  np.testing.assert_allclose(Pretrained(student).classify(images), expected, atol=1e-5)
+  np.testing.assert_allclose(PretrainedModel(student).classify(images), expected, atol=1e-5)
 
 
 def test_depthwise_convolution_and_gradients():

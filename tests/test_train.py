@@ -189,7 +189,8 @@ def run(workdir, *overrides, devices=1, wait=True):
   command = [
     sys.executable,
     "-m",
-    "mrmae_jax.cli.train",
+    "mrmae_jax",
+    "pretrain",
     "--config=tests/tiny.py",
     f"--workdir={workdir}",
     *(f"--config.{o}" if not o.startswith("--") else o for o in overrides),
@@ -299,7 +300,7 @@ def test_f13_a_different_run_in_the_workdir_is_refused(runs):
   folder, _ = runs
   code, _, err = run(folder / "whole", *LONG, "optim.blr=0.01", "log_every=3", devices=8)
   assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
-  assert "optim.blr: 0.04 there, 0.01 here" in err and "log_every" not in err
+  assert "optim.blr: 0.04 in the checkpoint, 0.01 now" in err and "log_every" not in err
 
 
 def restore(workdir):
@@ -345,9 +346,8 @@ def test_f17_checkpoints_of_another_shape_or_type_are_refused(tmp_path):
       checkpoints.restore(wanted)
   checkpoints.close()
   other = Checkpoints(tmp_path, {"seed": 1})
-  with pytest.raises(WorkdirError, match="seed: 0 there, 1 here"):
+  with pytest.raises(WorkdirError, match="seed: 0 in the checkpoint, 1 now"):
     other.restore({"w": struct((2, 3), jnp.float32)})
-  assert other.restore({"w": struct((2, 3), jnp.float32)}, any_run=True).step == 3
   other.close()
 
 
@@ -358,9 +358,9 @@ def test_non_finite_loss_stops_the_run_and_is_not_saved(tmp_path):
     "step 4: " in err
     and "pixel=" in err
     and "mimic=" in err
-    and "3 updates in a row were left out" in err
+    and "3 updates in a row were skipped" in err
   )
-  assert out.count("update left out") == 3
+  assert out.count("update skipped") == 3
   assert not (tmp_path / "checkpoints" / "4").exists()
 
 
@@ -406,7 +406,7 @@ def test_mfu_counts_every_micro_batch(monkeypatch):
   clock = log.Clock(program, 16, 4, sharding.make_mesh(devices=jax.devices()[:1]))
   clock.start(10)
   spent.update(step=104.5, data=4.5, evaluation=90.0)
-  values = clock.read(
+  values = clock.measure(
     12
   )  # 2 steps of 16 images in 6 seconds, a quarter of them for data; the evaluation does not count
   assert values["data_wait"] == pytest.approx(0.25)

@@ -21,6 +21,7 @@ from mrmae_jax.train import TrainState
 from mrmae_jax.viz import grid, page
 from mrmae_jax.weights import model_files
 from tests import tiny
+from tests.helpers.cli import parse_options, run_command
 from tests.test_stages import changed
 from tests.test_weights import make
 
@@ -34,7 +35,7 @@ def run_with_teacher(workdir, encoder="convvit", **values):
   model = pretrain.make_model(config, {"mimic": 48})
   params = jax.jit(lambda key: pretrain.init_params(model, SIZE, 0.75, key))(jax.random.key(3))
   saving = Checkpoints(workdir, {})
-  saving.save(7, TrainState(jnp.int32(7), params, (jnp.zeros(3),), jnp.float32(0)))
+  saving.save(7, TrainState(jnp.int32(7), params, (), (jnp.zeros(3),), jnp.float32(0)))
   saving.close()
   (workdir / "config.json").write_text(config.to_json())
   return config, params
@@ -59,7 +60,7 @@ def photos(tmp_path_factory):
 @pytest.fixture
 def command(tmp_path, capsys):
   def call(*arguments):
-    code = visualize.main(["visualise", f"--out={tmp_path}/look", *map(str, arguments)])
+    code = run_command(["visualize", f"--out={tmp_path}/look", *map(str, arguments)])
     return code, capsys.readouterr(), tmp_path / "look"
 
   return call
@@ -69,8 +70,8 @@ def subject_of(workdir, config, images=None, seen=None, **options):
   """A Subject without the command; random images unless some are given."""
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (2, *SIZE, 3), np.uint8) if images is None else images
-  flags = visualize.define_flags()
-  flags(["visualise"] + [f"--{name}={value}" for name, value in options.items()])
+  words = [f"--{name}={value}" for name, value in options.items()]
+  flags = parse_options("visualize", f"--model={workdir}", "--out=unused", *words)
   return visualize.Subject(
     mrmae_jax.load(workdir, mimic_heads=True),
     images,
@@ -342,9 +343,9 @@ def test_queries(run, monkeypatch):
     picture = panel.picture[20:116:3, 4:148:3]
     red = (picture == [255, 0, 0]).all(-1)
     assert red.sum() == (28 if query else 0) and (not query or (red[16:24, 40:].sum() == 28))
-  vit = model_files.Student(*make(ViT(8, 16, 1, 2, 32), None))
+  vit = model_files.LoadedModel(*make(ViT(8, 16, 1, 2, 32), None))
   subject = subject._replace(
-    model=mrmae_jax.pretrained.Pretrained(
+    model=mrmae_jax.pretrained.PretrainedModel(
       vit._replace(report=model_files.Report("x", "", (), (), ()))
     ),
     options=subject_of(workdir, config).options,
@@ -366,7 +367,7 @@ def test_cosine_map(tmp_path, source, head, norm):
   images = np.random.default_rng(0).integers(0, 256, (2, *SIZE, 3), np.uint8)
   _, seen = show_teacher.look(config, images)
   panel = visualize.cosine(subject_of(tmp_path, config, images, seen))
-  student = mrmae_jax.load(tmp_path).student
+  student = mrmae_jax.load(tmp_path).network
   x, out = jax.jit(student.encoder.apply)(
     {"params": student.params["encoder"]}, mrmae.normalize(images, student.mean, student.std)
   )
@@ -442,9 +443,9 @@ def test_neighbours(photos, run, command):
   )
   x = np.asarray(
     encode(
-      model.student.encoder,
-      model.student.params["encoder"],
-      mrmae.normalize(images, model.student.mean, model.student.std),
+      model.network.encoder,
+      model.network.params["encoder"],
+      mrmae.normalize(images, model.network.mean, model.network.std),
     )["pooled"]
   )
   similarity = x @ x.T / np.linalg.norm(x, axis=1) / np.linalg.norm(x, axis=1)[:, None]
@@ -473,7 +474,7 @@ def test_colours_of_a_basis():
 
 def test_one_image_of_any_size_on_published_weights(tmp_path, photos, command):
   """A file without decoder and run: a square asked by one number, another grid than the file's, no teacher."""
-  model_files.write(make(ViT(8, 16, 1, 2, 32), None), tmp_path / "vit.safetensors", "timm")
+  model_files.write_model(make(ViT(8, 16, 1, 2, 32), None), tmp_path / "vit.safetensors", "timm")
   code, printed, out = command(
     f"--model={tmp_path}/vit.safetensors", f"--images={photos}/3.png", "--image_size=40"
   )
@@ -499,7 +500,7 @@ def test_one_image_of_any_size_on_published_weights(tmp_path, photos, command):
 
 def test_a_preset_by_name_and_a_teacher_that_has_gone(tmp_path, run, monkeypatch):
   workdir, config, _ = run
-  flags = lambda *arguments: (own := visualize.define_flags(), own(["visualise", *arguments]))[0]
+  flags = lambda *words: parse_options("visualize", "--model=x", "--out=unused", *words)
   model, stored = (
     mrmae_jax.load(workdir),
     {"teacher": config.teacher.to_dict() | {"last_k": 2}, "method": {"masking": "focused"}},
@@ -523,7 +524,7 @@ def test_a_preset_by_name_and_a_teacher_that_has_gone(tmp_path, run, monkeypatch
 
 def test_refusals(tmp_path, run, photos, command):
   workdir, _, _ = run
-  model_files.write(make(ViT(8, 16, 1, 2, 32), None), tmp_path / "vit.safetensors", "timm")
+  model_files.write_model(make(ViT(8, 16, 1, 2, 32), None), tmp_path / "vit.safetensors", "timm")
   model, vit = f"--model={workdir}", f"--model={tmp_path}/vit.safetensors"
   for arguments, code, message in (
     ([], 2, "--model is missing"),

@@ -7,19 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file
 
 import mrmae_jax
 from mrmae_jax import mrmae, train
-from mrmae_jax.cli import convert
 from mrmae_jax.errors import WeightsError
 from mrmae_jax.models import ConvViT, Decoder, ViT
 from mrmae_jax.models.layers import sincos_2d
 from mrmae_jax.runs.checkpoint import Checkpoints
 from mrmae_jax.tasks import pretrain
-from mrmae_jax.weights import convmae, files, model_files, positions
-from mrmae_jax.weights.table import leaves
+from mrmae_jax.weights import files, model_files, positions
+from mrmae_jax.weights.table import mlp_ratio
 from tests import tiny
+from tests.helpers.cli import run_command
 
 CONVVIT = ConvViT((2, 2, 2), (8, 12, 16), (1, 2, 2), 2, (2.0, 3.0, 2.5))
 VIT = ViT(8, 16, 2, 2, 36)
@@ -35,7 +36,7 @@ def make(encoder, decoder=DECODER, classes=0, fc_norm=True, has_norm=True, seed=
   params = jax.tree.map(
     lambda x: rng.standard_normal(x.shape).astype(np.float32) * 0.3 + 0.1, shapes
   )
-  return model_files.Student(
+  return model_files.LoadedModel(
     encoder,
     decoder,
     params,
@@ -52,7 +53,7 @@ def make(encoder, decoder=DECODER, classes=0, fc_norm=True, has_norm=True, seed=
 def same(actual, expected):
   """The same student: networks, parameters bit for bit, and all that stands beside them."""
   assert actual._replace(params=None, report=None) == expected._replace(params=None, report=None)
-  actual, expected = leaves(actual.params), leaves(expected.params)
+  actual, expected = flatten_dict(actual.params, sep="/"), flatten_dict(expected.params, sep="/")
   assert actual.keys() == expected.keys()
   for name, x in expected.items():
     assert actual[name].dtype == np.float32
@@ -80,16 +81,16 @@ STUDENTS = {
 def test_round_trip_of_files(tmp_path, name):
   encoder, options = STUDENTS[name]
   student, path = make(encoder, **options), tmp_path / "x.safetensors"
-  model_files.write(student, path, "timm" if isinstance(encoder, ViT) else "convmae")
+  model_files.write_model(student, path, "timm" if isinstance(encoder, ViT) else "convmae")
   assert [p.name for p in tmp_path.iterdir()] == [
     "x.safetensors"
   ] and path.stat().st_mode & 0o044  # others may read it
-  found = model_files.read(path)
+  found = model_files.read_model(path)
   same(found, student)
   assert str(path) in str(found.report) and ("cannot reconstruct" in str(found.report)) == (
     student.decoder is None
   )
-  encoder_only = model_files.read(path, decoder=False)
+  encoder_only = model_files.read_model(path, decoder=False)
   assert encoder_only.decoder is None
   assert ("decoder (not asked for)" in str(encoder_only.report)) == (student.decoder is not None)
 
@@ -98,9 +99,9 @@ def test_round_trip_of_files(tmp_path, name):
 def test_fine_tuned_encoder_without_its_last_norm(tmp_path, encoder):
   student = make(encoder.clone(learned_positions=True), decoder=None, classes=3, has_norm=False)
   path = tmp_path / "x.safetensors"
-  model_files.write(student, path, "timm" if encoder is VIT else "convmae")
+  model_files.write_model(student, path, "timm" if encoder is VIT else "convmae")
   assert not [name for name in load_file(path) if name.startswith("norm.")]
-  found = model_files.read(path)
+  found = model_files.read_model(path)
   assert not found.has_norm and "norm (fine-tuning replaces" in str(found.report)
   fresh = {"scale": np.ones(16, np.float32), "bias": np.zeros(16, np.float32)}
   same(
@@ -118,13 +119,13 @@ def test_fine_tuned_encoder_without_its_last_norm(tmp_path, encoder):
 )
 def test_round_trip_of_hf_folders(tmp_path, decoder):
   student = make(VIT.clone(learned_positions=decoder is not DECODER), decoder)
-  model_files.write(student, tmp_path / "hf", "hf")
+  model_files.write_model(student, tmp_path / "hf", "hf")
   assert sorted(p.name for p in (tmp_path / "hf").iterdir()) == [
     "config.json",
     "model.safetensors",
     "preprocessor_config.json",
   ]
-  same(model_files.read(tmp_path / "hf"), student)
+  same(model_files.read_model(tmp_path / "hf"), student)
   # In transformers 5's own names of the decoder's blocks.
   if decoder is not None:
     file = tmp_path / "hf" / "model.safetensors"
@@ -133,16 +134,16 @@ def test_round_trip_of_hf_folders(tmp_path, decoder):
       for name, x in load_file(file).items()
     }
     files.write_safetensors(file, tensors)
-    same(model_files.read(tmp_path / "hf"), student)
+    same(model_files.read_model(tmp_path / "hf"), student)
 
 
 def test_the_tool_converts_there_and_back(tmp_path, capsys):
   student = make(VIT)
-  model_files.write(student, tmp_path / "a.safetensors", "timm")
+  model_files.write_model(student, tmp_path / "a.safetensors", "timm")
   steps = (("a.safetensors", "hf", "hf"), ("hf", "b.safetensors", "timm"))
   for model, out, form in steps:
     assert (
-      convert.main(
+      run_command(
         ["convert", f"--model={tmp_path / model}", f"--out={tmp_path / out}", f"--format={form}"]
       )
       == 0
@@ -150,7 +151,7 @@ def test_the_tool_converts_there_and_back(tmp_path, capsys):
   a, b = load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "b.safetensors")
   assert a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
   assert (
-    convert.main(
+    run_command(
       [
         "convert",
         f"--model={tmp_path}/hf",
@@ -161,7 +162,7 @@ def test_the_tool_converts_there_and_back(tmp_path, capsys):
     )
     == 0
   )
-  same(model_files.read(tmp_path / "c.safetensors"), model_files.encoder_only(student))
+  same(model_files.read_model(tmp_path / "c.safetensors"), model_files.encoder_only(student))
   assert capsys.readouterr().err == ""
   for arguments, message in (
     (["--out=x.safetensors"], "--model is missing"),
@@ -178,7 +179,7 @@ def test_the_tool_converts_there_and_back(tmp_path, capsys):
     ([f"--model={tmp_path}/none", "--out=x.safetensors"], "none: no such file or folder"),
     (["--modle=x"], "modle"),
   ):
-    assert convert.main(["convert", *arguments]) == 2
+    assert run_command(["convert", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
   assert not Path("x.safetensors").exists()
@@ -195,7 +196,7 @@ def test_the_tool_converts_there_and_back(tmp_path, capsys):
 )
 def test_forms_that_a_student_cannot_take(tmp_path, student, form, message):
   with pytest.raises(WeightsError, match=message):
-    model_files.write(student, tmp_path / "x", form)
+    model_files.write_model(student, tmp_path / "x", form)
   assert not list(tmp_path.iterdir())
 
 
@@ -208,7 +209,7 @@ def published(
   """A student's tensors in a file without notes, after a change; and the student."""
   student = make(encoder, decoder, **options)._replace(grid=grid)
   path = tmp_path / "published.safetensors"
-  model_files.write(student, path, "timm" if isinstance(encoder, ViT) else "convmae")
+  model_files.write_model(student, path, "timm" if isinstance(encoder, ViT) else "convmae")
   tensors = load_file(path)
   files.write_safetensors(path, change(tensors) or tensors)
   return path, student
@@ -219,7 +220,7 @@ def published(
 )
 def test_sizes_are_read_off_the_tensors(tmp_path, encoder):
   path, student = published(tmp_path, encoder)
-  found = model_files.read(path, num_heads=2, decoder_heads=3)
+  found = model_files.read_model(path, num_heads=2, decoder_heads=3)
   same(found._replace(mean=student.mean, std=student.std, method=student.method), student)
   assert found.mean == (0.485, 0.456, 0.406) and found.method == {
     "mask_ratio": 0.75,
@@ -244,13 +245,13 @@ def test_mlp_ratio_gives_back_the_hidden_width():
   assert any(
     int(width * (hidden / width)) != hidden for hidden, width in pairs
   )  # plain division would not do
-  assert all(int(width * convmae.mlp_ratio(hidden, width)) == hidden for hidden, width in pairs)
+  assert all(int(width * mlp_ratio(hidden, width)) == hidden for hidden, width in pairs)
 
 
 @pytest.mark.parametrize("width, heads", [(384, 6), (768, 12), (1024, 16), (1280, 16)])
 def test_usual_numbers_of_heads(tmp_path, width, heads):
   path, _ = published(tmp_path, ViT(4, width, 1, heads, 8), Decoder(48, 512, 1, 16, 0.1))
-  found = model_files.read(path)
+  found = model_files.read_model(path)
   assert found.encoder.num_heads == heads and found.decoder.num_heads == 16
 
 
@@ -261,7 +262,7 @@ def test_other_position_tables_are_kept(tmp_path):
 
   for by, learned in ((1e-6, False), (1e-3, True)):
     path, student = published(tmp_path, change=lambda t: shift(t, by))
-    found = model_files.read(path, num_heads=2, decoder_heads=3)
+    found = model_files.read_model(path, num_heads=2, decoder_heads=3)
     assert found.encoder.learned_positions == found.decoder.learned_positions == learned
     assert ("pos_embed (4x4 tokens)" in str(found.report)) == learned
     assert ("the sine-cosine table to 1e-06" in str(found.report)) != learned
@@ -274,12 +275,12 @@ def test_other_position_tables_are_kept(tmp_path):
       )
   path, _ = published(tmp_path, change=lambda t: shift(t, np.nan))
   with pytest.raises(WeightsError, match="non-finite values in pos_embed"):
-    model_files.read(path, num_heads=2, decoder_heads=3)
+    model_files.read_model(path, num_heads=2, decoder_heads=3)
 
 
 def test_positions_can_be_kept_for_training(tmp_path):
   path, _ = published(tmp_path)
-  found = model_files.read(path, num_heads=2, decoder=False, learned_positions=True)
+  found = model_files.read_model(path, num_heads=2, decoder=False, learned_positions=True)
   assert found.encoder.learned_positions
   np.testing.assert_array_equal(found.params["encoder"]["pos_embed"], sincos_2d(16, (4, 4))[None])
 
@@ -291,7 +292,7 @@ def test_a_row_for_cls_in_the_table_of_convmae_v2(tmp_path):
     tensors["pos_embed"] = np.concatenate([row, tensors["pos_embed"]], axis=1)
 
   path, student = published(tmp_path, CONVVIT.clone(cls_token=True), None, add_row)
-  found = model_files.read(path, num_heads=2)
+  found = model_files.read_model(path, num_heads=2)
   assert (
     found.grid == (4, 4)
     and not found.encoder.learned_positions
@@ -362,7 +363,7 @@ def test_encoder_only_files_say_so(tmp_path):
     (
       CONVVIT,
       lambda t: t | {"pos_embed": np.ones((1, 15, 16), np.float32)},
-      "pos_embed has 15 rows, which is no square",
+      "pos_embed has 15 rows, which is not square",
     ),
     (
       CONVVIT,
@@ -374,7 +375,7 @@ def test_encoder_only_files_say_so(tmp_path):
       lambda t: t | {"norm.bias": np.full(16, np.inf, np.float32)},
       "non-finite values in norm.bias",
     ),
-    (VIT, remove("cls_token"), "is no student"),
+    (VIT, remove("cls_token"), "is not a model"),
     (VIT, remove("blocks.1.mlp"), "missing: blocks.1.mlp.fc1.bias"),
     (VIT, lambda t: t | {"norm_pre.weight": np.ones(16, np.float32)}, "unknown: norm_pre.weight"),
   ],
@@ -382,10 +383,10 @@ def test_encoder_only_files_say_so(tmp_path):
 def test_anything_else_is_an_error(tmp_path, encoder, change, message):
   path, _ = published(tmp_path, encoder, change=change)
   if message is None:
-    assert model_files.read(path, num_heads=2, decoder_heads=3).encoder.depth == 1
+    assert model_files.read_model(path, num_heads=2, decoder_heads=3).encoder.depth == 1
   else:
     with pytest.raises(WeightsError, match=message) as error:
-      model_files.read(path, num_heads=2, decoder_heads=3)
+      model_files.read_model(path, num_heads=2, decoder_heads=3)
     assert "\n" not in str(error.value)
 
 
@@ -397,24 +398,26 @@ def test_heads_that_no_file_tells(tmp_path):
     (dict(num_heads=3, decoder_heads=3), "width 16 does not divide into 3 heads; check num_heads"),
   ):
     with pytest.raises(WeightsError, match=message):
-      model_files.read(path, **options)
-  assert model_files.read(path, num_heads=2, decoder=False).decoder is None
+      model_files.read_model(path, **options)
+  assert model_files.read_model(path, num_heads=2, decoder=False).decoder is None
 
 
 def test_a_file_that_lost_blocks_since_it_was_written_here(tmp_path):
   path = tmp_path / "x.safetensors"
-  model_files.write(make(CONVVIT), path, "convmae")
-  files.write_safetensors(path, remove("blocks3.1.")(load_file(path)), files.metadata(path))
+  model_files.write_model(make(CONVVIT), path, "convmae")
+  files.write_safetensors(path, remove("blocks3.1.")(load_file(path)), files.read_metadata(path))
   with pytest.raises(WeightsError, match="missing: blocks3.1.*another depth"):
-    model_files.read(path)
+    model_files.read_model(path)
   files.write_safetensors(
-    path, load_file(path), {model_files.NOTES: '{"encoder": {"name": "swin"}}'}
+    path, load_file(path), {model_files.METADATA_KEY: '{"encoder": {"name": "swin"}}'}
   )
   with pytest.raises(WeightsError, match="is damaged: what it notes of its model"):
-    model_files.read(path)
-  model_files.write(make(CONVVIT, None, classes=3)._replace(classes=("x", "y")), path, "convmae")
+    model_files.read_model(path)
+  model_files.write_model(
+    make(CONVVIT, None, classes=3)._replace(classes=("x", "y")), path, "convmae"
+  )
   with pytest.raises(WeightsError, match="is damaged: it names 2 classes and holds 3"):
-    model_files.read(path)
+    model_files.read_model(path)
 
 
 @pytest.mark.parametrize(
@@ -425,26 +428,26 @@ def test_a_file_that_lost_blocks_since_it_was_written_here(tmp_path):
     ({"model_type": "vit"}, "model_type is 'vit', expected 'vit_mae'"),
     ({"hidden_act": "relu"}, "expected 'gelu'"),
     ({"patch_size": [8, 4]}, "must be square"),
-    ({"image_size": 64}, "no grid of 8x8"),
+    ({"image_size": 64}, "not a grid of 8x8"),
   ],
 )
 def test_hf_folders_that_do_not_fit(tmp_path, change, message):
-  model_files.write(make(VIT), tmp_path, "hf")
+  model_files.write_model(make(VIT), tmp_path, "hf")
   config = tmp_path / "config.json"
   config.write_text(json.dumps(json.loads(config.read_text()) | change))
   with pytest.raises(WeightsError, match=message):
-    model_files.read(tmp_path)
+    model_files.read_model(tmp_path)
   config.unlink()
   with pytest.raises(WeightsError, match="config.json, which tells heads and eps"):
-    model_files.read(tmp_path)
+    model_files.read_model(tmp_path)
 
 
 @pytest.mark.parametrize(
   "name", ["hf_clip_full", "hf_dino", "timm_clip.safetensors", "openai_clip.safetensors"]
 )
 def test_teachers_are_no_students(name):
-  with pytest.raises(WeightsError, match="is no student|expected 'vit_mae'|unknown: ") as error:
-    model_files.read(Path(__file__).parent / "goldens" / "teachers" / name, num_heads=4)
+  with pytest.raises(WeightsError, match="is not a model|expected 'vit_mae'|unknown: ") as error:
+    model_files.read_model(Path(__file__).parent / "goldens" / "teachers" / name, num_heads=4)
   assert "\n" not in str(error.value)
 
 
@@ -455,11 +458,11 @@ def test_runs(tmp_path, encoder):
   model = pretrain.make_model(config, {"mimic": 48})
   params = jax.jit(lambda key: pretrain.init_params(model, (32, 48), 0.75, key))(jax.random.key(0))
   checkpoints = Checkpoints(tmp_path / "run", {})
-  checkpoints.save(7, train.TrainState(jnp.int32(7), params, {}, jnp.float32(0)))
+  checkpoints.save(7, train.TrainState(jnp.int32(7), params, (), {}, jnp.float32(0)))
   checkpoints.close()
   (tmp_path / "run" / "config.json").write_text(config.to_json())
 
-  found = model_files.read(tmp_path / "run")
+  found = model_files.read_model(tmp_path / "run")
   assert (
     found.grid == (4, 6) and found.mean == tuple(config.data.mean) and found.decoder.num_heads == 2
   )
@@ -468,8 +471,10 @@ def test_runs(tmp_path, encoder):
   )
   del params["mimic_heads"]
   jax.tree.map(np.testing.assert_array_equal, found.params, params)
-  model_files.write(found, tmp_path / "x.safetensors", "timm" if encoder == "vit" else "convmae")
-  same(model_files.read(tmp_path / "x.safetensors"), found)
+  model_files.write_model(
+    found, tmp_path / "x.safetensors", "timm" if encoder == "vit" else "convmae"
+  )
+  same(model_files.read_model(tmp_path / "x.safetensors"), found)
 
   images = np.random.default_rng(0).integers(0, 256, (2, 32, 48, 3), np.uint8)
   features = mrmae_jax.load(tmp_path / "run").encode(images)
@@ -479,11 +484,11 @@ def test_runs(tmp_path, encoder):
   learned = mrmae_jax.load(tmp_path / "run", learned_positions=True, decoder=False)
   np.testing.assert_allclose(learned.encode(images)["tokens"], features["tokens"], atol=1e-5)
   assert (
-    "decoder" not in learned.student.params and "pos_embed" in learned.student.params["encoder"]
+    "decoder" not in learned.network.params and "pos_embed" in learned.network.params["encoder"]
   )
   (tmp_path / "run" / "config.json").unlink()
   with pytest.raises(WeightsError, match="holds no run"):
-    model_files.read(tmp_path / "run")
+    model_files.read_model(tmp_path / "run")
 
 
 @pytest.mark.parametrize(

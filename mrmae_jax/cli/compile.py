@@ -13,16 +13,17 @@ import json
 import math
 import os
 import re
-import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from absl import flags
-from ml_collections import config_flags
+import jax
+from jax.experimental import topologies
 
-from mrmae_jax.cli import command_line
+from mrmae_jax import preflight, program, sharding, train
 from mrmae_jax.errors import UsageError
+from mrmae_jax.runs import log
+from mrmae_jax.runs.paths import atomic_write
 
 
 class Chip(NamedTuple):
@@ -46,35 +47,12 @@ CHIPS = {  # by a part of JAX's device_kind; a "TPU7x" device is one of a chip's
 KINDS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
 
 
-def define_flags() -> flags.FlagValues:
-  """The options, apart from absl's global ones."""
-  own = flags.FlagValues()
-  config_flags.DEFINE_config_file(
-    "config", "configs/mrmae.py", "Configuration file.", flag_values=own
-  )
-  flags.DEFINE_string(
-    "topology",
-    "",
-    "Chips to compile for, e.g. v5e:4x4; empty: those that are present.",
-    flag_values=own,
-  )
-  flags.DEFINE_integer(
-    "images", 1_281_167, "Training images, for the epochs per day.", flag_values=own
-  )
-  flags.DEFINE_bool(
-    "sweep_batch", False, "Look for the largest batch size that fits.", flag_values=own
-  )
-  flags.DEFINE_string("json", "", "A .json file for the figures.", flag_values=own)
-  return own
-
-
 def find_devices(topology: str) -> list:
   """The devices of a topology, or those present for "".
 
   Raises:
     UsageError: an unknown topology, or no libtpu.
   """
-  import jax  # --help is answered without jax
 
   if not topology:
     return jax.devices()
@@ -84,7 +62,6 @@ def find_devices(topology: str) -> list:
       f"--topology={topology} is not KIND:AxB or KIND:AxBxC with KIND one of {', '.join(KINDS)}, e.g. v5e:4x4 or "
       "v5p:2x2x4"
     )
-  from jax.experimental import topologies
 
   jax.config.update("jax_platforms", "cpu")  # nothing is computed, and libtpu would look for chips
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # nor for a cloud machine around it
@@ -102,7 +79,6 @@ def find_devices(topology: str) -> list:
 
 def find_chip(devices) -> Chip | None:
   """What is known of the devices; None for others, such as CPUs."""
-  from mrmae_jax.runs import log
 
   return log.of_device(CHIPS, devices[0])
 
@@ -122,8 +98,6 @@ def measure(config, task, devices, images: int) -> dict[str, Any]:
   Raises:
     jax.errors.JaxRuntimeError: among others, the program does not fit the memory.
   """
-  from mrmae_jax import program, sharding, train
-  from mrmae_jax.runs import log
 
   mesh, chip = sharding.make_mesh(**config.mesh, devices=devices), find_chip(devices)
   plan = train.make_plan(config, task, mesh, images)
@@ -215,15 +189,12 @@ def largest_batch(fits, start: int, unit: int) -> int:
 
 
 def run(options) -> str:
-  """The command with an attribute per flag; returns the figures for people.
+  """Carries out `mrmae compile`; returns the figures for people.
 
   Raises:
     UsageError, ConfigError, WeightsError: options or a configuration that do not fit, or a program too large for the chips.
   """
   devices = find_devices(options.topology)
-  import jax
-
-  from mrmae_jax import preflight
 
   config = options.config
   if (
@@ -262,17 +233,6 @@ def run(options) -> str:
       "config.optim.accum_steps or config.mesh.fsdp, or lower config.batch_size (--sweep_batch finds the largest)"
     )
   if options.json:
-    from mrmae_jax.weights import files
-
-    with files.whole(Path(options.json).expanduser()) as unfinished:
+    with atomic_write(Path(options.json).expanduser()) as unfinished:
       unfinished.write_text(json.dumps(result, indent=2) + "\n")
   return describe(result)
-
-
-def main(argv: list[str] | None = None) -> int:
-  """Runs a command line (default: sys.argv); returns the exit code: 0 done, 2 usage, 3 data."""
-  return command_line(__doc__, define_flags(), run, argv)
-
-
-if __name__ == "__main__":
-  sys.exit(main())

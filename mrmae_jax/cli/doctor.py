@@ -1,38 +1,42 @@
-"""Would this run start, how long would it take, and are its settings sound?
+"""Would this run start, how long would it take, and are its settings sound?"""
 
-  mrmae doctor --config=configs/mrmae.py:base --workdir=/runs/a --config.data.source=folder:/my/photos
-
-Takes the command line of a training and answers from the cheap to the dear: settings that differ from the defaults, the learning rate
-in absolute terms, the images, the teacher, the workdir and its disk, then (unless --nocompile) the compiled step: FLOPs, memory and
-time. The picture --out shows the first images as training would see them. Nothing else is written. Lines begin with "ok", "look"
-(the run would start, but this is rarely meant) or "stop". Exit code: 0 if the run would start, else the one it would end with.
-"""
-
+import fcntl
 import importlib.metadata
+import os
 import platform
 import shutil
-import sys
+import statistics
+from datetime import timedelta
 from pathlib import Path
 
-from absl import flags
+import jax
+import numpy as np
+from PIL import Image
 
-from mrmae_jax.errors import ConfigError, DataError, WeightsError
+from mrmae_jax import config as config_lib
+from mrmae_jax import data, preflight, program, sharding, train
+from mrmae_jax.cli import bench, show_teacher
+from mrmae_jax.cli.compile import find_chip
+from mrmae_jax.cli.train import load_training_config, out_of_memory
+from mrmae_jax.data import augment
+from mrmae_jax.errors import (
+  DataError,
+  NonFiniteError,
+  OutOfMemoryError,
+  StorageError,
+  UsageError,
+  UserError,
+  WorkdirError,
+)
+from mrmae_jax.evals.reconstruct import bands_shown
+from mrmae_jax.runs.paths import open_folder
+from mrmae_jax.viz.grid import draw_grid
 
-COUNT = 16  # images that are looked at
-
-
-def define_flags() -> flags.FlagValues:
-  """The options of its own; the others are those of training."""
-  own = flags.FlagValues()
-  flags.DEFINE_string(
-    "out", "", "A .png with the first images as training sees them.", flag_values=own
-  )
-  flags.DEFINE_bool("compile", True, "Compile the step, and time three of them.", flag_values=own)
-  return own
+COUNT = 16  # images that doctor decodes
 
 
 class Report:
-  """Prints what was found, and remembers how bad it is."""
+  """Prints the results of checks, and keeps the exit code that the run would have."""
 
   def __init__(self):
     self.code = 0
@@ -40,353 +44,302 @@ class Report:
   def ok(self, text: str) -> None:
     print(f"ok    {text}", flush=True)
 
-  def look(self, text: str) -> None:
-    print(f"look  {text}", flush=True)
+  def warn(self, text: str) -> None:
+    """Prints that the run would start, but that this is rarely meant."""
+    print(f"warn  {text}", flush=True)
 
   def stop(self, text: str, code: int) -> None:
-    """`code`: with which the run would end."""
+    """Prints why the run would end, with exit code `code`."""
     for line in text.splitlines():
       print(f"stop  {line}", flush=True)
     self.code = self.code or code
 
 
-def main(argv: list[str] | None = None) -> int:
-  """Runs a command line (default: sys.argv); returns the exit code."""
-  argv = sys.argv if argv is None else argv
-  own = define_flags()
-  from mrmae_jax.cli import train as training  # --help needs it too
-
-  if {"-h", "--help", "--helpfull"}.intersection(argv[1:]):
-    print(__doc__, own.get_help(), "\nAnd the options of training:\n", sep="\n")
-    return training.main(argv[:1] + ["--help"])
+def run(options) -> int:
+  """Carries out `mrmae doctor`; returns the exit code that the run would have."""
   report = Report()
   try:
-    rest = own(argv, known_only=True)
-    if own.out and not own.out.endswith(".png"):
-      raise training.UsageError(f"--out={own.out} must end in .png")
-    with_workdir = any(word.startswith("--workdir") for word in rest)
-    config, workdir = training.parse(rest if with_workdir else [*rest, "--check"])
-  except (flags.Error, training.UsageError) as error:
+    if options.out and not options.out.endswith(".png"):
+      raise UsageError(f"--out={options.out} must end in .png")
+    options.check = options.check or not options.workdir
+    config = load_training_config(options, None)
+  except UsageError as error:
     report.stop(" ".join(str(error).split()), error.exit_code)
     return report.code
-  examine(config, workdir, report, own.out, own.compile)
-  print(
-    "\nthe run would start"
-    if not report.code
-    else f"\nthe run would end with exit code {report.code}",
-    flush=True,
-  )
+  examine(config, options.workdir, report, options.out, options.compile)
+  end = f"end with exit code {report.code}" if report.code else "start"
+  print(f"\nthe run would {end}", flush=True)
   return report.code
 
 
-def examine(config, workdir: str | None, report: Report, out: str, compiled: bool) -> None:
-  """All checks of a configuration; what depends on something that failed is left out."""
-  import jax  # a mistyped command line is answered before jax is loaded
-
-  from mrmae_jax import data, preflight
-
+def examine(config, workdir: str | None, report: Report, out: str, should_compile: bool) -> None:
+  """Runs all checks of a configuration, but for those that depend on something that failed."""
   devices = jax.devices()
-  versions = ", ".join(
-    f"{name} {importlib.metadata.version(name)}"
-    for name in ("jax", "flax", "optax", "orbax-checkpoint", "grain")
-  )
+  packages = ("jax", "flax", "optax", "orbax-checkpoint", "grain")
+  versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
   report.ok(
-    f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}); python {platform.python_version()}, {versions}"
+    f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}); "
+    f"python {platform.python_version()}, {versions}"
   )
-  differences(config, report)
-  if workdir:
-    folder(workdir, report)
   try:
+    for name, value, default in config_lib.departures(config):
+      report.ok(f"config.{name}={value!r} (default {default!r})")
+    if workdir:
+      check_workdir(workdir, report)
     preflight.check(config, len(devices))
-  except ConfigError as error:
-    report.stop(str(error), 2)
-    return
-  source = images(config, report, out)
-  if source is None:
-    return
-  schedule(config, len(source), devices[0].platform, report)
-  try:
+    source = data.open_split(config.data, "train")
+    images = decode_images(config, source, report)
+    batch = make_batch(config, source)
+    check_images(config, source, images, batch, report)
+    if out:
+      draw_batch(config, batch, out, report)
+    check_schedule(config, len(source), devices[0].platform, report)
     task = preflight.open_task(config)
-  except (WeightsError, ConfigError) as error:
-    report.stop(str(error), 2)
+  except UserError as error:
+    report.stop(str(error), error.exit_code)
     return
   if config.task == "pretrain":
-    first = next(
-      iter(
-        data.eval_batches(
-          source,
-          data.center_view(config.image_size, 1.0, len(config.data.mean)),
-          batch_size=COUNT,
-          limit=COUNT,
-        )
-      )
-    )
-    teachers(config, first["image"][first["valid"]], report)
-  step(config, task, len(source), workdir, compiled, report)
+    view = data.center_view(config.image_size, 1.0, len(config.data.mean))
+    first = next(iter(data.eval_batches(source, view, batch_size=COUNT, limit=COUNT)))
+    check_teachers(config, first["image"][first["valid"]], report)
+  plan = train.make_plan(config, task, sharding.make_mesh(**config.mesh))
+  describe_plan(config, plan, report)
+  if workdir and "://" not in workdir:
+    check_disk(config, plan, Path(workdir).expanduser().absolute(), report)
+  if should_compile and not report.code:
+    time_step(config, task, plan, report)
 
 
-def differences(config, report: Report) -> None:
-  """Settings that are not the defaults of the task."""
-  from mrmae_jax import config as schema
-
-  base = schema.TASKS.get(config.task, schema.pretrain)()
-  if config.encoder.name == "vit":
-    base.encoder = schema.encoder("vit", "base")
-  standard = {name: value for name, value, _ in schema.describe(base)}
-  found = {name: value for name, value, _ in schema.describe(config)}
-  for name in sorted(standard.keys() | found.keys()):
-    if standard.get(name) != found.get(name):
-      report.ok(
-        f"config.{name}={found.get(name, 'left out')!r} (default {standard.get(name, 'none')!r})"
-      )
-
-
-def folder(workdir: str, report: Report) -> None:
-  """The workdir, without writing to it."""
-  import fcntl
-  import os
-
-  from mrmae_jax.errors import WorkdirError
-  from mrmae_jax.runs.paths import open_folder
-
+def check_workdir(workdir: str, report: Report) -> None:
+  """Looks at the workdir without writing to it."""
   try:
-    place = open_folder(workdir)
+    path = open_folder(workdir)
   except WorkdirError as error:
-    report.stop(str(error), 2)
+    report.stop(str(error), error.exit_code)
     return
   if "://" in workdir:
     report.ok(
-      f"{workdir} can be reached; whether it can be written to is found out at the start of the run"
+      f"{workdir} can be reached; the run finds out at its start whether it can write there"
     )
     return
-  there = Path(place)
-  while not there.exists():
-    there = there.parent
-  if not there.is_dir() or not os.access(there, os.W_OK):
-    report.stop(
-      f"cannot write to {workdir}: {there} is {'not writable' if there.is_dir() else 'no folder'}",
-      2,
-    )
-  elif (place / "lock").is_file() and (place / "lock").read_text():
-    with open(place / "lock", encoding="utf-8") as file:
+  parent = find_folder(Path(path))
+  lock = path / "lock"
+  if not parent.is_dir() or not os.access(parent, os.W_OK):
+    reason = "is not writable" if parent.is_dir() else "is not a folder"
+    report.stop(f"cannot write to {workdir}: {parent} {reason}", WorkdirError.exit_code)
+  elif lock.is_file() and lock.read_text():
+    with open(lock, encoding="utf-8") as file:
       try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
       except OSError:
-        report.stop(f"{workdir} is in use by another run: {file.read()}", 2)
-  steps = sorted(int(p.name) for p in (place / "checkpoints").glob("*") if p.name.isdigit())
+        report.stop(f"{workdir} is in use by another run: {file.read()}", WorkdirError.exit_code)
+  steps = sorted(int(p.name) for p in (path / "checkpoints").glob("*") if p.name.isdigit())
   if steps:
-    report.look(
-      f"{workdir} holds a run with a checkpoint of step {steps[-1]}: the same settings continue it, others are refused"
+    report.warn(
+      f"{workdir} holds a run with a checkpoint of step {steps[-1]}: the same settings resume it, "
+      "others are refused"
     )
 
 
-def images(config, report: Report, out: str):
-  """The training split; looks at its first images, as they are and as training sees them. None if there is none to train on."""
-  import numpy as np
+def find_folder(path: Path) -> Path:
+  """Returns the nearest of a path and its parents that exists."""
+  while not path.exists():
+    path = path.parent
+  return path
 
-  from mrmae_jax import data
-  from mrmae_jax.data import augment
 
-  try:
-    source = data.open_split(config.data, "train")
-    report.ok(f"train: {source.description}")
-    sizes, kinds = [], set()
-    for i in np.linspace(0, len(source) - 1, min(COUNT, len(source))).astype(int):
-      pixels = augment.pixels(source[int(i)], len(config.data.mean))
-      sizes.append(min(pixels.shape[:2]))
-      kinds.add(
-        "constant"
-        if pixels.min() == pixels.max()
-        else "grey"
-        if (pixels == pixels[..., :1]).all()
-        else "colour"
-      )
-    batch = next(
-      iter(
-        data.train_batches(
-          source,
-          data.image_views(config).train,
-          seed=config.seed,
-          batch_size=min(config.batch_size, COUNT),
-          options=data.loader_options(config.data)._replace(workers=0),
-        )
-      )
-    )
-  except DataError as error:
-    report.stop(str(error), 3)
-    return None
-  short = float(np.median(sizes))
+def decode_images(config, source, report: Report) -> list[np.ndarray]:
+  """Decodes images from all over the source, as arrays [H, W, C]."""
+  report.ok(f"train: {source.description}")
+  places = np.linspace(0, len(source) - 1, min(COUNT, len(source))).astype(int)
+  return [augment.pixels(source[int(i)], len(config.data.mean)) for i in places]
+
+
+def make_batch(config, source) -> np.ndarray:
+  """Returns the first images as training sees them, uint8 [B, H, W, C]."""
+  batches = data.train_batches(
+    source,
+    data.image_views(config).train,
+    seed=config.seed,
+    batch_size=min(config.batch_size, COUNT),
+    options=data.loader_options(config.data)._replace(workers=0),
+  )
+  return next(iter(batches))["image"]
+
+
+def check_images(config, source, images, batch: np.ndarray, report: Report) -> None:
+  """Checks sizes, contents and statistics of some images, and what the evaluators need."""
+  sizes = [min(image.shape[:2]) for image in images]
+  kinds = {
+    "constant" if x.min() == x.max() else "grey" if (x == x[..., :1]).all() else "color"
+    for x in images
+  }
   report.ok(
-    f"{len(sizes)} images decoded: short side {min(sizes)} to {max(sizes)} pixels, {' and '.join(sorted(kinds))}"
+    f"{len(images)} images decoded: short side {min(sizes)} to {max(sizes)} pixels, "
+    f"{' and '.join(sorted(kinds))}"
   )
   if "constant" in kinds:
-    report.look(
-      "some of them are of one colour: with config.method.norm_pix there is nothing to reconstruct in these"
+    report.warn(
+      "some of them are of one color: with config.method.norm_pix there is nothing to "
+      "reconstruct in these"
     )
-  if short * max(config.data.crop_scale[1], 1e-9) ** 0.5 < 0.75 * min(config.image_size):
-    report.look(
-      f"they are smaller (median {short:g}) than config.image_size={tuple(config.image_size)}: most crops are enlarged"
+  size, median = tuple(config.image_size), float(np.median(sizes))
+  if median * config.data.crop_scale[1] ** 0.5 < 0.75 * min(size):
+    report.warn(
+      f"they are smaller (median {median:g}) than config.image_size={size}: most crops are enlarged"
     )
-  normal = (batch["image"] / 255 - np.array(config.data.mean)) / np.array(config.data.std)
-  if abs(normal.mean()) > 1.5 or not 0.25 < normal.std() < 3:
-    report.look(
-      f"normalised pixels have mean {normal.mean():.2f} and deviation {normal.std():.2f}, not near 0 and 1: "
+  x = (batch / 255 - np.array(config.data.mean)) / np.array(config.data.std)
+  if abs(x.mean()) > 1.5 or not 0.25 < x.std() < 3:
+    report.warn(
+      f"normalized pixels have mean {x.mean():.2f} and deviation {x.std():.2f}, not near 0 and 1: "
       "`mrmae verify` prints the mean and std of the images"
     )
   try:
     report.ok(f"eval: {data.open_split(config.data, 'eval').description}")
   except DataError as error:
-    report.look(f"nothing is held out, so evaluations are left out or use training images: {error}")
+    report.warn(f"nothing is held out, so evaluations are left out or use training images: {error}")
   if "knn" in config.evals and not source.class_names:
-    report.look("no k-NN evaluation: the images have no labels (folders as classes)")
-  if out:
-    from PIL import Image
-
-    from mrmae_jax.evals.reconstruct import bands_shown
-    from mrmae_jax.viz.grid import draw_grid
-
-    bands, caption = bands_shown(config)
-    views = batch["image"][..., bands].astype(np.float32) / 255
-    columns = [views[i::4] for i in range(min(4, len(views)))]
-    columns = [column[: len(columns[-1])] for column in columns]
-    Image.fromarray(
-      draw_grid(columns, ["as training", "sees them"] + [""] * (len(columns) - 2), caption)
-    ).save(out)
-    report.ok(f"{out} shows {sum(map(len, columns))} of the first images as training sees them")
-  return source
+    report.warn("no k-NN evaluation: the images have no labels (folders as classes)")
 
 
-def schedule(config, count: int, platform_name: str, report: Report) -> None:
-  """Steps and learning rate, and what is odd about them."""
-  per_epoch = count / config.batch_size
-  steps, peak = max(1, round(config.epochs * per_epoch)), config.optim.blr * config.batch_size / 256
-  warm = round(config.optim.warmup_epochs * per_epoch)
+def draw_batch(config, batch: np.ndarray, path: str, report: Report) -> None:
+  """Writes a picture of a batch in up to four columns."""
+  bands, caption = bands_shown(config)
+  pixels = batch[..., bands].astype(np.float32) / 255
+  columns = [pixels[i::4] for i in range(min(4, len(pixels)))]
+  columns = [column[: len(columns[-1])] for column in columns]
+  titles = ["as training", "sees them"] + [""] * (len(columns) - 2)
+  Image.fromarray(draw_grid(columns, titles, caption)).save(path)
+  report.ok(f"{path} shows {sum(map(len, columns))} of the first images as training sees them")
+
+
+def check_schedule(config, num_images: int, backend: str, report: Report) -> None:
+  """Checks steps, learning rate and the type of the computation."""
+  batch, optim = config.batch_size, config.optim
+  per_epoch = num_images / batch
+  steps, peak = max(1, round(config.epochs * per_epoch)), optim.blr * batch / 256
+  warmup = round(optim.warmup_epochs * per_epoch)
   report.ok(
-    f"batch {config.batch_size} = {config.batch_size // config.optim.accum_steps} x {config.optim.accum_steps} micro-batches; "
-    f"{config.epochs:g} epochs of {per_epoch:.4g} steps = {steps} steps, {warm} of warm-up; learning rate "
-    f"{config.optim.blr:g} x {config.batch_size} / 256 = {peak:.3g} at its peak"
+    f"batch {batch} = {batch // optim.accum_steps} x {optim.accum_steps} micro-batches; "
+    f"{config.epochs:g} epochs of {per_epoch:.4g} steps = {steps} steps, {warmup} of warm-up; "
+    f"learning rate {optim.blr:g} x {batch} / 256 = {peak:.3g} at its peak"
   )
-  if config.task != "probe" and peak > 0.02:
-    report.look(
-      f"a learning rate of {peak:.3g} is far above the recipes' (1e-4 to 5e-3); config.optim.blr is that of 256 images"
-    )
-  if config.batch_size > count:
-    report.look(f"a batch of {config.batch_size} holds each of the {count} images more than once")
-  if warm > steps / 2:
-    report.look(f"{warm} of {steps} steps are warm-up; shorten config.optim.warmup_epochs")
-  if steps < 100:
-    report.look(f"{steps} steps teach little; the recipes have 10,000 and more")
-  if config.checkpoint_every > config.epochs:
-    report.look(
-      f"config.checkpoint_every={config.checkpoint_every:g} epochs is longer than the run: only its first and last steps are "
-      "saved"
-    )
-  if config.eval_every > config.epochs and config.evals:
-    report.look(
-      f"config.eval_every={config.eval_every:g} epochs is longer than the run: evaluated before it and at its end"
-    )
-  if platform_name == "cpu" and config.dtype == "bfloat16":
-    report.look(
-      "bfloat16 is slower than float32 on a CPU: config.dtype=float32 config.teacher.dtype=float32"
-    )
-  if platform_name != "cpu" and config.dtype == "float32":
-    report.look(
-      "float32 is several times as slow as bfloat16 on this device: config.dtype=bfloat16"
-    )
+  for is_odd, message in (
+    (
+      config.task != "probe" and peak > 0.02,
+      f"a learning rate of {peak:.3g} is far above the recipes' (1e-4 to 5e-3); "
+      "config.optim.blr is that of 256 images",
+    ),
+    (
+      batch > num_images,
+      f"a batch of {batch} holds each of the {num_images} images more than once",
+    ),
+    (
+      warmup > steps / 2,
+      f"{warmup} of {steps} steps are warm-up; shorten config.optim.warmup_epochs",
+    ),
+    (steps < 100, f"{steps} steps teach little; the recipes have 10,000 and more"),
+    (
+      config.checkpoint_every > config.epochs,
+      f"config.checkpoint_every={config.checkpoint_every:g} epochs is longer than the run: only "
+      "its first and last steps are saved",
+    ),
+    (
+      config.evals and config.eval_every > config.epochs,
+      f"config.eval_every={config.eval_every:g} epochs is longer than the run: it is evaluated "
+      "before its first and after its last step",
+    ),
+    (
+      backend == "cpu" and config.dtype == "bfloat16",
+      "bfloat16 is slower than float32 on a CPU: config.dtype=float32 config.teacher.dtype=float32",
+    ),
+    (
+      backend != "cpu" and config.dtype == "float32",
+      "float32 is several times as slow as bfloat16 on this device: config.dtype=bfloat16",
+    ),
+  ):
+    if is_odd:
+      report.warn(message)
 
 
-def teachers(config, pictures, report: Report) -> None:
-  """Each teacher on a few images: its grid, the size of its features, and how much of them is the same everywhere."""
-  import numpy as np
-
-  from mrmae_jax.cli import show_teacher
-  from mrmae_jax.config import teacher_options
-
-  named = teacher_options(config)
-  if not named:
-    report.look("no teacher: this is MAE or ConvMAE, not MR-MAE")
-  for name, options in named.items():
-    description, seen = show_teacher.look(config, pictures, options)
-    norm = np.linalg.norm(seen.features, axis=-1)
+def check_teachers(config, images: np.ndarray, report: Report) -> None:
+  """Runs each teacher on a few images; checks its features, and how much they have in common."""
+  sections = config_lib.teacher_options(config)
+  if not sections:
+    report.warn("no teacher: this is MAE or ConvMAE, not MR-MAE")
+  for name, options in sections.items():
+    description, teacher_out = show_teacher.look(config, images, options)
+    norm = np.linalg.norm(teacher_out.features, axis=-1)
     if not np.isfinite(norm).all():
       report.stop(
-        f"{name}: {description}: features are not finite; its weights or config.teacher.dtype are at fault",
-        4,
+        f"{name}: {description}: features are not finite; its weights or config.teacher.dtype are "
+        "at fault",
+        NonFiniteError.exit_code,
       )
       continue
-    share = show_teacher.constant_share(seen.features, options.target_norm)
+    share = show_teacher.constant_share(teacher_out.features, options.target_norm)
     report.ok(
-      f"{name}: {description}; features of {seen.features.shape[1]} tokens, norm {norm.mean():.3g} ± {norm.std():.2g}, "
-      f"{share:.0%} of the normalised targets the same everywhere"
+      f"{name}: {description}; features of {teacher_out.features.shape[1]} tokens, norm "
+      f"{norm.mean():.3g} ± {norm.std():.2g}, {share:.0%} of the normalized targets the same "
+      "everywhere"
     )
     if share > 0.5:
-      report.look(
-        f"{name}: most of the targets is one constant vector; try config.teacher.layer or target_norm=batch (show-teacher)"
+      report.warn(
+        f"{name}: most of the targets is one constant vector; try config.teacher.layer or "
+        "target_norm=batch (mrmae show-teacher)"
       )
     if options.weight == 0:
-      report.look(f"{name}: its weight is 0: it costs time and teaches nothing")
+      report.warn(f"{name}: its weight is 0: it costs time and teaches nothing")
 
 
-def step(config, task, count: int, workdir: str | None, compiled: bool, report: Report) -> None:
-  """Parameters, work, memory and time of the training step, and the disk for its checkpoints."""
-  import statistics
-
-  import jax
-
-  from mrmae_jax import program, sharding, train
-  from mrmae_jax.cli import bench
-  from mrmae_jax.cli import compile as pods
-  from mrmae_jax.runs import log
-
-  plan = train.make_plan(config, task, sharding.make_mesh(**config.mesh), count)
+def describe_plan(config, plan: train.Plan, report: Report) -> None:
+  """Prints the parameters and the FLOPs of the training step."""
   sizes = {
     name: sum(x.size for x in jax.tree.leaves(part)) / 1e6
     for name, part in plan.state.params.items()
   }
-  work = {
-    part: flops / config.batch_size / 1e9
-    for part, flops in program.flops(plan.step, plan.state, plan.frozen, plan.batch).items()
+  flops = {
+    name: count / config.batch_size / 1e9
+    for name, count in program.flops(plan.step, plan.state, plan.frozen, plan.batch).items()
   }
-  report.ok(
-    f"{sum(sizes.values()):.2f} M parameters ({', '.join(f'{name} {size:.2f} M' for name, size in sizes.items())})"
-  )
-  report.ok(
-    f"{sum(work.values()):.2f} GFLOP an image and step ({', '.join(f'{part} {n:.2f}' for part, n in work.items())})"
-  )
+  parts = ", ".join(f"{name} {size:.2f} M" for name, size in sizes.items())
+  report.ok(f"{sum(sizes.values()):.2f} M parameters ({parts})")
+  parts = ", ".join(f"{name} {count:.2f}" for name, count in flops.items())
+  report.ok(f"{sum(flops.values()):.2f} GFLOP an image and step ({parts})")
+
+
+def check_disk(config, plan: train.Plan, workdir: Path, report: Report) -> None:
+  """Checks that the disk has room for the checkpoints."""
   size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(plan.state))
-  if workdir and "://" not in workdir:
-    there = Path(workdir).expanduser().absolute()
-    while not there.is_dir():
-      there = there.parent
-    free, needed = (
-      shutil.disk_usage(there).free,
-      (config.keep_checkpoints + 1 + bool(config.keep_best)) * size,
-    )
-    text = f"a checkpoint has {size / 1e9:.2f} GB, {config.keep_checkpoints} are kept; {free / 1e9:.1f} GB are free in {there}"
-    if free < needed:
-      report.stop(f"{text}, {needed / 1e9:.2f} GB are needed", 5)
-    else:
-      report.ok(text)
-  if not compiled or report.code:
-    return
+  parent = find_folder(workdir)
+  free = shutil.disk_usage(parent).free
+  needed = (config.keep_checkpoints + 1 + bool(config.keep_best)) * size
+  text = (
+    f"a checkpoint has {size / 1e9:.2f} GB, {config.keep_checkpoints} are kept; "
+    f"{free / 1e9:.1f} GB are free in {parent}"
+  )
+  if free < needed:
+    report.stop(f"{text}, {needed / 1e9:.2f} GB are needed", StorageError.exit_code)
+  else:
+    report.ok(text)
+
+
+def time_step(config, task, plan: train.Plan, report: Report) -> None:
+  """Compiles the training step, and reports its memory and its time on random images."""
   try:
-    ready = bench.make_step(config, task)
-    seconds = statistics.median(bench.alternate({"step": ready.run}, 3, warm_up=1)["step"])
+    compiled = bench.make_step(config, task)
+    seconds = statistics.median(bench.alternate({"step": compiled.run}, 3, warm_up=1)["step"])
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    from mrmae_jax.cli.train import out_of_memory
-
-    report.stop(out_of_memory(str(error), config), 2)
+    report.stop(out_of_memory(str(error), config), OutOfMemoryError.exit_code)
     return
-  memory, chip, steps = (
-    ready.program.memory_analysis(),
-    pods.find_chip(jax.devices()),
-    plan.total_steps,
-  )
+  memory = compiled.program.memory_analysis()
   peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-  share = f" of {chip.memory / 2**30:.0f} GiB" if chip else ""
+  chip = find_chip(jax.devices())
+  limit = f" of {chip.memory / 2**30:.0f} GiB" if chip else ""
   report.ok(
-    f"compiled in {ready.compile_s:.0f} s; {peak / 2**30:.2f} GiB{share} a device; {seconds * 1e3:,.0f} ms a step, "
-    f"{config.batch_size / seconds:,.0f} images/s without loading: {log.hms(seconds * steps)} for {steps} steps, without evaluations"
+    f"compiled in {compiled.compile_s:.0f} s; {peak / 2**30:.2f} GiB{limit} a device; "
+    f"{seconds * 1e3:,.0f} ms a step, {config.batch_size / seconds:,.0f} images/s without loading: "
+    f"{timedelta(seconds=round(seconds * plan.steps.total))} for {plan.steps.total} steps, without evaluations"
   )

@@ -1,79 +1,132 @@
-"""Features of images, for search, clustering or a classifier of your own.
-
-  mrmae features --model=/tmp/run --images=folder:/my/photos --out=features.npz
-
---model is a run's workdir, a file of weights (ConvMAE, MAE; .safetensors, .pth), a ViTMAE folder, or "pixels" for the
-normalised pixels themselves; --untrained gives the same encoder fresh weights: two baselines to compare with. Every image of the
-split is encoded exactly once, in order, nothing masked. In the .npz: features float32 [N, D], names [N], labels int32 [N] (-1
-where there are none), class_names, and about, a JSON text of how they were made. In the .parquet (needs pyarrow) these are the
-columns name, label, class_name, feature; it is written batch by batch, whatever the number of images. The file appears whole or
-not at all. `mrmae knn` measures what .npz files are worth.
-"""
+"""Features of images, for search, clustering or a classifier of your own."""
 
 import json
-import sys
 from pathlib import Path
+from typing import Any, Callable, Iterator, NamedTuple
 
 import numpy as np
-from absl import flags
+from tqdm import tqdm
 
-from mrmae_jax.cli import command_line
+from mrmae_jax import constants, data, mrmae, pretrained
 from mrmae_jax.errors import UsageError
+from mrmae_jax.runs import supervision
+from mrmae_jax.runs.paths import atomic_write
+from mrmae_jax.weights import model_files
 
 
-def define_flags() -> flags.FlagValues:
-  """The options, apart from absl's global ones."""
-  own = flags.FlagValues()
-  flags.DEFINE_string(
-    "model", None, "Workdir, weight file, ViTMAE folder, or pixels.", flag_values=own
-  )
-  flags.DEFINE_bool("untrained", False, "Fresh weights (seed 0) for the encoder.", flag_values=own)
-  flags.DEFINE_string("images", None, "Images: folder:/path, digits or tfds:name.", flag_values=own)
-  flags.DEFINE_string("data_dir", "", "Where tfds looks for prepared data sets.", flag_values=own)
-  flags.DEFINE_string(
-    "train_split", "train", "Sub-folder or tfds split behind --split=train.", flag_values=own
-  )
-  flags.DEFINE_string("eval_split", "validation", "The same for --split=eval.", flag_values=own)
-  flags.DEFINE_enum("split", "train", ["train", "eval"], "Which one.", flag_values=own)
-  flags.DEFINE_integer(
-    "holdout_every",
-    0,
-    "Images without splits: every k-th is --split=eval, as in a run; 0: all are train.",
-    flag_values=own,
-  )
-  flags.DEFINE_string("out", None, "The file: .npz or .parquet.", flag_values=own)
-  flags.DEFINE_enum(
-    "feature",
-    "pooled",
-    ["pooled", "cls"],
-    "The mean over the tokens, or the CLS token.",
-    flag_values=own,
-  )
-  flags.DEFINE_integer(
-    "image_size",
-    0,
-    "Side of the (square) images in pixels; 0: as the model was trained; pixels: 32.",
-    flag_values=own,
-  )
-  flags.DEFINE_float(
-    "crop", 0.875, "Central share of the resized image that is seen.", flag_values=own
-  )
-  flags.DEFINE_integer("batch_size", 64, "Images at a time.", flag_values=own)
-  flags.DEFINE_enum(
-    "dtype",
-    "float32",
-    ["float32", "bfloat16"],
-    "Of the computation; features are float32.",
-    flag_values=own,
-  )
-  flags.DEFINE_integer(
-    "num_heads", 0, "Attention heads, for files that do not tell.", flag_values=own
-  )
-  return own
+class Encoder(NamedTuple):
+  """A function from images to features.
+
+  Attributes:
+    encode: uint8 [B, H, W, C] -> [B, D].
+    image_size: (height, width) that it takes.
+    channels: C.
+    report: what was loaded.
+  """
+
+  encode: Callable
+  image_size: tuple[int, int]
+  channels: int
+  report: str
 
 
-class _Named:
-  """A source that remembers the names of the images that were asked for; batches do not carry them."""
+def run(options) -> str:
+  """Carries out `mrmae features`.
+
+  Raises:
+    UsageError, WeightsError, DataError: options, a model or images that do not fit.
+  """
+  write = find_writer(options.out)
+  source = data.open_source(
+    options.images,
+    options.split,
+    train_split=options.train_split,
+    eval_split=options.eval_split,
+    data_dir=options.data_dir,
+    holdout_every=options.holdout_every,
+  )
+  encoder = load_encoder(options)
+  print(f"{encoder.report}\n{source.description}", flush=True)
+  batches = extract(
+    encoder.encode,
+    source,
+    image_size=encoder.image_size,
+    crop=options.crop,
+    batch_size=options.batch_size,
+    channels=encoder.channels,
+  )
+  about = {
+    "model": options.model,
+    "untrained": options.untrained,
+    "feature": options.feature,
+    "image_size": encoder.image_size,
+    "crop": options.crop,
+    "dtype": options.dtype,
+    "report": encoder.report,
+    "images": source.description,
+  }
+  out = Path(options.out).expanduser()
+  with supervision.supervised(hang_s=0), atomic_write(out) as temporary:
+    write(temporary, show_progress(batches, len(source)), source.class_names, about)
+  height, width = encoder.image_size
+  return (
+    f"wrote {options.out}: {options.feature} features of {len(source)} images at {height}x{width}"
+  )
+
+
+def find_writer(out: str) -> Callable:
+  """Returns the function that writes a file of this suffix.
+
+  Raises:
+    UsageError: no such format, or its library is missing.
+  """
+  suffix = Path(out).suffix
+  if suffix not in WRITERS:
+    raise UsageError(f"--out={out} must end in {' or '.join(WRITERS)}")
+  if suffix == ".parquet":
+    try:
+      import pyarrow  # noqa: F401  (said before hours of work)
+    except ImportError:
+      raise UsageError(
+        "a .parquet file needs pyarrow; install the parquet extra "
+        "(pip install mrmae_jax[parquet]) or write .npz"
+      ) from None
+  return WRITERS[suffix]
+
+
+def load_encoder(options) -> Encoder:
+  """Loads the encoder of --model.
+
+  Raises:
+    UsageError, WeightsError: options or a model that do not fit.
+  """
+  image_size = (options.image_size, options.image_size)
+  if options.model == "pixels":
+    mean, std = constants.IMAGENET_MEAN, constants.IMAGENET_STD
+    encode = lambda images: mrmae.normalize(images, mean, std).reshape(len(images), -1)
+    return Encoder(encode, image_size if options.image_size else (32, 32), 3, "pixels, normalized")
+  model = pretrained.load(
+    options.model, num_heads=options.num_heads, decoder=False, dtype=options.dtype
+  )
+  report = str(model.report)
+  if options.untrained:
+    model = pretrained.PretrainedModel(model_files.untrained(model.network))
+    report = f"{report.splitlines()[0]}, with fresh weights"
+  encoder = model.network.encoder
+  image_size = image_size if options.image_size else model.config["image_size"]
+  if any(side % encoder.patch_size for side in image_size):
+    raise UsageError(
+      f"--image_size={options.image_size} is not a multiple of the model's token size "
+      f"{encoder.patch_size}"
+    )
+  if options.feature == "cls" and not encoder.cls_token:
+    raise UsageError("--feature=cls: the model has no CLS token; use pooled")
+  encode = lambda images: model.encode(images)[options.feature]
+  return Encoder(encode, image_size, len(model.network.mean), report)
+
+
+class _NamedSource:
+  """A source that keeps the names of the images that were read; batches do not carry them."""
 
   def __init__(self, source):
     self._source, self.names = source, [""] * len(source)
@@ -90,8 +143,8 @@ class _Named:
 
 def extract(
   encode, source, *, image_size: tuple[int, int], crop: float, batch_size: int, channels: int = 3
-):
-  """Yields (names, labels int32 [B], features float32 [B, D]) of a source's images, batch by batch, in order, each once.
+) -> Iterator[tuple[list[str], np.ndarray, np.ndarray]]:
+  """Yields (names, labels int32 [B], features float32 [B, D]) of all images, in order, each once.
 
   Args:
     encode: uint8 [B, H, W, C] -> [B, D].
@@ -104,26 +157,33 @@ def extract(
   Raises:
     DataError: an image cannot be read.
   """
-  from mrmae_jax import data  # a mistyped command line is answered before jax is loaded
-
-  named, done = _Named(source), 0
-  # In threads of this process: the names are remembered here.
-  batches = data.eval_batches(
-    named, data.center_view(image_size, crop, channels), batch_size=batch_size
-  )
+  named_source, count = _NamedSource(source), 0
+  # In threads of this process: the source keeps the names here.
+  view = data.center_view(image_size, crop, channels)
+  batches = data.eval_batches(named_source, view, batch_size=batch_size)
   try:
     for batch in batches:
       valid = batch["valid"]
-      found = np.asarray(encode(batch["image"]))[valid]
-      yield named.names[done : done + len(found)], batch["label"][valid], found
-      done += len(found)
+      features = np.asarray(encode(batch["image"]))[valid]
+      names = named_source.names[count : count + len(features)]
+      yield names, batch["label"][valid], features
+      count += len(features)
   finally:
     batches.close()
 
 
-def _save_npz(path: Path, batches, class_names, about) -> None:
+def show_progress(batches, total: int):
+  """Yields the batches, and shows rate and time left; a signal ends it between two of them."""
+  with tqdm(total=total, unit="image", smoothing=0.05) as progress:
+    for batch in batches:
+      supervision.beat()
+      yield batch
+      progress.update(len(batch[0]))
+
+
+def _write_npz(path: Path, batches, class_names, about: dict[str, Any]) -> None:
   names, labels, features = zip(*batches)
-  with open(path, "wb") as file:  # by name, numpy would append .npz
+  with open(path, "wb") as file:  # given a path, numpy would append .npz
     np.savez(
       file,
       features=np.concatenate(features),
@@ -134,23 +194,22 @@ def _save_npz(path: Path, batches, class_names, about) -> None:
     )
 
 
-def _save_parquet(path: Path, batches, class_names, about) -> None:
+def _write_parquet(path: Path, batches, class_names, about: dict[str, Any]) -> None:
+  """Writes batch by batch, so that memory does not grow with the number of images."""
   del about
-  import pyarrow as pa  # of all outputs only this one needs it
+  import pyarrow as pa
   import pyarrow.parquet as pq
 
+  class_name = lambda i: class_names[i] if 0 <= i < len(class_names) else None
   writer = None
   try:
     for names, labels, features in batches:
+      flat, width = pa.array(features.reshape(-1)), features.shape[1]
       columns = {
         "name": pa.array(names, pa.string()),
         "label": pa.array(labels, pa.int32()),
-        "class_name": pa.array(
-          [class_names[i] if 0 <= i < len(class_names) else None for i in labels], pa.string()
-        ),
-        "feature": pa.FixedSizeListArray.from_arrays(
-          pa.array(features.reshape(-1)), features.shape[1]
-        ),
+        "class_name": pa.array(map(class_name, labels), pa.string()),
+        "feature": pa.FixedSizeListArray.from_arrays(flat, width),
       }
       table = pa.table(columns)
       writer = writer or pq.ParquetWriter(path, table.schema)
@@ -160,117 +219,4 @@ def _save_parquet(path: Path, batches, class_names, about) -> None:
       writer.close()
 
 
-_WRITERS = {".npz": _save_npz, ".parquet": _save_parquet}
-
-
-def run(options) -> str:
-  """The command with an attribute per flag; returns a line for people.
-
-  Raises:
-    UsageError, WeightsError, DataError: options, a model or images that do not fit.
-  """
-  for name in ("model", "images", "out"):
-    if not getattr(options, name):
-      raise UsageError(f"--{name} is missing; see --help")
-  suffix = Path(options.out).suffix
-  if suffix not in _WRITERS:
-    raise UsageError(f"--out={options.out} must end in {' or '.join(_WRITERS)}")
-  if suffix == ".parquet":
-    try:
-      import pyarrow  # noqa: F401  (before hours of work)
-    except ImportError:
-      raise UsageError(
-        "a .parquet file needs pyarrow; install the parquet extra (pip install mrmae_jax[parquet]) or write "
-        ".npz"
-      ) from None
-  from tqdm import tqdm
-
-  from mrmae_jax import data
-  from mrmae_jax.runs import supervision
-  from mrmae_jax.weights import files
-
-  source = data.open_source(
-    options.images,
-    options.split,
-    train_split=options.train_split,
-    eval_split=options.eval_split,
-    data_dir=options.data_dir,
-    holdout_every=options.holdout_every,
-  )
-  encode, size, channels, report = _encoder(options)
-  print(f"{report}\n{source.description}", flush=True)
-  batches = extract(
-    encode,
-    source,
-    image_size=size,
-    crop=options.crop,
-    batch_size=options.batch_size,
-    channels=channels,
-  )
-  about = {
-    "model": options.model,
-    "untrained": options.untrained,
-    "feature": options.feature,
-    "image_size": size,
-    "crop": options.crop,
-    "dtype": options.dtype,
-    "report": report,
-    "images": source.description,
-  }
-
-  with tqdm(
-    total=len(source), unit="image", smoothing=0.05
-  ) as progress:  # shows rate and time left
-
-    def watched():
-      for batch in batches:
-        supervision.beat()
-        yield batch
-        progress.update(len(batch[0]))
-
-    with (
-      supervision.supervised(hang_s=0),
-      files.whole(Path(options.out).expanduser()) as unfinished,
-    ):
-      _WRITERS[suffix](unfinished, watched(), source.class_names, about)
-  return f"wrote {options.out}: {options.feature} features of {len(source)} images at {size[0]}x{size[1]}"
-
-
-def _encoder(options):
-  """What `extract` takes of --model: the function, size and channels of its images, and what to say of it."""
-  from mrmae_jax import constants, mrmae, pretrained
-  from mrmae_jax.weights import model_files
-
-  square = (options.image_size,) * 2
-  if options.model == "pixels":
-    pixels = lambda images: mrmae.normalize(
-      images, constants.IMAGENET_MEAN, constants.IMAGENET_STD
-    ).reshape(len(images), -1)
-    return pixels, square if options.image_size else (32, 32), 3, "pixels, normalised"
-  model = pretrained.load(
-    options.model, num_heads=options.num_heads, decoder=False, dtype=options.dtype
-  )
-  report = str(model.report)
-  if options.untrained:
-    model = pretrained.Pretrained(model_files.untrained(model.student))
-    report = f"{report.splitlines()[0]}, with fresh weights"
-  encoder, size = (
-    model.student.encoder,
-    square if options.image_size else model.config["image_size"],
-  )
-  if any(side % encoder.patch_size or side <= 0 for side in size):
-    raise UsageError(
-      f"--image_size={options.image_size} is not a multiple of the model's token size {encoder.patch_size}"
-    )
-  if options.feature == "cls" and not encoder.cls_token:
-    raise UsageError("--feature=cls: the model has no CLS token; use pooled")
-  return lambda images: model.encode(images)[options.feature], size, len(model.student.mean), report
-
-
-def main(argv: list[str] | None = None) -> int:
-  """Runs a command line (default: sys.argv); returns the exit code: 0 done, 2 usage, 3 data."""
-  return command_line(__doc__, define_flags(), run, argv)
-
-
-if __name__ == "__main__":
-  sys.exit(main())
+WRITERS = {".npz": _write_npz, ".parquet": _write_parquet}

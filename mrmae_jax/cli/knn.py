@@ -1,207 +1,154 @@
-"""What frozen features are worth: k-NN, few-shot and linear accuracy, from two files of `mrmae features`.
-
-  mrmae features --model=/tmp/run --images=folder:/my/photos --split=train --out=train.npz
-  mrmae features --model=/tmp/run --images=folder:/my/photos --split=eval --out=eval.npz
-  mrmae knn --train=train.npz --eval=eval.npz --out=probe.json
-
-k-NN: DINO's protocol. Few-shot: nearest class mean, several draws of the labelled images. Linear: a layer behind
-BatchNorm without scale and shift, trained with SGD at a whole grid of learning rates; as is usual in the field, the best of them
-is chosen on the images it is measured on, and the file shows all. The published protocol, with random crops and LARS, is
-configs/probe.py.
-"""
+"""What frozen features are worth: k-NN, few-shot and linear accuracy."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
-from absl import flags
+from tqdm import tqdm
 
-from mrmae_jax.cli import command_line
+from mrmae_jax import sharding
 from mrmae_jax.errors import UsageError
+from mrmae_jax.evals import knn
+from mrmae_jax.runs.paths import atomic_write
+from mrmae_jax.tasks import probe
 
 COLUMNS = ("features", "labels", "class_names", "about")
+# What must be equal in both files.
 SAME = ("model", "untrained", "feature", "image_size", "crop")
 
 
-def define_flags() -> flags.FlagValues:
-  """The options, apart from absl's global ones."""
-  own = flags.FlagValues()
-  flags.DEFINE_string("train", None, ".npz of the training images, with labels.", flag_values=own)
-  flags.DEFINE_string("eval", None, ".npz of the images to measure on, likewise.", flag_values=own)
-  flags.DEFINE_string("out", None, "The result file, .json.", flag_values=own)
-  flags.DEFINE_list(
-    "k", ["10", "20", "100", "200"], "Numbers of neighbours; empty: no k-NN.", flag_values=own
+def run(options) -> str:
+  """Carries out `mrmae knn`; returns a table for people.
+
+  Raises:
+    UsageError: options or files that do not fit.
+  """
+  train, held_out = read_features(options.train), read_features(options.eval)
+  _check_alike(train, held_out)
+  if options.blr and len(train["features"]) < options.batch_size:
+    raise UsageError(
+      f"--batch_size={options.batch_size} is more than the {len(train['features'])} training "
+      "images; give fewer, or --blr= to leave the linear probe out"
+    )
+  result, lines = {}, []
+  for name, file in (("train", train), ("eval", held_out)):
+    result[name] = file["about"] | {"count": len(file["labels"])}
+  lines.append(
+    f"{len(train['labels'])} training images, {len(held_out['labels'])} to measure on, "
+    f"{len(train['class_names'])} classes, {train['features'].shape[1]} features"
   )
-  flags.DEFINE_float("temperature", 0.07, "Of the neighbours' votes.", flag_values=own)
-  flags.DEFINE_list(
-    "shots", ["1", "5", "10"], "Labelled images per class; empty: no few-shot.", flag_values=own
-  )
-  flags.DEFINE_integer("draws", 10, "Independent choices of these.", flag_values=own)
-  flags.DEFINE_list(
-    "blr",
-    ["0.001", "0.003", "0.01", "0.03", "0.1", "0.3", "1"],
-    "Base learning rates of the linear probe; empty: none. The peak is blr * batch_size / 256.",
-    flag_values=own,
-  )
-  flags.DEFINE_integer("epochs", 90, "Of the linear probe.", flag_values=own)
-  flags.DEFINE_integer("batch_size", 256, "Of the linear probe.", flag_values=own)
-  flags.DEFINE_integer(
-    "seed", 0, "Of the draws, and of the linear probe's weights and order.", flag_values=own
-  )
-  return own
+  if options.k:
+    result["knn"] = _knn(train, held_out, options, lines)
+  if options.shots:
+    result["few_shot"] = _few_shot(train, held_out, options, lines)
+  if options.blr:
+    result["linear"] = _linear(train, held_out, options, lines)
+  with atomic_write(Path(options.out).expanduser()) as temporary:
+    temporary.write_text(json.dumps(result, indent=2) + "\n")
+  return "\n".join([*lines, f"wrote {options.out}"])
 
 
-def _numbers(values, kind, name):
-  """Positive numbers of a list flag."""
-  try:
-    numbers = tuple(kind(value) for value in values)
-  except ValueError:
-    numbers = (0,)
-  if not all(np.isfinite(number) and number > 0 for number in numbers):
-    raise UsageError(f"--{name}={','.join(values)} must hold numbers > 0, separated by commas")
-  return numbers
+def read_features(path: str) -> dict:
+  """Reads a file of `mrmae features`.
 
-
-def read(path: str) -> dict:
-  """A file of `mrmae features`: features [N, D], labels [N], class_names (tuple), about (dict).
+  Returns:
+    features [N, D], labels [N], class_names (tuple), about (dict), by name.
 
   Raises:
     UsageError: no such file, another file, or images without labels.
   """
   try:
     with np.load(path, allow_pickle=False) as file:
-      found = {name: file[name] for name in COLUMNS}
-    found |= {
-      "class_names": tuple(found["class_names"].tolist()),
-      "about": json.loads(str(found["about"])),
-    }
+      content = {name: file[name] for name in COLUMNS}
+    content["class_names"] = tuple(content["class_names"].tolist())
+    content["about"] = json.loads(str(content["about"]))
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise UsageError(
-      f"{path} cannot be read as features ({error}); expected an .npz of mrmae_jax.cli.features"
+      f"{path} cannot be read as features ({error}); expected an .npz of mrmae features"
     ) from None
-  if not found["class_names"] or found["labels"].min() < 0:
+  if not content["class_names"] or content["labels"].min() < 0:
     raise UsageError(
-      f"{path} has no labels; put the images of each class into a sub-folder of its own and compute it again"
+      f"{path} has no labels; put the images of each class into a sub-folder of its own and "
+      "compute it again"
     )
-  if not np.isfinite(found["features"]).all():
+  if not np.isfinite(content["features"]).all():
     raise UsageError(f"{path} has features that are not finite")
-  return found
+  return content
 
 
-def run(options) -> str:
-  """The command with an attribute per flag; returns a table for people.
-
-  Raises:
-    UsageError: options or files that do not fit.
-  """
-  for name in ("train", "eval", "out"):
-    if not getattr(options, name):
-      raise UsageError(f"--{name} is missing; see --help")
-  ks, shots = (_numbers(getattr(options, name), int, name) for name in ("k", "shots"))
-  blrs = _numbers(options.blr, float, "blr")
-  for name in ("temperature", "draws", "epochs", "batch_size"):
-    if not getattr(options, name) > 0:
-      raise UsageError(f"--{name}={getattr(options, name)} must be positive")
-  train, held_out = read(options.train), read(options.eval)
+def _check_alike(train: dict, held_out: dict) -> None:
+  """Raises UsageError unless both files come from the same model, images seen in the same way."""
   different = [
     f"{key} {train['about'].get(key)!r} and {held_out['about'].get(key)!r}"
     for key in SAME
     if train["about"].get(key) != held_out["about"].get(key)
   ]
   if train["class_names"] != held_out["class_names"]:
-    different.append(
-      f"classes {', '.join(train['class_names'])} and {', '.join(held_out['class_names'])}"
-    )
+    names = [", ".join(file["class_names"]) for file in (train, held_out)]
+    different.append(f"classes {names[0]} and {names[1]}")
   if different:
     raise UsageError(f"--train and --eval were not made alike: {'; '.join(different)}")
-  if blrs and len(train["features"]) < options.batch_size:
-    raise UsageError(
-      f"--batch_size={options.batch_size} is more than the {len(train['features'])} training images; give "
-      "fewer, or --blr= to leave the linear probe out"
-    )
 
-  from tqdm import tqdm
 
-  from mrmae_jax import sharding
-  from mrmae_jax.evals import knn
-  from mrmae_jax.tasks import probe  # mistakes are answered before jax is loaded
+def _knn(train: dict, held_out: dict, options, lines: list[str]) -> dict:
+  predicted = knn.knn_classify(
+    held_out["features"],
+    train["features"],
+    train["labels"],
+    len(train["class_names"]),
+    options.k,
+    options.temperature,
+    sharding.make_mesh(),
+  )
+  accuracy = {k: float((predicted[k] == held_out["labels"]).mean()) for k in options.k}
+  lines.append("k-NN      " + "   ".join(f"k={k} {value:.2%}" for k, value in accuracy.items()))
+  return {"temperature": options.temperature, "accuracy": accuracy}
 
-  classes = len(train["class_names"])
-  known, asked = ((file["features"], file["labels"]) for file in (train, held_out))
-  result = {
-    "train": train["about"] | {"count": len(known[0])},
-    "eval": held_out["about"] | {"count": len(asked[0])},
+
+def _few_shot(train: dict, held_out: dict, options, lines: list[str]) -> dict:
+  arrays = (held_out["features"], held_out["labels"], train["features"], train["labels"])
+  draws = {n: knn.few_shot(*arrays, n, options.draws, options.seed) for n in options.shots}
+  lines.append(
+    "few-shot  "
+    + "   ".join(f"{n} a class {x.mean():.2%} (std {x.std():.2%})" for n, x in draws.items())
+  )
+  return {
+    "draws": options.draws,
+    "seed": options.seed,
+    "classifier": "nearest class mean, cosine",
+    "accuracy": {n: {"mean": float(x.mean()), "std": float(x.std())} for n, x in draws.items()},
   }
-  lines = [
-    f"{len(known[0])} training images, {len(asked[0])} to measure on, {classes} classes, {known[0].shape[1]} features"
-  ]
-  if ks:
-    predicted = knn.knn_classify(
-      asked[0], known[0], known[1], classes, ks, options.temperature, sharding.make_mesh()
-    )
-    accuracy = {k: float((predicted[k] == asked[1]).mean()) for k in ks}
-    result["knn"] = {"temperature": options.temperature, "accuracy": accuracy}
-    lines.append("k-NN      " + "   ".join(f"k={k} {value:.2%}" for k, value in accuracy.items()))
-  if shots:
-    draws = {n: knn.few_shot(*asked, *known, n, options.draws, options.seed) for n in shots}
-    result["few_shot"] = {
-      "draws": options.draws,
-      "seed": options.seed,
-      "classifier": "nearest class mean, cosine",
-      "accuracy": {
-        n: {"mean": float(found.mean()), "std": float(found.std())} for n, found in draws.items()
-      },
-    }
-    lines.append(
-      "few-shot  "
-      + "   ".join(
-        f"{n} a class {found.mean():.2%} (std {found.std():.2%})" for n, found in draws.items()
-      )
-    )
-  if blrs:
-    found = probe.probe_features(
-      *known,
-      *asked,
-      classes,
-      blrs=blrs,
-      epochs=options.epochs,
-      batch_size=options.batch_size,
-      seed=options.seed,
-      progress=lambda epochs: tqdm(epochs, desc="linear", unit="epoch"),
-    )
-    accuracy, best = dict(zip(blrs, found.tolist())), int(found.argmax())
-    result["linear"] = {
-      "accuracy": accuracy,
-      "best": {"blr": blrs[best], "accuracy": accuracy[blrs[best]]},
-      "epochs": options.epochs,
-      "batch_size": options.batch_size,
-      "seed": options.seed,
-      "optimiser": "SGD, momentum 0.9, cosine, no weight decay",
-      "normalisation": "BatchNorm without scale and shift, statistics of all training features",
-    }
-    lines.append(
-      "linear    " + "   ".join(f"blr={blr:g} {value:.2%}" for blr, value in accuracy.items())
-    )
-    lines.append(
-      f"          best {accuracy[blrs[best]]:.2%} at blr={blrs[best]:g}"
-      + (
-        ", at the edge of the grid: extend --blr"
-        if best in (0, len(blrs) - 1) and len(blrs) > 1
-        else ""
-      )
-    )
-  from mrmae_jax.weights import files
-
-  with files.whole(Path(options.out).expanduser()) as unfinished:
-    unfinished.write_text(json.dumps(result, indent=2) + "\n")
-  return "\n".join([*lines, f"wrote {options.out}"])
 
 
-def main(argv: list[str] | None = None) -> int:
-  """Runs a command line (default: sys.argv); returns the exit code: 0 done, 2 usage."""
-  return command_line(__doc__, define_flags(), run, argv)
-
-
-if __name__ == "__main__":
-  sys.exit(main())
+def _linear(train: dict, held_out: dict, options, lines: list[str]) -> dict:
+  accuracies = probe.probe_features(
+    train["features"],
+    train["labels"],
+    held_out["features"],
+    held_out["labels"],
+    len(train["class_names"]),
+    blrs=options.blr,
+    epochs=options.epochs,
+    batch_size=options.batch_size,
+    seed=options.seed,
+    progress=lambda epochs: tqdm(epochs, desc="linear", unit="epoch"),
+  )
+  accuracy = dict(zip(options.blr, accuracies.tolist()))
+  best, count = int(accuracies.argmax()), len(options.blr)
+  at_edge = count > 1 and best in (0, count - 1)
+  lines.append(
+    "linear    " + "   ".join(f"blr={blr:g} {value:.2%}" for blr, value in accuracy.items())
+  )
+  lines.append(
+    f"          best {accuracies[best]:.2%} at blr={options.blr[best]:g}"
+    + (", at the edge of the grid: extend --blr" if at_edge else "")
+  )
+  return {
+    "accuracy": accuracy,
+    "best": {"blr": options.blr[best], "accuracy": float(accuracies[best])},
+    "epochs": options.epochs,
+    "batch_size": options.batch_size,
+    "seed": options.seed,
+    "optimizer": "SGD, momentum 0.9, cosine, no weight decay",
+    "normalization": "BatchNorm without scale and shift, statistics of all training features",
+  }

@@ -6,16 +6,13 @@ A folder of runs, such as that of a sweep, counts as all of them. The page is on
 """
 
 import json
-import sys
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
-from mrmae_jax.cli import command_line
 from mrmae_jax.config import flatten
 from mrmae_jax.errors import UsageError, WorkdirError
 from mrmae_jax.runs.log import NOT_RESULTS, read_metrics
@@ -38,16 +35,6 @@ LAST = (
   "device_gib",
   "evaluation_s",
 )
-
-
-def define_flags() -> flags.FlagValues:
-  """The options."""
-  own = flags.FlagValues()
-  flags.DEFINE_list(
-    "runs", [], "Workdirs, or folders of workdirs, separated by commas.", flag_values=own
-  )
-  flags.DEFINE_string("out", "report.html", "The page.", flag_values=own)
-  return own
 
 
 class Run(NamedTuple):
@@ -230,13 +217,11 @@ def _add_starts(page: Page, runs: list[Run]) -> None:
 
 
 def run(options) -> str:
-  """The command with an attribute per flag; returns a line for people.
+  """Carries out `mrmae report`.
 
   Raises:
     UsageError: no runs.
   """
-  if not options.runs:
-    raise UsageError("--runs is missing; see --help")
   if not options.out.endswith(".html"):
     raise UsageError(f"--out={options.out} must end in .html")
   try:
@@ -245,12 +230,3 @@ def run(options) -> str:
     raise UsageError(str(error)) from None
   write_page(runs, options.out)
   return f"wrote {options.out}: {len(runs)} run{'s' if len(runs) > 1 else ''}"
-
-
-def main(argv: list[str] | None = None) -> int:
-  """Runs a command line (default: sys.argv); returns the exit code: 0 done, 2 usage."""
-  return command_line(__doc__, define_flags(), run, argv)
-
-
-if __name__ == "__main__":
-  sys.exit(main())

@@ -10,33 +10,15 @@ colours. The text says what share of the normalised features is one constant vec
 attention spreads (few: raise config.method.attention_temperature or attention_mix).
 """
 
-import sys
-
+import jax
 import numpy as np
-from absl import flags
-from ml_collections import config_flags
 from PIL import Image
 
-from mrmae_jax.cli import command_line
+from mrmae_jax import data, mrmae, teachers
+from mrmae_jax.config import token_size
+from mrmae_jax.evals.reconstruct import bands_shown
+from mrmae_jax.mrmae import normalize_features
 from mrmae_jax.viz.grid import draw_grid, enlarge, overlay, principal_colours
-
-
-def define_flags() -> flags.FlagValues:
-  """The options, apart from absl's global ones."""
-  own = flags.FlagValues()
-  config_flags.DEFINE_config_file(
-    "config", "configs/mrmae.py", "Configuration file.", flag_values=own
-  )
-  flags.DEFINE_string(
-    "images",
-    None,
-    "Images: folder:/path, digits or tfds:name; default: those of the configuration.",
-    flag_values=own,
-  )
-  flags.DEFINE_string("out", "teacher.png", "The picture.", flag_values=own)
-  flags.DEFINE_integer("count", 6, "Rows of the picture.", flag_values=own)
-  flags.DEFINE_integer("statistics", 256, "Images behind the printed numbers.", flag_values=own)
-  return own
 
 
 def look(config, images: np.ndarray, options=None):
@@ -47,13 +29,10 @@ def look(config, images: np.ndarray, options=None):
     images: see above.
     options: which of its teachers, see config.teacher; None: the first.
   """
-  import jax  # a mistyped command line is answered before jax is loaded
-
-  from mrmae_jax import teachers
 
   spec = teachers.configured_spec(options or config.teacher, config)
   teacher = teachers.load(spec)
-  see = jax.jit(teacher.look)
+  see = jax.jit(teacher.forward)
   outputs = [
     jax.device_get(see(teacher.params, images[i : i + 32])) for i in range(0, len(images), 32)
   ]
@@ -62,7 +41,6 @@ def look(config, images: np.ndarray, options=None):
 
 def constant_share(features: np.ndarray, how: str) -> float:
   """Share, in [0, 1], of the mean square of the targets [B, N, D] that their mean vector makes up."""
-  from mrmae_jax.mrmae import normalize_features
 
   targets = np.asarray(normalize_features(features, how), np.float64)
   return float(np.square(targets.mean((0, 1))).sum() / np.square(targets).sum(-1).mean())
@@ -79,10 +57,6 @@ def attention_columns(images: np.ndarray, output, config) -> dict[str, np.ndarra
   Returns:
     {title: float [B, H, W, 3]}; a teacher without attention leaves random masking alone.
   """
-  import jax
-
-  from mrmae_jax import mrmae
-  from mrmae_jax.config import token_size
 
   size, pixels = token_size(config), images / np.float32(255)
   grid = images.shape[1] // size, images.shape[2] // size
@@ -107,9 +81,6 @@ def attention_columns(images: np.ndarray, output, config) -> dict[str, np.ndarra
 
 def draw(images: np.ndarray, output, config) -> np.ndarray:
   """The picture: uint8 [height, width, 3] of images uint8 [B, H, W, C] and what the teacher makes of them."""
-  from mrmae_jax.config import token_size
-  from mrmae_jax.evals.reconstruct import bands_shown
-  from mrmae_jax.mrmae import normalize_features
 
   bands, caption = bands_shown(config)
   size, columns = token_size(config), attention_columns(images[..., bands], output, config)
@@ -121,10 +92,8 @@ def draw(images: np.ndarray, output, config) -> np.ndarray:
   return draw_grid(list(columns.values()), list(columns), f"{caption}; {note}" if caption else note)
 
 
-def show(options) -> str:
-  """Draws and prints; returns what to say at the end."""
-  from mrmae_jax import data
-
+def run(options) -> str:
+  """Carries out `mrmae show-teacher`."""
   config, count = options.config, options.count
   config.data.source = options.images or config.data.source
   config.data.holdout_every = 0
@@ -152,12 +121,3 @@ def show(options) -> str:
   first = type(output)(*(None if x is None else x[:count] for x in output))
   Image.fromarray(draw(images[:count], first, config)).save(options.out)
   return f"wrote {options.out}"
-
-
-def main(argv: list[str] | None = None) -> int:
-  """Runs a command line (default: sys.argv); returns the exit code: 0 done, 2 usage, 3 data."""
-  return command_line(__doc__, define_flags(), show, argv)
-
-
-if __name__ == "__main__":
-  sys.exit(main())

@@ -1,11 +1,6 @@
-"""Trains a small teacher on your own images, without labels, and writes it for others to read.
+"""The end of `mrmae teacher`: what the run has trained becomes a folder of Hugging Face's ViT.
 
-  mrmae teacher --config=configs/teacher.py --workdir=DIR
-
-The training is a run like any other, see `tasks/self_distill.py`: the same command resumes it. Then
-the command writes the teacher to --out (default: WORKDIR/teacher), a folder of Hugging Face's ViT,
-which `config.teacher.path` and transformers' `ViTModel` read. Given again after the end, it writes
-the folder again. Labels, if there are any, serve the k-NN evaluation alone.
+`config.teacher.path` and transformers' `ViTModel` read the folder.
 """
 
 import json
@@ -20,19 +15,19 @@ from mrmae_jax import mrmae, teachers, train
 from mrmae_jax.errors import UsageError
 from mrmae_jax.models import ViT, make_encoder
 from mrmae_jax.tasks import self_distill
-from mrmae_jax.weights import files, table, towers
+from mrmae_jax.weights import families, files, table
 
 FILES = ("config.json", "preprocessor_config.json", "model.safetensors")
 
 
-def run_teacher(config, task: train.Task, workdir: str | Path, out: str = "") -> str:
+def run_teacher(config, task: train.Task, workdir: str | Path, out: str | None = None) -> str:
   """Trains a teacher, or resumes its training, and writes its folder.
 
   Args:
     config: validated configuration of the task "self_distill".
     task: its task.
     workdir: folder of the run.
-    out: folder for the teacher; "": WORKDIR/teacher.
+    out: folder for the teacher; None: WORKDIR/teacher.
 
   Returns:
     What to say at the end.
@@ -49,7 +44,7 @@ def run_teacher(config, task: train.Task, workdir: str | Path, out: str = "") ->
   return f"teacher: {folder}"
 
 
-def find_folder(out: str, workdir: str | Path) -> Path:
+def find_folder(out: str | None, workdir: str | Path) -> Path:
   """Returns the folder for a teacher.
 
   Raises:
@@ -88,7 +83,7 @@ def write_folder(folder: Path, encoder: ViT, params, config) -> None:
     tmp.mkdir()
     for name, content in zip(FILES, describe(encoder, config)):
       (tmp / name).write_text(json.dumps(content, indent=2) + "\n")
-    tensors = table.export(params, towers.name_table(towers.MODEL_TYPES["vit"], "", encoder))
+    tensors = table.export(params, families.name_table(families.MODEL_TYPES["vit"], "", encoder))
     files.write_safetensors(tmp / FILES[2], tensors)
     verify_folder(tmp, encoder, params, config)
     if folder.exists():
@@ -141,12 +136,13 @@ def verify_folder(folder: Path, encoder: ViT, params, config) -> None:
   """
   size = tuple(config.image_size)
   spec = teachers.read_spec(
-    path=folder, image_size=size, token_size=encoder.patch_size, dtype="float32"
+    teachers.TeacherOptions(path=str(folder), dtype="float32"),
+    teachers.StudentImages(size, encoder.patch_size),
   )
   teacher = teachers.load(spec)
   images = np.random.default_rng(0).integers(0, 256, (2, *size, 3), np.uint8)
   pixels = mrmae.normalize(images, config.data.mean, config.data.std)
   _, out = encoder.apply({"params": params}, pixels)
   np.testing.assert_allclose(
-    teacher.look(teacher.params, images).features, out["layers"][-1][:, 1:], rtol=1e-5, atol=1e-5
+    teacher.forward(teacher.params, images).features, out["layers"][-1][:, 1:], rtol=1e-5, atol=1e-5
   )

@@ -1,17 +1,4 @@
-"""What is in a data set, and which of its images are bad: before a run of days meets them.
-
-  mrmae verify --source=folder:/path/to/photos
-  mrmae verify --source=folder:/path/to/photos --json=report.json --quarantine=bad.json
-  python -m mrmae_jax.cli.train --config=... --config.data.source=folder:/path/to/photos --config.data.quarantine=bad.json
-
-verify decodes every image of the splits and prints a report in JSON: how many images, which are bad and why, how large they are
-(shorter side), how many are grey, CMYK, 16-bit, with alpha, animated, or turned by their EXIF orientation (which training ignores),
-and the mean and deviation of each channel over all pixels at full size, in [0, 1], for config.data.mean and std. --channels says how
-many there are: 3 for RGB, 1 for grey, others in .npy files. Bad is what training cannot read, and besides a JPEG that it would read
-in spite of damage that its decoder notices. Not all damage can be seen: of random changes of one byte in JPEGs about one in six is,
-in PNGs all are. --quarantine writes the list of bad images that runs leave out; give verify the source and split options of the run.
-Exit code: 0 all images are good, 3 some are bad (the report and the list are written), 2 usage.
-"""
+"""Decodes every image of a data set and reports those that cannot be read."""
 
 import collections
 import io
@@ -19,66 +6,32 @@ import itertools
 import json
 import multiprocessing
 import os
-import sys
+from collections.abc import Iterable
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from absl import flags
+from PIL import Image
+from tqdm import tqdm
 
-from mrmae_jax.cli import command_line
-from mrmae_jax.errors import DataError, UsageError
+from mrmae_jax.cli.pack import open_splits
+from mrmae_jax.data import augment
+from mrmae_jax.errors import DataError
+from mrmae_jax.runs.paths import atomic_write
 
 CHUNK = 16  # images that a process takes at a time
 ORIENTATION = 0x0112  # EXIF tag; 1: as stored
 
 
-def define_flags() -> flags.FlagValues:
-  """The options, apart from absl's global ones."""
-  own = flags.FlagValues()
-  flags.DEFINE_string(
-    "source", None, "Images: folder:/path, digits, tfds:name or packed:/path.", flag_values=own
-  )
-  flags.DEFINE_list("splits", ["train", "eval"], "Which to look at.", flag_values=own)
-  flags.DEFINE_string(
-    "train_split", "train", "Sub-folder or tfds split for training.", flag_values=own
-  )
-  flags.DEFINE_string("eval_split", "validation", "The same for evaluation.", flag_values=own)
-  flags.DEFINE_string("data_dir", "", "Where tfds looks for prepared data sets.", flag_values=own)
-  flags.DEFINE_integer(
-    "holdout_every",
-    10,
-    "Images without splits: every k-th is for evaluation; 0: all are for training.",
-    flag_values=own,
-  )
-  flags.DEFINE_integer(
-    "channels",
-    3,
-    "Of the images: as many as the run's config.data.mean has numbers.",
-    lower_bound=1,
-    flag_values=own,
-  )
-  flags.DEFINE_integer(
-    "workers", 0, "Decoding processes; 0: one per core.", lower_bound=0, flag_values=own
-  )
-  flags.DEFINE_string("json", "", "A file for the report, too.", flag_values=own)
-  flags.DEFINE_string(
-    "quarantine",
-    "",
-    "A file for the list of bad images, for config.data.quarantine.",
-    flag_values=own,
-  )
-  return own
-
-
-class Found(NamedTuple):
-  """What some images are; of several the sum.
+class ImageStatistics(NamedTuple):
+  """Statistics of a set of images; `+` merges two sets.
 
   Attributes:
     bad: {name: cause}.
-    counts: of ("format", "JPEG"), ("mode", "RGB"), ("kind", "grey"), ("short_side", 128) for 128 to 255, ...
+    counts: number of images with ("format", "JPEG"), ("mode", "RGB"), ("kind", "gray"),
+      ("short_side", 128), which stands for 128 to 255, ...
     values: how often each channel has each value, int64 [C, 256].
   """
 
@@ -87,95 +40,93 @@ class Found(NamedTuple):
   values: np.ndarray
 
   def __add__(self, other):
-    return Found(self.bad | other.bad, self.counts + other.counts, self.values + other.values)
+    return ImageStatistics(
+      self.bad | other.bad, self.counts + other.counts, self.values + other.values
+    )
 
 
-def nothing(channels: int) -> Found:
-  """What no images of so many channels are."""
-  return Found({}, collections.Counter(), np.zeros((channels, 256), np.int64))
+def empty_statistics(channels: int) -> ImageStatistics:
+  """Returns the statistics of zero images with `channels` channels."""
+  return ImageStatistics({}, collections.Counter(), np.zeros((channels, 256), np.int64))
 
 
-def inspect(source, channels: int, indices) -> Found:
+def inspect_images(source, channels: int, indices: Iterable[int]) -> ImageStatistics:
   """Reads and decodes some images of a source."""
-  from mrmae_jax.data import augment
-
-  found = nothing(channels)
+  total = empty_statistics(channels)
   for i in indices:
+    name = source.name(i)
     try:
       image, counts = source[i]["image"], [("format", "pixels")]
       if not isinstance(image, np.ndarray):
-        data, image = image, augment.decode_image(image, source.name(i), strict=True)
-        counts = _about(data)
-      image = augment.with_channels(image, channels, source.name(i))
+        data, image = image, augment.decode_image(image, name, strict=True)
+        counts = _classify_file(data)
+      image = augment.with_channels(image, channels, name)
     except DataError as error:
-      name = source.name(i)
-      found += nothing(channels)._replace(bad={name: str(error).removeprefix(f"{name}: ")})
+      cause = str(error).removeprefix(f"{name}: ")
+      total += empty_statistics(channels)._replace(bad={name: cause})
       continue
     counts.append(("short_side", 1 << (min(image.shape[:2]).bit_length() - 1)))
-    values = np.array([picture.histogram() for picture in augment.pictures(image)]).reshape(
-      channels, 256
-    )
-    found += Found({}, collections.Counter(counts), values)
-  return found
+    histograms = [picture.histogram() for picture in augment.pictures(image)]
+    values = np.array(histograms).reshape(channels, 256)
+    total += ImageStatistics({}, collections.Counter(counts), values)
+  return total
 
 
-def _about(data: bytes) -> list[tuple[str, str]]:
-  """What `Found.counts` counts, of an image file that can be decoded."""
-  from PIL import Image
-
+def _classify_file(data: bytes) -> list[tuple[str, str]]:
+  """Returns the keys of `ImageStatistics.counts` that an image file adds to."""
   with Image.open(io.BytesIO(data)) as picture:
     mode = picture.mode
     try:
-      turned = picture.getexif().get(ORIENTATION, 1) != 1
-    except Exception:  # damaged EXIF raises as much as damaged images, and says nothing
-      turned = False
+      is_turned = picture.getexif().get(ORIENTATION, 1) != 1
+    except Exception:  # damaged EXIF raises errors of any type, and says nothing
+      is_turned = False
     kinds = {
-      "grey": mode in ("1", "L", "LA") or mode.startswith("I;16"),
+      "gray": mode in ("1", "L", "LA") or mode.startswith("I;16"),
       "cmyk": mode == "CMYK",
       "alpha": mode in ("RGBA", "LA", "PA") or "transparency" in picture.info,
-      # Pillow shows 16-bit colour as 8-bit; a PNG's header tells.
+      # Pillow shows 16-bit color as 8-bit; a PNG's header tells.
       "16-bit": mode.startswith("I;16") or (picture.format == "PNG" and data[24] == 16),
-      "exif-turned": turned,
+      "exif-turned": is_turned,
       "animated": getattr(picture, "is_animated", False),
     }
     return [
       ("format", picture.format),
       ("mode", mode),
-      *(("kind", name) for name, yes in kinds.items() if yes),
+      *(("kind", kind) for kind, is_present in kinds.items() if is_present),
     ]
 
 
-def summary(found: Found, images: int) -> dict:
-  """The report on a split of so many images, as JSON values."""
-  level, number = np.arange(256), int(found.values[0].sum())
-  mean = [int(v @ level) / (255 * number) if number else None for v in found.values]
+def summarize(statistics: ImageStatistics, images: int) -> dict[str, Any]:
+  """Returns the report on a split of `images` images, as JSON values."""
+  level, pixels = np.arange(256), int(statistics.values[0].sum())
+  mean = [int(v @ level) / (255 * pixels) if pixels else None for v in statistics.values]
   std = [
-    (int(v @ level**2) / (255**2 * number) - m**2) ** 0.5 if number else None
-    for v, m in zip(found.values, mean)
+    (int(v @ level**2) / (255**2 * pixels) - m**2) ** 0.5 if pixels else None
+    for v, m in zip(statistics.values, mean)
   ]
   table = {kind: {} for kind in ("format", "mode", "kind", "short_side")}
-  for (kind, name), count in found.counts.most_common():
+  for (kind, name), count in statistics.counts.most_common():
     table[kind][name] = count
   table["short_side"] = {
     f"{least}-{2 * least - 1}": count for least, count in sorted(table["short_side"].items())
   }
   return {
     "images": images,
-    "bad": len(found.bad),
-    "pixels": number,
+    "bad": len(statistics.bad),
+    "pixels": pixels,
     "mean": mean,
     "std": std,
     **table,
-    "causes": found.bad,
+    "causes": statistics.bad,
   }
 
 
-def verify(source, channels: int, workers: int, progress) -> Found:
-  """Inspects every image of a source in processes.
+def inspect_source(source, channels: int, workers: int, progress) -> ImageStatistics:
+  """Inspects every image of a source in worker processes.
 
   Args:
-    source: of `mrmae_jax.data`.
-    channels: that its images should have.
+    source: a source of `mrmae_jax.data`.
+    channels: number of channels that its images should have.
     workers: number of processes.
     progress: called with the number of images done since the last call.
 
@@ -183,10 +134,10 @@ def verify(source, channels: int, workers: int, progress) -> Found:
     DataError: a process died.
   """
   chunks = iter([range(i, min(i + CHUNK, len(source))) for i in range(0, len(source), CHUNK)])
-  total = nothing(channels)
+  total = empty_statistics(channels)
   with futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
     running = {
-      pool.submit(inspect, source, channels, chunk): chunk
+      pool.submit(inspect_images, source, channels, chunk): chunk
       for chunk in itertools.islice(chunks, 2 * workers)
     }
     while running:
@@ -196,75 +147,47 @@ def verify(source, channels: int, workers: int, progress) -> Found:
           total += future.result()
         except BrokenProcessPool:
           raise DataError(
-            f"a process died at one of {', '.join(map(source.name, chunk))}, or of what the {workers - 1} others "
-            "had: it crashed, or memory ran out; try --workers=1"
+            f"a process died at one of {', '.join(map(source.name, chunk))}, or of the images of"
+            f" the {workers - 1} other processes: it crashed, or memory ran out; try --workers=1"
           ) from None
         progress(len(chunk))
         for chunk in itertools.islice(chunks, 1):
-          running[pool.submit(inspect, source, channels, chunk)] = chunk
+          running[pool.submit(inspect_images, source, channels, chunk)] = chunk
   order = {source.name(i): i for i in range(len(source))} if total.bad else {}
   return total._replace(bad=dict(sorted(total.bad.items(), key=lambda item: order[item[0]])))
 
 
 def run(options) -> str:
-  """The command with an attribute per flag; returns a line for people.
+  """Carries out `mrmae verify`.
 
   Raises:
     UsageError, DataError: options that do not fit; bad images, after the files are written.
   """
-  if not options.source:
-    raise UsageError("--source is missing; see --help")
-  if not options.splits or not set(options.splits) <= {"train", "eval"}:
-    raise UsageError(f"--splits={','.join(options.splits)} must be train, eval or both")
-  from tqdm import tqdm
-
-  from mrmae_jax import data  # a mistyped command line is answered first
-  from mrmae_jax.weights import files
-
-  opened = ("train_split", "eval_split", "data_dir", "holdout_every")
-  sources = {
-    split: data.open_source(options.source, split, **{name: options[name].value for name in opened})
-    for split in options.splits
-  }
-  with tqdm(
-    total=sum(map(len, sources.values())), unit="image", smoothing=0.05
-  ) as bar:  # shows rate and time left
-    found = {
-      split: verify(source, options.channels, options.workers or os.cpu_count() or 1, bar.update)
+  sources = open_splits(options)
+  total = sum(map(len, sources.values()))
+  workers = options.workers or os.cpu_count() or 1
+  with tqdm(total=total, unit="image", smoothing=0.05) as bar:  # shows rate and time left
+    statistics = {
+      split: inspect_source(source, options.channels, workers, bar.update)
       for split, source in sources.items()
     }
-  report = {
-    "source": options.source,
-    **{split: summary(one, len(sources[split])) for split, one in found.items()},
-  }
+  report = {split: summarize(statistics[split], len(sources[split])) for split in sources}
+  report = {"source": options.source, **report}
   print(json.dumps(report, indent=2), flush=True)
-  for path, content in (
-    (options.json, report),
-    (options.quarantine, {split: one.bad for split, one in found.items()}),
-  ):
+  quarantine = {split: value.bad for split, value in statistics.items()}
+  for path, content in ((options.json, report), (options.quarantine, quarantine)):
     if path:
-      with files.whole(Path(path).expanduser()) as unfinished:
-        unfinished.write_text(json.dumps(content, indent=1) + "\n")
-  images, bad = (
-    sum(one[key] for one in report.values() if isinstance(one, dict)) for key in ("images", "bad")
-  )
+      with atomic_write(Path(path).expanduser()) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+  bad = [": ".join(item) for value in statistics.values() for item in value.bad.items()]
   if bad:
-    first = next(": ".join(item) for one in found.values() for item in one.bad.items())
     advice = (
       f"config.data.quarantine={options.quarantine}"
       if options.quarantine
       else "--quarantine=FILE here, config.data.quarantine=FILE"
     )
     raise DataError(
-      f"{bad} of {images} images are bad, the first: {first}; leave them out with {advice} in a run, or repair them"
+      f"{len(bad)} of {total} images are bad, the first: {bad[0]}; leave them out with {advice} "
+      "in a run, or repair them"
     )
-  return f"all {images} images are good"
-
-
-def main(argv: list[str] | None = None) -> int:
-  """Runs a command line (default: sys.argv); returns the exit code: 0 all good, 2 usage, 3 bad images."""
-  return command_line(__doc__, define_flags(), run, argv)
-
-
-if __name__ == "__main__":
-  sys.exit(main())
+  return f"all {total} images are good"

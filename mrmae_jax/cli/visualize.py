@@ -21,70 +21,33 @@ The teacher is the run's own, with its options, or --teacher: a preset's name (f
 config.teacher.path, with the options of the run if it had a teacher. Of several teachers the first is shown.
 """
 
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import ml_collections
 import numpy as np
-from absl import flags
 from PIL import Image
 
-from mrmae_jax.cli import command_line, show_teacher
+from mrmae_jax import config as config_lib
+from mrmae_jax import data, mrmae, pretrained
+from mrmae_jax.cli import show_teacher
+from mrmae_jax.data import open_source, open_split
+from mrmae_jax.data.sources.folder import FolderSource
 from mrmae_jax.errors import UsageError, WeightsError, WorkdirError
+from mrmae_jax.evals import knn
+from mrmae_jax.evals.reconstruct import bands_shown
+from mrmae_jax.models.decoder import MimicHead
+from mrmae_jax.mrmae import normalize_features
+from mrmae_jax.runs import checkpoint, supervision
+from mrmae_jax.runs.paths import atomic_write
 from mrmae_jax.viz import page
 from mrmae_jax.viz.grid import draw_grid, enlarge, interleave, overlay, principal_colours, shades
+from mrmae_jax.weights import hub, model_files
 
 RATIOS = (0.5, 0.75, 0.85, 0.9, 0.95)
 HEADS_A_ROW = 6
 BATCH = 64  # images of the bank at a time
-
-
-def define_flags() -> flags.FlagValues:
-  """The options, apart from absl's global ones."""
-  own = flags.FlagValues()
-  flags.DEFINE_string("model", None, "Workdir, weight file or ViTMAE folder.", flag_values=own)
-  flags.DEFINE_string(
-    "images",
-    None,
-    "An image, a folder, digits, tfds:name or packed:/path; default: the run's held-out ones.",
-    flag_values=own,
-  )
-  flags.DEFINE_enum(
-    "split", "train", ["train", "eval"], "Of --images with splits: which one.", flag_values=own
-  )
-  flags.DEFINE_string("data_dir", "", "Where tfds looks for prepared data sets.", flag_values=own)
-  flags.DEFINE_string("out", None, "Folder for index.html and a PNG per panel.", flag_values=own)
-  flags.DEFINE_list(
-    "panels", [], f"Some of {', '.join(PANELS)}; default: all that can be drawn.", flag_values=own
-  )
-  flags.DEFINE_integer("count", 6, "Images shown, evenly spaced.", flag_values=own)
-  flags.DEFINE_list(
-    "image_size",
-    [],
-    "SIDE or HEIGHT,WIDTH in pixels; default: as the model was trained.",
-    flag_values=own,
-  )
-  flags.DEFINE_string("teacher", None, "Preset or path; default: the run's own.", flag_values=own)
-  flags.DEFINE_list(
-    "query", [], "ROW,COLUMN of the patch whose attention is drawn.", flag_values=own
-  )
-  flags.DEFINE_integer("neighbours", 5, "Neighbours of each image.", flag_values=own)
-  flags.DEFINE_integer(
-    "bank", 1000, "Images among which they are sought, evenly spaced; 0: all.", flag_values=own
-  )
-  flags.DEFINE_bool(
-    "norm_pix",
-    None,
-    "Whether the decoder predicts normalised patches; default: what the weights tell, else yes. "
-    "No for mae_visualize_*.pth of MAE.",
-    flag_values=own,
-  )
-  flags.DEFINE_integer("seed", 0, "Of the masks.", flag_values=own)
-  flags.DEFINE_integer(
-    "num_heads", 0, "Attention heads, for files that do not tell.", flag_values=own
-  )
-  flags.DEFINE_integer("decoder_heads", 0, "Likewise of the decoder.", flag_values=own)
-  return own
 
 
 class LeftOut(Exception):
@@ -104,7 +67,7 @@ class Subject(NamedTuple):
   """What is looked at.
 
   Attributes:
-    model: `pretrained.Pretrained`, with the mimic heads of a run that has some.
+    model: `pretrained.PretrainedModel`, with the mimic heads of a run that has some.
     images: uint8 [B, H, W, C], those of the source at `places`.
     source, places: where they come from.
     config: image size, encoder, masking and teacher, in the shape of `config.pretrain()`.
@@ -125,7 +88,7 @@ class Subject(NamedTuple):
   @property
   def size(self) -> int:
     """Side of a token in pixels."""
-    return self.model.student.encoder.patch_size
+    return self.model.network.encoder.patch_size
 
   @property
   def grid(self) -> tuple[int, int]:
@@ -140,7 +103,6 @@ class Subject(NamedTuple):
   @property
   def bands(self) -> list[int]:
     """The channels that are shown as red, green and blue."""
-    from mrmae_jax.evals.reconstruct import bands_shown  # a mistyped command is answered before
 
     return bands_shown(self.config)[0]
 
@@ -153,7 +115,7 @@ class Subject(NamedTuple):
   def norm_pix(self) -> bool:
     """Whether the decoder predicts normalised patches."""
     return (
-      self.model.student.method["norm_pix"]
+      self.model.network.method["norm_pix"]
       if self.options.norm_pix is None
       else self.options.norm_pix
     )
@@ -161,7 +123,7 @@ class Subject(NamedTuple):
 
 def reconstruction(subject: Subject) -> Panel:
   """Original, what the encoder sees, decoder output, and this around the visible patches."""
-  ratio = subject.model.student.method["mask_ratio"]
+  ratio = subject.model.network.method["mask_ratio"]
   drawn = _reconstruct(subject, ratio)
   columns = {
     "original": drawn["original"],
@@ -206,7 +168,7 @@ def ratios(subject: Subject) -> Panel:
   caption = (
     "Above what the encoder sees, below the visible patches with the decoder's output in hidden places; the share that is "
     "hidden, and how many patches are visible. What is visible at one ratio is a part of what is visible at the one "
-    f"before. The model was trained at {subject.model.student.method['mask_ratio']:.0%}. Error: root mean square over the "
+    f"before. The model was trained at {subject.model.network.method['mask_ratio']:.0%}. Error: root mean square over the "
     "hidden patches, in levels of 255."
   )
   if subject.norm_pix:
@@ -242,7 +204,7 @@ def focused(subject: Subject) -> Panel:
     f"(temperature {method.attention_temperature:g}, {method.attention_mix:.0%} uniform). "
     + (
       f"The run was trained with {method.masking} masking."
-      if "mimic_heads" in subject.model.student.params
+      if "mimic_heads" in subject.model.network.params
       else ""
     ),
   )
@@ -253,7 +215,7 @@ def attention(subject: Subject) -> Panel:
   weights, lead = np.asarray(subject.model.attention(subject.images)), subject.pixels
   first = weights.shape[-1] - subject.tokens
   if subject.options.query:
-    row, column = _numbers(subject.options.query, "query", "ROW,COLUMN")
+    row, column = subject.options.query
     if not (row < subject.grid[0] and column < subject.grid[1]):
       raise UsageError(
         f"--query={row},{column} is none of the {subject.grid[0]} rows and {subject.grid[1]} columns of patches; "
@@ -296,7 +258,6 @@ def attention(subject: Subject) -> Panel:
 
 def pca(subject: Subject) -> Panel:
   """Patch features as colours."""
-  from mrmae_jax.mrmae import normalize_features
 
   colours = lambda x, basis=None: enlarge(principal_colours(x, basis), subject.grid, subject.size)
   normed = lambda x: np.asarray(normalize_features(x, "layer_norm"))
@@ -349,7 +310,7 @@ def cosine(subject: Subject) -> Panel:
     f"Mean cosine {found.mean():.3f} between the teacher's features (as the run's targets: "
     f"{subject.config.teacher.target_norm}) and what the run's mimic head makes of the model's; the mean feature alone, "
     f"without looking, has {constant:.3f}. Light patches are mimicked well, dark ones badly. Nothing is masked here; in "
-    f"training the model saw {1 - subject.model.student.method['mask_ratio']:.0%} of each image. Teacher: {subject.teacher}.",
+    f"training the model saw {1 - subject.model.network.method['mask_ratio']:.0%} of each image. Teacher: {subject.teacher}.",
     (
       ["row", "mean cosine", "lowest", "highest"],
       [
@@ -362,7 +323,6 @@ def cosine(subject: Subject) -> Panel:
 
 def neighbours(subject: Subject) -> Panel:
   """The most similar images of the source."""
-  from mrmae_jax.evals import knn
 
   options, source = subject.options, subject.source
   bank = _spaced(len(source), options.bank)
@@ -424,13 +384,8 @@ def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def _imitation(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
   """What the mimic head makes of whole images, and the teacher's features as its targets: both float32 [C, N, Dt]."""
-  import jax
 
-  from mrmae_jax import mrmae
-  from mrmae_jax.models.decoder import MimicHead
-  from mrmae_jax.weights import model_files
-
-  student, options = subject.model.student, subject.config.teacher
+  student, options = subject.model.network, subject.config.teacher
   head = student.params.get("mimic_heads", {}).get("mimic")
   if head is None:
     raise LeftOut(
@@ -510,8 +465,6 @@ class _Chosen:
 
 def _batches(source, places: list[int], like: np.ndarray):
   """uint8 [b, H, W, 3] of the images at `places`, of the size of `like`."""
-  from mrmae_jax import data
-  from mrmae_jax.runs import supervision
 
   batches = data.eval_batches(
     _Chosen(source, places),
@@ -537,62 +490,42 @@ def _name(source, place: int) -> str:
   return "/".join(source[place]["name"].split("/")[-2:])
 
 
-def _numbers(texts: list[str], flag: str, form: str) -> list[int]:
-  try:
-    numbers = [int(text) for text in texts]
-  except ValueError:
-    numbers = []
-  if len(numbers) != form.count(",") + 1 or min(numbers) < 0:
-    raise UsageError(f"--{flag}={','.join(texts)} must be {form}, whole numbers from 0")
-  return numbers
-
-
 def _image_size(options, model) -> tuple[int, int]:
   """(height, width) that was asked for, or that of training."""
   if not options.image_size:
     return model.config["image_size"]
-  size = _numbers(
-    options.image_size * (2 if len(options.image_size) == 1 else 1), "image_size", "HEIGHT,WIDTH"
-  )
-  patch = model.student.encoder.patch_size
-  if any(side % patch or not side for side in size):
+  size = options.image_size * (2 if len(options.image_size) == 1 else 1)
+  patch = model.network.encoder.patch_size
+  if any(side % patch for side in size):
     nearest = ",".join(str(max(1, round(side / patch)) * patch) for side in size)
     raise UsageError(
-      f"--image_size={','.join(options.image_size)} is not a multiple of the model's token size {patch}; nearest: "
+      f"--image_size={','.join(map(str, options.image_size))} is not a multiple of the model's token size {patch}; nearest: "
       f"{nearest}"
     )
-  return tuple(size)
+  return size
 
 
 def _source(options, stored: dict[str, Any]):
   """Where the images come from."""
-  import ml_collections
-
-  from mrmae_jax.data import open_source, open_split, sources
 
   if not options.images:
     if "data" not in stored:
       raise UsageError(
-        f"--images is missing: {options['images'].help} {options.model} is no run. See --help"
+        f"--images is missing: {options.model} is not a run, which would know its own images"
       )
     images = ml_collections.ConfigDict(stored["data"])
     return open_split(images, "eval" if images.holdout_every else "train")
   path = Path(options.images).expanduser()
   if path.is_file():
-    return sources.FolderSource(str(path.parent.absolute()), [path.name], (), f"{path}: one image")
+    return FolderSource(str(path.parent.absolute()), [path.name], (), f"{path}: one image")
   spec = f"folder:{path}" if path.is_dir() else options.images
   return open_source(spec, options.split, data_dir=options.data_dir, holdout_every=0)
 
 
 def _configuration(options, model, size: tuple[int, int], stored: dict[str, Any]):
   """A configuration of pre-training with what is known of the model's, and the teacher that was asked for."""
-  import ml_collections
 
-  from mrmae_jax import config as config_lib
-  from mrmae_jax import teachers
-  from mrmae_jax.weights import model_files
-
-  student, config = model.student, config_lib.pretrain()
+  student, config = model.network, config_lib.pretrain()
   config.encoder = ml_collections.ConfigDict(model_files.module_fields(student.encoder))
   config.image_size, config.seed = size, options.seed
   config.data.update(mean=student.mean, std=student.std)
@@ -600,7 +533,7 @@ def _configuration(options, model, size: tuple[int, int], stored: dict[str, Any]
   config.teacher.update(stored.get("teacher", {}))
   config.teacher.dtype = "float32"
   if options.teacher:
-    preset = options.teacher in teachers.PRESETS
+    preset = options.teacher in hub.PRESETS
     config.teacher.update(
       name=options.teacher if preset else "", path="" if preset else options.teacher
     )
@@ -620,26 +553,15 @@ def _look(options, config, images: np.ndarray):
   return output, description
 
 
-def visualise(options) -> str:
-  """The command with an attribute per flag; returns a line for people.
+def run(options) -> str:
+  """Carries out `mrmae visualize`.
 
   Raises:
     UsageError, WeightsError, DataError: options, a model, a teacher or images that do not fit; a panel that was asked for by name
       and cannot be drawn.
   """
-  for name in ("model", "out"):
-    if not options[name].value:
-      raise UsageError(f"--{name} is missing: {options[name].help} See --help")
   if unknown := [name for name in options.panels if name not in PANELS]:
     raise UsageError(f"--panels: {unknown[0]!r} is not one of {', '.join(PANELS)}")
-  for name, least in (("count", 1), ("neighbours", 1), ("bank", 0)):
-    if options[name].value < least:
-      raise UsageError(f"--{name}={options[name].value} must be {least} or more")
-  from mrmae_jax import pretrained  # a mistyped command line is answered before
-  from mrmae_jax.runs import (
-    checkpoint,
-    supervision,  # a mistyped command line is answered before
-  )
 
   with supervision.supervised(hang_s=0):
     model = pretrained.load(
@@ -655,7 +577,7 @@ def visualise(options) -> str:
     size, source = _image_size(options, model), _source(options, stored)
     places = _spaced(len(source), options.count)
     images = np.concatenate(
-      list(_batches(source, places, np.zeros((1, *size, len(model.student.mean)))))
+      list(_batches(source, places, np.zeros((1, *size, len(model.network.mean)))))
     )
     config = _configuration(options, model, size, stored)
     print(f"{model.report}\n{source.description}", flush=True)
@@ -681,8 +603,6 @@ def visualise(options) -> str:
 
 def _write(subject: Subject, drawn: dict[str, Panel], missing: dict[str, str]) -> str:
   """The files; returns what to say of them."""
-  from mrmae_jax.evals.reconstruct import bands_shown
-  from mrmae_jax.weights import files
 
   out, report, (height, width) = (
     Path(subject.options.out).expanduser(),
@@ -690,7 +610,7 @@ def _write(subject: Subject, drawn: dict[str, Panel], missing: dict[str, str]) -
     subject.images.shape[1:3],
   )
   for name, panel in drawn.items():
-    with files.whole(out / f"{name}.png") as unfinished:
+    with atomic_write(out / f"{name}.png") as unfinished:
       Image.fromarray(panel.picture).save(unfinished, "PNG", optimize=True)
   found = page.Page(report.source.rstrip("/").rpartition("/")[2], report.model)
   found.section(
@@ -714,12 +634,3 @@ def _write(subject: Subject, drawn: dict[str, Panel], missing: dict[str, str]) -
     found.table(["panel", "why"], [[PANELS[name][0], why] for name, why in missing.items()])
   found.write(out / "index.html")
   return f"wrote {out / 'index.html'} and {', '.join(f'{name}.png' for name in drawn)}"
-
-
-def main(argv: list[str] | None = None) -> int:
-  """Runs a command line (default: sys.argv); returns the exit code: 0 done, 2 usage, 3 data."""
-  return command_line(__doc__, define_flags(), visualise, argv)
-
-
-if __name__ == "__main__":
-  sys.exit(main())

@@ -1,13 +1,14 @@
-"""From encoded bytes to uint8 crops, pixel for pixel as torchvision + Pillow.
+"""Decodes images and crops, resizes and erases them, pixel for pixel as torchvision and Pillow do.
 
-Images are numpy arrays, uint8 [H, W, C]; three channels are RGB, one is grey.
-Sizes are (height, width).
+Images are numpy arrays, uint8 [H, W, C]; three channels are RGB, one is gray. Sizes are
+(height, width).
 """
 
 import functools
 import io
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -15,25 +16,24 @@ from PIL import Image
 
 from mrmae_jax.errors import DataError
 
-# Of photographs. Pillow knows 40 more, by content and not by name, some of
-# which run other programs (EPS: Ghostscript).
+# Formats of photographs. Pillow recognizes 40 more by their content, whatever the file's name, and
+# some of them run other programs (EPS: Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-# Where Pillow starts to refuse, 537 MB as RGB. Checked here too, because
-# Pillow's limit is a global which other libraries switch off.
+# Pillow's own limit, 537 MB as RGB. It is checked here too, because Pillow's is a global variable
+# that other libraries switch off.
 MAX_PIXELS = 178_956_970
-# Solid black is the smallest that a PNG can be, at 8,256.
-MAX_PIXELS_PER_BYTE = 10_000
+MAX_PIXELS_PER_BYTE = 10_000  # a solid black PNG, the smallest of all, has 8,256
 CROP_TRIES = 10
 ERASE_TRIES = 10
-ERASE_AREA = (0.02, 1 / 3)  # Relative to the image.
-ERASE_ASPECT = (0.3, 1 / 0.3)  # Height / width.
+ERASE_AREA = (0.02, 1 / 3)  # relative to the image
+ERASE_ASPECT = (0.3, 1 / 0.3)  # height / width
 
 
-def pixels(example: dict, channels: int | None = None) -> np.ndarray:
-  """The one way from a source's example to pixels, uint8 [H, W, C].
+def pixels(example: dict[str, Any], channels: int | None = None) -> np.ndarray:
+  """Returns the pixels of a source's example, uint8 [H, W, C].
 
   Args:
-    example: of a source.
+    example: an example of a source.
     channels: C, see `with_channels`; None leaves the image as it is.
 
   Raises:
@@ -48,59 +48,56 @@ def pixels(example: dict, channels: int | None = None) -> np.ndarray:
 
 
 def with_channels(image: np.ndarray, channels: int, name: str) -> np.ndarray:
-  """An image as one of so many channels, uint8 [H, W, channels].
+  """Converts an image to a number of channels, uint8 [H, W, channels].
 
-  RGB becomes grey by Pillow's luma, grey becomes RGB by repeating it. Nothing
-  else is made up: the meaning of other channels is not known here.
+  RGB becomes gray by Pillow's luma, gray becomes RGB by repetition. Other conversions are refused,
+  because the meaning of other channels is not known here.
 
   Args:
     image: uint8 [H, W, C].
-    channels: that are wanted.
-    name: of the image, for the message.
+    channels: number of channels of the result.
+    name: name of the image, for the message.
 
   Raises:
-    DataError: it has another number of channels.
+    DataError: the image cannot be converted.
   """
-  height, width, found = image.shape
-  if found == channels:
+  height, width, given = image.shape
+  if given == channels:
     return image
-  if (found, channels) == (3, 1):
+  if (given, channels) == (3, 1):
     return np.asarray(Image.fromarray(image).convert("L"))[:, :, None]
-  if (found, channels) == (1, 3):
+  if (given, channels) == (1, 3):
     return np.repeat(image, 3, axis=2)
   raise DataError(
-    f"{name}: has {found} channels ({height} x {width} x {found}); expected"
-    f" {channels}, one for each number of config.data.mean and std; give as"
-    " many of these as the images have channels, or remove it"
+    f"{name}: has {given} channels ({height} x {width} x {given}); expected {channels}, one for"
+    " each number of config.data.mean and std; give as many of these as the images have channels,"
+    " or remove it"
   )
 
 
 def decode_image(data: bytes, name: str, strict: bool = False) -> np.ndarray:
   """Decodes one image file to uint8 [H, W, 3].
 
-  The result is that of Pillow's `convert("RGB")`, the field's convention: grey
-  is repeated, a palette is looked up, alpha is dropped without compositing, of
-  an animation the first frame is taken. Two exceptions to "whatever Pillow
-  does": 16-bit grey keeps its high byte (as Pillow does for 16-bit colour),
-  since `convert` would clip it to white; and 32-bit grey is refused, since
-  nothing says which value is white. The EXIF orientation is ignored, as
-  torchvision ignores it.
+  The result is that of Pillow's `convert("RGB")`, the field's convention: gray is repeated, a
+  palette is looked up, alpha is dropped without compositing, of an animation the first frame is
+  taken. There are two exceptions. 16-bit gray keeps its high byte (as Pillow does for 16-bit
+  color), since `convert` would clip it to white. 32-bit gray is refused, since nothing says which
+  value is white. The EXIF orientation is ignored, as torchvision ignores it.
 
-  Colour and grey JPEGs go through simplejpeg, which gives the same pixels in
-  two thirds of the time. What its strict mode refuses is Pillow's to decide,
-  so that a file is good exactly when the reference implementations read it.
+  simplejpeg decodes color and gray JPEGs: it gives the same pixels in two thirds of the time. A
+  JPEG that its strict mode refuses is left to Pillow, so that a file is good exactly when the
+  reference implementations read it.
 
   Args:
-    data: the file.
-    name: of it, for messages.
-    strict: refuse colour and grey JPEGs, too, which Pillow reads in spite of
-      damage that the decoder has noticed.
+    data: content of the file.
+    name: name of the file, for messages.
+    strict: refuse color and gray JPEGs, too, that Pillow reads in spite of damage that the decoder
+      has noticed.
 
   Raises:
-    DataError: no image of FORMATS, damaged, or larger than MAX_PIXELS or than
-      its bytes can hold. The size is read from the header, before any pixel
-      memory is allocated.
-    MemoryError: which says nothing about the file.
+    DataError: the file is not in FORMATS, is damaged, or has more pixels than MAX_PIXELS or than
+      its bytes can hold. The size is read from the header, before any pixel memory is allocated.
+    MemoryError: memory ran out, which says nothing about the file.
   """
   if not data:
     raise DataError(f"{name}: the file is empty; replace or remove it")
@@ -111,27 +108,27 @@ def decode_image(data: bytes, name: str, strict: bool = False) -> np.ndarray:
       if width * height <= most:
         return _decode_opened(picture, data, strict)
     cause = (
-      f"its header claims {width} x {height} pixels, at most {most:,} of"
-      f" {len(data):,} bytes are decoded"
+      f"its header claims {width} x {height} pixels, at most {most:,} of {len(data):,} bytes are"
+      " decoded"
     )
     error = None
   except Image.UnidentifiedImageError as caught:
     cause, error = f"not an image that is read, it begins {data[:16]!r}", caught
   except MemoryError:
     raise
-  # Decoders meet hostile bytes here, and Pillow's raise nearly everything:
-  # OSError, SyntaxError, EOFError, struct.error, zlib.error, KeyError, ...
+  # Decoders meet hostile bytes here, and Pillow's raise nearly every type: OSError, SyntaxError,
+  # EOFError, struct.error, zlib.error, KeyError, ...
   except Exception as caught:
     cause, error = f"{caught or type(caught).__name__}", caught
   try:
     raise DataError(f"{name}: cannot be decoded: {cause}; replace or remove it") from error
   finally:
-    del error  # It knows this frame, and would keep half-decoded pixels.
+    del error  # its traceback refers to this frame, and would keep half-decoded pixels
 
 
 def _decode_opened(picture: Image.Image, data: bytes, strict: bool) -> np.ndarray:
-  """Pixels of an opened picture of acceptable size, uint8 [H, W, 3]."""
-  # By mode, not by refusal: simplejpeg does read CMYK, to other colours.
+  """Returns the pixels of an opened picture of acceptable size, uint8 [H, W, 3]."""
+  # The mode decides, not a refusal: simplejpeg does read CMYK, to other colors.
   if data[:2] == b"\xff\xd8" and picture.mode in ("RGB", "L"):
     try:
       return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
@@ -143,7 +140,7 @@ def _decode_opened(picture: Image.Image, data: bytes, strict: bool) -> np.ndarra
     return np.repeat(high_byte[:, :, None], 3, axis=2)
   if picture.mode in ("I", "F"):
     raise ValueError(f"pixels of mode {picture.mode!r} have no defined range")
-  if picture.mode != "RGB":  # Else `convert` would copy all of it.
+  if picture.mode != "RGB":  # of an RGB picture `convert` would make a copy
     picture = picture.convert("RGB")
   return np.asarray(picture)
 
@@ -158,15 +155,14 @@ def crop_box(
 ) -> tuple[int, int, int, int]:
   """Draws (top, left, height, width) by the RandomResizedCrop law.
 
-  The law is torchvision's: the area is uniform in `scale` times that of the
-  image, the aspect width / height log-uniform in `ratio`, the place uniform.
-  Crops that do not fit are drawn again, ten times in all; after that comes the
-  largest central crop whose aspect is in `ratio`. The aspect is that of the
-  crop in the image, also when the output is not square.
+  The law is torchvision's: the area is uniform in `scale` times that of the image, the aspect
+  width / height log-uniform in `ratio`, the place uniform. Crops that do not fit are drawn again,
+  ten times in all; after that comes the largest central crop whose aspect is in `ratio`. The
+  aspect is that of the crop in the image, also when the output is not square.
 
-  With `single_try` the first draw counts: a side that does not fit is cut to
-  that of the image (facebookresearch/mae util/crop.py, after BYOL's TensorFlow
-  code; MAE's linear probe). Crops then reach the borders more often.
+  With `single_try` the first draw counts: a side that does not fit is cut to that of the image
+  (facebookresearch/mae util/crop.py, after BYOL's TensorFlow code; MAE's linear probe). Crops then
+  reach the borders more often.
   """
   for _ in range(CROP_TRIES):
     area = height * width * rng.uniform(*scale)
@@ -183,23 +179,18 @@ def crop_box(
   aspect = min(max(width / height, ratio[0]), ratio[1])
   crop_height = min(height, round(width / aspect))
   crop_width = min(width, round(height * aspect))
-  return (
-    (height - crop_height) // 2,
-    (width - crop_width) // 2,
-    crop_height,
-    crop_width,
-  )
+  return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
 def pictures(image: np.ndarray) -> list[Image.Image]:
-  """An image uint8 [H, W, C] for Pillow: RGB as it is, else band by band."""
+  """Converts an image uint8 [H, W, C] for Pillow: RGB to one picture, others band by band."""
   if image.shape[2] == 3:
     return [Image.fromarray(image)]
   return [Image.fromarray(band) for band in np.moveaxis(image, 2, 0)]
 
 
 def resize_pillow(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-  """Pillow's bicubic with antialiasing, uint8 [H, W, C] of the given size."""
+  """Resizes by Pillow's bicubic with antialiasing; returns uint8 [H, W, C]."""
   resized = [
     np.asarray(picture.resize((size[1], size[0]), Image.Resampling.BICUBIC))
     for picture in pictures(image)
@@ -208,30 +199,29 @@ def resize_pillow(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def resize_cv2(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-  """OpenCV's bicubic, without antialiasing, uint8 [H, W, C] of the given size.
+  """Resizes by OpenCV's bicubic, without antialiasing; returns uint8 [H, W, C].
 
-  On 1,000 ImageNet photographs, random crops to 224 pixels, the values differ
-  from Pillow's by 2.3 levels on average, 48 at the 99.9th percentile, 173 at
-  most: crops that shrink are aliased.
+  On 1,000 ImageNet photographs, random crops to 224 pixels, the values differ from Pillow's by 2.3
+  levels on average, 48 at the 99.9th percentile, 173 at most: crops that shrink are aliased.
   """
   cv2 = _cv2()
   resized = cv2.resize(image, size[::-1], interpolation=cv2.INTER_CUBIC)
-  return resized.reshape(*size, -1)  # It drops the axis of one channel.
+  return resized.reshape(*size, -1)  # cv2 drops the axis of one channel
 
 
 @functools.cache
 def _cv2():
   import cv2  # an extra
 
-  cv2.setNumThreads(0)  # The loader has threads or processes of its own.
+  cv2.setNumThreads(0)  # the loader has threads or processes itself
   return cv2
 
 
 def resizer(name: str) -> Callable[[np.ndarray, tuple[int, int]], np.ndarray]:
-  """What resizes training crops: `resize_pillow` or `resize_cv2`.
+  """Returns the function that resizes training crops, `resize_pillow` or `resize_cv2`.
 
   Raises:
-    DataError: another name than "pillow" or "cv2", or OpenCV is not installed.
+    DataError: a name other than "pillow" or "cv2", or OpenCV is not installed.
   """
   if name == "pillow":
     return resize_pillow
@@ -241,8 +231,8 @@ def resizer(name: str) -> Callable[[np.ndarray, tuple[int, int]], np.ndarray]:
     _cv2()
   except ImportError as error:
     raise DataError(
-      f"resize='cv2' needs OpenCV ({error}); install the fast extra (pip"
-      " install mrmae_jax[fast]) or use 'pillow'"
+      f"resize='cv2' needs OpenCV ({error}); install the fast extra (pip install mrmae_jax[fast])"
+      " or use 'pillow'"
     ) from error
   return resize_cv2
 
@@ -256,10 +246,10 @@ def random_resized_crop(
   single_try: bool = False,
   resize: Callable = resize_pillow,
 ) -> np.ndarray:
-  """A random part of the image (see `crop_box`), resized to `size`.
+  """Cuts out a random box (see `crop_box`) and resizes it to `size`.
 
-  The part is cut out before resizing: `resize(box=)` looks at pixels outside
-  the box and gives other values. `resize` is one of `resizer`.
+  The box is cut out before resizing, because Pillow's `resize(box=)` uses pixels outside the box
+  and gives other values. `resize` is a function that `resizer` returns.
   """
   top, left, height, width = crop_box(*image.shape[:2], rng, scale, ratio, single_try)
   return resize(image[top : top + height, left : left + width], size)
@@ -279,23 +269,22 @@ def random_erase(
 ) -> np.ndarray:
   """Fills one random rectangle with noise, with probability `prob`.
 
-  The law is that of timm (data/random_erasing.py, mode "pixel", count 1; Zhong
-  et al. 2020): the area is uniform in ERASE_AREA times that of the image, the
-  aspect height / width log-uniform in ERASE_ASPECT, the place uniform; a
-  rectangle as high or as wide as the image is drawn again, ten times in all,
-  then given up.
+  The law is that of timm (data/random_erasing.py, mode "pixel", count 1; Zhong et al. 2020): the
+  area is uniform in ERASE_AREA times that of the image, the aspect height / width log-uniform in
+  ERASE_ASPECT, the place uniform. A rectangle as high or as wide as the image is drawn again, ten
+  times in all; then the image stays as it is.
 
-  There each value becomes N(0, 1) after normalisation. Here it is the pixel
-  which the normalisation maps to that, 255 * (mean + std * N(0, 1)), rounded and
-  clipped to 0..255: the batch stays uint8, at the price of the tails that no
-  pixel has. With ImageNet's statistics 3 % of the values are clipped, at
-  1.8 deviations or more, and the noise has deviation 0.97.
+  In timm each value becomes N(0, 1) after normalization. Here it becomes the pixel that the
+  normalization maps to that, 255 * (mean + std * N(0, 1)), rounded and clipped to 0..255. The
+  batch stays uint8, at the price of the tails beyond the range of pixels: with ImageNet's
+  statistics 3 % of the values are clipped, at 1.8 deviations or more, and the noise has deviation
+  0.97.
 
   Args:
     image: uint8 [H, W, C]; not changed.
-    rng: decides everything.
-    prob: of erasing.
-    mean, std: which normalise pixels in [0, 1], per channel.
+    rng: source of all random numbers.
+    prob: probability of erasing.
+    mean, std: statistics that normalize pixels in [0, 1], per channel.
 
   Returns:
     uint8 [H, W, C].
@@ -318,15 +307,15 @@ def random_erase(
 
 
 def center_crop(image: np.ndarray, size: tuple[int, int], crop_pct: float = 0.875) -> np.ndarray:
-  """The evaluation view: resize keeping the aspect, cut out the middle.
+  """Resizes with the aspect kept and cuts out the center: the evaluation view.
 
-  The image is scaled until it just covers floor(size / crop_pct) on both sides;
-  for a square size this is the usual "short side to 256, centre 224". The longer
-  side is rounded down and the offset to nearest, both as torchvision does.
+  The image is scaled until it just covers floor(size / crop_pct) on both sides; for a square size
+  this is the usual "short side to 256, center 224". The longer side is rounded down and the offset
+  to nearest, both as torchvision does.
   """
   height, width = image.shape[:2]
   cover = [math.floor(side / crop_pct) for side in size]
-  if cover[0] * width >= cover[1] * height:  # The height is what binds.
+  if cover[0] * width >= cover[1] * height:  # the height binds
     resized = cover[0], cover[0] * width // height
   else:
     resized = cover[1] * height // width, cover[1]

@@ -1,11 +1,13 @@
-"""RandAugment (Cubuk et al. 2020, arXiv 1909.13719) in timm's "increasing" variant, with which MAE and ConvMAE fine-tune.
+"""RandAugment in timm's "increasing" variant, with which MAE and ConvMAE fine-tune.
 
-Operations, their ranges and the law of the draws are those of timm 0.3.2, data/auto_augment.py, called by `create_transform`
-with bicubic interpolation and the mean colour as filling. On the same argument each operation gives timm's pixels.
+Cubuk et al. 2020, arXiv 1909.13719. Operations, their ranges and the law of the draws are those of
+timm 0.3.2, data/auto_augment.py, called by `create_transform` with bicubic interpolation and the
+mean color as filling. Given the same argument, each operation gives timm's pixels.
 """
 
 import re
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
@@ -19,12 +21,14 @@ APPLIED = 0.5  # probability of each drawn operation
 
 
 class Policy(NamedTuple):
-  """What a string such as "rand-m9-mstd0.5-inc1" says.
+  """The content of a string such as "rand-m9-mstd0.5-inc1".
 
   Attributes:
     magnitude: mean strength of the operations, 0 to 10.
-    magnitude_std: of the normal law it is drawn from for each operation, clipped to [0, 10].
-    count: operations drawn for each image, with replacement; each is applied with probability one half.
+    magnitude_std: standard deviation of the normal law from which the strength of each operation
+      is drawn; the draw is clipped to [0, 10].
+    count: operations drawn for each image, with replacement; each is applied with probability one
+      half.
   """
 
   magnitude: float = MAX_MAGNITUDE
@@ -36,26 +40,33 @@ class Op(NamedTuple):
   """One operation.
 
   Attributes:
-    argument: strength -> argument of `apply`; the strength is magnitude / 10, in [0, 1], and negative in half of the draws if
-      `signed`.
-    signed: whether the operation has two directions.
-    apply: (picture, argument, fill) -> picture; `fill` is the colour of what comes into view from outside.
+    argument: strength -> argument of `apply`; the strength is magnitude / 10, in [0, 1], and
+      negative in half of the draws if `is_signed`.
+    is_signed: whether the operation has two directions.
+    apply: (picture, argument, fill) -> picture; `fill` is the color of pixels from outside the
+      picture.
   """
 
   argument: Callable[[float], float]
-  signed: bool
+  is_signed: bool
   apply: Callable[[Image.Image, float, tuple[int, int, int]], Image.Image]
 
 
 def _affine(matrix):
-  """Output pixel (x, y) is input pixel (a x + b y + c, d x + e y + f); `matrix` makes the six out of argument and size."""
+  """Makes an affine operation: output pixel (x, y) is input (a x + b y + c, d x + e y + f).
+
+  `matrix` makes the six numbers out of the argument and the picture's size.
+  """
   return lambda picture, argument, fill: picture.transform(
     picture.size, Image.Transform.AFFINE, matrix(argument, *picture.size), BICUBIC, fillcolor=fill
   )
 
 
 def _enhance(kind) -> Op:
-  """Blends with a degenerate picture; 1 changes nothing, so the increasing variant moves away from it on either side."""
+  """Makes an operation that blends with a degenerate picture.
+
+  A factor of 1 changes nothing, so the increasing variant moves away from it on either side.
+  """
   return Op(
     lambda s: max(0.1, 1 + 0.9 * s),
     True,
@@ -64,17 +75,20 @@ def _enhance(kind) -> Op:
 
 
 def _table(values):
-  """Looks every value up in a table of 256, which `values` makes out of the argument."""
+  """Makes an operation on single values: `values` makes a table of 256 out of the argument."""
   return lambda picture, argument, fill: picture.point(values(argument) * len(picture.getbands()))
 
 
 def _posterized(bits):
-  """The highest `bits` bits. At full strength none, a black picture: what Pillow gave until it refused to keep none."""
+  """Keeps the highest `bits` bits of each value.
+
+  At full strength `bits` is 0 and the picture black, as Pillow did until it refused 0.
+  """
   return [i & (0xFF00 >> bits) for i in range(256)]
 
 
 def _brightened(amount):
-  """The dark half, brighter."""
+  """Brightens the dark half of the values."""
   return [min(255, i + amount) if i < 128 else i for i in range(256)]
 
 
@@ -108,10 +122,13 @@ OPS = {  # by timm's names
 
 
 def parse(text: str) -> Policy | None:
-  """Reads timm's notation: "rand-m9-mstd0.5-inc1", in any order after "rand"; "n3" draws three operations. "" is None, off.
+  """Parses timm's notation, e.g. "rand-m9-mstd0.5-inc1", in any order after "rand".
+
+  "n3" draws three operations. "" turns RandAugment off and gives None.
 
   Raises:
-    DataError: a part that is unknown, repeated or out of range, or no "inc1": the other variant is not here.
+    DataError: a part is unknown, repeated or out of range, or "inc1" is missing; timm's other
+      variant is not implemented.
   """
   if not text:
     return None
@@ -137,8 +154,9 @@ def parse(text: str) -> Policy | None:
     or policy.magnitude_std > MAX_MAGNITUDE
   ):
     raise DataError(
-      f"randaug={text!r} is not understood; expected '' or 'rand-inc1' with, once each, m0 to m10 (magnitude, 10 if left"
-      f" out), mstd0 to mstd10 (its deviation, 0), n1 to n{MAX_COUNT} (operations, 2), e.g. 'rand-m9-mstd0.5-inc1'"
+      f"randaug={text!r} is not understood; expected '' or 'rand-inc1' with, once each, m0 to m10"
+      " (magnitude, 10 if left out), mstd0 to mstd10 (its deviation, 0), n1 to"
+      f" n{MAX_COUNT} (operations, 2), e.g. 'rand-m9-mstd0.5-inc1'"
     )
   return policy
 
@@ -150,9 +168,10 @@ def randaugment(
 
   Args:
     image: uint8 [H, W, 3].
-    rng: decides everything.
-    policy: how many and how strong.
-    fill: RGB, 0 to 255, of what comes into view from outside; the reference takes the mean that normalises its input.
+    rng: source of all random numbers.
+    policy: number and strength of the operations.
+    fill: RGB, 0 to 255, of pixels from outside the image; the reference takes the mean that
+      normalizes its input.
 
   Returns:
     uint8 [H, W, 3].
@@ -165,12 +184,12 @@ def randaugment(
     magnitude = rng.normal(policy.magnitude, policy.magnitude_std)
     strength = min(max(magnitude, 0.0), MAX_MAGNITUDE) / MAX_MAGNITUDE
     op = OPS[names[i]]
-    if op.signed and rng.random() < 0.5:
+    if op.is_signed and rng.random() < 0.5:
       strength = -strength
     picture = op.apply(picture, op.argument(strength), fill)
   return np.asarray(picture)
 
 
-def mean_colour(mean: tuple[float, ...]) -> tuple[int, ...]:
-  """The normalisation mean of pixels in [0, 1] as a colour, 0 to 255."""
+def mean_color(mean: tuple[float, ...]) -> tuple[int, ...]:
+  """Converts the normalization mean of pixels in [0, 1] to a color, 0 to 255."""
   return tuple(min(255, round(255 * m)) for m in mean)

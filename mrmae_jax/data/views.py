@@ -72,7 +72,7 @@ def image_views(config) -> Views:
   if data.flip:
     transforms.append(augment.random_flip)
   if policy:
-    fill = randaugment.mean_colour(mean)
+    fill = randaugment.mean_color(mean)
     transforms.append(functools.partial(randaugment.randaugment, policy=policy, fill=fill))
   if data.erase_prob:
     transforms.append(

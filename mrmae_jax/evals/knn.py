@@ -22,7 +22,7 @@ BLOCK = 16384
 
 
 class Evaluator:
-  """Held-out accuracy of the task's "features", with a bank of training images, all center-cropped."""
+  """Held-out accuracy of the task's "features", with a bank of training images."""
 
   def __init__(
     self,

@@ -25,7 +25,8 @@ def make_encoder(fields, dtype) -> ConvViT | ViT:
 
 
 def make_decoder(fields, encoder, channels: int, dtype) -> Decoder:
-  """Returns the decoder that a configuration's `decoder` section describes, for an encoder's patches.
+  """Returns the decoder that a configuration's `decoder` section describes, for an encoder's
+  patches.
 
   As in ConvMAE, its MLP ratio is that of the encoder's first stage; MAE's encoder has one ratio
   throughout. The decoder keeps for the backward pass what the encoder keeps.
@@ -43,12 +44,12 @@ def encode(encoder, params, pixels: jax.Array, normed: bool | None = None) -> di
     encoder: ConvViT or ViT.
     params: its parameters.
     pixels: normalized images [B, H, W, C], both sides multiples of the encoder's `patch_size`.
-    normed: True returns the tokens after fusion and the last norm, False those of the last block. None
-      returns what fine-tuning starts from: ConvMAE drops fusion and norm, MAE keeps the norm.
+    normed: True returns the tokens after fusion and the last norm, False those of the last block.
+      None returns what fine-tuning starts from: ConvMAE drops fusion and norm, MAE keeps the norm.
 
   Returns:
-    "tokens" float32 [B, N, D] row by row; "pooled" [B, D], their mean; "cls" [B, D] if the encoder has
-    a CLS token; "stage1", "stage2" [B, H/p, W/p, D'], the feature maps of a ConvViT's stages.
+    "tokens" float32 [B, N, D] row by row; "pooled" [B, D], their mean; "cls" [B, D] if the encoder
+    has a CLS token; "stage1", "stage2" [B, H/p, W/p, D'], the feature maps of a ConvViT's stages.
   """
   x, out = encoder.apply({"params": params}, pixels)
   normed = isinstance(encoder, ViT) if normed is None else normed
@@ -62,7 +63,7 @@ def encode(encoder, params, pixels: jax.Array, normed: bool | None = None) -> di
 
 
 def head_attention(encoder, params, pixels: jax.Array) -> jax.Array:
-  """Returns the attention of every token in each head of an encoder's last block, with nothing masked.
+  """Returns the attention of every token in each head of the last block, with nothing masked.
 
   It is recomputed from the block's queries and keys, so that training does not carry this array.
 
@@ -70,8 +71,8 @@ def head_attention(encoder, params, pixels: jax.Array) -> jax.Array:
     encoder, params, pixels: as in `encode`.
 
   Returns:
-    float32 [B, heads, T, T]. Rows (queries) sum to 1. T counts the N tokens row by row, after CLS where
-    there is one.
+    float32 [B, heads, T, T]. Rows (queries) sum to 1. T counts the N tokens row by row, after CLS
+    where there is one.
   """
   block = f"{'blocks' if isinstance(encoder, ViT) else 'blocks3'}_{encoder.depth - 1}"
   is_qkv = lambda module, _: module.path == (block, "attn", "qkv")

@@ -1,4 +1,7 @@
-"""An encoder with a classification head, as ConvMAE and MAE fine-tune it (models_convvit.py, models_vit.py)."""
+"""An encoder with a classification head, as ConvMAE and MAE fine-tune it.
+
+The references are models_convvit.py and models_vit.py.
+"""
 
 from typing import Any
 
@@ -10,14 +13,15 @@ from mrmae_jax.models.layers import Dense, layer_norm
 
 
 class Classifier(nn.Module):
-  """Encoder, pooling, head.
+  """Encoder, pooling and a linear head.
 
   Attributes:
-    encoder: ConvViT or ViT, without fusion layers. With "mean" its last norm is not used either and keeps its start.
+    encoder: ConvViT or ViT, without fusion layers. With pool="mean" its last norm is not used
+      either and keeps its start.
     num_classes: length of the logits.
-    pool: "mean" of the last block's patch tokens through a LayerNorm of its own ("fc_norm"), or "cls": that token after the
-      encoder's last norm.
-    head_std: of the head's initial weights; MAE's fine-tuning takes 2e-5.
+    pool: "mean", the mean of the last block's patch tokens through a LayerNorm of its own
+      ("fc_norm"); or "cls", the CLS token after the encoder's last norm.
+    head_std: standard deviation of the head's initial weights; MAE's fine-tuning takes 2e-5.
     dtype: of the head; parameters are float32.
   """
 
@@ -31,9 +35,14 @@ class Classifier(nn.Module):
   def __call__(
     self, images: jax.Array, keys: jax.Array | None = None
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Normalised images [B, H, W, C] -> float32 logits [B, num_classes], and {"features": float32 [B, D], what the head sees}.
+    """Classifies images.
 
-    keys: [B], to drop paths by; None drops nothing.
+    Args:
+      images: normalized images [B, H, W, C].
+      keys: [B], one key per image, which decide the dropped paths; None drops nothing.
+
+    Returns:
+      float32 logits [B, num_classes], and {"features": float32 [B, D]}, the input of the head.
     """
     x, out = self.encoder(images, keys=keys)
     if self.pool == "cls":

@@ -1,14 +1,18 @@
-"""The convolutional-stage ViT of ConvMAE (Alpha-VL/ConvMAE models_convmae.py, vision_transformer.py).
+"""The convolutional-stage ViT of ConvMAE (Alpha-VL/ConvMAE models_convmae.py).
 
-Two stages of convolutional blocks at 1/4 and 1/8 of the image side, then a ViT at 1/16. With a mask, the convolutional
-stages run in one of two forms that give the same numbers from the same parameters:
+Two stages of convolutional blocks work at 1/4 and 1/8 of the image side, then a ViT at 1/16. With a
+mask, the convolutional stages run in one of two forms. Both give the same numbers from the same
+parameters:
 
-  dense   maps of the whole image [B, H, W, C]; masked positions are zeroed where the reference zeroes them.
-  sparse  only the visible 16-pixel blocks, [B, V, s, s, C]: a quarter of the work at a mask ratio of 75 %.
+  dense   maps of the whole image [B, H, W, C]; masked positions are zero where the reference has
+          zeros.
+  sparse  only the visible 16-pixel blocks, [B, V, s, s, C]: a quarter of the work at a mask ratio
+          of 75 %.
 
-The sparse form is exact because the mask acts on the input of the 5x5 depthwise convolution, the only operator that looks
-beyond one block: everything else is pointwise or has stride = kernel. So a visible output reads visible blocks alone.
-Every function below works on the last three axes [..., h, w, C]; the forms differ in the leading axes and in `spatial_mix`.
+The sparse form is exact because the mask acts on the input of the 5x5 depthwise convolution, the
+only operator that looks beyond one block: everything else is pointwise or has stride = kernel. So a
+visible output reads visible blocks alone. Every function below works on the last three axes [...,
+h, w, C]; the forms differ in the leading axes and in `spatial_mix`.
 """
 
 import math
@@ -37,18 +41,26 @@ from mrmae_jax.models.layers import (
   to_blocks,
 )
 
-CONV_EPS = 1e-5  # the reference hard-codes torch's default in the convolutional blocks and patch embeddings ...
-VIT_EPS = 1e-6  # ... and passes 1e-6 to the transformer blocks and the last norm
+# The reference hard-codes torch's default in the convolutional blocks and patch embeddings, and
+# passes 1e-6 to the transformer blocks and the last norm.
+CONV_EPS = 1e-5
+VIT_EPS = 1e-6
 
 
 def torch_uniform(fan_in: int):
-  """torch's default for convolutions, weights and biases alike: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
+  """Returns torch's default initializer of convolutions: U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
+
+  Weights and biases share it.
+  """
   bound = fan_in**-0.5
   return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def conv_dense(x: jax.Array, features: int, dtype: Any, name: str) -> jax.Array:
-  """A 1x1 convolution, or one with stride = kernel after `patchify`: Dense with a convolution's initialisation."""
+  """Applies a 1x1 convolution, or after `patchify` one with stride = kernel.
+
+  It is a Dense layer with a convolution's initialization.
+  """
   init = torch_uniform(x.shape[-1])
   return Dense(features, kernel_init=init, bias_init=init, dtype=dtype, name=name)(x)
 
@@ -58,7 +70,7 @@ class PatchEmbed(nn.Module):
 
   patch_size: int
   dim: int
-  xavier: bool = False  # the reference re-initialises the third embedding only
+  xavier: bool = False  # the reference re-initializes the third embedding only
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -76,7 +88,7 @@ class PatchEmbed(nn.Module):
 def spatial_mix(
   x: jax.Array, kernel: jax.Array, mask: Mask | None, grid: tuple[int, int]
 ) -> jax.Array:
-  """Depthwise convolution that sees visible positions only.
+  """Applies a depthwise convolution that sees visible positions only.
 
   Args:
     x: [B, H, W, C] (dense), or [B, V, s, s, C] (sparse).
@@ -85,9 +97,10 @@ def spatial_mix(
     grid: (rows, columns) of tokens.
 
   Returns:
-    The shape of x. Dense with one mask an image: masked positions hold what spills over from visible neighbours; nothing
-    visible reads them. With several disjoint ones each position is taken from the convolution of its own set, as in
-    Alpha-VL/FastConvMAE vision_transformer.py; positions of no set are zero.
+    The shape of x. In the dense form with one mask for each image, masked positions hold what
+    spills over from visible neighbors; nothing visible reads them. With several disjoint masks each
+    position comes from the convolution of its own set, as in Alpha-VL/FastConvMAE
+    vision_transformer.py; positions of no set are zero.
   """
   if x.ndim == 5:
     x = from_blocks(put_visible(x, mask), grid)
@@ -105,7 +118,10 @@ def spatial_mix(
 
 
 class ConvBlock(nn.Module):
-  """x += conv2(depthwise5x5(mask * conv1(norm1(x)))); x += fc2(gelu(fc1(norm2(x)))). No activation between the convs."""
+  """x += conv2(depthwise5x5(mask * conv1(norm1(x)))); x += fc2(gelu(fc1(norm2(x)))).
+
+  There is no activation between the convolutions.
+  """
 
   mlp_dim: int
   dtype: Any = jnp.float32
@@ -132,15 +148,18 @@ class ConvViT(nn.Module):
 
   Attributes:
     patch_sizes: strides of the three embeddings; their product is the side of a token in pixels.
-    embed_dims, depths, mlp_ratios: per stage.
-    num_heads: of the transformer stage.
-    cls_token: prepend a CLS token to the transformer stage, without a position, as in MAE. ConvMAE v2 has one.
+    embed_dims, depths, mlp_ratios: one value per stage.
+    num_heads: heads of the transformer stage.
+    cls_token: prepend a CLS token to the transformer stage, without a position, as in MAE. ConvMAE
+      v2 has one.
     fuse_stages: add the outputs of the convolutional stages to the last block's, as ConvMAE does.
-    fuse_layers: blocks of the transformer stage, counted from 0, whose outputs are fused with the last one's; () for none.
-    learned_positions: the position table is a parameter [1, N, D], as in ConvMAE's fine-tuning, instead of a constant.
+    fuse_layers: blocks of the transformer stage, counted from 0, whose outputs are fused with the
+      last one's; () for none.
+    learned_positions: the position table is a parameter [1, N, D], as in ConvMAE's fine-tuning,
+      instead of a constant.
     sparse: run the convolutional stages on the visible blocks only when there is a mask.
-    drop_path: of the last block; rises linearly from 0 over the blocks of all stages.
-    remat: of the blocks, see `rematerialize`.
+    drop_path: drop rate of the last block; it rises linearly from 0 over the blocks of all stages.
+    remat: what the backward pass recomputes, see `rematerialize`.
     dtype: of the computation; parameters are float32.
   """
 
@@ -174,19 +193,22 @@ class ConvViT(nn.Module):
   def __call__(
     self, images: jax.Array, mask: Mask | None = None, keys: jax.Array | None = None
   ) -> tuple[jax.Array, dict[str, Any]]:
-    """Encodes normalised images.
+    """Encodes normalized images.
 
     Args:
       images: [B, H, W, C], both sides multiples of `patch_size`.
-      mask: the visible tokens, one or several disjoint sets for each image; None encodes the whole image.
-      keys: [B], one per image, to drop paths by; None drops nothing.
+      mask: the visible tokens, one or several disjoint sets for each image; None encodes the whole
+        image.
+      keys: [B], one key per image, which decide the dropped paths; None drops nothing.
 
     Returns:
-      x: [B, V, D], the fused streams after the last norm, in the order of `mask.ids_keep`, or [B, 1 + V, D] with CLS first.
-        Without a mask V = N, row by row. With k sets for each image, B * k rows, those of one image side by side.
-      out: "stage1", "stage2": the convolutional feature maps [B, H/4, W/4, D1], [B, H/8, W/8, D2] for the default patch
-        sizes, or packed [B * k, V, 4, 4, D1], [B * k, V, 2, 2, D2] in the sparse form; "layers": shaped as x, the output of
-        each block; with CLS "attention": float32 [B, V], what CLS attends to in the last block.
+      x: [B, V, D], the fused streams after the last norm, in the order of `mask.ids_keep`; or
+        [B, 1 + V, D] with CLS first. Without a mask V = N, row by row. With k sets for each image,
+        B * k rows, those of one image side by side.
+      out: "stage1", "stage2": the convolutional feature maps [B, H/4, W/4, D1], [B, H/8, W/8, D2]
+        for the default patch sizes, or packed [B * k, V, 4, 4, D1], [B * k, V, 2, 2, D2] in the
+        sparse form; "layers": the output of each block, shaped as x; "attention": float32 [B, V],
+        the attention of CLS in the last block, if there is a CLS token.
     """
     b, h, w, _ = images.shape
     grid = (h // self.patch_size, w // self.patch_size)
@@ -231,9 +253,8 @@ class ConvViT(nn.Module):
     if self.cls_token:
       cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, dim)).astype(self.dtype)
       x = jnp.concatenate([jnp.broadcast_to(cls, (len(x), 1, dim)), x], axis=1)
-      skips = [
-        jnp.pad(y, ((0, 0), (1, 0), (0, 0))) for y in skips
-      ]  # the convolutional stages have nothing to add to CLS
+      # The convolutional stages have nothing to add to CLS.
+      skips = [jnp.pad(y, ((0, 0), (1, 0), (0, 0))) for y in skips]
 
     out["layers"] = []
     for i in range(self.depth):

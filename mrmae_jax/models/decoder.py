@@ -1,4 +1,4 @@
-"""What pre-training puts on top of the encoder and throws away afterwards: MAE's decoder and the mimic heads."""
+"""The parts of pre-training that are thrown away afterwards: MAE's decoder and the mimic heads."""
 
 from typing import Any
 
@@ -19,14 +19,16 @@ from mrmae_jax.models.layers import (
 
 
 class Decoder(nn.Module):
-  """MAE's decoder: visible tokens and mask tokens, with positions, through a small ViT to one vector per token.
+  """MAE's decoder: a small ViT on visible tokens and mask tokens, with one output vector per token.
 
   Attributes:
     out_dim: length of a prediction, patch_size^2 * channels.
-    dim, depth, num_heads, mlp_ratio: the transformer. ConvMAE takes mlp_ratio from its first encoder stage.
-    learned_positions: the position table is a parameter, of published weights with tables of their own.
-    remat: of the blocks, see `rematerialize`.
-    eps: of every LayerNorm.
+    dim, depth, num_heads, mlp_ratio: sizes of the transformer. ConvMAE takes mlp_ratio from its
+      first encoder stage.
+    learned_positions: the position table is a parameter, for published weights with tables of their
+      own.
+    remat: what the backward pass recomputes, see `rematerialize`.
+    eps: epsilon of every LayerNorm.
     dtype: of the computation; parameters are float32.
   """
 
@@ -47,14 +49,17 @@ class Decoder(nn.Module):
     """Predicts tokens of the image from the visible ones.
 
     Args:
-      tokens: [B, V, D], or [B, 1 + V, D] with a leading CLS token; visible tokens in the order of `mask.ids_keep`.
-      mask: which tokens these are.
+      tokens: [B, V, D], or [B, 1 + V, D] with a leading CLS token; visible tokens in the order of
+        `mask.ids_keep`.
+      mask: the mask of these tokens.
       grid: (rows, columns) of tokens; rows * columns = N.
-      everywhere: predict every token; else the masked ones alone, the others end before the last block's MLP.
+      everywhere: predict every token. False predicts the masked tokens alone; the others end before
+        the last block's MLP.
 
     Returns:
-      prediction: float32 [B, N, out_dim], row by row, without CLS; or [B, N - V, out_dim] in the order of `mask.masked`.
-      out: "tokens": [B, N or N - V, dim], what the prediction is read from.
+      prediction: float32 [B, N, out_dim], row by row, without CLS; or [B, N - V, out_dim] in the
+        order of `mask.masked`.
+      out: "tokens": [B, N or N - V, dim], the input of the last Linear layer.
     """
     x = Dense(self.dim, dtype=self.dtype, name="embed")(tokens)
     mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.dim)).astype(
@@ -81,11 +86,12 @@ class Decoder(nn.Module):
 
 
 class MimicHead(nn.Module):
-  """From student tokens to the teacher's width: [B, T, D] -> float32 [B, T, out_dim].
+  """Maps student tokens to the teacher's width: [B, T, D] -> float32 [B, T, out_dim].
 
   Attributes:
     out_dim: the teacher's width.
-    kind: "linear"; "norm_linear", a LayerNorm before it; "mlp", Linear-GELU-Linear of the student's width.
+    kind: "linear"; "norm_linear", with a LayerNorm before it; or "mlp", Linear-GELU-Linear of the
+      student's width.
     dtype: of the computation; parameters are float32.
   """
 

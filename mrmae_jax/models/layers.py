@@ -1,7 +1,7 @@
-"""Building blocks shared by every network: masks and gathers, depthwise convolution, attention, transformer block.
+"""Building blocks of every network: masks, depthwise convolution, attention, transformer block.
 
-Everything here is written for bfloat16 compute with float32 parameters: Linen casts parameters to `dtype` at use,
-LayerNorm statistics, softmax and convolution sums are accumulated in float32.
+Everything is written for bfloat16 compute with float32 parameters. Linen casts parameters to
+`dtype` at use. LayerNorm statistics, softmax and convolution sums accumulate in float32.
 """
 
 import dataclasses
@@ -17,13 +17,14 @@ xavier_uniform = nn.initializers.xavier_uniform()
 
 
 class Mask(NamedTuple):
-  """Which tokens the encoder sees. B masks, N tokens, V of them visible; tokens are numbered row by row.
+  """The tokens that the encoder sees: V of N for each of B masks; tokens are numbered row by row.
 
-  There may be several masks for each image, side by side: row b * k + i holds mask i of image b.
+  An image may have several masks, side by side: row b * k + i holds mask i of image b.
 
   Attributes:
     ids_keep: int32 [B, V], the visible tokens, in the order in which the encoder processes them.
-    ids_restore: int32 [B, N], position of each token in the shuffled order (its first V entries are the visible ones).
+    ids_restore: int32 [B, N], position of each token in the shuffled order, whose first V entries
+      are the visible tokens.
   """
 
   ids_keep: jax.Array
@@ -31,7 +32,7 @@ class Mask(NamedTuple):
 
   @property
   def masked(self) -> "Mask":
-    """The mask that shows what this one hides."""
+    """Returns the mask that shows what this one hides."""
     tokens, visible = self.ids_restore.shape[1], self.ids_keep.shape[1]
     return Mask(
       jnp.argsort(self.ids_restore, axis=1)[:, visible:], (self.ids_restore - visible) % tokens
@@ -39,7 +40,7 @@ class Mask(NamedTuple):
 
   @property
   def removed(self) -> jax.Array:
-    """bool [B, N], True where the token is masked."""
+    """Returns bool [B, N], True where the token is masked."""
     return self.ids_restore >= self.ids_keep.shape[1]
 
 
@@ -59,16 +60,20 @@ def _put(x, mask):
   )
 
 
-# The two moves are each other's transpose. Saying so keeps scatter-adds, slow on every backend, out of the backward pass.
+# The two moves are each other's transpose. Saying so keeps scatter-adds, slow on every backend, out
+# of the backward pass.
 @jax.custom_vjp
 def take_visible(x: jax.Array, mask: Mask) -> jax.Array:
-  """Visible entries of a token list, in the order of `mask.ids_keep`: [B, N, ...] -> [B * k, V, ...] for k masks an image."""
+  """Selects visible tokens in the order of `mask.ids_keep`: [B, N, ...] -> [B * k, V, ...].
+
+  k is the number of masks for each image.
+  """
   return _take(x, mask)
 
 
 @jax.custom_vjp
 def put_visible(x: jax.Array, mask: Mask) -> jax.Array:
-  """Visible entries back in their places, zeros elsewhere: [B, V, ...] -> [B, N, ...]."""
+  """Returns visible tokens to their places, zeros elsewhere: [B, V, ...] -> [B, N, ...]."""
   return _put(x, mask)
 
 
@@ -83,17 +88,19 @@ put_visible.defvjp(lambda x, mask: (_put(x, mask), mask), lambda mask, dy: (_tak
 
 
 def select_visible(x: jax.Array, only: Mask | None) -> jax.Array:
-  """Selects the visible patch tokens and drops prefix tokens such as CLS: [B, T, ...] -> [B, V, ...].
+  """Selects the visible patch tokens and drops prefix tokens such as CLS: [B, T, ...] -> [B, V,
+  ...].
 
-  The patches are the last N of the T tokens. None returns x itself.
+  The patches are the last N of the T tokens. Without a mask it returns x itself.
   """
   return x if only is None else take_visible(x[:, x.shape[1] - only.ids_restore.shape[1] :], only)
 
 
 def patchify(x: jax.Array, p: int) -> jax.Array:
-  """Cuts maps into p x p patches: [..., H, W, C] -> [..., H/p, W/p, p*p*C], each in (row, column, channel) order.
+  """Cuts maps into p x p patches: [..., H, W, C] -> [..., H/p, W/p, p*p*C].
 
-  A convolution with stride = kernel = p is this followed by a Dense layer.
+  A patch is in (row, column, channel) order. A convolution with stride = kernel = p is this
+  followed by a Dense layer.
   """
   *lead, h, w, c = x.shape
   x = x.reshape(*lead, h // p, p, w // p, p, c)
@@ -107,14 +114,14 @@ def to_blocks(x: jax.Array, s: int) -> jax.Array:
 
 
 def from_blocks(x: jax.Array, grid: tuple[int, int]) -> jax.Array:
-  """Inverse of `to_blocks`: [B, gh*gw, s, s, C] -> [B, gh*s, gw*s, C]."""
+  """Joins blocks into maps: [B, gh*gw, s, s, C] -> [B, gh*s, gw*s, C]; undoes `to_blocks`."""
   b, _, s, _, c = x.shape
   gh, gw = grid
   return x.reshape(b, gh, gw, s, s, c).swapaxes(2, 3).reshape(b, gh * s, gw * s, c)
 
 
 def _shifted(x, size):
-  """The size*size shifted copies of zero-padded [B, H, W, C] maps that a centred stencil reads, row by row."""
+  """Returns the size*size shifted copies of zero-padded [B, H, W, C] that a stencil reads."""
   r, (h, w) = size // 2, x.shape[1:3]
   x = jnp.pad(x, ((0, 0), (r, r), (r, r), (0, 0)))
   return [x[:, i : i + h, j : j + w] for i in range(size) for j in range(size)]
@@ -129,11 +136,12 @@ def _depthwise(x, kernel):
 
 @jax.custom_vjp
 def depthwise_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """Depthwise convolution, stride 1, zero padding ("same"), as torch computes it (cross-correlation).
+  """Applies a depthwise convolution with stride 1 and zero padding ("same"), as torch computes it.
 
-  Shift-and-add instead of `lax.conv`: the grouped convolution of XLA is many times slower on CPU and depends on the
-  algorithms that cuDNN finds on GPU. The gradient of the input is the same operator with the kernel turned by
-  180 degrees; the gradient of the kernel is one reduction per tap.
+  It is shift-and-add instead of `lax.conv`: XLA's grouped convolution is many times slower on CPU
+  and depends on the algorithms that cuDNN finds on GPU. The gradient of the input is the same
+  operator with the kernel turned by 180 degrees; the gradient of the kernel is one reduction per
+  tap.
 
   Args:
     x: [B, H, W, C].
@@ -143,15 +151,16 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _kernel_gradient(x, dy, size):
-  """float32 [size, size, C]: for each tap the sum over all positions of what it reads times the gradient of what it adds to."""
+  """Returns float32 [size, size, C], for each tap the sum over positions of x times dy."""
 
   def by_taps(x, dy):
     dy = dy.astype(jnp.float32)
     return jnp.stack([jnp.sum(s.astype(jnp.float32) * dy, (0, 1, 2)) for s in _shifted(x, size)])
 
   def by_bands(x, dy):
-    # XLA:CPU makes each tap a slow pass over everything. Here all taps visit one band of rows after the other while it is in
-    # the cache, and only products are added up, position by position: 13 times as fast on 8 x 56 x 56 x 256.
+    # XLA:CPU makes each tap a slow pass over everything. Here all taps visit one band of rows after
+    # the other while it is in the cache, and only products are added up, position by position: 13
+    # times as fast on 8 x 56 x 56 x 256.
     b, h, w, c = x.shape
     rows = max(n for n in range(1, h + 1) if h % n == 0 and n * w * c <= max(2**13, w * c))
     x = jnp.pad(x, ((0, 0), (size // 2,) * 2, (size // 2,) * 2, (0, 0)))
@@ -189,7 +198,10 @@ depthwise_conv.defvjp(lambda x, kernel: (_depthwise(x, kernel), (x, kernel)), _d
 
 
 def gelu(x: jax.Array) -> jax.Array:
-  """Exact GELU in the erf form that torch uses; `jax.nn.gelu(approximate=False)` goes through the slower erfc."""
+  """Exact GELU in the erf form that torch uses.
+
+  `jax.nn.gelu(approximate=False)` goes through the slower erfc.
+  """
   return 0.5 * x * (1.0 + jax.lax.erf(x * np.asarray(np.sqrt(0.5), x.dtype)))
 
 
@@ -207,10 +219,11 @@ ACTIVATIONS = {
 
 
 def sincos_2d(dim: int, grid: tuple[int, int], cls_token: bool = False) -> np.ndarray:
-  """Fixed 2-D sine-cosine position table (MAE, util/pos_embed.py): float32 [N, dim], or [1 + N, dim] with CLS.
+  """Returns MAE's fixed 2-D sine-cosine position table (util/pos_embed.py), float32 [N, dim].
 
-  The first half of the channels encodes the column, the second half the row; each half is sines, then cosines, with
-  frequencies 10000^(-k / (dim/4)). The CLS row is zero.
+  With CLS it is [1 + N, dim], the first row zero. The first half of the channels encodes the
+  column, the second half the row. Each half is sines, then cosines, of frequencies 10000^(-k /
+  (dim/4)).
   """
   if dim % 4:
     raise ValueError(f"a 2-D sine-cosine position table needs a width divisible by 4, got {dim}")
@@ -226,8 +239,9 @@ def sincos_2d(dim: int, grid: tuple[int, int], cls_token: bool = False) -> np.nd
 def position_table(module: nn.Module, grid: tuple[int, int], cls_token: bool = False) -> jax.Array:
   """Returns the positions of a module with fields `dim` and `learned_positions`: float32 [T, dim].
 
-  T is rows * columns of the grid, plus 1 for a CLS row before them. Learned positions are the module's
-  parameter "pos_embed" [1, T, dim], which belongs to one grid and starts as the sine-cosine table.
+  T is rows * columns of the grid, plus 1 for a CLS row before them. Learned positions are the
+  module's parameter "pos_embed" [1, T, dim], which belongs to one grid and starts as the
+  sine-cosine table.
   """
   table = lambda: jnp.asarray(sincos_2d(module.dim, grid, cls_token))
   if module.learned_positions:
@@ -238,13 +252,14 @@ def position_table(module: nn.Module, grid: tuple[int, int], cls_token: bool = F
 class Dense(nn.Module):
   """A Linear layer as one product of two matrices, whatever the leading axes.
 
-  Of the product over several leading axes that `nn.Dense` asks for, XLA:CPU transposes both sides first, for every gradient of a
-  kernel and with the whole chain of residual additions before it: 40 % of a base-size step. TPUs would pad 49 tokens to 56.
+  For the product over several leading axes of `nn.Dense`, XLA:CPU transposes both sides first, for
+  every gradient of a kernel and with the whole chain of residual additions before it: 40 % of a
+  base-size step. TPUs would pad 49 tokens to 56.
 
   Attributes:
     features: width of the output.
-    use_bias: there is one.
-    kernel_init, bias_init: initialisers; by default MAE's, xavier-uniform and zeros.
+    use_bias: add a bias.
+    kernel_init, bias_init: initializers; by default MAE's, xavier-uniform and zeros.
     dtype: of the computation; parameters are float32.
   """
 
@@ -256,7 +271,7 @@ class Dense(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, columns: slice = slice(None)) -> jax.Array:
-    """[..., D] -> [..., features], or those of the output's columns that are asked for."""
+    """[..., D] -> [..., features], or the given columns of the output alone."""
     kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))[
       :, columns
     ].astype(self.dtype)
@@ -267,18 +282,22 @@ class Dense(nn.Module):
 
 
 def layer_norm(eps: float, dtype: Any, name: str | None = None) -> nn.LayerNorm:
-  """LayerNorm with two-pass float32 statistics; the one-pass default loses digits on CLIP's large residual channels."""
+  """Returns a LayerNorm with two-pass float32 statistics.
+
+  The one-pass default loses digits on CLIP's large residual channels.
+  """
   return nn.LayerNorm(epsilon=eps, dtype=dtype, use_fast_variance=False, name=name)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["keys"], meta_fields=["rate"])
 @dataclasses.dataclass(frozen=True)
 class DropPath:
-  """Stochastic depth (Huang et al. 2016, arXiv 1603.09382) of one block: whole branches are dropped, image by image.
+  """Stochastic depth of one block (Huang et al. 2016, arXiv 1603.09382): drops branches, image by
+  image.
 
   Attributes:
-    rate: probability that a branch is dropped; what stays is scaled by 1 / (1 - rate).
-    keys: one per image, [B], of this block alone; None: nothing is dropped.
+    rate: probability that a branch is dropped; a branch that stays is scaled by 1 / (1 - rate).
+    keys: [B], one key per image, of this block alone; None drops nothing.
   """
 
   rate: float = 0.0
@@ -297,7 +316,13 @@ class DropPath:
 
 
 def drop_paths(rate: float, depth: int, keys: jax.Array | None) -> list[DropPath]:
-  """One for each of `depth` blocks, the rate rising linearly from 0 to `rate`; keys [B] of the images, None to drop nothing."""
+  """Returns a DropPath for each of `depth` blocks; the rate rises linearly from 0 to `rate`.
+
+  Args:
+    rate: of the last block.
+    depth: number of blocks.
+    keys: [B], one key per image; None drops nothing.
+  """
   fold = jax.vmap(jax.random.fold_in, (0, None))
   return [
     DropPath(rate * i / max(depth - 1, 1), None if keys is None else fold(keys, i))
@@ -306,7 +331,11 @@ def drop_paths(rate: float, depth: int, keys: jax.Array | None) -> list[DropPath
 
 
 def has_fused_attention(dtype: Any, head_dim: int) -> bool:
-  """Whether cuDNN's attention can be used: bfloat16, heads of at most 128 channels in eights, NVIDIA GPUs from Ampere on."""
+  """Returns whether cuDNN's attention can be used.
+
+  It needs bfloat16, heads of at most 128 channels in multiples of 8, and an NVIDIA GPU from Ampere
+  on.
+  """
   if jax.default_backend() != "gpu" or dtype != jnp.bfloat16 or head_dim % 8 or head_dim > 128:
     return False
   capability = getattr(
@@ -316,16 +345,26 @@ def has_fused_attention(dtype: Any, head_dim: int) -> bool:
 
 
 def attention_weights(q: jax.Array, k: jax.Array) -> jax.Array:
-  """softmax(q k^T / sqrt(head_dim)): [B, heads, S, head_dim], [B, heads, T, head_dim] -> float32 [B, heads, S, T]."""
+  """Computes softmax(q k^T / sqrt(head_dim)), float32 [B, heads, S, T].
+
+  Args:
+    q: [B, heads, S, head_dim].
+    k: [B, heads, T, head_dim].
+  """
   logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
   return jax.nn.softmax(logits * q.shape[-1] ** -0.5, axis=-1)
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-  """softmax(q k^T / sqrt(head_dim)) v: [B, heads, S, head_dim] and twice [B, heads, T, head_dim] -> [B, heads, S, head_dim].
+  """Computes softmax(q k^T / sqrt(head_dim)) v, [B, heads, S, head_dim].
 
-  On GPUs the weights stay in the kernel of cuDNN, asked for by name: `jax.nn.dot_product_attention` would not choose it itself,
-  and is slower than the explicit form on CPU.
+  On GPUs the weights stay in cuDNN's kernel. It is asked for by name:
+  `jax.nn.dot_product_attention` would not choose it itself, and is slower than the explicit form on
+  CPU.
+
+  Args:
+    q: [B, heads, S, head_dim].
+    k, v: [B, heads, T, head_dim].
   """
   if has_fused_attention(q.dtype, q.shape[-1]):
     return fused_attention(q, k, v)
@@ -335,10 +374,10 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 def fused_attention(
   q: jax.Array, k: jax.Array, v: jax.Array, implementation: str = "cudnn"
 ) -> jax.Array:
-  """`attend` by JAX's kernels ("cudnn", "xla"), which count heads behind tokens.
+  """Computes `attend` by JAX's kernels ("cudnn", "xla"), which count heads behind tokens.
 
-  JAX refuses to differentiate cuDNN's for an odd number of tokens (49 visible ones, say): they get one more, which nobody
-  attends to.
+  JAX does not differentiate cuDNN's kernel for an odd number of tokens, such as 49 visible ones.
+  They get one more token, which nobody attends to.
   """
   batch, (queries, keys) = len(q), (x.shape[2] for x in (q, k))
   q, k, v = (
@@ -356,11 +395,13 @@ def fused_attention(
 
 
 class Attention(nn.Module):
-  """Multi-head self-attention with packed query, key, value weights in torch's order (3, heads, head_dim).
+  """Multi-head self-attention with packed weights in torch's order (query-key-value, heads,
+  head_dim).
 
   Attributes:
     num_heads: divides the width.
-    rotate: queries or keys [B, heads, T, head_dim] -> the same, rotary positions; None: no rotation.
+    rotate: rotary positions, queries or keys [B, heads, T, head_dim] -> the same; None: no
+      rotation.
     dtype: of the computation.
   """
 
@@ -370,11 +411,12 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, only: Mask | None = None) -> tuple[jax.Array, jax.Array]:
-    """[B, T, D] -> [B, T, D], and what the first token attends to: float32 [B, T], mean over the heads.
+    """[B, T, D] -> [B, T, D], and the first token's attention, float32 [B, T], a mean over the
+    heads.
 
-    The first token is CLS, where there is one. Its row costs nothing unless it is used: jit drops it.
-    If `only` is given, queries are computed for its V visible tokens alone: [B, V, D]. They attend to
-    all T tokens.
+    The first token is CLS, where there is one. Its row costs nothing unless it is used: jit drops
+    it. If `only` is given, queries are computed for its V visible tokens alone: [B, V, D]. They
+    attend to all T tokens.
     """
     dim = x.shape[-1]
     qkv = Dense(3 * dim, dtype=self.dtype, name="qkv")
@@ -451,13 +493,15 @@ REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveab
 def rematerialize(
   block: type[nn.Module], remat: str, static_argnums: tuple[int, ...] = ()
 ) -> type[nn.Module]:
-  """Returns a class of blocks whose backward pass recomputes activations: less memory, the same numbers.
+  """Returns a class of blocks whose backward pass recomputes activations: less memory, same
+  numbers.
 
   Args:
     block: class of modules.
-    remat: "none" recomputes nothing; "dots" keeps the results of matrix products and recomputes norms
-      and activations; "full" keeps the inputs alone and costs a third more work.
-    static_argnums: positions of the arguments of __call__ that are not arrays; `self` has position 0.
+    remat: "none" recomputes nothing; "dots" keeps the results of matrix products and recomputes
+      norms and activations; "full" keeps the inputs alone and costs a third more work.
+    static_argnums: positions of the arguments of __call__ that are not arrays; `self` has position
+      0.
   """
   if remat == "none":
     return block
@@ -465,8 +509,11 @@ def rematerialize(
 
 
 class LayerFusion(nn.Module):
-  """One stream out of several depths: a sum with learned softmax weights, all but the last depth through a Linear of their
-  own, as in MFF (open-mmlab/mmpretrain mff.py)."""
+  """Adds streams of several depths with learned softmax weights.
+
+  This is MFF (open-mmlab/mmpretrain mff.py). All streams but the deepest pass through a Linear
+  layer of their own.
+  """
 
   dtype: Any = jnp.float32
 

@@ -1,4 +1,4 @@
-"""The plain ViT: MAE's encoder and the vision tower of every frozen teacher, one module with a field per difference."""
+"""The plain ViT: MAE's encoder and the vision tower of every teacher."""
 
 from typing import Any, Callable
 
@@ -26,7 +26,9 @@ POSITIONS = ("table", "rope")
 
 
 class ViT(nn.Module):
-  """Pre-norm Vision Transformer. The defaults are MAE's encoder (facebookresearch/mae models_mae.py).
+  """Pre-norm Vision Transformer with a field for each difference between families.
+
+  The defaults are MAE's encoder (facebookresearch/mae models_mae.py).
 
   Attributes:
     patch_size, dim, depth, num_heads, mlp_dim: as in the ViT paper; `mlp_dim` is 4 * dim in every
@@ -35,8 +37,8 @@ class ViT(nn.Module):
     cls_token: prepend a CLS token. SigLIP has none.
     num_registers: tokens between CLS and the patches that no output shows (Darcet et al. 2024,
       arXiv 2309.16588).
-    positions: "table" adds a table to the patches and to CLS, but not to registers; "rope" rotates the
-      queries and keys of the patches (DINOv3).
+    positions: "table" adds a table to the patches and to CLS, but not to registers; "rope" rotates
+      the queries and keys of the patches (DINOv3).
     learned_positions: the table is a parameter [1, T, D] instead of the sine-cosine constant.
     rope_theta: base of the rotary periods.
     patch_bias: the patch embedding has a bias (CLIP's has none).
@@ -50,7 +52,8 @@ class ViT(nn.Module):
     attention_pool: add an attention-pooling head (SigLIP).
     drop_path: drop rate of the last block; it rises linearly from 0.
     remat: what the backward pass recomputes, see `rematerialize`.
-    dtype: of the computation. Parameters are float32; LayerNorm, softmax and rotation compute in float32.
+    dtype: of the computation. Parameters are float32; LayerNorm, softmax and rotation compute in
+      float32.
   """
 
   patch_size: int = 16
@@ -91,14 +94,16 @@ class ViT(nn.Module):
       keys: [B], one key per image, which decide the dropped paths; None drops nothing.
 
     Returns:
-      x: [B, T, D] after fusion and the last norm. Patches come in the order of `mask.ids_keep`, or row
-        by row without a mask. With k sets for each image, B * k rows, those of one image side by side.
+      x: [B, T, D] after fusion and the last norm. Patches come in the order of `mask.ids_keep`, or
+        row by row without a mask. With k sets for each image, B * k rows, those of one image side
+        by side.
       out: "layers": `depth` times [B, T, D], the residual stream after each block;
-        "attention": float32 [B, V], the attention of CLS (or of the pooling head) to the V visible
-        patches in the last block (or in the head), averaged over the heads. Weights on CLS and
-        registers are cut off without renormalizing the rest. Absent without CLS and head;
-        "proj": [B, T, proj_dim], the projection of x; "pooled": [B, D], the head's output, where the
-        model has them.
+        "attention": float32 [B, V], the attention of CLS to the V visible patches in the last
+          block,
+        or that of the pooling head, averaged over the heads. Weights on CLS and registers are cut
+        off without renormalizing the rest. Absent without CLS and head;
+        "proj": [B, T, proj_dim], the projection of x, if proj_dim > 0;
+        "pooled": [B, D], the output of the pooling head, if there is one.
     """
     if mask is not None and self.positions != "table":
       raise ValueError(f"a mask needs positions='table', not {self.positions!r}")
@@ -138,7 +143,11 @@ class ViT(nn.Module):
     return x, out
 
   def _embed(self, images: jax.Array, mask: Mask | None, grid: tuple[int, int]):
-    """Tokens [B, CLS + registers + V, D] with their positions, and the rotation of "rope" or None."""
+    """Embeds patches and prepends CLS and registers, all with their positions.
+
+    Returns:
+      Tokens [B, CLS + registers + V, D], and the rotation of positions="rope", or None.
+    """
     x = patchify(images.astype(self.dtype), self.patch_size)
     x = x.reshape(len(images), grid[0] * grid[1], -1)
     if mask is not None:  # the embedding works patch by patch: embed the visible patches alone
@@ -164,18 +173,19 @@ class ViT(nn.Module):
 
 
 def _cut(x: jax.Array, start: int, stop: int) -> jax.Array:
-  """[B, T, D] without the tokens from `start` to `stop`: the registers."""
+  """Returns [B, T, D] without the tokens from `start` to `stop`, the registers."""
   return x if start == stop else jnp.concatenate([x[:, :start], x[:, stop:]], axis=1)
 
 
 def rotation(
   grid: tuple[int, int], head_dim: int, theta: float
 ) -> Callable[[jax.Array], jax.Array]:
-  """Returns DINOv3's rotary positions, a function that turns the last N tokens of [B, heads, T, head_dim].
+  """Returns DINOv3's rotary positions (Siméoni et al. 2025, arXiv 2508.10104).
 
-  Patch centers lie in [-1, 1] on each axis. Channel k turns by 2 pi * coordinate * theta^(-4k / head_dim)
-  (Siméoni et al. 2025, arXiv 2508.10104). The first quarter of the channels uses the row, the second the
-  column. The other half repeats both: channel k turns together with channel k + head_dim / 2.
+  The result turns the last N tokens of [B, heads, T, head_dim]. Patch centers lie in [-1, 1] on
+  each axis. Channel k turns by 2 pi * coordinate * theta^(-4k / head_dim). The first quarter of the
+  channels uses the row, the second the column. The other half repeats both: channel k turns
+  together with channel k + head_dim / 2.
   """
   rows, columns = np.meshgrid(*((2 * np.arange(n) + 1) / n - 1 for n in grid), indexing="ij")
   periods = theta ** (4 * np.arange(head_dim // 4) / head_dim)
@@ -195,9 +205,10 @@ def rotation(
 
 
 class AttentionPool(nn.Module):
-  """SigLIP's head (google-research/big_vision models/vit.py, MAPHead): a learned query attends to all tokens.
+  """SigLIP's head: a learned query attends to all tokens, and an MLP with a residual follows.
 
-  An MLP with a residual connection follows. The attributes are those of `ViT`.
+  The reference is google-research/big_vision models/vit.py, MAPHead. The attributes are those of
+  `ViT`.
   """
 
   num_heads: int
@@ -208,7 +219,9 @@ class AttentionPool(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """[B, N, D] -> pooled [B, D], and the query's attention, float32 [B, N], averaged over the heads."""
+    """[B, N, D] -> pooled [B, D], and the query's attention, float32 [B, N], averaged over the
+    heads.
+    """
     dense = lambda features, name: Dense(features, dtype=self.dtype, name=name)
     b, n, d = x.shape
     probe = self.param("probe", xavier_uniform, (1, 1, d)).astype(self.dtype)

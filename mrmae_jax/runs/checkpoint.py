@@ -1,8 +1,9 @@
-"""Checkpoints of a run. The only module that knows orbax.
+"""Saves and restores the checkpoints of a run. The only module that knows orbax.
 
-A checkpoint is the whole train state and a JSON record: what run it belongs to, and name, type, shape and checksum of every array.
-Saving is asynchronous; a checkpoint appears under its final name, record and all, only when it is complete, so a run that is killed
-while saving finds the previous one. Reading verifies: orbax itself restores a flipped bit in silence.
+A checkpoint is the whole train state and a JSON record: the identity of its run, and name, type,
+shape and checksum of every array. Saving is asynchronous. A checkpoint appears under its final name
+only when it is complete, record included, so a run that is killed while saving finds the previous
+one. Restoring verifies every array, because orbax itself restores a flipped bit silently.
 """
 
 import dataclasses
@@ -20,25 +21,25 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from mrmae_jax.errors import StorageError, WorkdirError
+from mrmae_jax.errors import StorageError, WorkdirError, one_line
 from mrmae_jax.runs import distributed
-from mrmae_jax.runs.paths import open_folder
+from mrmae_jax.runs.paths import is_bucket, open_folder
 
 FORMAT = 2  # of the record
-SPACE = 1.2  # times the size of the state must be free on the disk before a save
-TIMEOUT_S = 300  # for a save; orbax waits 1200 s, on a full disk in vain
+FREE_SPACE = 1.2  # free space on the disk that a save needs, in sizes of the state
+SAVE_TIMEOUT_S = 300  # orbax waits 1200 s by default, on a full disk in vain
 
 
-class _Damaged(Exception):
-  """A checkpoint that cannot be trusted; another may be."""
+class _DamagedError(Exception):
+  """A checkpoint that cannot be trusted; another one may be intact."""
 
 
 class Restored(NamedTuple):
-  """What `Checkpoints.restore` found.
+  """A restored checkpoint.
 
   Attributes:
-    step: updates done.
-    state: of the run, placed as asked.
+    step: number of updates done.
+    state: arrays, sharded as asked.
     notes: lines for the log.
   """
 
@@ -60,183 +61,206 @@ class Checkpoints:
     """Opens the folder.
 
     Args:
-      workdir: of the run; created if it is not there.
-      identity: what must not change when a run continues; flat, JSON values.
+      workdir: folder of the run; it is created if it does not exist.
+      identity: what must not change when a run is resumed; flat, JSON values.
       keep: number of newest checkpoints that stay.
-      scores: {step: finite number}, to which the caller adds; the checkpoint with the largest stays, too.
+      scores: {step: finite number}, to which the caller adds. The checkpoint with the largest
+        score stays, too.
     """
     self.directory = open_folder(workdir) / "checkpoints"
     self.identity = identity
-    self._manager = _open(
+    self._manager = _open_manager(
       self.directory,
       ocp.StandardCheckpointHandler(),
-      preservation_policy=_Kept(keep, {} if scores is None else scores),
+      preservation_policy=_NewestAndBest(keep, {} if scores is None else scores),
       cleanup_tmp_directories=True,
-      async_options=ocp.AsyncOptions(timeout_secs=TIMEOUT_S),
+      async_options=ocp.AsyncOptions(timeout_secs=SAVE_TIMEOUT_S),
     )
 
-  def restore(self, state, any_run: bool = False) -> Restored | None:
-    """The newest state that is whole, placed as `state` (ShapeDtypeStructs with shardings) says, whatever devices saved it.
+  def restore(self, shapes) -> Restored | None:
+    """Restores the newest intact checkpoint; None if there is none at all.
 
-    Newer ones that are damaged are moved to WORKDIR/damaged, where nothing is ever deleted, and `notes` says so. None if there is
-    no checkpoint.
+    Newer, damaged ones are moved to WORKDIR/damaged, where nothing is ever deleted, and `notes`
+    names them.
+
+    Args:
+      shapes: the state as ShapeDtypeStructs with shardings. The devices need not be those of the
+        run that saved.
 
     Raises:
-      WorkdirError: the run that is there is another one, or its arrays have other names, shapes or types.
-      StorageError: there are checkpoints, and none is whole.
+      WorkdirError: the checkpoint is of another run, or its arrays have other names, shapes or
+        types.
+      StorageError: all checkpoints are damaged.
     """
     damaged = {}
     for step in sorted(self._manager.all_steps(), reverse=True):
       try:
-        found = self._restore(step, state, any_run)
-      except _Damaged as error:
+        state = self._restore_step(step, shapes)
+      except _DamagedError as error:
         damaged[step] = str(error)
       else:
-        return Restored(step, found, self._set_aside(damaged))
+        return Restored(step, state, self._move_damaged(damaged))
     if damaged:
-      reasons = "; ".join(f"step {step}: {why}" for step, why in damaged.items())
+      reasons = "; ".join(f"step {step}: {problem}" for step, problem in damaged.items())
       raise StorageError(
-        f"no checkpoint in {self.directory} is whole ({reasons}). Nothing was changed there; choose another "
-        "--workdir to begin anew"
+        f"no checkpoint in {self.directory} is intact ({reasons}). Nothing was changed there; "
+        "choose another --workdir to start again"
       )
     return None
 
-  def _restore(self, step: int, state, any_run: bool):
-    record, why = None, ""
+  def _restore_step(self, step: int, shapes):
+    """Restores and verifies one checkpoint; raises what `restore` raises, or _DamagedError."""
+    record, problem = None, ""
     try:
       record = _read_record(self._manager, step)
-    except _Damaged as error:
-      why = str(error)
-    _agree_whole(step, why)
-    changed = [
-      f"{key}: {record['identity'].get(key)!r} there, {self.identity.get(key)!r} here"
-      for key in sorted(record["identity"].keys() | self.identity.keys())
-      if record["identity"].get(key) != self.identity.get(key)
-    ]
-    if changed and not any_run:
-      raise WorkdirError(
-        f"{self.directory.parent} holds a different run ({'; '.join(changed)}). Choose another --workdir, or repeat "
-        "the settings of the run that is there"
-      )
-    stored = {name: tuple(entry[:2]) for name, entry in record["arrays"].items()}
-    wanted = {name: (str(leaf.dtype), list(leaf.shape)) for name, leaf in _named(state).items()}
-    odd = [
-      f"{name} is {_kind(stored.get(name))}, the run needs {_kind(wanted.get(name))}"
-      for name in sorted(stored.keys() | wanted.keys())
-      if stored.get(name) != wanted.get(name)
-    ]
-    if odd:
-      raise WorkdirError(
-        f"{self.directory}/{step} does not fit this model: {'; '.join(odd[:3])}"
-        + (f" (and {len(odd) - 3} more)" if len(odd) > 3 else "")
-        + "; config.encoder, config.decoder, config.teacher and config.optim decide on the arrays"
-      )
+    except _DamagedError as error:
+      problem = str(error)
+    _agree_intact(step, problem)
+    self._check_identity(record["identity"])
+    self._check_arrays(step, record["arrays"], shapes)
     try:
-      found = self._manager.restore(
-        step, args=ocp.args.Composite(state=ocp.args.StandardRestore(state))
-      )["state"]
-    except Exception as error:  # damage comes as any type there is
-      why = f"it cannot be read ({_line(error)})"
-    _agree_whole(step, why)
-    _verify(record, found)
-    return found
+      args = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
+      state = self._manager.restore(step, args=args)["state"]
+    except Exception as error:  # damage raises any type
+      problem = f"it cannot be read ({one_line(error)})"
+    _agree_intact(step, problem)
+    _verify(record, state)
+    return state
 
-  def _set_aside(self, damaged: dict[int, str]) -> list[str]:
-    """Moves checkpoints out of the way of those to come."""
+  def _check_identity(self, stored: dict[str, Any]) -> None:
+    """Raises WorkdirError if the checkpoint is of another run."""
+    changed = [
+      f"{key}: {stored.get(key)!r} in the checkpoint, {self.identity.get(key)!r} now"
+      for key in sorted(stored.keys() | self.identity.keys())
+      if stored.get(key) != self.identity.get(key)
+    ]
+    if changed:
+      raise WorkdirError(
+        f"{self.directory.parent} holds a different run ({'; '.join(changed)}). Choose another "
+        "--workdir, or repeat the settings of the run that is there"
+      )
+
+  def _check_arrays(self, step: int, arrays: dict[str, list], shapes) -> None:
+    """Raises WorkdirError if a checkpoint has other arrays than `shapes`."""
+    stored = {name: tuple(entry[:2]) for name, entry in arrays.items()}
+    required = {name: (str(x.dtype), list(x.shape)) for name, x in _flatten(shapes).items()}
+    different = [
+      f"{name} is {_array_type(stored.get(name))}, the run needs {_array_type(required.get(name))}"
+      for name in sorted(stored.keys() | required.keys())
+      if stored.get(name) != required.get(name)
+    ]
+    if different:
+      more = f" (and {len(different) - 3} more)" if len(different) > 3 else ""
+      raise WorkdirError(
+        f"{self.directory}/{step} does not fit this model: {'; '.join(different[:3])}{more}; "
+        "config.encoder, config.decoder, config.teacher and config.optim decide on the arrays"
+      )
+
+  def _move_damaged(self, damaged: dict[int, str]) -> list[str]:
+    """Moves damaged checkpoints out of the way of those to come; returns lines for the log."""
     if not damaged:
       return []
     notes = []
-    for step, why in damaged.items():
+    for step, problem in damaged.items():
       target = self.directory.parent / "damaged" / str(step)
       if jax.process_index() == 0:
         while target.exists():
           target = target.with_name(f"{target.name}_")
         target.parent.mkdir(parents=True, exist_ok=True)
         (self.directory / str(step)).rename(target)
-      notes.append(f"warning: checkpoint {step} is damaged: {why}; moved to {target}")
+      notes.append(f"warning: checkpoint {step} is damaged: {problem}; moved to {target}")
     distributed.exchange("damaged checkpoints are out of the way", "")
     self._manager.reload()
     return notes
 
   def save(self, step: int, state, wait: bool = False) -> str:
-    """Starts saving; returns when the arrays are copied off the devices, or with `wait` when everything is on disk.
+    """Starts saving; returns when the arrays are copied off the devices.
 
-    Does nothing while the save before is under way (unless `wait`), or on a disk with too little space; the run goes on. All
-    processes call it.
+    With `wait` it returns when everything is on disk. Does nothing while the previous save is in
+    progress (unless `wait`), or if the disk has too little space; the run can go on. All processes
+    must call it.
 
     Returns:
-      "" or why there is no such checkpoint.
+      An error message, or "" on success.
 
     Raises:
-      StorageError: with several processes, when a save failed on some: those that wait for it must end too.
+      StorageError: with several processes, if a save failed on one of them. The run must stop,
+        because the processes no longer agree on the steps.
     """
-    error = self._error(wait)
-    facts = {
-      "error": error,
+    own_report = {
+      "error": self._pending_error(wait),
       "busy": self._manager.is_saving_in_progress(),
-      "lacks": _lacking_space(self.directory, state),
+      "space": _space_problem(self.directory, state),
     }
-    found = [
-      json.loads(text)
-      for text in distributed.exchange(f"saving step {step}", json.dumps(facts), TIMEOUT_S)
-    ]
-    if errors := [f"process {i}: {one['error']}" for i, one in enumerate(found) if one["error"]]:
-      self._failed("a checkpoint before: " + "; ".join(errors))
-    if any(one["busy"] for one in found):
-      return "the save before is still under way"
+    texts = distributed.exchange(f"saving step {step}", json.dumps(own_report), SAVE_TIMEOUT_S)
+    reports = [json.loads(text) for text in texts]
+    errors = [f"process {i}: {r['error']}" for i, r in enumerate(reports) if r["error"]]
+    if errors:
+      self._recover("an earlier checkpoint: " + "; ".join(errors))
+    if any(report["busy"] for report in reports):
+      return "the previous save is still in progress"
     if step in self._manager.all_steps():
       return ""
-    if found[0]["lacks"]:
-      return found[0]["lacks"]
-    record = {
+    if reports[0]["space"]:
+      return reports[0]["space"]
+    record = self._make_record(state)
+    args = ocp.args.Composite(
+      state=ocp.args.StandardSave(state),
+      run=ocp.args.JsonSave({"record": record, "sha256": _digest(record)}),
+    )
+    try:
+      self._manager.save(step, args=args)
+    except Exception as error:  # storage raises any type
+      return self._recover(one_line(error))
+    error = self._pending_error(wait) if wait else ""
+    return self._recover(error) if error else ""
+
+  def _make_record(self, state) -> dict[str, Any]:
+    packages = ("jax", "flax", "optax", "orbax-checkpoint")
+    return {
       "format": FORMAT,
       "identity": self.identity,
       "arrays": checksums(state),
-      "versions": {
-        name: importlib.metadata.version(name)
-        for name in ("jax", "flax", "optax", "orbax-checkpoint")
-      },
+      "versions": {name: importlib.metadata.version(name) for name in packages},
     }
-    try:
-      self._manager.save(
-        step,
-        args=ocp.args.Composite(
-          state=ocp.args.StandardSave(state),
-          run=ocp.args.JsonSave({"record": record, "sha256": _digest(record)}),
-        ),
-      )
-    except Exception as caught:  # of any storage
-      return self._failed(_line(caught))
-    error = self._error(wait) if wait else ""
-    return self._failed(error) if error else ""
 
-  def _error(self, wait: bool) -> str:
-    """Of a save in the background that has ended; with `wait`, of the one under way."""
+  def _pending_error(self, wait: bool) -> str:
+    """Returns the error of a background save that has ended, or "".
+
+    With `wait` it first waits for the save in progress.
+    """
     try:
-      (self._manager.wait_until_finished if wait else self._manager.check_for_errors)()
+      if wait:
+        self._manager.wait_until_finished()
+      else:
+        self._manager.check_for_errors()
       return ""
     except Exception as error:
-      return _line(error)
+      return one_line(error)
 
-  def _failed(self, why: str) -> str:
-    """After an error orbax names steps that are not there: look at the folder. Several processes are out of step: they end."""
+  def _recover(self, problem: str) -> str:
+    """Reads the folder again after a failed save; returns `problem`.
+
+    After an error orbax lists steps that do not exist. With several processes the run must stop
+    instead: raises StorageError.
+    """
     if jax.process_count() > 1:
-      raise StorageError(f"{self.directory}: {why}")
-    logging.warning("%s: %s", self.directory, why)
+      raise StorageError(f"{self.directory}: {problem}")
+    logging.warning("%s: %s", self.directory, problem)
     self._manager.reload()
-    return why
+    return problem
 
   def close(self) -> None:
-    """Waits and gives up the folder."""
+    """Waits for the save in progress and releases the folder."""
     try:
       self._manager.close()
-    except Exception as error:  # of a save that nobody waited for
-      logging.warning("%s: %s", self.directory, _line(error))
+    except Exception as error:  # of a save that the run did not wait for
+      logging.warning("%s: %s", self.directory, one_line(error))
 
 
 @dataclasses.dataclass
-class _Kept(ocp.checkpoint_managers.PreservationPolicy):
-  """The newest, and the best."""
+class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
+  """Keeps the newest checkpoints and the one with the best score."""
 
   newest: int
   scores: dict[int, float]
@@ -249,23 +273,22 @@ class _Kept(ocp.checkpoint_managers.PreservationPolicy):
 
 
 def read_config(workdir: str | Path) -> dict[str, Any]:
-  """The configuration of the run in `workdir`, as plain values.
+  """Returns the configuration of the run in `workdir`, as plain values.
 
   Raises:
     WorkdirError: there is no run, or none with a complete checkpoint.
   """
   folder = open_folder(workdir)
-  if not (folder / "config.json").is_file() or not ocp.utils.checkpoint_steps(
-    folder / "checkpoints"
-  ):
+  path = folder / "config.json"
+  if not path.is_file() or not ocp.utils.checkpoint_steps(folder / "checkpoints"):
     raise WorkdirError(
       f"{workdir} holds no run with a checkpoint: expected config.json and checkpoints/STEP there"
     )
   try:
-    return json.loads((folder / "config.json").read_text())
+    return json.loads(path.read_text())
   except ValueError as error:
     raise WorkdirError(
-      f"{folder}/config.json cannot be read ({error}); the run writes it anew when it goes on"
+      f"{path} cannot be read ({error}); a run writes it anew when it resumes"
     ) from None
 
 
@@ -275,7 +298,7 @@ class Stored(NamedTuple):
   Attributes:
     params: {entry: tree of numpy arrays}.
     others: names of the entries that were not read.
-    step: updates done.
+    step: number of updates done.
     identity: of the run, see `Checkpoints`.
   """
 
@@ -285,58 +308,61 @@ class Stored(NamedTuple):
   identity: dict[str, Any]
 
 
-def read_params(workdir: str | Path, *wanted: str) -> Stored:
-  """The newest parameters of the run in `workdir` that are whole; of a run that averages them (`optim.ema_decay`), the average.
+def read_params(workdir: str | Path, *entries: str) -> Stored:
+  """Reads the newest intact parameters of the run in `workdir`.
+
+  For a run that averages its parameters (`optim.ema_decay`) these are the averages.
 
   Args:
-    wanted: entries, e.g. "encoder"; the first must be there, others are left out if they are not.
+    workdir: folder of the run.
+    entries: e.g. "encoder". The first one must exist; others are skipped if they do not.
 
   Raises:
-    WorkdirError: there is no such checkpoint, or it has not the first entry.
-    StorageError: there are checkpoints, and none is whole.
+    WorkdirError: there is no checkpoint, or it does not have the first entry.
+    StorageError: all checkpoints are damaged.
   """
-  averaged = read_config(workdir)["optim"]["ema_decay"]
-  directory, damaged = open_folder(workdir) / "checkpoints", []
-  with _open(directory, ocp.PyTreeCheckpointHandler(), create=False) as manager:
+  is_averaged = bool(read_config(workdir)["optim"]["ema_decay"])
+  directory = open_folder(workdir) / "checkpoints"
+  damaged = []
+  with _open_manager(directory, ocp.PyTreeCheckpointHandler(), create=False) as manager:
     for step in sorted(manager.all_steps(), reverse=True):
       try:
-        return _read_params(manager, step, wanted, averaged)
-      except _Damaged as error:
+        return _read_params(manager, step, entries, is_averaged)
+      except _DamagedError as error:
         damaged.append(f"checkpoint {step} is damaged: {error}")
         logging.warning("%s: %s", directory, damaged[-1])
-  raise StorageError(f"no checkpoint in {directory} is whole ({'; '.join(damaged)})")
+  raise StorageError(f"no checkpoint in {directory} is intact ({'; '.join(damaged)})")
 
 
-def _read_params(manager, step: int, wanted: tuple[str, ...], averaged: float) -> Stored:
+def _read_params(manager, step: int, entries: tuple[str, ...], is_averaged: bool) -> Stored:
   record = _read_record(manager, step)
-  entries = dict.fromkeys(
+  stored = dict.fromkeys(
     name.split("/")[1] for name in record["arrays"] if name.startswith("params/")
   )
-  if wanted[0] not in entries:
+  if entries[0] not in stored:
     raise WorkdirError(
-      f"checkpoint {step} has no parameters of {wanted[0]!r}; it has: {', '.join(entries)}"
+      f"checkpoint {step} has no parameters of {entries[0]!r}; it has: {', '.join(stored)}"
     )
-  names = [name for name in wanted if name in entries]
+  names = [name for name in entries if name in stored]
   try:
     state = manager.item_metadata(step)["state"]
-    # The average is the last link of the optimiser's chain; orbax reads a list only as a whole.
-    item = (
-      {"opt_state": state["opt_state"]}
-      if averaged
-      else {"params": {name: state["params"][name] for name in names}}
-    )
-    arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-    args = ocp.args.PyTreeRestore(item=item, restore_args=arrays, partial_restore=True)
-    found = manager.restore(step, args=ocp.args.Composite(state=args))["state"]
-  except Exception as error:  # damage comes as any type there is
-    raise _Damaged(f"it cannot be read ({_line(error)})") from None
-  _verify(record, found)
-  params = found["opt_state"][-1]["average"] if averaged else found["params"]
-  others = tuple(name for name in entries if name not in names)
+    # The average is the last link of the optimizer's chain; orbax reads a list only as a whole.
+    if is_averaged:
+      item = {"opt_state": state["opt_state"]}
+    else:
+      item = {"params": {name: state["params"][name] for name in names}}
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+    args = ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True)
+    arrays = manager.restore(step, args=ocp.args.Composite(state=args))["state"]
+  except Exception as error:  # damage raises any type
+    raise _DamagedError(f"it cannot be read ({one_line(error)})") from None
+  _verify(record, arrays)
+  params = arrays["opt_state"][-1]["average"] if is_averaged else arrays["params"]
+  others = tuple(name for name in stored if name not in names)
   return Stored({name: params[name] for name in names}, others, step, record["identity"])
 
 
-def _open(directory, state_handler, **options) -> ocp.CheckpointManager:
+def _open_manager(directory, state_handler, **options) -> ocp.CheckpointManager:
   handlers = {"state": state_handler, "run": ocp.JsonCheckpointHandler()}
   return ocp.CheckpointManager(
     directory,
@@ -347,56 +373,72 @@ def _open(directory, state_handler, **options) -> ocp.CheckpointManager:
 
 
 def _read_record(manager, step: int) -> dict[str, Any]:
-  """The record of a checkpoint, verified."""
+  """Returns the verified record of a checkpoint."""
   try:
-    found = manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
-    record, digest = found["record"], found["sha256"]
+    item = manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
+    record, digest = item["record"], item["sha256"]
   except Exception as error:
-    raise _Damaged(f"its record cannot be read ({_line(error)})") from None
+    raise _DamagedError(f"its record cannot be read ({one_line(error)})") from None
   if _digest(record) != digest:
-    raise _Damaged("its record is not what was written")
+    raise _DamagedError("its record is not what was written")
   if record["format"] != FORMAT:
     raise WorkdirError(
-      f"checkpoint {step} was written in format {record['format']} (with {record['versions']}); this version reads "
-      f"format {FORMAT}"
+      f"checkpoint {step} was written in format {record['format']} (with {record['versions']}); "
+      f"this version reads format {FORMAT}"
     )
   return record
 
 
-def _agree_whole(step: int, why: str) -> None:
-  """Raises _Damaged on all processes if there is a reason on some: the others would wait for them in the next collective."""
-  for index, text in enumerate(distributed.exchange(f"checkpoint {step} is whole", why, TIMEOUT_S)):
+def _agree_intact(step: int, problem: str) -> None:
+  """Raises _DamagedError on all processes if some process has a problem.
+
+  Otherwise the others would wait for that process in the next collective.
+  """
+  problems = distributed.exchange(f"checkpoint {step} is intact", problem, SAVE_TIMEOUT_S)
+  for index, text in enumerate(problems):
     if text:
-      raise _Damaged(text if jax.process_count() == 1 else f"process {index}: {text}")
+      raise _DamagedError(text if jax.process_count() == 1 else f"process {index}: {text}")
 
 
 def _digest(record: dict[str, Any]) -> str:
   return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
+def _flatten(tree) -> dict[str, Any]:
+  """Returns {path of a leaf joined by "/": leaf}, in the order of `jax.tree.leaves`."""
+  return ocp.tree.to_flat_dict(tree, sep="/")
+
+
 def checksums(tree) -> dict[str, list]:
-  """{name: [dtype, shape, checksum]} of every array of a tree, the same on all processes; computed where the arrays are."""
+  """Computes {name: [dtype, shape, checksum]} of all arrays of a tree, on their devices.
+
+  The checksums are the same on all processes.
+  """
   sums = jax.device_get(jax.tree.map(_checksum, tree))
   return {
     name: [str(leaf.dtype), list(leaf.shape), int(total)]
-    for (name, leaf), total in zip(_named(tree).items(), jax.tree.leaves(sums))
+    for (name, leaf), total in zip(_flatten(tree).items(), jax.tree.leaves(sums))
   }
 
 
 def _verify(record: dict[str, Any], tree) -> None:
-  """Raises _Damaged unless the arrays of `tree` are those of the record, which may have more."""
+  """Raises _DamagedError unless the arrays of `tree` are those of the record.
+
+  The record may have more.
+  """
   bad = [name for name, entry in checksums(tree).items() if record["arrays"].get(name) != entry]
   if bad:
-    raise _Damaged(f"{len(bad)} arrays are not what was written, the first {bad[0]}")
+    raise _DamagedError(f"{len(bad)} arrays are not what was written, the first is {bad[0]}")
 
 
 @jax.jit
 def _checksum(x: jax.Array) -> jax.Array:
-  """uint32 of all bits and their places: sum over the elements of mix(bits ^ mix(place)), modulo 2^32.
+  """Computes a uint32 of all bits and their places.
 
-  Any change of one element changes it, for `mix` is a bijection; other damage escapes once in 4 billion times. A sum does not
-  depend on how the array is divided among devices, so that every device adds up its own part, and any number of them can verify
-  what any other number has written.
+  It is the sum over the elements of mix(bits ^ mix(place)), modulo 2^32. Any change of one element
+  changes it, because `mix` is a bijection; other damage escapes once in 4 billion times. A sum does
+  not depend on how the array is divided among devices: every device adds up its own shard, and any
+  number of devices can verify what any other number has written.
   """
   place = jnp.zeros(x.shape, jnp.uint32)
   for axis in range(x.ndim):
@@ -408,41 +450,32 @@ def _checksum(x: jax.Array) -> jax.Array:
 
 
 def _mix(h):
-  """The finaliser of MurmurHash3 (Appleby): a bijection of uint32 in which every bit depends on every other."""
+  """Computes the finalizer of MurmurHash3 (Appleby), a bijection of uint32.
+
+  Every bit of the result depends on every bit of `h`.
+  """
   h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
   h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
   return h ^ (h >> 16)
 
 
-def _lacking_space(directory, state) -> str:
-  """Why a save of `state` does not fit on the disk; "" if it does."""
-  if "://" in str(directory):
+def _space_problem(directory, state) -> str:
+  """Returns why a save of `state` does not fit on the disk, or "" if it does."""
+  if is_bucket(directory):
     return ""
-  size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+  required = FREE_SPACE * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
   try:
     free = shutil.disk_usage(directory).free
   except OSError as error:
-    return _line(error)
+    return one_line(error)
+  if free > required:
+    return ""
   return (
-    ""
-    if free > SPACE * size
-    else (
-      f"{free / 1e9:.2f} GB are free on the disk of {directory}, {SPACE * size / 1e9:.2f} GB are needed; the run goes on and tries "
-      "again at the next save"
-    )
+    f"{free / 1e9:.2f} GB are free on the disk of {directory}, {required / 1e9:.2f} GB are needed; "
+    "the run goes on and tries again at the next save"
   )
 
 
-def _named(tree) -> dict[str, Any]:
-  return {
-    jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-  }
-
-
-def _kind(entry) -> str:
+def _array_type(entry) -> str:
+  """Returns a (dtype, shape) for a message."""
   return "missing" if entry is None else f"{entry[0]} {tuple(entry[1])}"
-
-
-def _line(error: Exception) -> str:
-  return (" ".join(str(error).split()) or type(error).__name__)[:200]

@@ -1,11 +1,13 @@
-"""What a run says: console lines with a progress bar, metrics.jsonl, TensorBoard. Host 0 alone speaks."""
+"""Logs a run: console lines with a progress bar, metrics.jsonl, TensorBoard, Weights & Biases.
+
+Process 0 alone writes.
+"""
 
 import collections
 import datetime
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import shlex
 import sys
@@ -19,19 +21,12 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from mrmae_jax.runs import supervision
+from mrmae_jax.runs import paths, supervision
 
-# tensorboardX imports torch where it is installed, seconds and hundreds of megabytes for nothing: it does without.
-if "torch" in sys.modules:
-  import tensorboardX
-else:
-  sys.modules["torch"] = None  # "import torch" is an ImportError now
-  import tensorboardX
+UPLOAD_EVERY_S = 60
 
-  del sys.modules["torch"]
-
-# bfloat16 peak of one device in FLOP/s: data sheets of NVIDIA and Google Cloud, dense. A v2/v3/v4/v5p/v6e/7x "device" is a
-# chip as JAX counts it, except v2/v3/7x, where it is one of two cores.
+# bfloat16 peak of one device in FLOP/s, dense: data sheets of NVIDIA and Google Cloud. A TPU
+# "device" is a chip as JAX counts it, except v2, v3 and 7x, where it is one of two cores.
 PEAK_FLOPS = {
   "A100": 312e12,
   "H100": 989e12,
@@ -53,7 +48,7 @@ PEAK_FLOPS = {
 }
 
 
-# What is logged beside losses and evaluations.
+# Metrics that are neither losses nor evaluations.
 NOT_RESULTS = {
   "step",
   "lr",
@@ -71,12 +66,15 @@ NOT_RESULTS = {
 
 
 def peak_flops(device: jax.Device) -> float | None:
-  """bfloat16 peak of a device in FLOP/s, None when unknown."""
+  """Returns the bfloat16 peak of a device in FLOP/s, None if it is unknown."""
   return of_device(PEAK_FLOPS, device)
 
 
 def of_device(table: dict[str, Any], device: jax.Device) -> Any:
-  """The entry of `table` whose name is a part of the device's kind, the longest that is; None without one."""
+  """Returns the entry of `table` whose name is part of the device's kind; None if there is none.
+
+  Of several names the longest one counts.
+  """
   names = [name for name in table if name.lower() in device.device_kind.lower()]
   return table[max(names, key=len)] if names else None
 
@@ -92,68 +90,71 @@ class Log:
     settings: dict[str, Any] | None = None,
     wandb: str = "",
   ):
-    """Opens the logs of `workdir`; records past `first_step`, which a resumed run computes again, are dropped.
+    """Opens the logs of `workdir` and drops records past `first_step`.
+
+    A resumed run computes the dropped steps again.
 
     Args:
-      workdir: of the run, on disk or in a bucket; see workdir.open_workdir.
-      total_steps: of the run.
-      first_step: updates already done.
+      workdir: folder of the run, see paths.open_folder.
+      total_steps: length of the run.
+      first_step: number of updates already done.
       settings: flat, for TensorBoard's page of hyperparameters and for Weights & Biases.
-      wandb: a project there, to which numbers and pictures go as well; "": none.
+      wandb: project at Weights & Biases that gets numbers and pictures; "" for none.
     """
-    self._folder, self._uploaded = workdir, time.time()
-    self.tensorboard = self._folder / "tensorboard"
-    # Objects in a bucket cannot be appended to: the logs grow on disk, and go there as a whole every minute.
-    self._bucket = "://" in str(workdir)
-    spool = Path(tempfile.mkdtemp()) if self._bucket else Path(workdir)
-    self.path = spool / "metrics.jsonl"
-    self._active = jax.process_index() == 0
-    self._total = total_steps
-    self._bar = None
-    self._unwritten = ""  # records that the disk did not take
+    self._workdir = workdir
+    self.tensorboard = workdir / "tensorboard"
+    # Objects in a bucket cannot be appended to. The logs grow on disk, and are copied as a whole.
+    self._local = Path(tempfile.mkdtemp()) if paths.is_bucket(workdir) else Path(workdir)
+    self._last_upload = time.time()
+    self.path = self._local / "metrics.jsonl"
     self.goodput = Goodput(workdir, first_step)
-    if self._active:
-      self._note_start(first_step)
-      kept = [r for r in read_metrics(workdir) if r["step"] <= first_step and first_step > 0]
-      temporary = self.path.with_suffix(".tmp")
-      temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
-      os.replace(temporary, self.path)
-      self._file = open(self.path, "a", encoding="utf-8")
-      self._writer = tensorboardX.SummaryWriter(
-        str(spool / "tensorboard"), purge_step=first_step + 1 if first_step else 0
+    self._total_steps = total_steps
+    self._settings = settings or {}
+    self._last_results = {}
+    self._unwritten = ""  # records that the disk did not take
+    self._bar = None
+    self._writers = {}  # {name: writer} of those that have not failed
+    self._is_writer = jax.process_index() == 0
+    if not self._is_writer:
+      return
+    self._note_start(first_step)
+    self._open_metrics(first_step)
+    purge_step = first_step + 1 if first_step else 0
+    self._writers["TensorBoard"] = _open_tensorboard(self._local / "tensorboard", purge_step)
+    if wandb:
+      self._writers["Weights & Biases"] = _open_wandb(wandb, workdir, self._settings)
+    if sys.stderr.isatty():
+      self._bar = tqdm(
+        total=total_steps, initial=first_step, unit="step", smoothing=0.05, dynamic_ncols=True
       )
-      self._settings, self._last = settings or {}, {}
-      self._wandb = _wandb(wandb, workdir, self._settings) if wandb else None
-      if sys.stderr.isatty():
-        self._bar = tqdm(
-          total=total_steps, initial=first_step, unit="step", smoothing=0.05, dynamic_ncols=True
-        )
+
+  def _open_metrics(self, first_step: int) -> None:
+    """Opens metrics.jsonl behind the records up to `first_step`."""
+    records = read_metrics(self._workdir) if first_step else []
+    paths.write_text(self.path, _to_lines(r for r in records if r["step"] <= first_step))
+    self._file = open(self.path, "a", encoding="utf-8")
 
   def _note_start(self, first_step: int) -> None:
-    """WORKDIR/starts.jsonl: when, with which command, on what the run began and went on."""
+    """Adds to WORKDIR/starts.jsonl when, with which command and on what the run starts."""
     devices = jax.devices()
-    starts = [
-      *read_metrics(self._folder, "starts.jsonl"),
-      {
-        "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "first_step": first_step,
-        "command": shlex.join(["python", "-m", "mrmae_jax.cli.train", *sys.argv[1:]]),
-        "devices": f"{len(devices)} x {devices[0].device_kind}, {jax.process_count()} processes",
-        "versions": f"python {platform.python_version()}, "
-        + ", ".join(
-          f"{name} {importlib.metadata.version(name)}"
-          for name in ("mrmae_jax", "jax", "flax", "optax", "orbax-checkpoint")
-        ),
-      },
-    ]
-    (self._folder / "starts.jsonl").write_text(
-      "".join(json.dumps(start) + "\n" for start in starts)
-    )
+    packages = ("mrmae_jax", "jax", "flax", "optax", "orbax-checkpoint")
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
+    start = {
+      "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+      "first_step": first_step,
+      "command": shlex.join(["mrmae", *sys.argv[1:]]),
+      "devices": f"{len(devices)} x {devices[0].device_kind}, {jax.process_count()} processes",
+      "versions": ", ".join([f"python {platform.python_version()}", *versions]),
+    }
+    starts = [*read_metrics(self._workdir, "starts.jsonl"), start]
+    paths.write_text(self._workdir / "starts.jsonl", _to_lines(starts))
 
   def say(self, text: str) -> None:
-    """One line on the console."""
-    if self._active:
-      (self._bar.write if self._bar else lambda line: print(line, flush=True))(text)
+    """Prints one line on the console."""
+    if self._bar:
+      self._bar.write(text)
+    elif self._is_writer:
+      print(text, flush=True)
 
   def advance(self, step: int) -> None:
     """Moves the progress bar."""
@@ -161,193 +162,216 @@ class Log:
       self._bar.update(step - self._bar.n)
 
   def scalars(self, step: int, values: dict[str, float], eta: float = 0.0) -> None:
-    """Writes numbers everywhere; JSONL has one record per call. `eta`: seconds to the end, for the console."""
-    if not self._active:
+    """Writes numbers to all logs, as one record of metrics.jsonl.
+
+    `eta`: seconds to the end of the run, for the console; 0 if unknown.
+    """
+    if not self._is_writer:
       return
-    # A value that is nan or infinite has no place in JSON, and none in a curve.
+    # JSON has no nan and no infinity, and a curve has no place for them.
     finite = {name: value for name, value in values.items() if np.isfinite(value)}
     self._unwritten += json.dumps({"step": step, **finite}) + "\n"
     try:
       self._file.write(self._unwritten)
       self._file.flush()
       self._unwritten = ""
-      self.goodput.write(self._folder, step)
-      self._upload()
-    except (
-      OSError
-    ) as error:  # a full disk is no reason to stop a run that may find room by its next checkpoint
+      self.goodput.write(self._workdir, step)
+      self._upload(UPLOAD_EVERY_S)
+    except OSError as error:  # a full disk may have space again by the next checkpoint
       self.say(
-        f"warning: {self.path} cannot be written ({error}); what it lacks is kept and tried again"
+        f"warning: {self.path} cannot be written ({error}); the missing records are kept and "
+        "tried again"
       )
-    self._last |= {name: value for name, value in finite.items() if name not in NOT_RESULTS}
+    self._last_results |= {name: x for name, x in finite.items() if name not in NOT_RESULTS}
     for name, value in finite.items():
-      self._draw("_writer", "add_scalar", name, value, step)
-    self._draw("_wandb", "log", finite, step=step)
-    shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-    self.say(f"step {step}/{self._total}  {shown}" + (f"  eta {hms(eta)}" if eta else ""))
+      self._call("TensorBoard", "add_scalar", name, value, step)
+    self._call("Weights & Biases", "log", finite, step=step)
+    numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+    remaining = f"  eta {datetime.timedelta(seconds=round(eta))}" if eta else ""
+    self.say(f"step {step}/{self._total_steps}  {numbers}{remaining}")
 
   def text(self, name: str, content: str) -> None:
-    """Writes a text file beside the metrics."""
-    if self._active:
-      (self._folder / name).write_text(content + "\n", encoding="utf-8")
+    """Writes a text file into the workdir."""
+    if self._is_writer:
+      (self._workdir / name).write_text(content + "\n", encoding="utf-8")
 
   def image(self, step: int, name: str, picture: np.ndarray) -> None:
-    """Writes a picture, uint8 [H, W, 3], to TensorBoard."""
-    if self._active:
-      self._draw("_writer", "add_image", name, picture, step, dataformats="HWC")
-      self._draw("_writer", "flush")
-      if self._wandb:
-        import wandb  # of the wandb extra
+    """Writes a picture, uint8 [H, W, 3], to TensorBoard and Weights & Biases."""
+    self._call("TensorBoard", "add_image", name, picture, step, dataformats="HWC")
+    self._call("TensorBoard", "flush")
+    if "Weights & Biases" in self._writers:
+      import wandb  # of the wandb extra
 
-        self._draw("_wandb", "log", {name: wandb.Image(picture)}, step=step)
+      self._call("Weights & Biases", "log", {name: wandb.Image(picture)}, step=step)
 
-  def _draw(self, writer: str, method: str, *args, **kwargs) -> None:
-    """A picture of the run is not the run: what TensorBoard or W&B raise ends that writer, and nothing else."""
-    if getattr(self, writer) is None:
+  def _call(self, name: str, method: str, /, *args, **kwargs) -> None:
+    """Calls a method of a writer. An error ends that writer, but not the run."""
+    if name not in self._writers:
       return
     try:
-      getattr(getattr(self, writer), method)(*args, **kwargs)
-    except Exception as error:  # whatever it may be
-      setattr(self, writer, None)
+      getattr(self._writers[name], method)(*args, **kwargs)
+    except Exception as error:  # of any type
+      del self._writers[name]
       self.say(
-        f"warning: nothing more is written to {'TensorBoard' if writer == '_writer' else 'Weights & Biases'} "
-        f"({type(error).__name__}: {error}); metrics.jsonl has everything"
+        f"warning: nothing more is written to {name} ({type(error).__name__}: {error}); "
+        "metrics.jsonl has everything"
       )
 
   def close(self) -> None:
-    if self._active:
+    """Closes all logs and copies them to the bucket, if the workdir is in one."""
+    if self._is_writer:
       self._file.close()
-      plain = {
-        name: value if isinstance(value, (bool, int, float, str)) else str(value)
-        for name, value in self._settings.items()
-      }
-      if plain and self._last:
-        self._draw("_writer", "add_hparams", plain, self._last, name="hparams")
-      self._draw("_writer", "close")
-      self._draw("_wandb", "finish")
-      self._upload(every_s=0)
+      is_plain = lambda value: isinstance(value, (bool, int, float, str))
+      settings = {k: v if is_plain(v) else str(v) for k, v in self._settings.items()}
+      if settings and self._last_results:
+        self._call("TensorBoard", "add_hparams", settings, self._last_results, name="hparams")
+      self._call("TensorBoard", "close")
+      self._call("Weights & Biases", "finish")
+      self._upload(0)
     if self._bar:
       self._bar.close()
 
-  def _upload(self, every_s: float = 60) -> None:
-    """Copies to the bucket, if the workdir is in one, what has changed since the last time."""
-    if not self._bucket or time.time() - self._uploaded < every_s:
+  def _upload(self, every_s: float) -> None:
+    """Copies files that have changed to the bucket, if the last copy is `every_s` seconds old.
+
+    With 0 it copies all files.
+    """
+    is_due = not every_s or time.time() - self._last_upload >= every_s
+    if not paths.is_bucket(self._workdir) or not is_due:
       return
-    self._draw("_writer", "flush")
-    for path in self.path.parent.rglob("*"):
-      if path.is_file() and (path.stat().st_mtime >= self._uploaded - 1 or not every_s):
-        target = self._folder / str(path.relative_to(self.path.parent))
+    self._call("TensorBoard", "flush")
+    for path in self._local.rglob("*"):
+      if path.is_file() and (path.stat().st_mtime >= self._last_upload - 1 or not every_s):
+        target = self._workdir / str(path.relative_to(self._local))
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())
-    self._uploaded = time.time()
+    self._last_upload = time.time()
 
 
-def _wandb(project: str, workdir: epath.Path, settings: dict[str, Any]):
-  """A run at Weights & Biases, the same one when the workdir's run goes on."""
+def _open_tensorboard(folder: Path, purge_step: int):
+  """Opens a TensorBoard writer; events from `purge_step` on are dropped, 0 for none."""
+  # tensorboardX imports torch where it is installed, which takes seconds and hundreds of megabytes
+  # and serves nothing here. A None in sys.modules makes "import torch" an ImportError.
+  has_torch = "torch" in sys.modules
+  if not has_torch:
+    sys.modules["torch"] = None
+  try:
+    import tensorboardX
+  finally:
+    if not has_torch:
+      del sys.modules["torch"]
+  return tensorboardX.SummaryWriter(str(folder), purge_step=purge_step)
+
+
+def _open_wandb(project: str, workdir: epath.Path, settings: dict[str, Any]):
+  """Opens a run at Weights & Biases, the same one when the run is resumed."""
   import wandb  # of the wandb extra
 
-  local = "://" not in str(workdir)
   return wandb.init(
     project=project,
     name=workdir.name,
     id=hashlib.sha256(str(workdir).encode()).hexdigest()[:16],
     resume="allow",
     config=settings,
-    dir=str(workdir) if local else None,
+    dir=None if paths.is_bucket(workdir) else str(workdir),
   )
 
 
 class Goodput:
-  """Where the time of a run went, over all its starts: WORKDIR/goodput.json.
+  """Accounts for the time of a run over all its starts, in WORKDIR/goodput.json.
 
-  "seconds" by phase: start (data, weights, teacher), restore, compile, step, data (waiting for it), evaluation, saving (what the
-  steps wait for), end. "goodput" is the share of steps that count: those since the last checkpoint of a start that was killed are
-  computed again.
+  "seconds" by phase: start (data, weights, teacher), restore, compile, step, data (waiting for it),
+  evaluation, saving (what the steps wait for), end. "goodput" is the share of steps that count. The
+  steps since the last checkpoint of a killed start do not count: they are computed again.
   """
 
   def __init__(self, workdir: epath.Path, first_step: int):
-    """`first_step`: updates already done."""
-    self._before, self._first = (
-      {"starts": 0, "seconds": {}, "steps": 0, "replayed_steps": 0, "reached": first_step},
-      first_step,
-    )
-    path = workdir / "goodput.json"
+    """Reads the account of earlier starts; `first_step` updates are already done."""
+    self._first_step = first_step
+    self._before = {
+      "starts": 0,
+      "seconds": {},
+      "steps": 0,
+      "replayed_steps": 0,
+      "reached": first_step,
+    }
     try:
-      self._before |= json.loads(path.read_text()) if first_step else {}
+      if first_step:
+        self._before |= json.loads((workdir / "goodput.json").read_text())
     except (OSError, ValueError):
-      pass  # none, or not whole: the account begins here
-    self._replayed = max(0, self._before["reached"] - first_step)
+      pass  # missing or damaged: the account starts here
+    self._replayed_steps = max(0, self._before["reached"] - first_step)
 
-  def read(self, step: int) -> dict[str, Any]:
-    """The account after `step`."""
-    spent = collections.Counter(self._before["seconds"])
-    spent.update(supervision.seconds())
-    steps, replayed = (
-      self._before["steps"] + step - self._first,
-      self._before["replayed_steps"] + self._replayed,
-    )
-    useful = spent["step"] * (1 - replayed / steps) if steps else 0.0
+  def account(self, step: int) -> dict[str, Any]:
+    """Returns the account after `step`."""
+    seconds = collections.Counter(self._before["seconds"])
+    seconds.update(supervision.seconds())
+    steps = self._before["steps"] + step - self._first_step
+    replayed = self._before["replayed_steps"] + self._replayed_steps
+    useful = seconds["step"] * (1 - replayed / steps) if steps else 0.0
     return {
       "starts": self._before["starts"] + 1,
-      "seconds": {name: round(value, 3) for name, value in spent.items()},
+      "seconds": {name: round(value, 3) for name, value in seconds.items()},
       "steps": steps,
       "replayed_steps": replayed,
       "reached": step,
-      "goodput": round(useful / max(sum(spent.values()), 1e-9), 4),
+      "goodput": round(useful / max(sum(seconds.values()), 1e-9), 4),
     }
 
   def write(self, workdir: epath.Path, step: int) -> None:
-    """Writes the account, as a whole or not at all."""
-    text, path = json.dumps(self.read(step), indent=2), workdir / "goodput.json"
-    if "://" in str(workdir):
-      path.write_text(text)  # an object is there when it is whole
-    else:
-      temporary = path.with_suffix(".tmp")
-      temporary.write_text(text)
-      os.replace(temporary, path)
+    """Writes the account atomically."""
+    paths.write_text(workdir / "goodput.json", json.dumps(self.account(step), indent=2))
 
   def line(self, step: int) -> str:
-    """For people: "goodput 91.3 %: step 300.1 s, compile 20.2 s, ...; 0 steps computed again"."""
-    told = self.read(step)
-    parts = ", ".join(
-      f"{name} {value:.1f} s"
-      for name, value in sorted(told["seconds"].items(), key=lambda item: -item[1])
+    """Returns "goodput 91.3 %: step 300.1 s, compile 20.2 s; 0 steps computed again, 1 starts"."""
+    account = self.account(step)
+    phases = sorted(account["seconds"].items(), key=lambda item: -item[1])
+    return (
+      f"goodput {100 * account['goodput']:.1f} %: "
+      + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in phases)
+      + f"; {account['replayed_steps']} steps computed again, {account['starts']} starts"
     )
-    return f"goodput {100 * told['goodput']:.1f} %: {parts}; {told['replayed_steps']} steps computed again, {told['starts']} starts"
 
 
 class Clock:
-  """Throughput of the steps alone: evaluations, checkpoints and compilation are left out."""
+  """Measures the throughput of the steps without evaluations, checkpoints and compilation."""
 
-  def __init__(self, compiled, batch_size: int, accum_steps: int, mesh):
-    self._batch_size, self._devices = batch_size, mesh.devices.flatten()
-    # XLA's count is that of one device, and of one round of a loop: the optimiser, small beside it, is counted too often.
-    self._flops = (compiled.cost_analysis() or {}).get("flops", 0.0) * accum_steps
+  def __init__(self, program, batch_size: int, accum_steps: int, mesh):
+    """`program`: the compiled training step."""
+    self._batch_size = batch_size
+    self._devices = mesh.devices.flatten()
+    # XLA counts one device and one round of the loop over micro-batches. This counts the optimizer
+    # too often, which is small beside the rest.
+    self._flops = (program.cost_analysis() or {}).get("flops", 0.0) * accum_steps
 
   def start(self, step: int) -> None:
-    self._step, (self._steps, self._waited) = step, self._seconds()
+    """Starts to measure after `step`."""
+    self._step = step
+    self._busy, self._waited = self._phases()
 
-  def _seconds(self) -> tuple[float, float]:
-    spent = supervision.seconds()
-    return spent.get("step", 0.0) + spent.get("data", 0.0), spent.get("data", 0.0)
+  def _phases(self) -> tuple[float, float]:
+    """Returns (seconds in steps and in waiting for data, seconds in waiting for data)."""
+    seconds = supervision.seconds()
+    waited = seconds.get("data", 0.0)
+    return seconds.get("step", 0.0) + waited, waited
 
-  def read(self, step: int) -> dict[str, float]:
-    """Images per second since the last reading, share of the time spent waiting for data; MFU where the peak is known."""
-    spent, waited = self._seconds()
-    seconds = max(spent - self._steps, 1e-9)
+  def measure(self, step: int) -> dict[str, float]:
+    """Returns images per second and the share of time spent waiting for data, and starts again.
+
+    Includes the MFU where the peak of the device is known.
+    """
+    busy, waited = self._phases()
+    seconds = max(busy - self._busy, 1e-9)
     steps = step - self._step
     rate = steps * self._batch_size / seconds
     values = {"images_per_s": rate, "data_wait": min(1.0, (waited - self._waited) / seconds)}
     if len(self._devices) > 1:
       values["images_per_s_per_device"] = rate / len(self._devices)
-    peak = peak_flops(self._devices[0])
+    device = self._devices[0]
+    peak = peak_flops(device)
     if peak and self._flops:
       values["mfu"] = self._flops * steps / seconds / peak
-    memory = (
-      self._devices[0].memory_stats()
-      if self._devices[0].process_index == jax.process_index()
-      else None
-    )
+    memory = device.memory_stats() if device.process_index == jax.process_index() else None
     if memory and "peak_bytes_in_use" in memory:
       values["device_gib"] = memory["peak_bytes_in_use"] / 2**30
     self.start(step)
@@ -355,26 +379,24 @@ class Clock:
 
 
 def summary(workdir: str | Path) -> list[str]:
-  """First and last value of each loss and evaluation of a run: "mimic: 1.9 at step 1, 0.4 at step 600"."""
+  """Returns a line for each loss and evaluation: "mimic: 1.9 at step 1, 0.4 at step 600"."""
   series = {}
   for record in read_metrics(workdir):
     for name, value in record.items():
       series.setdefault(name, []).append((record["step"], value))
-  return [
-    f"{name}: {points[0][1]:.4g} at step {points[0][0]}, {points[-1][1]:.4g} at step {points[-1][0]}"
-    for name, points in series.items()
-    if name not in NOT_RESULTS
-  ]
-
-
-def hms(seconds: float) -> str:
-  """Hours, minutes and seconds: "1:02:03"."""
-  seconds = round(seconds)
-  return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+  lines = []
+  for name, points in series.items():
+    if name not in NOT_RESULTS:
+      (first_step, first), (last_step, last) = points[0], points[-1]
+      lines.append(f"{name}: {first:.4g} at step {first_step}, {last:.4g} at step {last_step}")
+  return lines
 
 
 def read_metrics(workdir: str | Path, name: str = "metrics.jsonl") -> list[dict]:
-  """Records of a run's metrics.jsonl in order; a torn last line, left by a killed run, is skipped."""
+  """Returns the records of a file of a run in order.
+
+  Skips a torn last line, which a killed run may leave.
+  """
   path = epath.Path(workdir) / name
   records = []
   for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
@@ -383,3 +405,7 @@ def read_metrics(workdir: str | Path, name: str = "metrics.jsonl") -> list[dict]
     except ValueError:
       continue
   return records
+
+
+def _to_lines(records) -> str:
+  return "".join(json.dumps(record) + "\n" for record in records)

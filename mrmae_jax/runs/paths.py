@@ -9,22 +9,28 @@ from pathlib import Path
 
 from etils import epath
 
-from mrmae_jax.errors import WorkdirError
+from mrmae_jax.errors import WorkdirError, one_line
 
 ANSWER_S = 15  # gcsfs alone would retry for most of a minute
 
 
+def is_bucket(address: str | Path) -> bool:
+  """Returns whether an address is in a bucket, not on a disk."""
+  return "://" in str(address)
+
+
 def open_folder(address: str | Path) -> epath.Path:
-  """Returns a folder on disk or in a bucket as a path that reads and writes either way; it need not exist.
+  """Returns a folder on disk or in a bucket as a path for reading and writing; it need not exist.
 
   Args:
     address: a path, which may begin with ~, or gs://BUCKET/FOLDER.
 
   Raises:
-    WorkdirError: a bucket that cannot be reached, the home of an unknown user, or another kind of address.
+    WorkdirError: a bucket that cannot be reached, the home of an unknown user, or another kind of
+      address.
   """
   text = str(address)
-  if "://" not in text:
+  if not is_bucket(text):
     try:
       return epath.Path(Path(text).expanduser().absolute())
     except RuntimeError as error:
@@ -33,8 +39,8 @@ def open_folder(address: str | Path) -> epath.Path:
     raise WorkdirError(f"{text}: folders on disk and gs:// buckets are supported")
   if problem := _bucket_problem(epath.Path(text)):
     raise WorkdirError(
-      f"{text} cannot be reached ({problem}); it needs pip install 'mrmae_jax[gcs]', and credentials: gcloud auth "
-      "application-default login"
+      f"{text} cannot be reached ({problem}); it needs pip install 'mrmae_jax[gcs]', and "
+      "credentials: gcloud auth application-default login"
     )
   return epath.Path(text)
 
@@ -50,7 +56,7 @@ def _bucket_problem(path: epath.Path) -> str:
       path.exists()
       answers.put("")
     except Exception as error:  # gcsfs, credentials, bucket or network: each has its own types
-      answers.put(" ".join(str(error).split())[:200] or type(error).__name__)
+      answers.put(one_line(error))
 
   threading.Thread(target=ask, daemon=True).start()  # a daemon does not keep the process alive
   try:
@@ -61,7 +67,10 @@ def _bucket_problem(path: epath.Path) -> str:
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path):
-  """Yields a temporary path that replaces `path` when the block ends well and is deleted when it does not."""
+  """Yields a temporary path, which replaces `path` when the block ends well.
+
+  When the block raises, the temporary file is deleted and `path` stays as it was.
+  """
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -70,3 +79,12 @@ def atomic_write(path: str | Path):
     tmp.replace(path)
   finally:
     tmp.unlink(missing_ok=True)
+
+
+def write_text(path: epath.Path, text: str) -> None:
+  """Writes a text file atomically, on disk or in a bucket."""
+  if is_bucket(path):
+    path.write_text(text, encoding="utf-8")  # an object appears when it is complete
+    return
+  with atomic_write(path) as tmp:
+    tmp.write_text(text, encoding="utf-8")

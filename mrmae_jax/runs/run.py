@@ -159,7 +159,7 @@ class Run:
   def compile(self, state, batch) -> float:
     """Compiles the training step; returns the seconds it took."""
     began = time.monotonic()
-    with supervision.phase("compile", at_once=True):
+    with supervision.phase("compile", interruptible=True):
       self._program = self._plan.step.lower(state, self._frozen, batch).compile()
     return time.monotonic() - began
 
@@ -243,8 +243,8 @@ class Run:
     metrics = {name: float(value) for name, value in jax.device_get(pending.metrics).items()}
     if warning := self._skips.count(step, metrics):
       self._log.say(warning)
-      if self._skips.enough and newest["skipped"]:
-        folder = nonfinite.keep(
+      if self._skips.must_stop and newest["skipped"]:
+        folder = nonfinite.write_bundle(
           self._workdir,
           config,
           self._checkpoints.identity,
@@ -254,13 +254,13 @@ class Run:
           metrics,
         )
         raise NonFiniteError(
-          f"step {step}: {nonfinite.reason(metrics)}, and {config.optim.max_skips} updates in a row"
-          f" were left out; {nonfinite.HINT}. To look at it: mrmae replay --bundle={folder}"
+          f"step {step}: {nonfinite.skip_reason(metrics)}, and {config.optim.max_skips} updates in "
+          f"a row were skipped; {nonfinite.HINT}. To look at it: mrmae replay --bundle={folder}"
         )
     del metrics["skipped"]
     self._log.advance(step)
     if is_due(step, config.log_every, self._total) or step == self._first_step + 1:
-      speed = self._clock.read(step)
+      speed = self._clock.measure(step)
       counts = {"skipped": self._skips.total} if self._skips.total else {}
       eta = (self._total - step) * config.batch_size / speed["images_per_s"]
       self._log.scalars(step, metrics | counts | speed, eta=eta)

@@ -1,4 +1,4 @@
-"""The folder of a run: found, proved writable, and held by one run at a time."""
+"""Prepares the folder of a run: writable, and locked by one run at a time."""
 
 import contextlib
 import datetime
@@ -8,100 +8,100 @@ import os
 import socket
 import time
 from pathlib import Path
+from typing import TextIO
 
 import jax
 
-from mrmae_jax.errors import WorkdirError
-from mrmae_jax.runs.paths import open_folder
+from mrmae_jax.errors import WorkdirError, one_line
+from mrmae_jax.runs.paths import is_bucket, open_folder
 
-PATIENCE_S = 40  # with a holder on another host: one whose run was put back into the queue may need so long to end
+# How long to wait for a holder on another host: a run that was requeued may need this long to end.
+PATIENCE_S = 40
+POLL_S = 1  # between two attempts
 
 
 def prepare_workdir(workdir: str | Path) -> None:
-  """Makes the folder of a run, and sure that this process can write to it: the first checkpoint may be hours away.
+  """Creates the folder of a run and tries to write to it: the first checkpoint may be hours away.
 
   Raises:
-    WorkdirError: it cannot be reached or written to.
+    WorkdirError: the folder cannot be reached or written to.
   """
   folder = open_folder(workdir)
   probe = folder / f".write_test_{jax.process_index()}"
+  hint = ""
+  if is_bucket(workdir):
+    hint = ": does the bucket exist, and may this account create objects in it?"
   try:
-    if "://" not in str(
-      workdir
-    ):  # a bucket has no folders, and gcsfs would create a bucket that is not there
+    # A bucket has no folders, and gcsfs would create a bucket that does not exist.
+    if not is_bucket(workdir):
       folder.mkdir(parents=True, exist_ok=True)
     probe.write_bytes(b"")
     probe.unlink()
-  except Exception as error:  # OSError; libraries of buckets have their own
-    hint = (
-      ": does the bucket exist, and may this account create objects in it?"
-      if "://" in str(workdir)
-      else ""
-    )
-    raise WorkdirError(
-      f"cannot write to {workdir} ({' '.join(str(error).split())[:200]}){hint}"
-    ) from None
+  except Exception as error:  # OSError; libraries of buckets have types of their own
+    raise WorkdirError(f"cannot write to {workdir} ({one_line(error)}){hint}") from None
 
 
 @contextlib.contextmanager
-def held(workdir: str | Path):
-  """Keeps other runs out of a folder until the end of the block; process 0 does it for all.
+def lock_workdir(workdir: str | Path):
+  """Keeps other runs out of a folder until the end of the block. Process 0 locks for all.
 
-  The lock is the operating system's (flock on WORKDIR/lock), so it ends with the process, however that ends. The file says who
-  holds it. A bucket knows no locks, nor do some network file systems: there nothing is held.
+  The lock is the operating system's (flock on WORKDIR/lock), so it ends with the process, however
+  the process ends. The file names the holder. Buckets and some network file systems have no locks:
+  there the block runs without one.
 
   Yields:
-    A line for the log if the run before ended without giving the folder up; "" if all is as it should be.
+    A warning if the previous run ended without releasing the folder, else "".
 
   Raises:
-    WorkdirError: another run holds it.
+    WorkdirError: another run holds the folder.
   """
-  if "://" in str(workdir) or jax.process_index():
+  if is_bucket(workdir) or jax.process_index():
     yield ""
     return
   with open(Path(workdir).expanduser() / "lock", "a+", encoding="utf-8") as file:
-    end = time.monotonic() + PATIENCE_S
-    while True:
-      try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        break
-      except BlockingIOError:
-        before = _holder(file)
-        if f" on {socket.gethostname()} " in before or time.monotonic() > end:
-          raise WorkdirError(
-            f"{workdir} is in use by {before}; stop that run, or choose another --workdir"
-          ) from None
-        time.sleep(1)
-      except OSError:  # no locks on this file system
-        yield ""
-        return
-    before = _holder(file)
-    _write(
-      file,
-      json.dumps(
-        {
-          "host": socket.gethostname(),
-          "pid": os.getpid(),
-          "since": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        }
-      ),
-    )
+    if not _acquire(file, workdir):
+      yield ""
+      return
+    previous = _read_holder(file)
+    since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
+    _write_holder(file, json.dumps(holder))
+    warning = f"the previous run ({previous}) did not shut down cleanly; taking over its lock"
     try:
-      yield f"the run before, {before}, ended without a word; its place is taken" if before else ""
+      yield warning if previous else ""
     finally:
-      _write(file, "")
+      _write_holder(file, "")
 
 
-def _holder(file) -> str:
+def _acquire(file: TextIO, workdir: str | Path) -> bool:
+  """Locks the open file; returns False where the file system has no locks."""
+  end = time.monotonic() + PATIENCE_S
+  while True:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      return True
+    except BlockingIOError:
+      holder = _read_holder(file)
+      if f" on {socket.gethostname()} " in holder or time.monotonic() > end:
+        raise WorkdirError(
+          f"{workdir} is in use by {holder}; stop that run, or choose another --workdir"
+        ) from None
+      time.sleep(POLL_S)
+    except OSError:
+      return False
+
+
+def _read_holder(file: TextIO) -> str:
+  """Returns the process that the lock file names; "" if it names none."""
   file.seek(0)
   try:
-    said = json.loads(file.read())
-    return f"process {said['pid']} on {said['host']} since {said['since']}"
+    holder = json.loads(file.read())
+    return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
   except (ValueError, KeyError, TypeError):
     return ""
 
 
-def _write(file, text: str) -> None:
+def _write_holder(file: TextIO, text: str) -> None:
   file.seek(0)
   file.truncate()
   file.write(text)

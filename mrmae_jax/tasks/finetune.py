@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from mrmae_jax import data, mrmae, optim
 from mrmae_jax.errors import DataError, WeightsError
@@ -15,7 +16,6 @@ from mrmae_jax.models import make_encoder
 from mrmae_jax.models.classifier import Classifier
 from mrmae_jax.train import Task
 from mrmae_jax.weights import model_files
-from mrmae_jax.weights.table import leaves
 
 # Fields of an encoder that change no parameter which fine-tuning takes.
 FREE_FIELDS = {"sparse", "drop_path", "remat", "fuse_stages", "fuse_layers", "eps"}
@@ -119,7 +119,7 @@ def read_pretrained(config, model: Classifier) -> tuple[dict[str, np.ndarray], t
   """
   if not config.init_from:
     return {}, ("starting from random weights",)
-  source = model_files.read(
+  source = model_files.read_model(
     config.init_from,
     num_heads=config.encoder.num_heads,
     decoder=False,
@@ -127,7 +127,7 @@ def read_pretrained(config, model: Classifier) -> tuple[dict[str, np.ndarray], t
   )
   _check_architecture(config, model.encoder, source)
   grid = tuple(side // model.encoder.patch_size for side in config.image_size)
-  params = leaves(model_files.params_at(source, grid)["encoder"])
+  params = flatten_dict(model_files.params_at(source, grid)["encoder"], sep="/")
   fusion = {name for name in params if name.startswith(FUSION)}
   notes = [f"starting from {source.report}"]
   if fusion:

@@ -38,7 +38,7 @@ def make(config) -> Task:
 
   def loss(params, extra, frozen, batch, keys):
     teacher_fns = {
-      name: functools.partial(teacher.look, frozen[name]) for name, teacher in loaded.items()
+      name: functools.partial(teacher.forward, frozen[name]) for name, teacher in loaded.items()
     }
     value, terms = mrmae.pretrain_loss(
       params, batch["image"], noise(keys), model, teacher_fns, **method

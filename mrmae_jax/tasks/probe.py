@@ -186,6 +186,12 @@ def probe_features(
     state = train_epoch(state, x, y, jax.random.fold_in(key, epoch))
   head, _ = state
 
+  return _head_accuracy(head, queries, expected, mean, var)
+
+
+def _head_accuracy(head, queries, expected, mean, var) -> np.ndarray:
+  """Returns the accuracy of each head, float [G]."""
+
   @jax.jit
   def count_hits(queries, expected):
     predicted = logits(head, standardize(queries, mean, var)).argmax(-1)

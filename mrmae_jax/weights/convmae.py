@@ -1,19 +1,19 @@
 """Names of Alpha-VL/ConvMAE (models_convmae.py; models_convvit.py for fine-tuning)."""
 
-import re
 from typing import Any
 
-from mrmae_jax.errors import WeightsError
 from mrmae_jax.models.convvit import ConvViT
-from mrmae_jax.models.decoder import Decoder
 from mrmae_jax.weights.table import (
   Entry,
   conv,
-  count_blocks,
   dense,
+  depth,
   depthwise,
+  fusion,
+  mlp_ratio,
   norm,
   same,
+  shape_of,
   timm_block,
 )
 
@@ -26,8 +26,8 @@ MARKERS = (
 )
 
 
-def encoder(module: ConvViT) -> list[Entry]:
-  """Every parameter of an encoder. Fusion of layers is ours, and so are its names."""
+def encoder_table(module: ConvViT) -> list[Entry]:
+  """Returns the entries of an encoder."""
   table, token_size = [], module.patch_size
   for stage, p in enumerate(module.patch_sizes, 1):
     name = f"patch_embed{stage}"
@@ -52,35 +52,16 @@ def encoder(module: ConvViT) -> list[Entry]:
         table += dense(f"{ours}/{layer}", f"{theirs}.{name}", conv(1))
   for i in range(module.depth):
     table += timm_block(f"blocks3_{i}", f"blocks3.{i}")
-  for name, there in (("cls_token", module.cls_token), ("pos_embed", module.learned_positions)):
-    table += [Entry(name, (name,), same)] if there else []
+  for name, exists in (("cls_token", module.cls_token), ("pos_embed", module.learned_positions)):
+    table += [Entry(name, (name,), same)] if exists else []
   return table + fusion(module) + dense("patch_embed4", "patch_embed4") + norm("norm", "norm")
 
 
-def fusion(module) -> list[Entry]:
-  """The fusion of layers of either encoder, under a prefix of ours: no published model has it."""
-  depths = [f"fusion/depth_{i}" for i in range(len(module.fuse_layers))]
-  table = [entry for name in depths for entry in dense(name, name.replace("/", "."))]
-  return table + [Entry("fusion/weights", ("fusion.weights",), same)] if depths else []
-
-
-def decoder(module: Decoder) -> list[Entry]:
-  """Every parameter of a decoder; MAE (facebookresearch/mae models_mae.py) uses the same names."""
-  table = [Entry("mask_token", ("mask_token",), same)]
-  table += (
-    dense("embed", "decoder_embed") + norm("norm", "decoder_norm") + dense("pred", "decoder_pred")
-  )
-  table += [Entry("pos_embed", ("decoder_pos_embed",), same)] if module.learned_positions else []
-  for i in range(module.depth):
-    table += timm_block(f"blocks_{i}", f"decoder_blocks.{i}")
-  return table
-
-
-def fields(shapes: dict[str, tuple[int, ...]], source: str) -> dict[str, Any]:
-  """The fields of ConvViT that shapes tell: all but heads, fused layers and the kind of its positions.
+def encoder_fields(shapes: dict[str, tuple[int, ...]], source: str) -> dict[str, Any]:
+  """Derives fields of ConvViT from shapes: all but heads, fused layers and the kind of positions.
 
   Raises:
-    WeightsError: a tensor that would tell is missing or has another rank.
+    WeightsError: a tensor that the sizes depend on is missing or has another rank.
   """
   projections = [
     shape_of(shapes, f"patch_embed{stage}.proj.weight", 4, source) for stage in (1, 2, 3)
@@ -99,42 +80,3 @@ def fields(shapes: dict[str, tuple[int, ...]], source: str) -> dict[str, Any]:
     cls_token="cls_token" in shapes,
     fuse_stages="stage1_output_decode.weight" in shapes,
   )
-
-
-def decoder_fields(shapes: dict[str, tuple[int, ...]], source: str) -> dict[str, Any]:
-  """The fields of Decoder that shapes tell: all but heads and the kind of its positions; {} without a decoder."""
-  if "decoder_embed.weight" not in shapes:
-    return {}
-  dim = shape_of(shapes, "decoder_embed.weight", 2, source)[0]
-  return dict(
-    out_dim=shape_of(shapes, "decoder_pred.weight", 2, source)[0],
-    dim=dim,
-    depth=depth(shapes, "decoder_blocks", source),
-    mlp_ratio=mlp_ratio(shape_of(shapes, "decoder_blocks.0.mlp.fc1.weight", 2, source)[0], dim),
-  )
-
-
-def shape_of(shapes, name: str, rank: int, source: str) -> tuple[int, ...]:
-  """The shape of a tensor that must be there."""
-  if len(shapes.get(name, ())) != rank:
-    found = f"has shape {tuple(shapes[name])}" if name in shapes else "is missing"
-    raise WeightsError(
-      f"{source} does not fit the model: {name} {found}, expected {rank} axes (a part of a file, or another "
-      "model?)"
-    )
-  return shapes[name]
-
-
-def depth(shapes, blocks: str, source: str) -> int:
-  """How many blocks there are; holes show as missing tensors."""
-  return count_blocks(
-    (found[1] for found in (re.match(rf"{blocks}\.([0-9]+)\.", name) for name in shapes) if found),
-    blocks,
-    source,
-  )
-
-
-def mlp_ratio(hidden: int, width: int) -> float:
-  """The ratio with which int(width * ratio) is the hidden width, whatever the division rounds away."""
-  ratio = hidden / width
-  return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width

@@ -1,4 +1,4 @@
-"""Names of facebookresearch/mae (models_mae.py; models_vit.py for fine-tuning), and of transformers' ViTMAE, the same model."""
+"""Names of facebookresearch/mae (models_mae.py, models_vit.py) and of transformers' ViTMAE."""
 
 import re
 from typing import Any
@@ -6,25 +6,26 @@ from typing import Any
 from mrmae_jax.errors import WeightsError
 from mrmae_jax.models.decoder import Decoder
 from mrmae_jax.models.vit import ViT
-from mrmae_jax.weights.convmae import decoder, decoder_fields, depth, fusion, mlp_ratio, shape_of
-from mrmae_jax.weights.table import Entry, conv, dense, linear, norm, pack, same, timm_block
-
-__all__ = [
-  "MARKERS",
-  "decoder",
-  "decoder_fields",
-  "encoder",
-  "fields",
-  "hf_config",
-  "hf_fields",
-  "to_hf",
-]
+from mrmae_jax.weights.table import (
+  Entry,
+  conv,
+  dense,
+  depth,
+  fusion,
+  linear,
+  mlp_ratio,
+  norm,
+  pack,
+  same,
+  shape_of,
+  timm_block,
+)
 
 MARKERS = ("cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight")
 
 
-def encoder(module: ViT) -> list[Entry]:
-  """Every parameter of an encoder."""
+def encoder_table(module: ViT) -> list[Entry]:
+  """Returns the entries of an encoder."""
   table = [
     Entry("cls_token", ("cls_token",), same),
     *dense("patch_embed", "patch_embed.proj", conv(module.patch_size)),
@@ -35,11 +36,11 @@ def encoder(module: ViT) -> list[Entry]:
   return table + fusion(module) + norm("norm", "norm")
 
 
-def fields(shapes: dict[str, tuple[int, ...]], source: str) -> dict[str, Any]:
-  """The fields of ViT that shapes tell: all but heads, fused layers and the kind of its positions.
+def encoder_fields(shapes: dict[str, tuple[int, ...]], source: str) -> dict[str, Any]:
+  """Derives fields of ViT from shapes: all but heads, fused layers and the kind of positions.
 
   Raises:
-    WeightsError: a tensor that would tell is missing or has another rank.
+    WeightsError: a tensor that the sizes depend on is missing or has another rank.
   """
   patch_embed = shape_of(shapes, "patch_embed.proj.weight", 4, source)
   return dict(
@@ -51,7 +52,8 @@ def fields(shapes: dict[str, tuple[int, ...]], source: str) -> dict[str, Any]:
   )
 
 
-# MAE's words for a module, and transformers'. Inside a block, and around the blocks; the decoder's keep theirs.
+# MAE's word for a module -> transformers', inside a block and around the blocks. Names around the
+# decoder's blocks are the same in both.
 _BLOCK = {
   "norm1": "layernorm_before",
   "attn.proj": "attention.output.dense",
@@ -71,10 +73,10 @@ DECODER_BLOCKS = ("decoder.decoder_layers", "decoder.decoder_encoder.layer")
 
 
 def to_hf(entry: Entry, prefix: str = "vit.", decoder_blocks: str = DECODER_BLOCKS[0]) -> Entry:
-  """The same parameter in transformers' names.
+  """Returns the entry of the same parameter in transformers' names.
 
   Args:
-    entry: of `encoder` or `decoder`.
+    entry: of `encoder_table` or `table.decoder_table`.
     prefix: of the encoder; "" in a ViTMAEModel without a decoder.
     decoder_blocks: one of DECODER_BLOCKS.
   """
@@ -117,15 +119,19 @@ _DEFAULTS = dict(  # of transformers' ViTMAEConfig, for keys that are left out
 def hf_fields(
   config: dict[str, Any], source: str
 ) -> tuple[dict[str, Any], dict[str, Any], tuple[int, int], dict[str, Any]]:
-  """What config.json tells: fields of ViT, fields of Decoder, grid of the position tables, {"mask_ratio", "norm_pix"}.
+  """Reads config.json.
+
+  Returns:
+    Fields of ViT, fields of Decoder, the grid of the position tables, {"mask_ratio", "norm_pix"}.
 
   Raises:
-    WeightsError: another model, another activation, patches that are not square, or sizes that are none.
+    WeightsError: it is another model or activation, patches are not square, or a value is not a
+      size.
   """
   if config.get("model_type") != "vit_mae":
     raise WeightsError(
-      f"{source}: model_type is {config.get('model_type')!r}, expected 'vit_mae'; other models load as "
-      "teachers, with --config.teacher.path"
+      f"{source}: model_type is {config.get('model_type')!r}, expected 'vit_mae'; other models "
+      "load as teachers, with --config.teacher.path"
     )
   c = _DEFAULTS | config
   if c["hidden_act"] != "gelu":
@@ -140,7 +146,7 @@ def hf_fields(
       raise WeightsError(
         f"{source}: patches of {patch[0]}x{patch[1]} pixels are not supported; they must be square"
       )
-    encoder_fields = dict(
+    fields = dict(
       name="vit",
       patch_size=patch[0],
       dim=c["hidden_size"],
@@ -150,7 +156,7 @@ def hf_fields(
       eps=c["layer_norm_eps"],
     )
     width, hidden = c["decoder_hidden_size"], c["decoder_intermediate_size"]
-    found = dict(
+    decoder_fields = dict(
       out_dim=patch[0] ** 2 * c["num_channels"],
       dim=width,
       depth=c["decoder_num_hidden_layers"],
@@ -158,13 +164,11 @@ def hf_fields(
       mlp_ratio=mlp_ratio(hidden, width),
       eps=c["layer_norm_eps"],
     )
-    grid, method = (
-      (side[0] // patch[0], side[1] // patch[0]),
-      dict(mask_ratio=c["mask_ratio"], norm_pix=c["norm_pix_loss"]),
-    )
+    grid = (side[0] // patch[0], side[1] // patch[0])
+    method = dict(mask_ratio=c["mask_ratio"], norm_pix=c["norm_pix_loss"])
   except (TypeError, ArithmeticError, LookupError) as error:
     raise WeightsError(f"{source} holds a size that is none: {error}") from None
-  return encoder_fields, found, grid, method
+  return fields, decoder_fields, grid, method
 
 
 def hf_config(
@@ -174,7 +178,7 @@ def hf_config(
   channels: int,
   method: dict[str, Any],
 ) -> dict[str, Any]:
-  """config.json of a model; `hf_fields` backwards."""
+  """Returns the config.json of a model: `hf_fields` backwards."""
   rows, columns = (side * module.patch_size for side in grid)
   c = {
     "architectures": ["ViTMAEModel"],

@@ -1,4 +1,4 @@
-"""Learned position tables at other grids than their own, each family's the way its reference implementation does it."""
+"""Interpolates learned position tables, by the rule of each family's reference."""
 
 from typing import Callable, NamedTuple
 
@@ -6,13 +6,14 @@ import numpy as np
 
 
 class Rule(NamedTuple):
-  """How a table is interpolated, rows and columns alike, at half-pixel centres.
+  """An interpolation of position tables, rows and columns alike, at half-pixel centers.
 
   Attributes:
     description: for people.
     kernel: distances in old rows -> weights.
-    antialias: shrinking widens the kernel, and weights beyond the edges are left out; else they go to the edge.
-    offset: added to the new number of rows where the step from one new row to the next is computed.
+    antialias: when a table shrinks, widen the kernel and leave out weights beyond the edges.
+      Otherwise those weights go to the edge.
+    offset: added to the new number of rows when the step between new rows is computed.
   """
 
   description: str
@@ -35,7 +36,8 @@ def _cubic(a: float):
 
 # torch.nn.functional.interpolate takes a = -0.75, and -0.5 where it antialiases.
 BICUBIC = Rule("bicubic", _cubic(-0.75))
-# facebookresearch/dino, vision_transformer.py: a scale factor of (new + 0.1) / old, against rounding, also moves the rows.
+# facebookresearch/dino, vision_transformer.py: a scale factor of (new + 0.1) / old, against
+# rounding, also moves the rows.
 DINO = Rule("bicubic with DINO's offset", _cubic(-0.75), offset=0.1)
 BICUBIC_ANTIALIAS = Rule("antialiased bicubic", _cubic(-0.5), antialias=True)
 BILINEAR_ANTIALIAS = Rule(
@@ -47,7 +49,8 @@ def resize(table: np.ndarray, old: tuple[int, int], new: tuple[int, int], rule: 
   """Interpolates a position table.
 
   Args:
-    table: float32 [1, T, D]; the last old rows * old columns tokens are the grid, row by row; a CLS row before it is kept.
+    table: float32 [1, T, D]; the last old rows * old columns tokens are the grid, row by row; a CLS
+      row before it is kept.
     old, new: (rows, columns).
     rule: of the family.
 
@@ -65,12 +68,12 @@ def resize(table: np.ndarray, old: tuple[int, int], new: tuple[int, int], rule: 
 
 
 def _matrix(old: int, new: int, rule: Rule) -> np.ndarray:
-  """float64 [new, old]: each new row as a mean of old rows."""
+  """Returns float64 [new, old]: each new row as a weighted mean of old rows."""
   step = old / (new + rule.offset)
-  centre = (np.arange(new) + 0.5) * step - 0.5
+  center = (np.arange(new) + 0.5) * step - 0.5
   edge = 2  # as far as a kernel that is not widened reaches beyond the table
   index = np.arange(-edge, old + edge)
-  weights = rule.kernel((index - centre[:, None]) / (max(step, 1) if rule.antialias else 1))
+  weights = rule.kernel((index - center[:, None]) / (max(step, 1) if rule.antialias else 1))
   inner = weights[:, edge:-edge].copy()
   if rule.antialias:
     return inner / inner.sum(axis=1, keepdims=True)

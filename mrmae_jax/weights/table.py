@@ -1,8 +1,9 @@
-"""Foreign weights -> our parameter trees and back, checked both ways: every parameter and every tensor is used once.
+"""Name tables: foreign weights to parameter trees and back, checked in both directions.
 
-A name table is a list of `Entry`: one of our parameters, the tensors it is made of, and how. One module per family
-(convmae, mae, towers) writes such a table for a given network; nothing else knows foreign names. `convert` reads a table
-forwards, `export` backwards, and the second undoes the first bit for bit.
+A name table is a list of `Entry`: a parameter, the tensors that it is made of, and how. One module
+per family (convmae, mae, families) writes such a table for a given network; nothing else knows
+foreign names. `convert` reads a table forwards, `export` backwards, and the second undoes the first
+bit for bit.
 """
 
 import dataclasses
@@ -10,27 +11,27 @@ import re
 import typing
 from typing import Any, Callable, NamedTuple
 
-import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mrmae_jax.errors import WeightsError
 from mrmae_jax.models.layers import ACTIVATIONS, REMAT_POLICIES
 from mrmae_jax.models.vit import POSITIONS
 
-MAX_SIZE, MAX_DEPTH = (
-  2**17,
-  200,
-)  # of a network that a file describes: several times the largest ever published
+# The largest size and depth of a network that a file may describe: several times the largest ever
+# published.
+MAX_SIZE = 2**17
+MAX_DEPTH = 200
+_MAY_BE_ZERO = ("num_registers", "proj_dim", "fuse_layers", "drop_path")
 _CHOICES = {
   "activation": tuple(ACTIVATIONS),
   "positions": POSITIONS,
   "remat": ("none", *REMAT_POLICIES),
 }
-_MAY_BE_ZERO = ("num_registers", "proj_dim", "fuse_layers", "drop_path")
 
 
 class Layout(NamedTuple):
-  """How tensors become a parameter, and how they come out of it again.
+  """A conversion between tensors and a parameter.
 
   Attributes:
     read: (*tensors) -> array in our layout.
@@ -42,12 +43,12 @@ class Layout(NamedTuple):
 
 
 class Entry(NamedTuple):
-  """One parameter of ours.
+  """A row of a name table: one parameter.
 
   Attributes:
-    ours: path in our tree, joined by "/".
-    theirs: names of the tensors it is made of.
-    layout: how.
+    ours: its path in the parameter tree, joined by "/".
+    theirs: names of the tensors that it is made of.
+    layout: the conversion between them.
   """
 
   ours: str
@@ -71,7 +72,10 @@ tokens = Layout(lambda x: x.reshape(1, -1, x.shape[-1]), lambda x, parts: [x])
 
 
 def conv(p: int) -> Layout:
-  """Kernel of a convolution with stride = kernel = p: (O, I, p, p) -> (p*p*I, O), rows in (row, column, channel) order."""
+  """Returns the layout of a convolution with stride = kernel = p.
+
+  Kernels (O, I, p, p) become (p*p*I, O), with rows in (row, column, channel) order.
+  """
   return Layout(
     lambda w: w.transpose(2, 3, 1, 0).reshape(-1, w.shape[0]),
     lambda x, parts: [x.reshape(p, p, -1, x.shape[1]).transpose(3, 2, 0, 1)],
@@ -79,7 +83,7 @@ def conv(p: int) -> Layout:
 
 
 def dense(ours: str, theirs: str, kernel: Layout = linear) -> list[Entry]:
-  """Weight and bias of a linear layer or convolution."""
+  """Returns the entries of a linear layer or convolution: weight and bias."""
   return [
     Entry(f"{ours}/kernel", (f"{theirs}.weight",), kernel),
     Entry(f"{ours}/bias", (f"{theirs}.bias",), same),
@@ -87,7 +91,7 @@ def dense(ours: str, theirs: str, kernel: Layout = linear) -> list[Entry]:
 
 
 def norm(ours: str, theirs: str) -> list[Entry]:
-  """Gain and bias of a LayerNorm."""
+  """Returns the entries of a LayerNorm: gain and bias."""
   return [
     Entry(f"{ours}/scale", (f"{theirs}.weight",), same),
     Entry(f"{ours}/bias", (f"{theirs}.bias",), same),
@@ -95,7 +99,7 @@ def norm(ours: str, theirs: str) -> list[Entry]:
 
 
 def qkv(ours: str, theirs: tuple[str, str, str]) -> list[Entry]:
-  """Separate query, key, value layers packed into one."""
+  """Returns the entries of separate query, key and value layers, packed into one."""
   return [
     Entry(f"{ours}/kernel", tuple(f"{t}.weight" for t in theirs), linear),
     Entry(f"{ours}/bias", tuple(f"{t}.bias" for t in theirs), pack),
@@ -103,7 +107,7 @@ def qkv(ours: str, theirs: tuple[str, str, str]) -> list[Entry]:
 
 
 def timm_block(ours: str, theirs: str) -> list[Entry]:
-  """A transformer block in the names of timm, which ConvMAE, MAE and DINO share."""
+  """Returns the entries of a transformer block in timm's names: ConvMAE's, MAE's and DINO's."""
   return [
     *norm(f"{ours}/norm1", f"{theirs}.norm1"),
     *dense(f"{ours}/attn/qkv", f"{theirs}.attn.qkv"),
@@ -114,79 +118,140 @@ def timm_block(ours: str, theirs: str) -> list[Entry]:
   ]
 
 
+def fusion(module) -> list[Entry]:
+  """Returns the entries of layer fusion in either encoder.
+
+  Its prefix "fusion." is this project's: no published model has such layers.
+  """
+  depths = [f"fusion/depth_{i}" for i in range(len(module.fuse_layers))]
+  table = [entry for name in depths for entry in dense(name, name.replace("/", "."))]
+  return table + [Entry("fusion/weights", ("fusion.weights",), same)] if depths else []
+
+
+def decoder_table(module) -> list[Entry]:
+  """Returns the entries of a Decoder in the names of MAE's decoder, which ConvMAE uses too."""
+  table = [Entry("mask_token", ("mask_token",), same)]
+  table += dense("embed", "decoder_embed")
+  table += norm("norm", "decoder_norm")
+  table += dense("pred", "decoder_pred")
+  table += [Entry("pos_embed", ("decoder_pos_embed",), same)] if module.learned_positions else []
+  for i in range(module.depth):
+    table += timm_block(f"blocks_{i}", f"decoder_blocks.{i}")
+  return table
+
+
+def decoder_fields(shapes: dict[str, tuple[int, ...]], source: str) -> dict[str, Any]:
+  """Derives fields of Decoder from the shapes of MAE's decoder; {} without a decoder.
+
+  Heads and the kind of positions do not show in shapes.
+
+  Raises:
+    WeightsError: a tensor that the sizes depend on is missing or has another rank.
+  """
+  if "decoder_embed.weight" not in shapes:
+    return {}
+  dim = shape_of(shapes, "decoder_embed.weight", 2, source)[0]
+  hidden = shape_of(shapes, "decoder_blocks.0.mlp.fc1.weight", 2, source)[0]
+  return dict(
+    out_dim=shape_of(shapes, "decoder_pred.weight", 2, source)[0],
+    dim=dim,
+    depth=depth(shapes, "decoder_blocks", source),
+    mlp_ratio=mlp_ratio(hidden, dim),
+  )
+
+
+def shape_of(shapes, name: str, rank: int, source: str) -> tuple[int, ...]:
+  """Returns the shape of the tensor `name`; WeightsError if it is missing or has another rank."""
+  if len(shapes.get(name, ())) != rank:
+    problem = f"has shape {tuple(shapes[name])}" if name in shapes else "is missing"
+    raise WeightsError(
+      f"{source} does not fit the model: {name} {problem}, expected {rank} axes (a part of a file, "
+      "or another model?)"
+    )
+  return shapes[name]
+
+
+def depth(shapes, blocks: str, source: str) -> int:
+  """Counts the blocks whose tensors are called `blocks`.N.*; gaps show later as missing tensors."""
+  matches = (re.match(rf"{blocks}\.([0-9]+)\.", name) for name in shapes)
+  return count_blocks((match[1] for match in matches if match), blocks, source)
+
+
+def mlp_ratio(hidden: int, width: int) -> float:
+  """Returns the ratio for which int(width * ratio) is `hidden`, whatever the division rounds."""
+  ratio = hidden / width
+  return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
+
+
 def check_fields(module, fields: dict[str, Any], source: str) -> None:
-  """Makes sure that a network can be what a file says of it: the shapes of 10^9 blocks alone would take for ever.
+  """Checks that a network can have the fields that a file states.
+
+  Even the shapes of 10^9 blocks would take for ever.
 
   Args:
     module: the class of the network.
-    fields: of it, as they were read.
-    source: for the message.
+    fields: its fields as they were read.
+    source: file or folder, for the message.
 
   Raises:
-    WeightsError: a field of another type, or a size that no network has.
+    WeightsError: a field is missing or unknown, has another type, or is not a possible size.
   """
   known = dataclasses.fields(module)
   types = {field.name: field.type for field in known}
-  if lost := [
-    field.name
-    for field in known
-    if field.default is dataclasses.MISSING and field.name not in fields
-  ]:
-    raise WeightsError(f"{source} holds no {', '.join(lost)}")
+  required = [field.name for field in known if field.default is dataclasses.MISSING]
+  if missing := [name for name in required if name not in fields]:
+    raise WeightsError(f"{source} holds no {', '.join(missing)}")
   for name, value in fields.items():
-    usual = getattr(module, name, None)
-    several = typing.get_args(types.get(name))
-    if several:
-      ok = (
+    default = getattr(module, name, None)
+    element_types = typing.get_args(types.get(name))
+    if element_types:
+      is_valid = (
         isinstance(value, (tuple, list))
-        and (len(value) == len(usual) or not usual)
-        and all(_possible(name, x, several[0]) for x in value)
+        and (len(value) == len(default) or not default)
+        and all(_is_possible(name, x, element_types[0]) for x in value)
       )
     else:
-      ok = _possible(name, value, types.get(name))
-    if not ok:
+      is_valid = _is_possible(name, value, types.get(name))
+    if not is_valid:
       raise WeightsError(f"{source} holds a size that is none: {name}={str(value)[:60]}")
 
 
-def _possible(name: str, value, kind) -> bool:
+def _is_possible(name: str, value, kind) -> bool:
   if kind is int:
-    return type(value) is int and (name not in _MAY_BE_ZERO) <= value <= (
-      MAX_DEPTH if name.startswith("depth") else MAX_SIZE
-    )
+    largest = MAX_DEPTH if name.startswith("depth") else MAX_SIZE
+    return type(value) is int and (name not in _MAY_BE_ZERO) <= value <= largest
   if kind is float:
     return type(value) in (int, float) and 0 <= value < 1e6 and (value > 0 or name in _MAY_BE_ZERO)
   return kind in (bool, str) and isinstance(value, kind) and value in _CHOICES.get(name, (value,))
 
 
-def count_blocks(numbers: typing.Iterable[str], what: str, source: str) -> int:
-  """How many blocks there are, by the numbers in the names of their tensors.
+def count_blocks(numbers: typing.Iterable[str], blocks: str, source: str) -> int:
+  """Returns the number of blocks, given the numbers in the names of their tensors.
 
   Raises:
-    WeightsError: most numbers are left out, or too many blocks.
+    WeightsError: most numbers are left out, or there are too many blocks.
   """
-  found = set(numbers)
-  last = max(found, key=lambda number: (len(number), number), default="0")
-  if len(last) > 4 or int(last) >= min(
-    MAX_DEPTH, 4 * len(found) + 1
-  ):  # a few that are left out show as missing tensors
+  unique = set(numbers)
+  last = max(unique, key=lambda number: (len(number), number), default="0")
+  # A few numbers that are left out show as missing tensors.
+  if len(last) > 4 or int(last) >= min(MAX_DEPTH, 4 * len(unique) + 1):
     raise WeightsError(
-      f"{source} does not fit the model: {what} are numbered up to {last[:20]}, but {len(found)} are there (of at "
-      f"most {MAX_DEPTH})"
+      f"{source} does not fit the model: {blocks} are numbered up to {last[:20]}, but {len(unique)} "
+      f"are there (of at most {MAX_DEPTH})"
     )
-  return int(last) + 1 if found else 0
-
-
-def leaves(params) -> dict[str, Any]:
-  """The leaves of a parameter tree by their paths, joined by "/"."""
-  return {
-    "/".join(k.key for k in path): leaf
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-  }
+  return int(last) + 1 if unique else 0
 
 
 def _list(names, limit=5):
   names = sorted(names)
   return ", ".join(names[:limit]) + (f", ... ({len(names)} in all)" if len(names) > limit else "")
+
+
+def _check_table(table: list[Entry], names, source: str) -> None:
+  """WeightsError if a table does not name every parameter exactly once."""
+  ours = {entry.ours for entry in table}
+  if ours != names or len(table) != len(names):
+    raise WeightsError(f"{source}: name table and model disagree on {_list(ours ^ names)}")
 
 
 def convert(
@@ -197,12 +262,12 @@ def convert(
   ignore: tuple[str, ...] = (),
   source: str,
 ):
-  """Builds the parameter tree `expected` out of foreign tensors.
+  """Builds a parameter tree out of foreign tensors.
 
   Args:
     tensors: name -> array in the foreign layout, any float type; values become float32.
-    table: how.
-    expected: our tree with shapes at its leaves, e.g. from `jax.eval_shape(model.init, ...)`.
+    table: the name table.
+    expected: the tree with shapes at its leaves, e.g. from `jax.eval_shape(model.init, ...)`.
     ignore: regular expressions (full match) of tensors that may be left over.
     source: file or folder, for the message.
 
@@ -210,14 +275,11 @@ def convert(
     A nested dict of float32 arrays shaped as `expected`.
 
   Raises:
-    WeightsError: tensors missing, left over, misshapen or not finite, or a table that does not fit `expected`.
+    WeightsError: tensors are missing, left over, misshapen or not finite, or the table does not fit
+      `expected`. The message names all problems.
   """
-  shapes = {name: leaf.shape for name, leaf in leaves(expected).items()}
-  if {e.ours for e in table} != shapes.keys() or len(table) != len(shapes):
-    raise WeightsError(
-      f"{source}: name table and model disagree on {_list({e.ours for e in table} ^ shapes.keys())}"
-    )
-
+  shapes = {name: leaf.shape for name, leaf in flatten_dict(expected, sep="/").items()}
+  _check_table(table, shapes.keys(), source)
   problems, params = [], {}
   names = [name for entry in table for name in entry.theirs]
   missing = set(names) - tensors.keys()
@@ -239,33 +301,26 @@ def convert(
     except (ValueError, IndexError):  # transposing or packing tensors of another rank
       value = None
     if value is None or value.shape != shapes[entry.ours]:
-      got = " + ".join(f"{name} {p.shape}" for name, p in zip(entry.theirs, parts))
-      problems.append(f"misshapen: {got} does not give {entry.ours} {shapes[entry.ours]}")
+      given = " + ".join(f"{name} {part.shape}" for name, part in zip(entry.theirs, parts))
+      problems.append(f"misshapen: {given} does not give {entry.ours} {shapes[entry.ours]}")
     elif not np.isfinite(value).all():
       problems.append(f"non-finite values in {_list(entry.theirs)}")
     else:
-      *parents, leaf = entry.ours.split("/")
-      node = params
-      for parent in parents:
-        node = node.setdefault(parent, {})
-      node[leaf] = value
+      params[entry.ours] = value
   if problems:
-    shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
-    raise WeightsError(f"{source} does not fit the model: " + "; ".join(shown))
-  return params
+    more = [f"and {len(problems) - 8} more"] if len(problems) > 8 else []
+    raise WeightsError(f"{source} does not fit the model: " + "; ".join(problems[:8] + more))
+  return unflatten_dict(params, sep="/")
 
 
 def export(params, table: list[Entry]) -> dict[str, np.ndarray]:
-  """`convert` backwards: foreign tensors, by name, out of a parameter tree.
+  """Returns the foreign tensors of a parameter tree by name: `convert` backwards.
 
   Raises:
     WeightsError: the table does not name every parameter once.
   """
-  ours = leaves(params)
-  if {e.ours for e in table} != ours.keys() or len(table) != len(ours):
-    raise WeightsError(
-      f"name table and parameters disagree on {_list({e.ours for e in table} ^ ours.keys())}"
-    )
+  ours = flatten_dict(params, sep="/")
+  _check_table(table, ours.keys(), "these parameters")
   return {
     name: np.ascontiguousarray(part)
     for entry in table

@@ -1,421 +1,321 @@
-"""Vision towers in the names of others: how each family of teachers calls its tensors, and what their shapes say.
+"""Determines the vision tower of a folder, a file, a preset or a run, before any value is read.
 
-A `Family` is one row of FAMILIES; `identify` finds the row by names that no other family has.
+config.json, the names of tensors and their shapes describe the tower; they must agree.
 """
 
 import math
+import os
 import re
+from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
+import jax.numpy as jnp
 
-from mrmae_jax.errors import WeightsError
-from mrmae_jax.models.vit import ViT
-from mrmae_jax.weights import positions
-from mrmae_jax.weights.table import (
-  MAX_SIZE,
-  Entry,
-  Layout,
-  check_fields,
-  conv,
-  count_blocks,
-  dense,
-  linear,
-  norm,
-  pack,
-  qkv,
-  same,
-  tokens,
+from mrmae_jax.config import IMAGENET_MEAN, IMAGENET_STD
+from mrmae_jax.errors import StorageError, WeightsError, WorkdirError
+from mrmae_jax.models import ViT, make_encoder
+from mrmae_jax.runs import checkpoint
+from mrmae_jax.weights import files, hub
+from mrmae_jax.weights.families import (
+  FAMILIES,
+  HF_ACTIVATIONS,
+  MODEL_TYPES,
+  Family,
+  identify,
+  projection_name,
 )
+from mrmae_jax.weights.table import MAX_SIZE, check_fields, count_blocks
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_HALF = ((0.5,) * 3, (0.5,) * 3)
+_STATISTICS = {"CLIP": (CLIP_MEAN, CLIP_STD), "SigLIP": _HALF, "SigLIP 2 NaFlex": _HALF}
+_SIZES = {192: "Ti", 384: "S", 768: "B", 1024: "L", 1280: "H", 1536: "g"}
 
 
-class Names(NamedTuple):
-  """The tensors of a tower; those of a block follow `block`, in which {} is its number. "": there is none."""
-
-  patch_embed: str
-  cls_token: str
-  pos_embed: str
-  norm: str
-  block: str
-  norm1: str
-  qkv: tuple[str, ...]  # separate query, key, value; or one tensor for all
-  out: str
-  norm2: str
-  fc1: tuple[str, ...]  # separate halves of a gated MLP; or one tensor
-  fc2: str
-  registers: str = ""
-  norm_pre: str = ""
-  scale1: str = ""
-  scale2: str = ""
-  head: str = ""  # attention pool
-  proj: str = ""  # weight of the projection, with no prefix before it
-
-
-class Family(NamedTuple):
-  """A family of towers in one naming.
+class Tower(NamedTuple):
+  """A teacher's network, before its values are read.
 
   Attributes:
-    name: of the family; several namings share it.
-    names: of its tensors.
-    markers: tensors, after the prefix, by which the family is known.
-    prefixes: one of them stands before every name.
-    ignore: regular expressions (full match) of tensors that are no part of the vision tower.
-    rule: how its position table is resized.
-    tower: fields of ViT that all its members share.
-    model_types: of config.json, each with what transformers fills in for keys that are left out; none: files of this naming
-      come alone, and the sizes are read off the shapes.
-    gated_fc1, gated_fc2: names of the MLP where it is gated.
-    key_bias: keys have one.
-    patch_rank: of the patch embedding's weight; 4: a convolution (D, 3, p, p), 2: a linear layer (D, p * p * 3).
+    source: its file or folder, or another name for messages.
+    description: one line for people.
+    module: the network, a ViT; or the encoder of a run.
+    mean, std: of its input.
+    path: weight file, Hugging Face folder or workdir; None: the weights are random, or still to be
+      fetched.
+    family, prefix: how its tensors are called; None: it is the encoder of a run.
+    table_grid: (rows, columns) of the stored position table; None: it has no table, or a fixed one.
   """
 
-  name: str
-  names: Names
-  markers: tuple[str, ...]
-  prefixes: tuple[str, ...]
-  ignore: tuple[str, ...]
-  rule: positions.Rule
-  tower: dict[str, Any]
-  model_types: dict[str, dict[str, Any]] = {}
-  gated_fc1: tuple[str, ...] = ()
-  gated_fc2: str = ""
-  key_bias: bool = True
-  patch_rank: int = 4
+  source: str
+  description: str
+  module: Any
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+  path: Path | None = None
+  family: Family | None = None
+  prefix: str = ""
+  table_grid: tuple[int, int] | None = None
 
 
-_CLIP_NAMES = Names(
-  "embeddings.patch_embedding",
-  "embeddings.class_embedding",
-  "embeddings.position_embedding.weight",
-  "post_layernorm",
-  "encoder.layers.{}",
-  "layer_norm1",
-  ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-  "self_attn.out_proj",
-  "layer_norm2",
-  ("mlp.fc1",),
-  "mlp.fc2",
-  norm_pre="pre_layrnorm",
-  proj="visual_projection.weight",
-)  # "layrnorm" is theirs
-_SIGLIP_NAMES = _CLIP_NAMES._replace(cls_token="", norm_pre="", proj="", head="head")
-_VIT_NAMES = Names(
-  "embeddings.patch_embeddings.projection",
-  "embeddings.cls_token",
-  "embeddings.position_embeddings",
-  "layernorm",
-  "encoder.layer.{}",
-  "layernorm_before",
-  tuple(f"attention.attention.{x}" for x in ("query", "key", "value")),
-  "attention.output.dense",
-  "layernorm_after",
-  ("intermediate.dense",),
-  "output.dense",
-)
-_VIT5_NAMES = (
-  _VIT_NAMES._replace(  # in the memory of transformers 5; its files keep the names above
-    block="layers.{}",
-    qkv=tuple(f"attention.{x}_proj" for x in "qkv"),
-    out="attention.o_proj",
-    fc1=("mlp.fc1",),
-    fc2="mlp.fc2",
-  )
-)
-_DINOV2_NAMES = _VIT_NAMES._replace(
-  norm1="norm1",
-  norm2="norm2",
-  fc1=("mlp.fc1",),
-  fc2="mlp.fc2",
-  scale1="layer_scale1.lambda1",
-  scale2="layer_scale2.lambda1",
-)
-_DINOV3_NAMES = Names(
-  "embeddings.patch_embeddings",
-  "embeddings.cls_token",
-  "",
-  "norm",
-  "layer.{}",
-  "norm1",
-  tuple(f"attention.{x}_proj" for x in "qkv"),
-  "attention.o_proj",
-  "norm2",
-  ("mlp.up_proj",),
-  "mlp.down_proj",
-  registers="embeddings.register_tokens",
-  scale1="layer_scale1.lambda1",
-  scale2="layer_scale2.lambda1",
-)
-_TIMM_NAMES = Names(
-  "patch_embed.proj",
-  "cls_token",
-  "pos_embed",
-  "norm",
-  "blocks.{}",
-  "norm1",
-  ("attn.qkv",),
-  "attn.proj",
-  "norm2",
-  ("mlp.fc1",),
-  "mlp.fc2",
-)
-_OPENAI_NAMES = Names(
-  "conv1",
-  "class_embedding",
-  "positional_embedding",
-  "ln_post",
-  "transformer.resblocks.{}",
-  "ln_1",
-  ("attn.in_proj_",),
-  "attn.out_proj",
-  "ln_2",
-  ("mlp.c_fc",),
-  "mlp.c_proj",
-  norm_pre="ln_pre",
-  proj="proj",
-)
+class Overrides(NamedTuple):
+  """What a user states about a tower; both overrule its files."""
 
-_CLIP = dict(norm_pre=True, patch_bias=False)
-_SCALED = dict(layer_scale=True)
-_VIT_IGNORE = (r"(.*\.)?pooler\.dense\..*", r"classifier\..*", r".*mask_token")
-_TEXT_IGNORE = (
-  r"text_model\..*",
-  r"text_projection\.weight",
-  "logit_scale",
-  "logit_bias",
-  r".*\.position_ids",
-)
-_BASE = dict(
-  hidden_size=768,
-  num_hidden_layers=12,
-  num_attention_heads=12,
-  intermediate_size=3072,
-  image_size=224,
-  patch_size=16,
-)
-_CLIP_BASE = _BASE | dict(
-  patch_size=32, hidden_act="quick_gelu", layer_norm_eps=1e-5, projection_dim=512
-)
-_VIT_BASE = _BASE | dict(hidden_act="gelu", layer_norm_eps=1e-12)
-_DINOV2_BASE = _VIT_BASE | dict(
-  intermediate_size=None, mlp_ratio=4, layer_norm_eps=1e-6, use_swiglu_ffn=False
-)
-_SIGLIP_BASE = _BASE | dict(
-  hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6, vision_use_head=True
-)
-_NAFLEX_BASE = _SIGLIP_BASE | dict(num_patches=256)
-_ACTIVATIONS = {
-  "gelu": "gelu",
-  "quick_gelu": "quick_gelu",
-  "gelu_pytorch_tanh": "gelu_tanh",
-  "silu": "silu",
-}
-_DINOV2 = dict(gated_fc1=("mlp.weights_in",), gated_fc2="mlp.weights_out")
-_DINOV3_BASE = _BASE | dict(
-  hidden_size=384,
-  num_attention_heads=6,
-  intermediate_size=1536,
-  hidden_act="gelu",
-  layer_norm_eps=1e-5,
-  num_register_tokens=0,
-  use_gated_mlp=False,
-  rope_theta=100.0,
-)
+  num_heads: int = 0
+  activation: str = ""
 
-# The first row that fits is the one.
-FAMILIES = (
-  Family(
-    "CLIP",
-    _CLIP_NAMES,
-    ("embeddings.class_embedding", "pre_layrnorm.weight"),
-    ("vision_model.", ""),
-    _TEXT_IGNORE,
-    positions.BICUBIC,
-    _CLIP,
-    {"clip": _CLIP_BASE, "clip_vision_model": _CLIP_BASE},
-  ),
-  Family(
-    "SigLIP",
-    _SIGLIP_NAMES,
-    ("embeddings.patch_embedding.bias", "embeddings.position_embedding.weight"),
-    ("vision_model.", ""),
-    _TEXT_IGNORE,
-    positions.BICUBIC,
-    dict(cls_token=False),
-    {"siglip": _SIGLIP_BASE, "siglip_vision_model": _SIGLIP_BASE},
-  ),
-  Family(
-    "SigLIP 2 NaFlex",
-    _SIGLIP_NAMES,
-    ("embeddings.patch_embedding.bias", "embeddings.position_embedding.weight"),
-    ("vision_model.", ""),
-    _TEXT_IGNORE,
-    positions.BILINEAR_ANTIALIAS,
-    dict(cls_token=False),
-    {"siglip2": _NAFLEX_BASE, "siglip2_vision_model": _NAFLEX_BASE},
-    patch_rank=2,
-  ),
-  Family(
-    "DINOv2 with registers",
-    _DINOV2_NAMES._replace(registers="embeddings.register_tokens"),
-    ("embeddings.register_tokens", "encoder.layer.0.layer_scale1.lambda1"),
-    ("dinov2_with_registers.", ""),
-    _VIT_IGNORE,
-    positions.BICUBIC_ANTIALIAS,
-    _SCALED,
-    {"dinov2_with_registers": _DINOV2_BASE | dict(num_register_tokens=4)},
-    **_DINOV2,
-  ),
-  Family(
-    "DINOv2",
-    _DINOV2_NAMES,
-    ("embeddings.cls_token", "encoder.layer.0.layer_scale1.lambda1"),
-    ("dinov2.", ""),
-    _VIT_IGNORE,
-    positions.BICUBIC,
-    _SCALED,
-    {"dinov2": _DINOV2_BASE | dict(patch_size=14)},
-    **_DINOV2,
-  ),
-  Family(
-    "DINOv3",
-    _DINOV3_NAMES,
-    ("embeddings.register_tokens", "layer.0.attention.q_proj.weight"),
-    ("",),
-    _VIT_IGNORE,
-    positions.BICUBIC,
-    _SCALED | dict(positions="rope"),
-    {"dinov3_vit": _DINOV3_BASE},
-    gated_fc1=("mlp.gate_proj", "mlp.up_proj"),
-    gated_fc2="mlp.down_proj",
-    key_bias=False,
-  ),
-  Family(
-    "DINO",
-    _VIT5_NAMES,
-    ("embeddings.cls_token", "layers.0.layernorm_before.weight"),
-    ("vit.", ""),
-    _VIT_IGNORE,
-    positions.BICUBIC,
-    {},
-    {"vit": _VIT_BASE},
-  ),
-  Family(
-    "DINO",
-    _VIT_NAMES,
-    ("embeddings.cls_token", "encoder.layer.0.layernorm_before.weight"),
-    ("vit.", ""),
-    _VIT_IGNORE,
-    positions.BICUBIC,
-    {},
-    {"vit": _VIT_BASE},
-  ),
-  Family(
-    "CLIP",
-    _TIMM_NAMES._replace(norm_pre="norm_pre", proj="head.weight"),
-    ("cls_token", "norm_pre.weight"),
-    ("",),
-    (r"head\.bias",),
-    positions.BICUBIC,
-    _CLIP | dict(eps=1e-5),
-  ),
-  Family(
-    "DINO",
-    _TIMM_NAMES,
-    ("cls_token", "patch_embed.proj.bias", "blocks.0.attn.qkv.weight"),
-    ("",),
-    (r"head\..*",),
-    positions.DINO,
-    dict(eps=1e-6, activation="gelu"),
-  ),
-  Family(
-    "CLIP",
-    _OPENAI_NAMES,
-    ("class_embedding", "ln_pre.weight", "transformer.resblocks.0.attn.in_proj_weight"),
-    ("visual.", ""),
-    (
-      r"transformer\..*",
-      r"token_embedding\.weight",
-      "positional_embedding",
-      r"ln_final\..*",
-      "text_projection",
-      "logit_scale",
-      "input_resolution",
-      "context_length",
-      "vocab_size",
-    ),
-    positions.BICUBIC,
-    _CLIP | dict(eps=1e-5, activation="quick_gelu"),
-  ),
-)
-MODEL_TYPES = {
-  kind: family for family in FAMILIES for kind in family.model_types
-}  # the last naming is that of files
-SUPPORTED = (
-  "CLIP, DINO, DINOv2, DINOv2 with registers, DINOv3, SigLIP and SigLIP 2 from Hugging Face; DINO and CLIP in "
-  "timm's and their authors' names"
-)
-
-_UNSUPPORTED = (  # regular expression (full match) of one tensor -> what it is a part of
-  (r"visual\.layer1\.0\.conv1\.weight", "a CLIP ResNet"),
-  (r"patch_embed1\.proj\.weight", "ConvMAE"),
-  (r"(decoder\.)?decoder_embed\.weight", "MAE"),
-  (
-    r"blocks\.(0\.)?0\.ls1\.gamma",
-    "DINOv2 in its authors' names; take the Hugging Face folder, e.g. facebook/dinov2-base",
-  ),
-)
-_TEXT = r"text_model\..*|(embeddings\.)?token_embedding\.weight|transformer\.resblocks\.0\..*"
+  def apply(self, fields: dict[str, Any]) -> dict[str, Any]:
+    return fields | {name: value for name, value in self._asdict().items() if value}
 
 
-def identify(shapes: dict[str, tuple[int, ...]], source: str) -> tuple[Family, str, str]:
-  """The family of a file, the prefix of its names, and the markers found, for messages.
+def open_tower(path: str | Path, name: str, overrides: Overrides, dtype) -> Tower:
+  """Determines the tower in a folder or file, or that of a preset.
+
+  Args:
+    path: Hugging Face folder, or file of weights; "": the preset's configuration is fetched from
+      the hub, and its weights are left there.
+    name: a key of `hub.PRESETS`, which the tower must be; "" accepts any.
+    overrides: what the user states.
+    dtype: of the computation.
 
   Raises:
-    WeightsError: none of the supported families.
+    WeightsError: there is nothing, it is not a supported tower, or not that of the preset.
   """
-  for pattern, what in _UNSUPPORTED:
-    found = next((name for name in shapes if re.fullmatch(pattern, name)), None)
-    if found:
-      raise WeightsError(f"{source} looks like {what} (found {found}); supported: {SUPPORTED}")
-  for family in FAMILIES:
-    for prefix in family.prefixes:
-      rank = len(shapes.get(f"{prefix}{family.names.patch_embed}.weight", ()))
-      if rank in (0, family.patch_rank) and all(
-        prefix + marker in shapes for marker in family.markers
-      ):
-        return family, prefix, ", ".join(family.markers)
-  if any(re.fullmatch(_TEXT, name) for name in shapes):
-    raise WeightsError(f"{source} contains only a text tower; a teacher needs the vision tower")
-  raise WeightsError(
-    f"{source} is of an unknown family (found {', '.join(sorted(shapes)[:3])}); supported: {SUPPORTED}"
+  weights = Path(os.path.expanduser(path)) if path else None
+  if weights is None:
+    folder = hub.fetch(name, hub.CONFIG_FILES)
+    family, fields, table_grid = _configured_tower(folder, name)
+    fields, prefix = overrides.apply(fields), ""
+  else:
+    files.weight_files(weights)  # raises where there is nothing
+    folder = weights if weights.is_dir() else weights.parent
+    family, prefix, fields, table_grid = _stored_tower(weights, folder, name, overrides)
+  source = str(weights or folder)
+  check_fields(ViT, fields, source)
+  module = ViT(**fields, dtype=jnp.dtype(dtype))
+  if name:
+    _check_preset(name, module, table_grid, source)
+  statistics = folder / "preprocessor_config.json" if family.model_types else None
+  mean, std = files.image_statistics(statistics, *_statistics(family))
+  return Tower(
+    source=source,
+    description=f"{family.name} {_size_name(module)}",
+    module=module,
+    mean=mean,
+    std=std,
+    path=weights,
+    family=family,
+    prefix=prefix,
+    table_grid=table_grid,
   )
+
+
+def random_tower(name: str, overrides: Overrides, dtype) -> Tower:
+  """Returns the tower of a preset for random weights, from its sizes alone.
+
+  Raises:
+    WeightsError: no name is given.
+  """
+  if not name:
+    raise WeightsError(f"teacher.path=random needs teacher.name, one of {', '.join(hub.PRESETS)}")
+  model_type = next(
+    [*family.model_types][-1]
+    for family in FAMILIES
+    if family.name == hub.PRESETS[name].family and family.model_types
+  )
+  family, fields, table_grid = tower_config(hub.preset_config(name, model_type), name)
+  module = ViT(**overrides.apply(fields), dtype=jnp.dtype(dtype))
+  mean, std = _statistics(family)
+  return Tower(
+    source=f"random {name}",
+    description=f"{family.name} {_size_name(module)} with random weights",
+    module=module,
+    mean=mean,
+    std=std,
+    family=family,
+    table_grid=table_grid,
+  )
+
+
+def trained_encoder(workdir: str, dtype) -> Tower:
+  """Returns the encoder of the run in a workdir.
+
+  Raises:
+    WeightsError: there is no run.
+  """
+  path = Path(os.path.expanduser(workdir))
+  try:
+    config = checkpoint.read_config(path)
+    if config.get("task") == "self_distill":
+      raise WeightsError(
+        f"teacher.path=checkpoint:{path} is a run of mrmae teacher; give the folder that it wrote, "
+        f"--out or teacher.path={path}/teacher"
+      )
+    return Tower(
+      source=f"{path}",
+      description=f"encoder of {path}",
+      module=make_encoder(config["encoder"], jnp.dtype(dtype)),
+      mean=tuple(config["data"]["mean"]),
+      std=tuple(config["data"]["std"]),
+      path=path,
+    )
+  except (StorageError, WorkdirError) as error:
+    raise WeightsError(f"teacher.path=checkpoint:{error}") from None
+  except (ValueError, KeyError, TypeError, RecursionError) as error:
+    raise WeightsError(
+      f"teacher.path=checkpoint:{path}: config.json there is not that of a run: {error!r}"
+    ) from None
+
+
+def _statistics(family: Family) -> tuple[tuple[float, ...], tuple[float, ...]]:
+  return _STATISTICS.get(family.name, (IMAGENET_MEAN, IMAGENET_STD))
+
+
+def _size_name(module: ViT) -> str:
+  letter = _SIZES.get(module.dim)
+  return f"ViT{f'-{letter}' if letter else ''}/{module.patch_size}"
+
+
+def _configured_tower(folder: Path, name: str):
+  """Determines the tower of a preset of which only config.json is on disk."""
+  if not (folder / "config.json").is_file():
+    raise WeightsError(
+      f"{folder}: the hub's copy of {hub.PRESETS[name].repo} holds no config.json; fetch it again"
+    )
+  config = files.read_json(folder / "config.json")
+  if "model_type" not in config:
+    raise WeightsError(f"{folder / 'config.json'} holds no model_type; fetch it again")
+  return tower_config(config, str(folder / "config.json"))
+
+
+def _stored_tower(weights: Path, folder: Path, name: str, overrides: Overrides):
+  """Determines the tower of stored weights.
+
+  Returns:
+    Family, prefix of the names, fields of ViT, and the grid of the position table.
+  """
+  source, config = str(weights), {}
+  if (folder / "config.json").is_file():
+    config = files.read_json(folder / "config.json")
+  configured = None
+  if "model_type" in config:
+    configured = tower_config(config, str(folder / "config.json"))
+  shapes = {key: tensor.shape for key, tensor in files.open_weights(weights).items()}
+  family, prefix, markers = identify(shapes, source)
+  if name and family.name != hub.PRESETS[name].family:
+    raise WeightsError(
+      f"{source} looks like {family.name} (found {markers}); {name} asked, which is "
+      f"{hub.PRESETS[name].family}"
+    )
+  sizes, num_positions = tower_shapes(family, prefix, shapes, source)
+  if not family.model_types:
+    grid = (math.isqrt(num_positions),) * 2
+    if math.prod(grid) != num_positions:
+      raise WeightsError(
+        f"{source}: a position table of {num_positions} patches is not square; give a Hugging Face "
+        "folder"
+      )
+    return family, prefix, _complete(family, sizes, source, name, overrides), grid
+  if configured is None:
+    raise WeightsError(
+      f"{source} has Hugging Face's names of {family.name}, but {folder} has no config.json, which "
+      "tells heads, activation and eps; fetch it from the same place"
+    )
+  if configured[0].name != family.name:
+    raise WeightsError(
+      f"{source} looks like {family.name} (found {markers}); its config.json says "
+      f"{config['model_type']}, which is {configured[0].name}"
+    )
+  _, fields, grid = configured
+  _check_agreement(family, sizes, num_positions, fields, grid, source)
+  return family, prefix, overrides.apply(fields | sizes), grid
+
+
+def _check_agreement(family: Family, sizes, num_positions: int, fields, grid, source: str) -> None:
+  """WeightsError if tensors and config.json disagree on a size."""
+  for key, word in (
+    ("dim", "width"),
+    ("depth", "depth"),
+    ("patch_size", "patch size"),
+    ("mlp_dim", "MLP width"),
+    ("num_registers", "number of registers"),
+  ):
+    if sizes[key] != fields[key]:
+      raise WeightsError(
+        f"{source} has {word} {sizes[key]}, its config.json says {fields[key]}; fetch both from "
+        "one place"
+      )
+  if grid and math.prod(grid) != num_positions:
+    side, cls = math.isqrt(num_positions), "+1" if family.names.cls_token else ""
+    raise WeightsError(
+      f"{source}: position table is {side}x{side}{cls} for patch {sizes['patch_size']}; its "
+      f"config.json's image_size gives {grid[0]}x{grid[1]}; fetch both from the same place"
+    )
+
+
+def _complete(family: Family, sizes, source: str, name: str, overrides: Overrides):
+  """Fields of ViT for a file without config.json.
+
+  Heads have 64 channels in all models that are published in this way; wider models need
+  `num_heads`.
+  """
+  width, num_heads = sizes["dim"], overrides.num_heads
+  if not num_heads and (width % 64 or width > 1024):
+    raise WeightsError(
+      f"{source} does not tell the number of heads, and width {width} is none of the usual ones "
+      "with 64 channels a head; give num_heads"
+    )
+  activation = family.fields.get("activation") or ("quick_gelu" if name else "")
+  if not overrides.activation and not activation:
+    raise WeightsError(
+      f"{source}: CLIP in timm's names does not tell its activation; give activation='quick_gelu' "
+      "(OpenAI's weights) or 'gelu' (most others), or a name"
+    )
+  usual = {"num_heads": width // 64, "activation": activation}
+  return overrides.apply(family.fields | sizes | usual)
+
+
+def _check_preset(name: str, module: ViT, table_grid, source: str) -> None:
+  """WeightsError if a tower does not have the sizes of the preset that its name promises."""
+  preset = hub.PRESETS[name]
+  if (module.dim, module.depth, module.patch_size) != (preset.dim, preset.depth, preset.patch):
+    raise WeightsError(
+      f"{source} is {_size_name(module)} (width {module.dim}, depth {module.depth}); preset {name} "
+      f"needs {preset.dim}/{preset.depth}/{preset.patch}"
+    )
+  side = preset.side // preset.patch
+  if table_grid and table_grid != (side, side):
+    raise WeightsError(
+      f"{source} has a position table of {table_grid[0]}x{table_grid[1]}; preset {name} needs "
+      f"{side}x{side}"
+    )
 
 
 def tower_shapes(
   family: Family, prefix: str, shapes: dict[str, tuple[int, ...]], source: str
 ) -> tuple[dict[str, Any], int]:
-  """What the shapes of a file tell about the tower.
+  """Derives sizes of a tower from the shapes of its tensors.
 
   Returns:
-    Fields of ViT, and the number of grid positions in its table (0: no table).
+    Fields of ViT, and the number of patches in its position table (0: it has no table).
 
   Raises:
-    WeightsError: a tensor that would tell is missing.
+    WeightsError: a tensor that the sizes depend on is missing, or has another rank.
   """
   names = family.names
 
   def shape(name, *ranks):
     if prefix + name not in shapes:
       raise WeightsError(
-        f"{source} does not fit the model: missing: {prefix + name} (a part of a sharded file, or another "
-        "model?)"
+        f"{source} does not fit the model: missing: {prefix + name} (a part of a sharded file, or "
+        "another model?)"
       )
-    found = shapes[prefix + name]
-    if len(found) not in ranks:
+    if len(shapes[prefix + name]) not in ranks:
       raise WeightsError(
-        f"{source} does not fit the model: misshapen: {prefix + name} {tuple(found)}"
+        f"{source} does not fit the model: misshapen: {prefix + name} "
+        f"{tuple(shapes[prefix + name])}"
       )
-    return found
+    return shapes[prefix + name]
 
   block = names.block.format(0) + "."
   gated = bool(family.gated_fc1) and f"{prefix}{block}{family.gated_fc1[0]}.weight" in shapes
@@ -424,16 +324,16 @@ def tower_shapes(
   patch = math.isqrt(patch_embed[1] // 3) if family.patch_rank == 2 else patch_embed[-1]
   registers = shape(names.registers, 3)[1] if names.registers else 0
   table = shape(names.pos_embed, 2, 3)[-2] - bool(names.cls_token) if names.pos_embed else 0
-  projection = shapes.get(_projection(names, prefix), (0, 0))
+  projection = shapes.get(projection_name(names, prefix), (0, 0))
   blocks = re.compile(
     re.escape(prefix) + names.block.replace(".", r"\.").format(r"([0-9]+)") + r"\..*"
   )
   depth = count_blocks(
-    (found[1] for found in map(blocks.fullmatch, shapes) if found),
+    (match[1] for match in map(blocks.fullmatch, shapes) if match),
     names.block.format("N").rstrip(".N"),
     source,
   )
-  return dict(
+  fields = dict(
     patch_size=patch,
     dim=width,
     depth=depth,
@@ -443,77 +343,37 @@ def tower_shapes(
     proj_dim=projection[1 if names.proj == "proj" else 0],
     learned_positions=bool(names.pos_embed),
     attention_pool=f"{prefix}{names.head}.probe" in shapes,
-  ), table
+  )
+  return fields, table
 
 
 def tower_config(
   config: dict[str, Any], source: str
 ) -> tuple[Family, dict[str, Any], tuple[int, int] | None]:
-  """What Hugging Face's config.json tells about a tower; keys that are left out have transformers' values.
+  """Derives a tower from Hugging Face's config.json; absent keys have transformers' values.
 
   Returns:
-    The family (the first of its namings), fields of ViT, and the grid of the position table, None without one.
+    The family (the first of its namings), fields of ViT, and the grid of the position table, None
+    without one.
 
   Raises:
-    WeightsError: an unsupported model, or values that make no sense.
+    WeightsError: the model is not supported, or a value is not a size.
   """
   try:
     kind = config["model_type"]
     if kind not in MODEL_TYPES:
       raise WeightsError(
-        f"{source}: model_type {str(kind)[:40]!r} is not supported; supported: {', '.join(MODEL_TYPES)}"
+        f"{source}: model_type {str(kind)[:40]!r} is not supported; supported: "
+        f"{', '.join(MODEL_TYPES)}"
       )
     family = MODEL_TYPES[kind]
-    proj = kind == "clip" or "CLIPVisionModelWithProjection" in config.get("architectures", ())
-    proj_dim = config.get("projection_dim", 512) if proj else 0
-    if kind in (
-      "clip",
-      "siglip",
-      "siglip2",
-    ):  # text and vision; in old CLIP files vision_config_dict, where it is, wins
+    has_proj = kind == "clip" or "CLIPVisionModelWithProjection" in config.get("architectures", ())
+    proj_dim = config.get("projection_dim", 512) if has_proj else 0
+    if kind in ("clip", "siglip", "siglip2"):  # text and vision
+      # Old CLIP files have both dictionaries; there vision_config_dict counts.
       config = config.get("vision_config_dict") or config.get("vision_config") or {}
-    c = family.model_types[kind] | config
-    activation = _ACTIVATIONS.get(c["hidden_act"])
-    if activation is None:
-      raise WeightsError(
-        f"{source}: hidden_act {str(c['hidden_act'])[:40]!r} is not supported; supported: "
-        f"{', '.join(_ACTIVATIONS)}"
-      )
-    patch, side = (
-      x if isinstance(x, (list, tuple)) else (x, x) for x in (c["patch_size"], c["image_size"])
-    )
-    if patch[0] != patch[1]:
-      raise WeightsError(
-        f"{source}: patches of {patch[0]}x{patch[1]} pixels are not supported; they must be square"
-      )
-    mlp_dim = c["intermediate_size"] or int(c["hidden_size"] * c["mlp_ratio"])
-    gated = bool(c.get("use_gated_mlp") or c.get("use_swiglu_ffn"))
-    if c.get(
-      "use_swiglu_ffn"
-    ):  # transformers' Dinov2SwiGLUFFN: two thirds of the width, rounded up, and always SiLU
-      mlp_dim, activation = (int(mlp_dim * 2 / 3) + 7) // 8 * 8, "silu"
-    fields = family.tower | dict(
-      patch_size=patch[0],
-      dim=c["hidden_size"],
-      depth=c["num_hidden_layers"],
-      num_heads=c["num_attention_heads"],
-      mlp_dim=mlp_dim,
-      eps=c["layer_norm_eps"],
-      activation=activation,
-      gated=gated,
-      proj_dim=proj_dim,
-      num_registers=c.get("num_register_tokens", 0),
-      learned_positions=bool(family.names.pos_embed),
-      attention_pool=bool(c.get("vision_use_head")),
-    )
-    if "rope_theta" in c:
-      grid, fields["rope_theta"] = None, float(c["rope_theta"])
-    else:
-      grid = (
-        (math.isqrt(c["num_patches"]),) * 2
-        if "num_patches" in c
-        else (side[0] // patch[0], side[1] // patch[0])
-      )
+    config = family.model_types[kind] | config
+    fields, grid = _config_fields(family, config, proj_dim, source)
   except WeightsError:
     raise
   except (TypeError, ValueError, ArithmeticError, LookupError) as error:
@@ -524,80 +384,44 @@ def tower_config(
   return family, fields, grid
 
 
-def _projection(names: Names, prefix: str) -> str:
-  """The full name of the projection: OpenAI's is a part of the tower, the others' stand beside it."""
-  return (prefix if names.proj == "proj" else "") + names.proj
+def _config_fields(family: Family, config: dict[str, Any], proj_dim: int, source: str):
+  """Derives fields of ViT and the table's grid from a complete configuration.
 
-
-def name_table(family: Family, prefix: str, tower: ViT) -> list[Entry]:
-  """The entries of every parameter of `tower`."""
-  names = family.names
-  at = lambda name: prefix + name
-  kernel, bias = dense(
-    "patch_embed",
-    at(names.patch_embed),
-    linear if family.patch_rank == 2 else conv(tower.patch_size),
+  Odd values raise TypeError, ValueError, ArithmeticError or LookupError.
+  """
+  hidden_act = config["hidden_act"]
+  if hidden_act not in HF_ACTIVATIONS:
+    raise WeightsError(
+      f"{source}: hidden_act {str(hidden_act)[:40]!r} is not supported; supported: "
+      f"{', '.join(HF_ACTIVATIONS)}"
+    )
+  patch, side = (
+    x if isinstance(x, (list, tuple)) else (x, x)
+    for x in (config["patch_size"], config["image_size"])
   )
-  table = [kernel, *([bias] if tower.patch_bias else []), *norm("norm", at(names.norm))]
-  for ours, theirs in (
-    ("cls_token", names.cls_token),
-    ("pos_embed", names.pos_embed),
-    ("registers", names.registers if tower.num_registers else ""),
-  ):
-    if theirs:
-      table.append(Entry(ours, (at(theirs),), tokens))
-  if names.norm_pre:
-    table += norm("norm_pre", at(names.norm_pre))
-  if tower.proj_dim:
-    table.append(
-      Entry("proj/kernel", (_projection(names, prefix),), same if names.proj == "proj" else linear)
+  if patch[0] != patch[1]:
+    raise WeightsError(
+      f"{source}: patches of {patch[0]}x{patch[1]} pixels are not supported; they must be square"
     )
-  fc1, fc2 = (family.gated_fc1, family.gated_fc2) if tower.gated else (names.fc1, names.fc2)
-  for i in range(tower.depth):
-    ours, theirs = f"blocks_{i}", at(names.block.format(i)) + "."
-    table += norm(f"{ours}/norm1", theirs + names.norm1) + norm(
-      f"{ours}/norm2", theirs + names.norm2
-    )
-    table += _packed_qkv(family, f"{ours}/attn/qkv", theirs)
-    table += dense(f"{ours}/attn/proj", theirs + names.out) + dense(f"{ours}/fc2", theirs + fc2)
-    table += [
-      Entry(f"{ours}/fc1/kernel", tuple(f"{theirs}{x}.weight" for x in fc1), linear),
-      Entry(f"{ours}/fc1/bias", tuple(f"{theirs}{x}.bias" for x in fc1), pack),
-    ]
-    if tower.layer_scale:
-      table += [
-        Entry(f"{ours}/scale{k}", (theirs + name,), same)
-        for k, name in ((1, names.scale1), (2, names.scale2))
-      ]
-  if tower.attention_pool:
-    theirs = at(names.head)
-    table += [
-      Entry("head/probe", (f"{theirs}.probe",), tokens),
-      *norm("head/norm", f"{theirs}.layernorm"),
-      Entry("head/qkv/kernel", (f"{theirs}.attention.in_proj_weight",), linear),
-      Entry("head/qkv/bias", (f"{theirs}.attention.in_proj_bias",), same),
-      *dense("head/proj", f"{theirs}.attention.out_proj"),
-      *dense("head/fc1", f"{theirs}.mlp.fc1"),
-      *dense("head/fc2", f"{theirs}.mlp.fc2"),
-    ]
-  return table
-
-
-def _packed_qkv(family: Family, ours: str, block: str) -> list[Entry]:
-  parts = [block + name for name in family.names.qkv]
-  if len(parts) == 1:
-    dot = "" if parts[0].endswith("_") else "."  # in_proj_weight is one word
-    return [
-      Entry(f"{ours}/kernel", (f"{parts[0]}{dot}weight",), linear),
-      Entry(f"{ours}/bias", (f"{parts[0]}{dot}bias",), same),
-    ]
-  entries = qkv(ours, tuple(parts))
-  if not family.key_bias:  # the softmax would not see it anyway
-    entries[1] = Entry(
-      f"{ours}/bias",
-      (f"{parts[0]}.bias", f"{parts[2]}.bias"),
-      Layout(
-        lambda q, v: np.concatenate([q, np.zeros_like(q), v]), lambda x, parts: np.split(x, 3)[::2]
-      ),
-    )
-  return entries
+  fields = family.fields | dict(
+    patch_size=patch[0],
+    dim=config["hidden_size"],
+    depth=config["num_hidden_layers"],
+    num_heads=config["num_attention_heads"],
+    mlp_dim=config["intermediate_size"] or int(config["hidden_size"] * config["mlp_ratio"]),
+    eps=config["layer_norm_eps"],
+    activation=HF_ACTIVATIONS[hidden_act],
+    gated=bool(config.get("use_gated_mlp") or config.get("use_swiglu_ffn")),
+    proj_dim=proj_dim,
+    num_registers=config.get("num_register_tokens", 0),
+    learned_positions=bool(family.names.pos_embed),
+    attention_pool=bool(config.get("vision_use_head")),
+  )
+  if config.get("use_swiglu_ffn"):
+    # transformers' Dinov2SwiGLUFFN: two thirds of the width, rounded up, and always SiLU.
+    fields |= dict(mlp_dim=(int(fields["mlp_dim"] * 2 / 3) + 7) // 8 * 8, activation="silu")
+  if "rope_theta" in config:
+    return fields | dict(rope_theta=float(config["rope_theta"])), None
+  if "num_patches" in config:
+    return fields, (math.isqrt(config["num_patches"]),) * 2
+  return fields, (side[0] // patch[0], side[1] // patch[0])

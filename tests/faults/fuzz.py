@@ -2,12 +2,13 @@
 
   python -m tests.faults.fuzz --inputs=20000 --seed=0 --out=/tmp/fuzz
 
-Three targets: image files for `decode_image`; weight files and folders for `teachers.load` and `model_files.read` (PyTorch's are
-tried where torch is installed); configurations and command lines for `validate` and `train.parse`. Each runs in a process of its
-own, so that a crash is seen and belongs to an input. A finding is an exception of another kind, a message of several lines, more
-than 2 s of computing for one input, a crash, a hang, or memory that grows by more than 200 MB.
+Three targets: image files for `decode_image`; weight files and folders for `teachers.load` and
+`model_files.read` (PyTorch's where torch is installed); configurations and command lines for
+`preflight.check` and `train.parse`. Each target runs in a separate process, so that a crash belongs
+to an input. A finding is an exception of another kind, a message of several lines, more than 2 s of
+computing for one input, a crash, a hang, or memory that grows by more than 200 MB.
 
-An input is a function of its target and its number alone: --only=images:17 makes and runs that one again.
+An input is a function of its target and its number alone: --only=images:17 repeats that input.
 """
 
 import argparse
@@ -67,7 +68,7 @@ class Case(NamedTuple):
 
 
 def mutate(data: bytes, other: bytes, rng: np.random.Generator) -> bytes:
-  """One to three of: flipped bits, a cut, zeros, a splice with `other`, an edited length, something inserted or left out."""
+  """Damages bytes in one to three ways: flipped bits, cuts, zeros, splices of `other`, lengths."""
   data = bytearray(data)
   for _ in range(rng.choice([1, 1, 2, 3])):
     size = len(data)
@@ -293,7 +294,7 @@ def safetensors(header, values: bytes, rng: np.random.Generator) -> bytes:
 def mutate_tensors(
   tensors: dict[str, np.ndarray], rng: np.random.Generator
 ) -> dict[str, np.ndarray]:
-  """A whole file of other tensors: names, shapes, types and values changed, some left out or doubled."""
+  """Returns a complete file of other tensors: other names, shapes, types, values; some doubled."""
   tensors = dict(tensors)
   for _ in range(rng.choice([1, 1, 2, 3])):
     name = sorted(tensors)[rng.integers(len(tensors))]
@@ -354,7 +355,8 @@ def weights() -> Callable[[np.random.Generator], Case]:
 
   from mrmae_jax import teachers
   from mrmae_jax.models import ConvViT, Decoder, ViT
-  from mrmae_jax.weights import files, model_files, table, towers
+  from mrmae_jax.weights import families, files, model_files, table
+  from tests.helpers.specs import read_spec
 
   rng = np.random.default_rng(0)
   noise = lambda shapes: jax.tree.map(
@@ -363,20 +365,20 @@ def weights() -> Callable[[np.random.Generator], Case]:
 
   def tower(family, prefix, **options):
     learned = bool(family.names.pos_embed)
-    module = ViT(8, 8, 1, 2, 12, learned_positions=learned, **family.tower | options)
+    module = ViT(8, 8, 1, 2, 12, learned_positions=learned, **family.fields | options)
     shapes = jax.eval_shape(
       module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
     )["params"]
-    return table.export(noise(shapes), towers.name_table(family, prefix, module))
+    return table.export(noise(shapes), families.name_table(family, prefix, module))
 
   def teacher(folder, **options):
-    spec = teachers.read_spec(
+    spec = read_spec(
       path=folder / "weights", image_size=(16, 24), token_size=8, dtype="float32", **options
     )
     jax.block_until_ready(jax.tree.leaves(teachers.load(spec).params))
 
   def student(folder):
-    model_files.read(folder / "weights", num_heads=2, decoder_heads=2)
+    model_files.read_model(folder / "weights", num_heads=2, decoder_heads=2)
 
   root = Path(tempfile.mkdtemp(prefix="mrmae_jax_fuzz"))
   bases = []  # (files, reader)
@@ -392,7 +394,7 @@ def weights() -> Callable[[np.random.Generator], Case]:
       layer_norm_eps=1e-6,
     )
     statistics = json.dumps({"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}).encode()
-    by_type = {kind: family for family in towers.FAMILIES for kind in family.model_types}
+    by_type = {kind: family for family in families.FAMILIES for kind in family.model_types}
     for kind, form in (
       ("vit", "plain"),
       ("clip_vision_model", "sharded"),
@@ -448,7 +450,7 @@ def weights() -> Callable[[np.random.Generator], Case]:
       (ViT(8, 8, 1, 2, 12), Decoder(192, 8, 1, 2, 2)),
     ):
       shapes = model_files.param_shapes(encoder, decoder, (2, 3))
-      made = model_files.Student(
+      made = model_files.LoadedModel(
         encoder,
         decoder,
         noise(shapes),
@@ -459,7 +461,7 @@ def weights() -> Callable[[np.random.Generator], Case]:
         True,
         None,
       )
-      model_files.write(
+      model_files.write_model(
         made, root / "x.safetensors", "timm" if isinstance(encoder, ViT) else "convmae"
       )
       bases.append(({"weights": (root / "x.safetensors").read_bytes()}, student))
@@ -474,7 +476,7 @@ def weights() -> Callable[[np.random.Generator], Case]:
         },
       )
       bases.append(({"weights": (root / "x").read_bytes()}, student))
-    model_files.write(made, root / "hf", "hf")
+    model_files.write_model(made, root / "hf", "hf")
     bases.append(
       ({f"weights/{path.name}": path.read_bytes() for path in (root / "hf").iterdir()}, student)
     )
@@ -521,7 +523,11 @@ def weights() -> Callable[[np.random.Generator], Case]:
 
 
 def _torch_bases(root: Path, teacher) -> list[tuple[dict[str, bytes], Callable[[Path], None]]]:
-  """PyTorch's files. Without torch all but TorchScript are refused as they are; the bases stay as many, for the numbers' sake."""
+  """Returns PyTorch's files.
+
+  Without torch all but TorchScript are refused. Their number is the same, so that an input's number
+  means the same everywhere.
+  """
   goldens = Path(__file__).parent.parent / "goldens" / "teachers"
   old = goldens / "dino_backbone.pth"
   found = [
@@ -620,10 +626,9 @@ FLAGS = (
 def configs() -> Callable[[np.random.Generator], Case]:
   import jax
   import ml_collections
-  from absl import flags
 
   from mrmae_jax import preflight, sharding, teachers, train
-  from mrmae_jax.config import finetune, flatten, probe
+  from mrmae_jax.config import defaults, flatten
   from mrmae_jax.tasks import pretrain
   from tests import tiny
 
@@ -637,15 +642,16 @@ def configs() -> Callable[[np.random.Generator], Case]:
   def base(task):
     c = tiny.get_config()
     if task != "pretrain":
-      other = {"finetune": finetune, "probe": probe}[task]()
+      other = defaults(task)
       other.update(
         image_size=c.image_size,
         batch_size=16,
         epochs=20.0,
         dtype="float32",
         encoder=c.encoder,
-        init_from="",
       )
+      if "init_from" in other:
+        other.init_from = ""
       c = other
     c.data.source = f"folder:{home.name}"
     return c
@@ -661,8 +667,8 @@ def configs() -> Callable[[np.random.Generator], Case]:
       )
 
   def structural(rng, text):
-    """A configuration as a file could make it."""
-    config = base(str(rng.choice(["pretrain", "pretrain", "finetune", "probe"])))
+    """Returns a configuration as a file could make it."""
+    config = base(str(rng.choice(["pretrain", "pretrain", "finetune", "probe", "self_distill"])))
     for _ in range(rng.choice([1, 1, 2, 3])):
       names = list(flatten(config)) * 3 + list(config)
       *parents, leaf = names[rng.integers(len(names))].split(".")
@@ -703,7 +709,7 @@ def configs() -> Callable[[np.random.Generator], Case]:
       "",
     ]
     argv = [
-      "main",
+      "pretrain",
       "--config=tests/tiny.py",
       f"--workdir={home.name}/run",
       f"--config.data.source=folder:{home.name}",
@@ -725,19 +731,11 @@ def configs() -> Callable[[np.random.Generator], Case]:
       )
     return argv
 
-  from mrmae_jax.cli import train as cli_train
+  from mrmae_jax.cli import configs, parser
 
   def parse(argv):
-    old, sys.argv = sys.argv, argv  # ml_collections reads it itself
-    try:
-      return cli_train.parse(argv)[0]
-    finally:
-      sys.argv = old
-      for name in list(flags.FLAGS):
-        if name.startswith("config."):
-          delattr(flags.FLAGS, name)
-        else:
-          flags.FLAGS[name].unparse()
+    options = parser.parse(argv)
+    return configs.load_config(options.config, options.overrides)
 
   def make(rng):
     deep = rng.random() < 0.06
@@ -764,29 +762,29 @@ def configs() -> Callable[[np.random.Generator], Case]:
 
 
 def itself() -> Callable[[np.random.Generator], Case]:
-  """For the test of this script: everything that may be found."""
+  """Returns inputs of every kind of finding, for the test of this script."""
 
   def fail(folder):
-    what = (folder / "what").read_bytes()
-    if what == b"refused":
-      raise ValueError(what.decode())
-    if what == b"raises":
-      raise KeyError(what.decode())
-    if what == b"two lines":
+    kind = (folder / "kind").read_bytes()
+    if kind == b"refused":
+      raise ValueError(kind.decode())
+    if kind == b"raises":
+      raise KeyError(kind.decode())
+    if kind == b"two lines":
       raise ValueError("one\ntwo")
-    if what == b"dies":
+    if kind == b"dies":
       os.abort()
-    if what == b"hangs":
+    if kind == b"hangs":
       time.sleep(3600)
-    if what == b"takes memory":
+    if kind == b"takes memory":
       np.ones(300_000_000, np.uint8).sum()
-    if what == b"is slow":
+    if kind == b"is slow":
       end = time.process_time() + 1.1 * CPU_S
       while time.process_time() < end:
         pass
 
   kinds = ("result", "refused", "raises", "two lines", "dies", "hangs", "takes memory", "is slow")
-  return lambda rng: Case({"what": kinds[rng.integers(len(kinds))].encode()}, fail, (ValueError,))
+  return lambda rng: Case({"kind": kinds[rng.integers(len(kinds))].encode()}, fail, (ValueError,))
 
 
 TARGETS = {"images": images, "weights": weights, "configs": configs, "itself": itself}
@@ -797,7 +795,7 @@ def make_case(make: Callable[[np.random.Generator], Case], number: int) -> Case:
 
 
 def attempt(case: Case) -> str:
-  """ "" for a result, "refused" for a documented error, else what is wrong."""
+  """Runs an input: "" for a result, "refused" for a documented error, else the finding."""
   with tempfile.TemporaryDirectory(prefix="mrmae_jax_fuzz") as folder:
     for name, content in case.files.items():
       path = Path(folder) / name
@@ -808,39 +806,36 @@ def attempt(case: Case) -> str:
       case.run(Path(folder))
       outcome = ""
     except case.refusals as error:
-      multiline = type(error).__name__ != "ConfigError" and "\n" in str(
-        error
-      )  # a ConfigError has a line for each mistake
+      # A ConfigError has a line for each mistake
+      multiline = type(error).__name__ != "ConfigError" and "\n" in str(error)
       outcome = (
         f"a message of several lines: {error}" if multiline or not str(error).strip() else "refused"
       )
-    except BaseException:  # these are what is looked for
+    except BaseException:  # a finding
       outcome = traceback.format_exc()
     spent = time.process_time() - began
   return f"{spent:.1f} s of computing" if spent > CPU_S and outcome in ("", "refused") else outcome
 
 
 def work(target: str, numbers: list[int]) -> None:
-  """The process of a target: says in JSON lines what it begins and what came out."""
+  """Runs inputs of a target; prints each start and each outcome as a line of JSON."""
   say = lambda **message: print(json.dumps(message), flush=True)
   make = TARGETS[target]()
   for number in numbers:
     say(begin=number)
     outcome = attempt(make_case(make, number))
-    status = Path(
-      "/proc/self/status"
-    ).read_text()  # getrusage would begin with the peak of the parent
+    status = Path("/proc/self/status").read_text()  # getrusage begins with the parent's peak
     say(end=number, outcome=outcome, peak=1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1]))
 
 
 class Outcome(NamedTuple):
-  """What became of a target's inputs.
+  """Results of a target's inputs.
 
   Attributes:
-    results, refused: how many gave a result and the documented error.
-    findings: {number: what is wrong}.
+    results, refused: number of inputs with a result, and with the documented error.
+    findings: {number: reason}.
     grown: bytes by which the largest memory use was above that of the first hundred inputs.
-    seconds: it took.
+    seconds: duration.
   """
 
   results: int
@@ -864,15 +859,10 @@ def run(
     numbers: of the inputs.
     out: where findings are written: the reason, and the input's bytes.
     done: called after each input.
-    hang_s: without an answer for so long a process is ended.
+    hang_s: seconds without an answer after which a process is killed.
   """
-  began, left, counts, findings, grown = (
-    time.monotonic(),
-    list(numbers),
-    {"": 0, "refused": 0},
-    {},
-    0.0,
-  )
+  began, left = time.monotonic(), list(numbers)
+  counts, findings, grown = {"": 0, "refused": 0}, {}, 0.0
   while left:
     with tempfile.TemporaryFile() as errors:
       command = [sys.executable, "-m", "tests.faults.fuzz", f"--worker={target}"]
@@ -909,21 +899,21 @@ def run(
       errors.seek(0, os.SEEK_END)
       errors.seek(max(0, errors.tell() - 3000))
       if current is not None:
-        what = f"no answer for {hang_s:g} s" if hung else f"the process died with {code}"
-        findings[current] = f"{what}\n{errors.read().decode(errors='replace')}"
+        reason = f"no answer for {hang_s:g} s" if hung else f"the process died with {code}"
+        findings[current] = f"{reason}\n{errors.read().decode(errors='replace')}"
         left.remove(current)
         done()
-      elif left:  # it did not even begin
+      elif left:  # the process did not begin
         raise RuntimeError(
           f"the process of {target} ended with {code}: {errors.read().decode(errors='replace')}"
         )
   if out and findings:
     make = TARGETS[target]()
-    for number, what in findings.items():
+    for number, reason in findings.items():
       folder = out / f"{target}-{number}"
       folder.mkdir(parents=True, exist_ok=True)
       (folder / "reason.txt").write_text(
-        f"python -m tests.faults.fuzz --only={target}:{number}\n{what}\n"
+        f"python -m tests.faults.fuzz --only={target}:{number}\n{reason}\n"
       )
       for name, content in make_case(make, number).files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -932,7 +922,7 @@ def run(
 
 
 def _lines(process: subprocess.Popen, patience: float):
-  """The lines of a process until it ends, or says nothing for so many seconds."""
+  """Yields the lines of a process until it ends, or is silent for `patience` seconds."""
   buffer = b""
   while select.select([process.stdout], [], [], patience)[0]:
     chunk = os.read(process.stdout.fileno(), 1 << 16)
@@ -944,12 +934,12 @@ def _lines(process: subprocess.Popen, patience: float):
 
 
 def numbers_of(target: str, inputs: int, seed: int) -> list[int]:
-  """The numbers of a target's share of so many inputs: those of the seed, then those that once were findings."""
+  """Returns the numbers of a target's share of the inputs: those of the seed, then KNOWN ones."""
   return [*range(seed * REPEAT, seed * REPEAT + round(inputs * SHARES[target])), *KNOWN[target]]
 
 
 def main(argv: list[str] | None = None) -> int:
-  """The command line; 1 if anything was found."""
+  """Runs a command line; returns 1 if there are findings."""
   parser = argparse.ArgumentParser(
     prog="python -m tests.faults.fuzz", description=__doc__.splitlines()[0]
   )
@@ -961,7 +951,7 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--worker", help=argparse.SUPPRESS)
   options = parser.parse_args(argv)
   if options.worker:
-    # What libraries print must not get among the lines: they write to stderr.
+    # Output of libraries goes to stderr, not among the lines.
     lines, sys.stdout = os.fdopen(os.dup(1), "w"), sys.stderr
     os.dup2(2, 1)
     with contextlib.redirect_stdout(lines):
@@ -991,11 +981,12 @@ def main(argv: list[str] | None = None) -> int:
     )
   for target, o in outcomes.items():
     print(
-      f"{target}: {o.results + o.refused + len(o.findings)} inputs in {o.seconds:.0f} s: {o.results} results, {o.refused} refused, "
-      f"{len(o.findings)} findings; memory grew by {o.grown / 1e6:.0f} MB"
+      f"{target}: {o.results + o.refused + len(o.findings)} inputs in {o.seconds:.0f} s: "
+      f"{o.results} results, {o.refused} refused, {len(o.findings)} findings; "
+      f"memory grew by {o.grown / 1e6:.0f} MB"
     )
-    for number, what in o.findings.items():
-      print(f"  {target}:{number}: {what.strip().splitlines()[-1]}")
+    for number, reason in o.findings.items():
+      print(f"  {target}:{number}: {reason.strip().splitlines()[-1]}")
   return int(any(o.findings for o in outcomes.values()))
 
 

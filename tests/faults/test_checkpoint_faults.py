@@ -19,13 +19,14 @@ from mrmae_jax.errors import DataError, NonFiniteError, StorageError, WorkdirErr
 from mrmae_jax.runs import checkpoint, log, nonfinite, workdir
 from mrmae_jax.runs.checkpoint import Checkpoints
 from tests.faults import small
+from tests.helpers.cli import run_command
 from tests.helpers.tasks import init_state, make_tx
 
 # What orbax leaves behind of a read that failed is not waited for.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 ROOT = Path(__file__).parent.parent.parent
-GOLDEN = ROOT / "tests" / "goldens" / "checkpoint_format_1"
+GOLDENS = ROOT / "tests" / "goldens"
 
 
 def state_of(step, rng=np.random.default_rng):
@@ -123,7 +124,7 @@ def test_f15_no_whole_checkpoint_is_an_error_and_nothing_is_touched(saved, tmp_p
       data.write_bytes(b"")
   before = sorted(p.relative_to(folder) for p in folder.rglob("*"))
   opened = Checkpoints(folder, {"seed": 0})
-  with pytest.raises(StorageError, match="no checkpoint in .* is whole \\(step 8: .*; step 4: "):
+  with pytest.raises(StorageError, match="no checkpoint in .* is intact \\(step 8: .*; step 4: "):
     opened.restore(shapes(state_of(0)))
   opened.close()
   assert sorted(p.relative_to(folder) for p in folder.rglob("*")) == before
@@ -191,24 +192,22 @@ def test_f15_the_checksum_sees_every_kind_of_change():
     assert total(placed) == total(x)
 
 
-def test_f18_the_checkpoint_of_format_1_still_opens(tmp_path):
-  folder = shutil.copytree(GOLDEN, tmp_path / "run")
+def test_f18_the_checkpoint_of_format_2_still_opens(tmp_path):
+  folder = shutil.copytree(GOLDENS / "checkpoint_format_2", tmp_path / "run")
   opened = Checkpoints(folder, {"seed": 0})
-  found = opened.restore(shapes(state_of(0)))
+  restored = opened.restore(shapes(state_of(0)))
   opened.close()
-  assert found.step == 4 and equal(found.state, state_of(4))
+  assert restored.step == 4 and equal(restored.state, state_of(4))
 
 
-def test_f18_another_format_is_refused_with_versions(tmp_path, monkeypatch):
-  monkeypatch.setattr(checkpoint, "FORMAT", 2)
-  saving = Checkpoints(tmp_path, {})
-  saving.save(1, state_of(1), wait=True)
-  monkeypatch.undo()
+def test_f18_another_format_is_refused_with_versions(tmp_path):
+  folder = shutil.copytree(GOLDENS / "checkpoint_format_1", tmp_path / "run")
+  opened = Checkpoints(folder, {"seed": 0})
   with pytest.raises(
-    WorkdirError, match=r"written in format 2 \(with \{.*'jax': .*this version reads format 1"
+    WorkdirError, match=r"written in format 1 \(with \{.*'jax': .*this version reads format 2"
   ):
-    saving.restore(shapes(state_of(0)))
-  saving.close()
+    opened.restore(shapes(state_of(0)))
+  opened.close()
 
 
 def test_f19_too_little_space_is_seen_before_saving(tmp_path, monkeypatch):
@@ -226,7 +225,7 @@ def test_f19_a_save_that_fails_leaves_the_one_before(tmp_path):
   """The disk takes no file above a size, from the second save on: the run goes on, and says so; its end is exit code 5."""
   code = """if True:
     import resource, signal, sys
-    from mrmae_jax.cli import train
+    from mrmae_jax import __main__ as entry
     from mrmae_jax.runs import checkpoint
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     save = checkpoint.Checkpoints.save
@@ -237,7 +236,7 @@ def test_f19_a_save_that_fails_leaves_the_one_before(tmp_path):
       finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10**9, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     checkpoint.Checkpoints.save = limited
-    sys.exit(train.main(["main", "--config=tests/faults/small.py", f"--workdir=WORKDIR"]))
+    sys.exit(entry.main(["mrmae", "pretrain", "--config=tests/faults/small.py", f"--workdir=WORKDIR"]))
   """.replace("WORKDIR", str(tmp_path))
   done = subprocess.run(
     [sys.executable, "-c", code],
@@ -293,7 +292,7 @@ def test_f22_slow_storage_does_not_stop_the_steps(tmp_path, monkeypatch, capsys)
   )
   _, records = toy_run(tmp_path)
   said = capsys.readouterr().out
-  assert "checkpoint 8 is not saved: the save before is still under way" in said
+  assert "checkpoint 8 is not saved: the previous save is still in progress" in said
   assert (tmp_path / "checkpoints" / "20").is_dir() and {
     r["step"] for r in records if "loss" in r
   } == set(range(1, 21))
@@ -323,7 +322,7 @@ def test_f25_the_best_checkpoint_of_a_run_stays(tmp_path, monkeypatch):
     def __init__(self, *args):
       pass
 
-    def run(self, params, step):
+    def run(self, params, extra, step):
       return {"accuracy": next(values)}
 
   monkeypatch.setitem(sys.modules, "mrmae_jax.evals.fake", type(sys)("fake"))
@@ -383,14 +382,13 @@ def test_f24_a_spike_may_be_left_out():
     before, _ = step(state, {}, usual | {"scale": 1.0})
     after, told = step(before, {}, usual | {"scale": 1e4})
     assert int(told["skipped"]) == skipped and equal(before.params, after.params) == bool(skipped)
-    assert "more than optim.max_spike times" in nonfinite.reason(
+    assert "more than optim.max_spike times" in nonfinite.skip_reason(
       {k: float(v) for k, v in told.items()}
     )
 
 
 def test_f23_a_run_that_is_lost_leaves_a_bundle_that_replays(tmp_path, monkeypatch, capsys):
   """From step 10 on every loss is nan: after three the run ends, and replay gives the same numbers in another process."""
-  from mrmae_jax.cli import replay
 
   monkeypatch.chdir(ROOT)
   config = small.get_config()
@@ -400,21 +398,21 @@ def test_f23_a_run_that_is_lost_leaves_a_bundle_that_replays(tmp_path, monkeypat
   from mrmae_jax.tasks import pretrain
 
   with pytest.raises(
-    NonFiniteError, match="3 updates in a row were left out.*mrmae replay --bundle="
+    NonFiniteError, match="3 updates in a row were skipped.*mrmae replay --bundle="
   ) as error:
     train.fit(config, pretrain.make(config), tmp_path)
   bundle = Path(str(error.value).split("--bundle=")[1])
   told = json.loads((bundle / "bundle.json").read_text())
   said = capsys.readouterr().out
-  assert said.count("update left out") >= 3 and told["step"] >= 3 and told["state"] == "saved"
+  assert said.count("update skipped") >= 3 and told["step"] >= 3 and told["state"] == "saved"
   assert not any((tmp_path / "checkpoints").glob(str(told["step"])))
-  assert replay.main(["replay", f"--bundle={bundle}"]) == 0
+  assert run_command(["replay", f"--bundle={bundle}"]) == 0
   printed = capsys.readouterr().out
   assert "the same numbers, bit for bit" in printed and "not the same\n" not in printed, printed
   assert "gradients that are not finite: " in printed and "encoder/" in printed
   assert (
-    replay.main(["replay", f"--bundle={tmp_path}"]) == 2
-    and "is no bundle" in capsys.readouterr().err
+    run_command(["replay", f"--bundle={tmp_path}"]) == 2
+    and "is not a bundle" in capsys.readouterr().err
   )
 
 
@@ -422,7 +420,7 @@ def test_f23_a_few_bad_batches_do_not_end_a_run(tmp_path, capsys):
   task = small.toy_task(lambda x: jnp.where((x * 1e4).astype(int) % 5 == 0, jnp.inf, 0.0))
   _, records = toy_run(tmp_path, task)
   said = capsys.readouterr().out
-  count = said.count("update left out")
+  count = said.count("update skipped")
   assert 1 <= count < 15
   last = [r for r in records if "lr" in r][-1]
   assert last["step"] == 20 and last["skipped"] == count
@@ -463,7 +461,14 @@ def test_f38_a_logger_that_breaks_is_no_reason_to_stop(tmp_path, monkeypatch, ca
   def broken(*args, **kwargs):
     raise RuntimeError("the logger is down")
 
-  monkeypatch.setattr(log.tensorboardX.SummaryWriter, "add_scalar", broken)
+  open_tensorboard = log._open_tensorboard
+
+  def open_broken(*args):
+    writer = open_tensorboard(*args)
+    writer.add_scalar = broken
+    return writer
+
+  monkeypatch.setattr(log, "_open_tensorboard", open_broken)
   _, records = toy_run(tmp_path)
   assert [r["step"] for r in records if "loss" in r] == list(range(1, 21))
   assert capsys.readouterr().out.count("the logger is down") == 1
@@ -485,35 +490,35 @@ def test_f39_half_a_line_and_a_clock_that_jumps(tmp_path, monkeypatch):
 
 
 def test_f21_two_runs_in_one_workdir(tmp_path):
-  with workdir.held(tmp_path) as note:
+  with workdir.lock_workdir(tmp_path) as note:
     assert note == ""
     told = json.loads((tmp_path / "lock").read_text())
     assert told["pid"] == os.getpid()
     with pytest.raises(WorkdirError, match=f"is in use by process {os.getpid()} on .* since 20"):
-      with workdir.held(tmp_path):
+      with workdir.lock_workdir(tmp_path):
         pass
-  with workdir.held(tmp_path) as note:
+  with workdir.lock_workdir(tmp_path) as note:
     assert note == ""
 
 
 def test_f21_a_holder_elsewhere_is_given_time_to_end(tmp_path, monkeypatch):
-  with workdir.held(tmp_path):
+  with workdir.lock_workdir(tmp_path):
     monkeypatch.setattr(workdir.socket, "gethostname", lambda: "another")
     monkeypatch.setattr(workdir, "PATIENCE_S", 0.1)
     waited = []
     monkeypatch.setattr(workdir.time, "sleep", waited.append)
     monkeypatch.setattr(workdir.time, "monotonic", iter([0.0, 0.05, 0.09, 0.2]).__next__)
     with pytest.raises(WorkdirError, match="is in use by process"):
-      with workdir.held(tmp_path):
+      with workdir.lock_workdir(tmp_path):
         pass
     assert waited == [1, 1]
 
 
 def test_f21_a_lock_ends_with_its_process(tmp_path):
-  code = f"from mrmae_jax import workdir\nimport os\nwith workdir.held({str(tmp_path)!r}):\n  os._exit(9)"
+  code = f"from mrmae_jax.runs import workdir\nimport os\nwith workdir.lock_workdir({str(tmp_path)!r}):\n  os._exit(9)"
   assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 9
-  with workdir.held(tmp_path) as note:
-    assert "the run before, process " in note and "ended without a word" in note
+  with workdir.lock_workdir(tmp_path) as note:
+    assert "the previous run (process " in note and "did not shut down cleanly" in note
 
 
 def test_f37_out_of_memory_says_what_to_turn():

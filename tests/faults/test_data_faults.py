@@ -1,4 +1,4 @@
-"""Data that is bad, changes or stalls, and workers that die: nothing is lost, nothing goes unsaid, nothing hangs."""
+"""Bad, changing or stalled data and dying workers: every loss is reported and nothing hangs."""
 
 import contextlib
 import json
@@ -21,11 +21,11 @@ import pytest
 
 from mrmae_jax import config as config_lib
 from mrmae_jax import preflight, train
-from mrmae_jax.cli import pack
-from mrmae_jax.cli import verify as tool
-from mrmae_jax.data import augment, open_source
-from mrmae_jax.data.sources import Remaining
+from mrmae_jax.cli.verify import _classify_file
+from mrmae_jax.data import LoaderOptions, augment, element_shapes, open_source
+from mrmae_jax.data.sources.quarantine import FilteredSource
 from mrmae_jax.errors import ConfigError, DataError
+from tests.helpers.cli import run_command
 from tests.helpers.images import (
   SIZE,
   Numbered,
@@ -34,6 +34,7 @@ from tests.helpers.images import (
   eval_loader,
   good_files,
   lying_jpeg,
+  make_views,
   photo,
   png_header,
   train_loader,
@@ -45,7 +46,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc")
 COUNT = 24
 JPEG = encode(photo(200, 300))
-BAD = {  # image of the folder below -> what is found in its place
+BAD = {  # image of the folder below -> content of its file; None: the file is missing
   3: b"",
   4: b"<!DOCTYPE html><html>404</html>",
   10: JPEG[: len(JPEG) // 2],
@@ -66,9 +67,12 @@ def damage(root):
 
 @pytest.fixture
 def folders(tmp_path):
-  """Two sources of 24 images: whole, and one whose files 3, 4, 10 and 17 went bad (17: missing) after it was opened."""
+  """Returns an intact source of 24 images, one with bad files, and the places of these.
+
+  Files 3, 4, 10 and 17 (missing) went bad after the second source was opened.
+  """
   sources = []
-  for folder in ("whole", "bad"):
+  for folder in ("intact", "bad"):
     write_images(tmp_path / folder, map(name, range(COUNT)))
     sources.append(open_source(f"folder:{tmp_path}/{folder}", "train", holdout_every=0))
   damage(tmp_path / "bad")
@@ -76,7 +80,7 @@ def folders(tmp_path):
   return *sources, {order.index(i) for i in BAD}
 
 
-def joined(source, steps, **options):
+def join_steps(source, steps, **options):
   return {
     key: np.concatenate([step[key] for step in train_steps(source, steps, **options)])
     for key in ("image", "label")
@@ -90,15 +94,15 @@ SKIP = dict(on_error="skip", max_skipped=0.2)
 
 
 def test_f26_skip_replaces_bad_images_and_changes_no_other(folders):
-  whole, bad, places = folders
-  expected, got = joined(whole, 7), joined(bad, 7, **SKIP)
-  index = joined(Numbered(COUNT), 7)["label"]  # of the image at each place of the stream
-  replaced = np.isin(index, list(places))
-  assert 8 <= replaced.sum() <= 12  # two epochs and a part
+  intact, bad, places = folders
+  expected, actual = join_steps(intact, 7), join_steps(bad, 7, **SKIP)
+  index = join_steps(Numbered(COUNT), 7)["label"]  # of the image at each place of the stream
+  is_replaced = np.isin(index, list(places))
+  assert 8 <= is_replaced.sum() <= 12  # two epochs and a part
   for key in expected:
-    np.testing.assert_array_equal(got[key][~replaced], expected[key][~replaced])
-  same = (got["image"] == expected["image"]).all((1, 2, 3))
-  np.testing.assert_array_equal(same, ~replaced)
+    np.testing.assert_array_equal(actual[key][~is_replaced], expected[key][~is_replaced])
+  is_same = (actual["image"] == expected["image"]).all((1, 2, 3))
+  np.testing.assert_array_equal(is_same, ~is_replaced)
 
 
 class Unreadable(Numbered):
@@ -111,8 +115,10 @@ class Unreadable(Numbered):
 
 
 def test_f26_each_place_draws_its_own_substitute():
-  labels = joined(Unreadable(COUNT), 24, on_error="skip", max_skipped=1.0)["label"]  # eight epochs
-  index = joined(Numbered(COUNT), 24)["label"]
+  epochs = 8
+  steps = epochs * COUNT // 8
+  labels = join_steps(Unreadable(COUNT), steps, on_error="skip", max_skipped=1.0)["label"]
+  index = join_steps(Numbered(COUNT), steps)["label"]
   np.testing.assert_array_equal(labels != index, index % 4 == 3)
   drawn = np.bincount(labels[index % 4 == 3], minlength=COUNT)  # 48 draws of 18 images
   assert drawn[3::4].sum() == 0 and drawn.max() <= 10 and (drawn > 0).sum() >= 12
@@ -121,8 +127,10 @@ def test_f26_each_place_draws_its_own_substitute():
 @pytest.mark.parametrize("shards, workers, first", [(2, 0, 0), (1, 1, 0), (1, 2, 3), (2, 2, 1)])
 def test_f26_skip_does_not_depend_on_shards_workers_or_start(folders, shards, workers, first):
   reference = train_steps(folders[1], 7, **SKIP)
-  got = train_steps(folders[1], 7 - first, shards=shards, workers=workers, first_step=first, **SKIP)
-  assert_same(got, reference[first:])
+  actual = train_steps(
+    folders[1], 7 - first, shards=shards, workers=workers, first_step=first, **SKIP
+  )
+  assert_same(actual, reference[first:])
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -158,7 +166,7 @@ def test_f26_too_many_skipped_images_end_the_run(folders, shards):
   with pytest.raises(
     DataError, match="1 of 24 images could not be read, max_skipped=0.01 allows 0"
   ):
-    train_steps(folders[1], 20, on_error="skip")  # the default is no licence
+    train_steps(folders[1], 20, on_error="skip")  # the default allows none
 
 
 def test_f26_a_source_without_a_readable_image_ends_the_run(tmp_path):
@@ -172,62 +180,62 @@ def test_f26_a_source_without_a_readable_image_ends_the_run(tmp_path):
 
 @pytest.mark.parametrize("shards", [1, 2])
 def test_f26_evaluation_does_not_count_bad_images_and_says_so(folders, shards, capsys):
-  whole, bad, places = folders
-  expected = list(eval_loader(whole))
+  intact, bad, places = folders
+  expected = list(eval_loader(intact))
   parts = [list(eval_loader(bad, shard=i, num_shards=shards, **SKIP)) for i in range(shards)]
-  got = [
+  actual = [
     {key: np.concatenate([part[key] for part in step]) for key in step[0]} for step in zip(*parts)
   ]
-  got, expected = (
+  actual, expected = (
     {key: np.concatenate([step[key] for step in steps]) for key in steps[0]}
-    for steps in (got, expected)
+    for steps in (actual, expected)
   )
-  np.testing.assert_array_equal(np.flatnonzero(~got["valid"]), sorted(places))
+  np.testing.assert_array_equal(np.flatnonzero(~actual["valid"]), sorted(places))
   for key in ("image", "label"):
-    np.testing.assert_array_equal(got[key][got["valid"]], expected[key][got["valid"]])
-  assert not got["label"][~got["valid"]].any() and not got["image"][~got["valid"]].any()
+    np.testing.assert_array_equal(actual[key][actual["valid"]], expected[key][actual["valid"]])
+  assert not actual["label"][~actual["valid"]].any() and not actual["image"][~actual["valid"]].any()
   assert capsys.readouterr().err.count("it is not counted") == len(BAD)
   with pytest.raises(DataError, match="cannot be"):
     list(eval_loader(bad))
 
 
 def test_f26_a_run_with_a_quarantine_list_equals_one_without_these_files(folders, tmp_path, capsys):
-  report, listed = tmp_path / "report.json", tmp_path / "list.json"
+  report, list_path = tmp_path / "report.json", tmp_path / "list.json"
   (tmp_path / "bad" / name(17)).write_bytes(JPEG[:20])
   source = f"folder:{tmp_path}/bad"
   options = [f"--source={source}", "--holdout_every=0", "--splits=train", "--workers=2"]
-  assert tool.main(["verify", *options, f"--json={report}", f"--quarantine={listed}"]) == 3
-  assert json.loads(listed.read_text())["train"].keys() == {name(i) for i in BAD}
+  assert run_command(["verify", *options, f"--json={report}", f"--quarantine={list_path}"]) == 3
+  assert json.loads(list_path.read_text())["train"].keys() == {name(i) for i in BAD}
   assert "4 of 24 images are bad" in capsys.readouterr().err
-  left = open_source(source, "train", holdout_every=0, quarantine=str(listed))
-  shutil.copytree(tmp_path / "whole", tmp_path / "good")
+  remaining = open_source(source, "train", holdout_every=0, quarantine=str(list_path))
+  shutil.copytree(tmp_path / "intact", tmp_path / "good")
   for i in BAD:
     (tmp_path / "good" / name(i)).unlink()
   expected = open_source(f"folder:{tmp_path}/good", "train", holdout_every=0)
   assert (
-    len(left) == 20
+    len(remaining) == 20
     and "24 images, 2 classes; nothing held out; without 4 of these in quarantine"
-    in left.description
+    in remaining.description
   )
-  assert_same(train_steps(left, 5, workers=1), train_steps(expected, 5))
-  assert left.fingerprint not in (
+  assert_same(train_steps(remaining, 5, workers=1), train_steps(expected, 5))
+  assert remaining.fingerprint not in (
     expected.fingerprint,
     open_source(source, "train", holdout_every=0).fingerprint,
   )
-  assert [left.name(i) for i in range(20)] == [expected.name(i) for i in range(20)]
+  assert [remaining.name(i) for i in range(20)] == [expected.name(i) for i in range(20)]
 
 
 def test_f26_quarantine_keeps_the_split_of_the_others(tmp_path):
   (tmp_path / "list.json").write_text(
     json.dumps({"train": ["digits/0000"], "eval": {"digits/0009": "cause"}})
   )
-  for split, gone in (("train", "digits/0000"), ("eval", "digits/0009")):
-    whole, left = (
+  for split, excluded in (("train", "digits/0000"), ("eval", "digits/0009")):
+    original, remaining = (
       open_source("digits", split, quarantine=path) for path in ("", str(tmp_path / "list.json"))
     )
-    names = [whole.name(i) for i in range(len(whole))]
-    assert names[0] == gone and [left.name(i) for i in range(len(left))] == names[1:]
-    assert left[3]["name"] == left.name(3)
+    names = [original.name(i) for i in range(len(original))]
+    assert names[0] == excluded and [remaining.name(i) for i in range(len(remaining))] == names[1:]
+    assert remaining[3]["name"] == remaining.name(3)
 
 
 @pytest.mark.parametrize(
@@ -261,7 +269,7 @@ def test_f26_quarantine_of_everything(tmp_path):
   source = Numbered(2)
   source.name = str
   with pytest.raises(DataError, match="leaves nothing"):
-    Remaining(source, "train", str(tmp_path / "list.json"))
+    FilteredSource(source, "train", str(tmp_path / "list.json"))
 
 
 def test_f26_the_policy_may_change_when_a_run_continues():
@@ -289,12 +297,12 @@ def test_f26_options_that_do_not_fit(key, value):
     preflight.check(config, 8)
 
 
-# Formats whose rule is not "whatever Pillow does" alone; the others are in tests/test_data.py.
+# Formats with another rule than Pillow's; tests/test_data.py has the other formats.
 
 
 @pytest.mark.parametrize("form, options", [("WEBP", {"lossless": True}), ("GIF", {}), ("PNG", {})])
 def test_f26_of_an_animation_the_first_frame_is_taken(form, options):
-  frames = [augment.Image.fromarray(np.full((20, 30, 3), colour, np.uint8)) for colour in (50, 200)]
+  frames = [augment.Image.fromarray(np.full((20, 30, 3), color, np.uint8)) for color in (50, 200)]
   image = augment.decode_image(
     encode(frames[0], form, save_all=True, append_images=frames[1:], **options), "x"
   )
@@ -315,13 +323,13 @@ def test_f26_sixteen_bit_colour_keeps_its_high_byte():
     )
   )
   np.testing.assert_array_equal(augment.decode_image(data, "x"), values >> 8)
-  assert ("kind", "16-bit") in tool._about(data)
+  assert ("kind", "16-bit") in _classify_file(data)
 
 
-# The tool.
+# mrmae verify.
 
 
-def noticed_flip():
+def make_noticed_flip():
   """A JPEG with one changed byte, which Pillow reads and whose damage the decoder notices."""
   for i in range(len(JPEG) // 2, len(JPEG)):
     data = JPEG[:i] + bytes([JPEG[i] ^ 255]) + JPEG[i + 1 :]
@@ -344,7 +352,7 @@ def test_f26_verify_counts_everything_and_finds_what_is_bad(tmp_path, capsys):
     "empty.jpg": (b"", "is empty"),
     "page.jpg": (b"<html>", "not an image"),
     "short.jpg": (BAD[10], "Premature end|truncated"),
-    "flip.jpg": (noticed_flip(), "cannot be decoded"),
+    "flip.jpg": (make_noticed_flip(), "cannot be decoded"),
     "bomb.png": (png_header(60000, 60000), "3600000000|60000"),
   }
   folder, files = tmp_path / "images", good | {name: data for name, (data, _) in bad.items()}
@@ -353,9 +361,8 @@ def test_f26_verify_counts_everything_and_finds_what_is_bad(tmp_path, capsys):
     (folder / file).write_bytes(data)
   (folder / "nobody.jpg").symlink_to(tmp_path / "gone.jpg")
   assert (
-    tool.main(
+    run_command(
       [
-        "data",
         "verify",
         f"--source=folder:{folder}",
         "--holdout_every=0",
@@ -365,67 +372,65 @@ def test_f26_verify_counts_everything_and_finds_what_is_bad(tmp_path, capsys):
     )
     == 3
   )
-  printed = capsys.readouterr()
+  output = capsys.readouterr()
   report = json.loads((tmp_path / "report.json").read_text())
-  assert json.loads(printed.out) == report
-  assert "6 of 22 images are bad, the first: bomb.png: " in printed.err
-  found = report["train"]
-  assert found["images"] == 22 and found["bad"] == 6
-  assert list(found["causes"]) == sorted([*bad, "nobody.jpg"])
+  assert json.loads(output.out) == report
+  assert "6 of 22 images are bad, the first: bomb.png: " in output.err
+  statistics = report["train"]
+  assert statistics["images"] == 22 and statistics["bad"] == 6
+  assert list(statistics["causes"]) == sorted([*bad, "nobody.jpg"])
   for file, (_, cause) in bad.items():
-    assert re.search(cause, found["causes"][file])
-  assert "No such file" in found["causes"]["nobody.jpg"]
-  assert found["format"] == {"JPEG": 7, "PNG": 7, "WEBP": 2}
-  assert found["kind"] == {
-    "grey": 4,
+    assert re.search(cause, statistics["causes"][file])
+  assert "No such file" in statistics["causes"]["nobody.jpg"]
+  assert statistics["format"] == {"JPEG": 7, "PNG": 7, "WEBP": 2}
+  assert statistics["kind"] == {
+    "gray": 4,
     "cmyk": 1,
     "alpha": 2,
     "16-bit": 1,
     "exif-turned": 1,
     "animated": 1,
   }
-  assert found["short_side"] == {"32-63": 1, "64-127": 1, "128-255": 14}
+  assert statistics["short_side"] == {"32-63": 1, "64-127": 1, "128-255": 14}
   pixels = (
     np.concatenate([augment.decode_image(data, name).reshape(-1, 3) for name, data in good.items()])
     / 255
   )
-  assert found["pixels"] == len(pixels)
-  np.testing.assert_allclose(found["mean"], pixels.mean(0), rtol=1e-9)
-  np.testing.assert_allclose(found["std"], pixels.std(0), rtol=1e-9)
+  assert statistics["pixels"] == len(pixels)
+  np.testing.assert_allclose(statistics["mean"], pixels.mean(0), rtol=1e-9)
+  np.testing.assert_allclose(statistics["std"], pixels.std(0), rtol=1e-9)
 
 
 def test_f26_verify_of_good_images(tmp_path, capsys):
-  listed = tmp_path / "list.json"
+  list_path = tmp_path / "list.json"
   assert (
-    tool.main(
+    run_command(
       [
-        "data",
         "verify",
         "--source=digits",
         "--splits=eval",
         "--workers=1",
-        f"--quarantine={listed}",
+        f"--quarantine={list_path}",
       ]
     )
     == 0
   )
-  assert json.loads(listed.read_text()) == {"eval": {}}
+  assert json.loads(list_path.read_text()) == {"eval": {}}
   out = capsys.readouterr().out
   assert out.endswith("all 179 images are good\n") and '"pixels": 179' in out
-  assert len(open_source("digits", "eval", quarantine=str(listed))) == 179
+  assert len(open_source("digits", "eval", quarantine=str(list_path))) == 179
 
 
 @pytest.mark.parametrize(
   "options, message",
   [
-    ([], "is not verify"),
-    (["look"], "'look' is not verify"),
-    (["verify"], "--source is missing"),
-    (["verify", "--source=digits", "--splits=dev"], "--splits=dev must be"),
+    ([], "--source"),
+    (["--source=digits", "look"], "look"),
+    (["--source=digits", "--splits=dev"], "--splits=dev must be"),
   ],
 )
 def test_f26_command_lines_that_do_not_fit(options, message, capsys):
-  assert tool.main(["verify", *options]) == 2
+  assert run_command(["verify", *options]) == 2
   assert message in capsys.readouterr().err
 
 
@@ -447,10 +452,11 @@ def png_bomb(side):
 MEASURE = """
 import re, sys
 from mrmae_jax.data import augment
+from mrmae_jax.errors import DataError
 augment.Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which other libraries switch off
 with open(sys.argv[1], "rb") as file:
   data = file.read()
-def peak():  # in KiB, of this program alone: ru_maxrss begins at what the parent held
+def peak():  # in KiB, of this program alone: ru_maxrss begins at the value of the parent
   with open("/proc/self/status") as status:
     return int(re.search(r"VmHWM:\\s+(\\d+)", status.read())[1])
 before = peak()
@@ -462,13 +468,13 @@ print(peak() - before)
 """
 
 
-def growth(path):
-  """What decoding a file says, and by how many MB it makes a process grow."""
-  done = subprocess.run(
+def measure_growth(path):
+  """Returns the messages of decoding a file and by how many MB the process grows."""
+  process = subprocess.run(
     [sys.executable, "-c", MEASURE, path], cwd=ROOT, capture_output=True, text=True, check=True
   )
-  *said, grown = done.stdout.splitlines()
-  return said, int(grown) / 1024
+  *messages, kib = process.stdout.splitlines()
+  return messages, int(kib) / 1024
 
 
 @needs_proc
@@ -477,15 +483,17 @@ def test_f27_bombs_are_refused_from_their_header(tmp_path, kind):
   (tmp_path / "bomb").write_bytes(
     lying_jpeg() if kind == "jpeg 65500" else png_bomb(int(kind.split()[1]))
   )
-  said, grown = growth(tmp_path / "bomb")
-  assert len(said) == 1 and said[0].startswith("bomb: cannot be decoded: ") and grown < 200
+  messages, megabytes = measure_growth(tmp_path / "bomb")
+  assert (
+    len(messages) == 1 and messages[0].startswith("bomb: cannot be decoded: ") and megabytes < 200
+  )
 
 
 @needs_proc
 def test_f27_the_measure_sees_what_is_decoded(tmp_path):
   (tmp_path / "image").write_bytes(png_bomb(7500))  # 169 MB, and Pillow's own 225, below the limit
-  said, grown = growth(tmp_path / "image")
-  assert not said and grown > 200
+  messages, megabytes = measure_growth(tmp_path / "image")
+  assert not messages and megabytes > 200
 
 
 # F28: data that changes during a run.
@@ -495,12 +503,12 @@ def test_f27_the_measure_sees_what_is_decoded(tmp_path):
 def test_f28_a_file_that_goes_away_makes_no_epoch_shorter(tmp_path, shards):
   write_images(tmp_path, map(name, range(COUNT)))
   source = open_source(f"folder:{tmp_path}", "train", holdout_every=0)
-  expected = joined(source, 6)
+  expected = join_steps(source, 6)
   (tmp_path / name(17)).unlink()
   with pytest.raises(DataError, match=name(17) + ": cannot be read .No such file"):
     train_steps(source, 6)
-  got = joined(source, 6, shards=shards, **SKIP)  # two epochs
-  assert (got["image"] == expected["image"]).all((1, 2, 3)).sum() == 2 * COUNT - 2
+  actual = join_steps(source, 6, shards=shards, **SKIP)  # two epochs
+  assert (actual["image"] == expected["image"]).all((1, 2, 3)).sum() == 2 * COUNT - 2
   parts = [
     list(eval_loader(source, batch_size=6, shard=i, num_shards=shards, **SKIP))
     for i in range(shards)
@@ -512,12 +520,12 @@ def test_f28_a_file_that_goes_away_makes_no_epoch_shorter(tmp_path, shards):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_f28_a_packed_shard_that_is_cut_during_a_run(tmp_path, workers):
-  write_images(tmp_path / "whole", map(name, range(COUNT)))
+  write_images(tmp_path / "intact", map(name, range(COUNT)))
   assert (
-    pack.main(
+    run_command(
       [
         "pack",
-        f"--source=folder:{tmp_path}/whole",
+        f"--source=folder:{tmp_path}/intact",
         f"--out={tmp_path}/packed",
         "--shards=4",
         "--splits=train",
@@ -526,7 +534,7 @@ def test_f28_a_packed_shard_that_is_cut_during_a_run(tmp_path, workers):
     )
     == 0
   )
-  expected = joined(open_source(f"packed:{tmp_path}/packed", "train"), 3)
+  expected = join_steps(open_source(f"packed:{tmp_path}/packed", "train"), 3)
   source = open_source(f"packed:{tmp_path}/packed", "train")
   shard = tmp_path / "packed" / "train-00002-of-00004.array_record"
   os.truncate(shard, shard.stat().st_size // 4)
@@ -535,24 +543,26 @@ def test_f28_a_packed_shard_that_is_cut_during_a_run(tmp_path, workers):
     match="packed:.*image 1[2-7] of 'train' cannot be read.*find the damaged shard.*--verify=",
   ):
     train_steps(source, 3, workers=workers)
-  got = joined(source, 3, workers=workers, on_error="skip", max_skipped=0.3)
-  whole = (got["image"] == expected["image"]).all((1, 2, 3))
-  index = joined(Numbered(COUNT), 3)["label"]
-  assert len(got["label"]) == 24 and whole[(index < 12) | (index >= 18)].all() and not whole.all()
+  actual = join_steps(source, 3, workers=workers, on_error="skip", max_skipped=0.3)
+  is_same = (actual["image"] == expected["image"]).all((1, 2, 3))
+  index = join_steps(Numbered(COUNT), 3)["label"]
+  assert (
+    len(actual["label"]) == 24 and is_same[(index < 12) | (index >= 18)].all() and not is_same.all()
+  )
 
 
 # F29 and F36: workers that die.
 
 
 def workers_of(pid):
-  """Decoding processes among the descendants of a process."""
-  found = []
+  """Returns the ids of the decoding processes that are children of a process."""
+  pids = []
   for path in pathlib.Path("/proc").glob("[0-9]*"):
     with contextlib.suppress(OSError, IndexError):
       parent = int((path / "stat").read_text().rsplit(")", 1)[1].split()[1])
       if parent == pid and b"spawn_main" in (path / "cmdline").read_bytes():
-        found.append(int(path.name))
-  return found
+        pids.append(int(path.name))
+  return pids
 
 
 @needs_proc
@@ -561,15 +571,13 @@ def test_f29_a_killed_worker_is_reported(tmp_path):
   next(batches)
   os.kill(workers_of(os.getpid())[0], signal.SIGKILL)
   began = time.monotonic()
-  with pytest.raises(DataError) as caught:
+  with pytest.raises(DataError) as error:
     while time.monotonic() < began + 20:
       next(batches)
   assert time.monotonic() < began + 5
-  assert "killed by signal 9: probably out of memory (of " in str(caught.value)
-  assert "GiB on this machine" in str(caught.value) and "use fewer data.workers" in str(
-    caught.value
-  )
-  assert not multiprocessing.active_children() and "\n" not in str(caught.value)
+  assert "killed by signal 9: probably out of memory (of " in str(error.value)
+  assert "GiB on this machine" in str(error.value) and "use fewer data.workers" in str(error.value)
+  assert not multiprocessing.active_children() and "\n" not in str(error.value)
 
 
 class Ends(Numbered):
@@ -587,7 +595,7 @@ def test_f29_a_worker_that_crashes_is_reported():
 
 
 class Hungry(Numbered):
-  """A worker that gets 128 MB more than it has while it decodes an image that takes 400."""
+  """Limits a worker to 128 MB more than it has while it decodes an image that takes 400."""
 
   def __getitem__(self, index):
     limit = resource.RLIM_INFINITY
@@ -636,16 +644,17 @@ def test_f30_a_stalled_image_is_named(workers, shards):
   batches = train_loader(
     Slow(40), workers=workers, first_step=2, timeout_s=100.0, shard=shard, num_shards=shards
   )
-  assert step  # so that the first batch, which waits for workers to start, is not the one
-  with pytest.raises(DataError, match="waited 1 s") as caught:
-    for i in range(8):
-      next(batches)
-      batches._options = batches._options._replace(timeout_s=1.0)
-      began = time.monotonic()
-  assert i == step and time.monotonic() - began < 10
-  assert f"for batch {2 + step} (the first is 0) of slow" in str(caught.value)
-  named = str(caught.value).split("the images of this batch: ")[1].split(", ")
-  assert named == [f"image {k}!" for k in order[step][shard]]
+  assert step  # the first batch waits for workers to start, so it must not be the stalled one
+  for _ in range(step):
+    next(batches)
+  batches._options = batches._options._replace(timeout_s=1.0)
+  start_time = time.monotonic()
+  with pytest.raises(DataError, match="waited 1 s") as error:
+    next(batches)
+  assert time.monotonic() - start_time < 10
+  assert f"for batch {2 + step} (the first is 0) of slow" in str(error.value)
+  names = str(error.value).split("the images of this batch: ")[1].split(", ")
+  assert names == [f"image {k}!" for k in order[step][shard]]
   assert not multiprocessing.active_children()
 
 
@@ -658,8 +667,17 @@ def test_f30_evaluation_too():
     next(batches)
 
 
-def start(tmp_path, *arguments):
-  """A training run in a process of its own, on one device."""
+def test_f30_the_first_image_too():
+  class Stalled(Slow):
+    def __getitem__(self, index):
+      return super().__getitem__(7)
+
+  with pytest.raises(DataError, match="waited 0.2 s for the first image of slow .image 0!."):
+    element_shapes(Stalled(8), make_views().train, LoaderOptions(timeout_s=0.2))
+
+
+def start_run(tmp_path, *arguments):
+  """Starts a training run in another process, on one device."""
   env = dict(
     os.environ,
     PYTHONPATH=str(ROOT),
@@ -669,7 +687,8 @@ def start(tmp_path, *arguments):
   command = [
     sys.executable,
     "-m",
-    "mrmae_jax.cli.train",
+    "mrmae_jax",
+    "pretrain",
     "--config=tests/tiny.py",
     f"--workdir={tmp_path}/run",
     f"--config.data.source=folder:{tmp_path}/images",
@@ -685,8 +704,8 @@ def start(tmp_path, *arguments):
 
 def test_f30_a_run_ends_although_a_thread_waits_for_ever(tmp_path):
   write_images(tmp_path / "images", [f"{i}.jpg" for i in range(16)])
-  os.mkfifo(tmp_path / "images" / "stalled.jpg")  # nobody ever writes to it
-  process = start(tmp_path, "--config.data.timeout_s=3", "--config.epochs=10")
+  os.mkfifo(tmp_path / "images" / "stalled.jpg")  # it has no writer
+  process = start_run(tmp_path, "--config.data.timeout_s=3", "--config.epochs=10")
   try:
     assert process.wait(100) == DataError.exit_code
   finally:
@@ -700,20 +719,20 @@ def test_f30_a_run_ends_although_a_thread_waits_for_ever(tmp_path):
 # F31: a trainer that is killed.
 
 
-def outlived(pids):
-  """Those of the processes that are still there after five seconds; they are killed."""
-  end, alive = time.monotonic() + 5, pids
-  while alive and time.monotonic() < end:
+def kill_survivors(pids):
+  """Returns the processes that are alive after five seconds, and kills them."""
+  end, survivors = time.monotonic() + 5, pids
+  while survivors and time.monotonic() < end:
     time.sleep(0.1)
-    alive = [
+    survivors = [
       pid
       for pid in pids
       if os.path.exists(f"/proc/{pid}")
       and "State:\tZ" not in pathlib.Path(f"/proc/{pid}/status").read_text()
     ]
-  for pid in alive:
+  for pid in survivors:
     os.kill(pid, signal.SIGKILL)
-  return alive
+  return survivors
 
 
 LOOP = """
@@ -741,7 +760,7 @@ def test_f31_workers_do_not_outlive_their_parent(tmp_path):
   finally:
     process.kill()
     process.wait()
-  assert len(workers) == 2 and not outlived(workers)
+  assert len(workers) == 2 and not kill_survivors(workers)
 
 
 @pytest.mark.slow
@@ -749,7 +768,7 @@ def test_f31_workers_do_not_outlive_their_parent(tmp_path):
 def test_f31_workers_do_not_outlive_the_trainer(tmp_path):
   write_images(tmp_path / "images", [f"{i}.jpg" for i in range(16)])
   (tmp_path / "images" / "bad.jpg").write_bytes(b"<html>")
-  process = start(
+  process = start_run(
     tmp_path,
     "--config.data.workers=2",
     "--config.epochs=1000",
@@ -768,10 +787,10 @@ def test_f31_workers_do_not_outlive_the_trainer(tmp_path):
   finally:
     process.kill()
     process.wait()
-  assert not outlived(workers)
+  assert not kill_survivors(workers)
   assert (
     "bad.jpg: cannot be decoded: not an image that is read" in log.read_text()
-  )  # a worker met it, the user is told
+  )  # the warning of a worker process reaches the user
 
 
 # F32: fewer images than a batch.
@@ -780,8 +799,8 @@ def test_f31_workers_do_not_outlive_the_trainer(tmp_path):
 @pytest.mark.parametrize("count", [1, 7, 9])  # of batches of 8
 @pytest.mark.parametrize("shards", [1, 2])
 def test_f32_any_number_of_images_on_any_number_of_shards(count, shards):
-  labels = joined(Numbered(count), count, shards=shards)["label"]
-  np.testing.assert_array_equal(labels, joined(Numbered(count), count)["label"])
+  labels = join_steps(Numbered(count), count, shards=shards)["label"]
+  np.testing.assert_array_equal(labels, join_steps(Numbered(count), count)["label"])
   assert labels.shape == (8 * count,)
   np.testing.assert_array_equal(
     np.bincount(labels), np.full(count, 8)
@@ -791,13 +810,15 @@ def test_f32_any_number_of_images_on_any_number_of_shards(count, shards):
     for i in range(shards)
   ]
   assert {len(part) for part in parts} == {-(-count // 8)}
-  predicted = lambda batch: (
+  predict = lambda batch: (
     batch["image"][:, 0, 0, 0] % 2
   )  # whatever it is, it must not depend on the shards
   hits = sum(
-    int(((predicted(b) == b["label"] % 2) & b["valid"]).sum()) for part in parts for b in part
+    int(((predict(b) == b["label"] % 2) & b["valid"]).sum()) for part in parts for b in part
   )
-  alone = [
+  expected = [
     augment.center_crop(photo(30, 30, i), SIZE, 1.0)[0, 0, 0] % 2 == i % 2 for i in range(count)
   ]
-  assert hits == sum(alone) and sum(int(b["valid"].sum()) for part in parts for b in part) == count
+  assert (
+    hits == sum(expected) and sum(int(b["valid"].sum()) for part in parts for b in part) == count
+  )

@@ -1,4 +1,7 @@
-"""Hostile and mistaken input (F33, F34, F35): refused in one clear line before anything is computed; nothing of it is executed."""
+"""Hostile and mistaken input (F33, F34, F35) is refused in one clear line, before any computing.
+
+Nothing of it is executed.
+"""
 
 import copy
 import io
@@ -16,20 +19,22 @@ from pathlib import Path
 import ml_collections
 import numpy as np
 import pytest
-from absl import flags
 from PIL import Image
 from safetensors.numpy import load_file, save
 
 from mrmae_jax import config as config_lib
 from mrmae_jax import preflight, teachers, train
-from mrmae_jax.cli import train as cli_train
 from mrmae_jax.config import flatten
-from mrmae_jax.data import augment, open_source, packed
+from mrmae_jax.data import augment, open_source
+from mrmae_jax.data.pack import write_packed
 from mrmae_jax.data.randaugment import parse as parse_randaug
+from mrmae_jax.data.sources import packed
 from mrmae_jax.errors import ConfigError, DataError, WeightsError
 from mrmae_jax.weights import files, model_files
 from tests import tiny
 from tests.faults import fuzz
+from tests.helpers.cli import run_command
+from tests.helpers.specs import read_spec
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
 DINO, CLIP = GOLDENS / "teachers" / "hf_dino", GOLDENS / "teachers" / "hf_clip_full"
@@ -40,21 +45,14 @@ DINO, CLIP = GOLDENS / "teachers" / "hf_dino", GOLDENS / "teachers" / "hf_clip_f
 
 @pytest.fixture
 def command(monkeypatch, capsys, tmp_path):
-  """Runs `main` in this process; training is not reached. (exit code, stderr)."""
+  """Runs a command line in this process without training: (exit code, stderr)."""
   monkeypatch.setattr(train, "fit", lambda *args, **kwargs: pytest.fail("training began"))
 
   def run(*arguments):
-    monkeypatch.setattr(
-      sys, "argv", ["main", "--config=tests/tiny.py", f"--workdir={tmp_path}/run", *arguments]
+    monkeypatch.setattr(sys, "argv", ["mrmae"])
+    code = run_command(
+      ["pretrain", "--config=tests/tiny.py", f"--workdir={tmp_path}/run", *arguments]
     )
-    try:
-      code = cli_train.main()
-    finally:
-      for name in list(flags.FLAGS):  # a process parses one command line as a rule
-        if name.startswith("config."):
-          delattr(flags.FLAGS, name)
-        else:
-          flags.FLAGS[name].unparse()
     assert not (tmp_path / "run").exists()
     return code, capsys.readouterr().err
 
@@ -166,7 +164,7 @@ def photos(tmp_path_factory):
 
 
 def valid(task, photos, encoder="convvit"):
-  """A small configuration of each task, with every section there is."""
+  """Returns a small configuration of a task with every section that it can have."""
   c = tiny.get_config(encoder)
   if task == "pretrain":
     c.extra_teachers.dino = copy.deepcopy(c.teacher)
@@ -191,7 +189,7 @@ def put(config, name, value):
     node[leaf] = value
 
 
-# What is accepted although it looks odd, and why that does no harm.
+# Values that are accepted although they look odd, and why they do no harm
 HARMLESS = {("mesh.data", "-1"): "the default: all devices that are left"}
 
 
@@ -297,10 +295,10 @@ def test_f33_what_a_configuration_file_can_do(photos, change, message):
   assert message in str(error.value)
 
 
-@pytest.mark.parametrize("found", [None, 3, {"task": "pretrain"}, ml_collections.ConfigDict()])
-def test_f33_no_configuration_at_all(found):
+@pytest.mark.parametrize("config", [None, 3, {"task": "pretrain"}, ml_collections.ConfigDict()])
+def test_f33_no_configuration_at_all(config):
   with pytest.raises(ConfigError, match="start from pretrain"):
-    preflight.check(found, num_devices=1)
+    preflight.check(config, num_devices=1)
 
 
 @pytest.mark.parametrize(
@@ -327,45 +325,59 @@ two = lambda *offsets: {name: entry((3,), place) for name, place in zip("ab", of
 HEADERS = {  # what the file claims -> the answer
   "terabytes of header": (
     stored({"a": entry()}, length=2**42),
-    "header asks for 4398046511112 bytes",
+    "header too large",
   ),
-  "all of 64 bits": (stored({"a": entry()}, length=2**64 - 1), "header asks for"),
+  "all of 64 bits": (stored({"a": entry()}, length=2**64 - 1), "header too large"),
   "terabytes of values": (
     stored({"a": entry((2**20, 2**20), (0, 2**42))}),
-    "header asks for 4398046511",
+    "file not fully covered",
   ),
   "a huge shape over little": (
     stored({"a": entry((2**31, 2**31))}),
-    r"\(2147483648, 2147483648\) takes 24 bytes",
+    "overflow computing buffer size from shape",
   ),
-  "an overflowing shape": (stored({"a": entry((2**32, 2**32, 0), (0, 0))}, b""), "holds nothing"),
-  "a negative side": (stored({"a": entry((-2, -3))}), r"a has type 'F32', shape \[-2, -3\]"),
-  "a fraction of a side": (stored({"a": entry((2.0, 3))}), "a has type"),
-  "a truth for a side": (stored({"a": entry((True, 6))}), "a has"),
-  "values before the file": (stored({"a": entry((2, 3), (-24, 0))}), "a has type"),
-  "an end before the beginning": (stored({"a": entry((2, 3), (24, 0))}), "a has type"),
+  "an overflowing shape": (
+    stored({"a": entry((2**32, 2**32, 0), (0, 0))}, b""),
+    "overflow computing buffer size",
+  ),
+  "an empty tensor": (stored({"a": entry((0, 3), (0, 0))}, b""), "holds nothing"),
+  "a negative side": (stored({"a": entry((-2, -3))}), "invalid value: integer `-2`"),
+  "a fraction of a side": (stored({"a": entry((2.0, 3))}), "floating point `2.0`"),
+  "a truth for a side": (stored({"a": entry((True, 6))}), "boolean `true`"),
+  "values before the file": (
+    stored({"a": entry((2, 3), (-24, 0))}),
+    "invalid value: integer `-24`",
+  ),
+  "an end before the beginning": (
+    stored({"a": entry((2, 3), (24, 0))}),
+    "invalid offset for tensor `a`",
+  ),
   "values beyond the file": (
     stored({"a": entry((2, 3), (0, 24)), "b": entry((2, 3), (24, 48))}),
-    "header asks for",
+    "file not fully covered",
   ),
-  "overlapping tensors": (stored(two((0, 12), (8, 20))), "b begins at 8, expected 12"),
-  "the same bytes twice": (stored(two((0, 12), (0, 12))), "b begins at 0, expected 12"),
-  "a hole": (stored(two((0, 12), (16, 28)), bytes(28)), "b begins at 16, expected 12"),
-  "hidden bytes at the end": (stored({"a": entry()}, bytes(99)), "header asks for"),
+  "overlapping tensors": (stored(two((0, 12), (8, 20))), "invalid offset for tensor `b`"),
+  "the same bytes twice": (stored(two((0, 12), (0, 12))), "invalid offset for tensor `[ab]`"),
+  "a hole": (stored(two((0, 12), (16, 28)), bytes(28)), "invalid offset for tensor `b`"),
+  "hidden bytes at the end": (stored({"a": entry()}, bytes(99)), "file not fully covered"),
   "a name twice": (
     stored(b'{"a": %b, "a": %b}' % ((json.dumps(entry()).encode(),) * 2)),
     "'a' comes twice",
   ),
-  "an unknown type": (stored({"a": entry(dtype="F4096")}), "a is F4096"),
-  "a list for a type": (stored({"a": entry(dtype=["F32"])}), "a has"),
-  "no offsets": (stored({"a": {"dtype": "F32", "shape": [2, 3]}}), "KeyError"),
-  "a list": (stored(b"[" + b"1," * 9 + b"1]"), "no weight"),
-  "a list inside": (stored({"a": [1, 2]}), "its header is not that of a safetensors file"),
-  "a deep header": (stored(b'{"a":' + b"[" * 200_000), "its header is not that"),
-  "cut JSON": (stored(b'{"a": {'), "its header is not"),
-  "notes that are none": (stored({"__metadata__": [1], "a": entry()}), "its header is not"),
+  "an unknown type": (stored({"a": entry(dtype="F4096")}), "unknown variant `F4096`"),
+  "a list for a type": (stored({"a": entry(dtype=["F32"])}), "expected string"),
+  "no offsets": (stored({"a": {"dtype": "F32", "shape": [2, 3]}}), "missing field `data_offsets`"),
+  "a list": (stored(b"[" + b"1," * 9 + b"1]"), "not a weight file"),
+  "a list inside": (stored({"a": [1, 2]}), "invalid JSON in header"),
+  "a deep header": (stored(b'{"a":' + b"[" * 200_000), "recursion limit exceeded"),
+  "cut JSON": (stored(b'{"a": {'), "invalid JSON in header: EOF"),
+  "notes that are none": (stored({"__metadata__": [1], "a": entry()}), "invalid JSON in header"),
   "a name for a terminal": (stored({"\x1b[2Ja": entry()}), r"called '\\x1b\[2Ja'"),
-  "nothing": (stored({}, b""), "family|no student"),
+  "a bad name for a terminal": (
+    stored({"\x1b[2Ja": entry((2, 3), (24, 0))}),
+    r"invalid offset for tensor `\\x1b\[2Ja`",
+  ),
+  "nothing": (stored({}, b""), "family|not a model"),
 }
 
 
@@ -375,15 +387,15 @@ def test_f34_safetensors_headers(tmp_path, case):
   path = tmp_path / "x.safetensors"
   path.write_bytes(content)
   for read in (
-    lambda: teachers.read_spec(path=path, image_size=(32, 32), token_size=8),
-    lambda: model_files.read(path),
+    lambda: read_spec(path=path, image_size=(32, 32), token_size=8),
+    lambda: model_files.read_model(path),
   ):
     tracemalloc.start()
     with pytest.raises(WeightsError, match=message) as error:
       read()
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert "\n" not in str(error.value) and str(path) in str(error.value) and peak < 50e6
+    assert str(error.value).isprintable() and str(path) in str(error.value) and peak < 50e6
 
 
 def test_f34_a_terabyte_that_is_there(tmp_path):
@@ -391,9 +403,7 @@ def test_f34_a_terabyte_that_is_there(tmp_path):
   path = tmp_path / "x.safetensors"
   path.write_bytes((2**40).to_bytes(8, "little") + b"{")
   os.truncate(path, 8 + 2**40)
-  with pytest.raises(
-    WeightsError, match="a header of 1099511627776 bytes, at most 100000000 are read"
-  ):
+  with pytest.raises(WeightsError, match="header too large"):
     files.open_weights(path)
 
 
@@ -403,10 +413,10 @@ def test_f34_names_cannot_ask_for_a_billion_blocks(tmp_path, number):
   tensors[f"blocks.{number}.attn.qkv.weight"] = np.ones(3, np.float32)
   (tmp_path / "x.safetensors").write_bytes(save(tensors))
   for read in (
-    lambda: teachers.read_spec(
+    lambda: read_spec(
       path=tmp_path / "x.safetensors", image_size=(32, 32), token_size=8, num_heads=4
     ),
-    lambda: model_files.read(tmp_path / "x.safetensors", num_heads=4),
+    lambda: model_files.read_model(tmp_path / "x.safetensors", num_heads=4),
   ):
     with pytest.raises(
       WeightsError, match=f"blocks are numbered up to {number[:20]}, but 4 are there"
@@ -451,14 +461,15 @@ def test_f34_notes_of_a_model_are_checked(tmp_path, notes):
     "std": [0.5] * 3,
     "method": {"mask_ratio": 0.75, "norm_pix": True},
   }
-  files.write_safetensors(path, tensors, {model_files.NOTES: json.dumps(good)})
-  model_files.read(path, decoder=False)  # without the change it is one
-  files.write_safetensors(path, tensors, {model_files.NOTES: json.dumps(good | notes)})
+  files.write_safetensors(path, tensors, {model_files.METADATA_KEY: json.dumps(good)})
+  model_files.read_model(path, decoder=False)  # without the change it is one
+  files.write_safetensors(path, tensors, {model_files.METADATA_KEY: json.dumps(good | notes)})
   with pytest.raises(
     WeightsError,
-    match="is damaged: what it notes|holds a size that is none|must hold equally many numbers|does not fit",
+    match="is damaged: what it notes|holds a size that is none|must hold equally many numbers|"
+    "does not fit",
   ) as error:
-    model_files.read(path, decoder=False)
+    model_files.read_model(path, decoder=False)
   assert "\n" not in str(error.value)
 
 
@@ -473,9 +484,7 @@ def folder_with(tmp_path, source=DINO, **contents):
 
 def refused(folder, message, **options):
   with pytest.raises(WeightsError, match=message) as error:
-    teachers.load(
-      teachers.read_spec(**dict(path=folder, image_size=(32, 32), token_size=8) | options)
-    )
+    teachers.load(read_spec(**dict(path=folder, image_size=(32, 32), token_size=8) | options))
   assert "\n" not in str(error.value) and len(str(error.value)) < 2000
 
 
@@ -544,7 +553,7 @@ def test_f34_an_index_stays_in_its_folder(tmp_path, shard):
   )  # what it points at would do
   shutil.copy(tmp_path / "outside.safetensors", folder / "sub" / "x.safetensors")
   (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
-  refused(folder, "the index lists .*, expected names of files in its own folder|is no index")
+  refused(folder, "the index lists .*, expected names of files in its own folder|is not an index")
 
 
 class Harm:
@@ -619,7 +628,7 @@ def test_f34_code_of_torchscript_is_not_run(tmp_path):
 
 
 def test_f34_archives_are_not_unpacked(tmp_path):
-  """Of all files only PyTorch's are archives, and those are read in memory: names that lead elsewhere lead nowhere."""
+  """Only PyTorch's files are archives; they are read in memory, so that no name leads to a path."""
   inside = tmp_path / "inside"
   inside.mkdir()
   path = archive(
@@ -631,7 +640,7 @@ def test_f34_archives_are_not_unpacked(tmp_path):
       "x/data.pkl": b"\x80\x02}.",
     },
   )
-  with pytest.raises(WeightsError, match="no PyTorch archive"):
+  with pytest.raises(WeightsError, match="not a PyTorch archive"):
     files.open_weights(path)
   assert (
     os.listdir(tmp_path) == ["inside"]
@@ -710,7 +719,7 @@ def test_f34_solid_colours_are_decoded():
 
 def test_f34_packed_shards_lie_in_their_folder(tmp_path, photos):
   root = tmp_path / "packed"
-  packed.write({"train": open_source(photos, "train")}, root, {"source": "photos"})
+  write_packed({"train": open_source(photos, "train")}, root, {"source": "photos"})
   index = json.loads((root / "index.json").read_text())
   shard = index["splits"]["train"][0]
   shutil.copy(root / shard["file"], tmp_path / "outside")
@@ -727,10 +736,10 @@ def test_f34_packed_shards_lie_in_their_folder(tmp_path, photos):
       (root / "index.json").write_text(json.dumps(changed))
       for read in (
         lambda: packed.PackedSource(str(root), "train"),
-        lambda: packed.verify(root),
-        lambda: packed.count_images(root),
+        lambda: packed.verify_packed(root),
+        lambda: packed.count_packed(root),
       ):
-        with pytest.raises(DataError, match="no packed folder"):
+        with pytest.raises(DataError, match="not a packed folder"):
           read()
   for text in (
     "[" * 100_000,
@@ -742,7 +751,7 @@ def test_f34_packed_shards_lie_in_their_folder(tmp_path, photos):
     json.dumps(index | {"options": 3}),
   ):
     (root / "index.json").write_text(text)
-    with pytest.raises(DataError, match="no packed folder"):
+    with pytest.raises(DataError, match="not a packed folder"):
       packed.PackedSource(str(root), "train")
 
 
@@ -762,7 +771,7 @@ def test_f34_packed_shards_lie_in_their_folder(tmp_path, photos):
   ],
 )
 def test_f34_packed_records_are_checked(tmp_path, photos, about):
-  packed.write({"train": open_source(photos, "train")}, tmp_path / "packed", {"source": "photos"})
+  write_packed({"train": open_source(photos, "train")}, tmp_path / "packed", {"source": "photos"})
   source = packed.PackedSource(str(tmp_path / "packed"), "train")
   source._records = [about + b"\n" + bytes(12)]
   with pytest.raises(DataError, match="image 0 of 'train' cannot be read"):
@@ -833,7 +842,8 @@ def test_f35_a_run_that_is_none(tmp_path, content):
   (tmp_path / "config.json").write_text(content)
   refused(
     f"checkpoint:{tmp_path}",
-    "teacher.path=checkpoint:.*(config.json there is not that of a run|holds no run|cannot be read)",
+    "teacher.path=checkpoint:.*"
+    "(config.json there is not that of a run|holds no run|cannot be read)",
   )
 
 
@@ -841,20 +851,20 @@ def test_f35_a_run_that_is_none(tmp_path, content):
 
 
 def test_the_fuzzer_finds(tmp_path):
-  """Every kind of finding is told apart, blamed on its number, and stored so that the number gives it again."""
+  """Each kind of finding has its message and its number, and its input is stored."""
   make, numbers = fuzz.itself(), {}
   for number in range(100, 1000):
-    numbers.setdefault(fuzz.make_case(make, number).files["what"].decode(), number)
+    numbers.setdefault(fuzz.make_case(make, number).files["kind"].decode(), number)
   first = [
     number
     for number in range(1000, 3000)
-    if fuzz.make_case(make, number).files["what"] in (b"result", b"refused")
+    if fuzz.make_case(make, number).files["kind"] in (b"result", b"refused")
   ][: fuzz.WARM_UP]
-  order = [*first, *(numbers[what] for what in ("raises", "two lines", "dies", "is slow", "hangs"))]
+  order = [*first, *(numbers[kind] for kind in ("raises", "two lines", "dies", "is slow", "hangs"))]
   outcome = fuzz.run("itself", order, tmp_path, hang_s=20)
-  found = {
-    what: outcome.findings.pop(numbers[what])
-    for what in ("raises", "two lines", "dies", "is slow", "hangs")
+  reasons = {
+    kind: outcome.findings.pop(numbers[kind])
+    for kind in ("raises", "two lines", "dies", "is slow", "hangs")
   }
   assert (
     not outcome.findings
@@ -862,12 +872,12 @@ def test_the_fuzzer_finds(tmp_path):
     and min(outcome.results, outcome.refused) > 20
   )
   assert (
-    "KeyError: 'raises'" in found["raises"]
-    and "several lines" in found["two lines"]
-    and "died with -6" in found["dies"]
+    "KeyError: 'raises'" in reasons["raises"]
+    and "several lines" in reasons["two lines"]
+    and "died with -6" in reasons["dies"]
   )
-  assert "s of computing" in found["is slow"] and "no answer for 20 s" in found["hangs"]
-  assert (tmp_path / f"itself-{numbers['dies']}" / "what").read_bytes() == b"dies"
+  assert "s of computing" in reasons["is slow"] and "no answer for 20 s" in reasons["hangs"]
+  assert (tmp_path / f"itself-{numbers['dies']}" / "kind").read_bytes() == b"dies"
   outcome = fuzz.run("itself", [*first, numbers["takes memory"]], tmp_path)
   assert (
     "memory has grown by" in outcome.findings[numbers["takes memory"]]

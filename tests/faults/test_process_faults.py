@@ -14,6 +14,7 @@ import pytest
 
 from mrmae_jax.errors import Interrupted
 from mrmae_jax.runs import log, supervision
+from tests.helpers.cli import run_command
 from tests.test_multihost import finish, free_port
 
 ROOT = Path(__file__).parent.parent.parent
@@ -35,9 +36,9 @@ def injected():
       os.kill(os.getpid(), signal.SIGKILL)
   beat()
 supervision.beat = injected
-sys.argv = ["main"] + {arguments!r}
-from mrmae_jax.cli import train
-sys.exit(train.command())
+sys.argv = ["mrmae", "pretrain"] + {arguments!r}
+from mrmae_jax import __main__ as entry
+entry.run_process()
 """
 
 
@@ -136,7 +137,8 @@ def test_f6_stopped_by_a_signal_and_continued(tmp_path, whole, number):
   assert finish([process], 60) == [75], log.read_text()[-3000:]
   assert time.monotonic() - began < 30
   said = re.search(
-    r"stopped after step (\d+) of 20, which is saved; the same command goes on", log.read_text()
+    r"stopped after step (\d+) of 20, which is saved; run the same command to resume",
+    log.read_text(),
   )
   assert (
     said
@@ -184,7 +186,6 @@ def test_f4_stopped_while_compiling_and_while_evaluating(tmp_path):
 
 
 def test_f4_stopped_while_features_are_computed(tmp_path, monkeypatch, capsys):
-  from mrmae_jax.cli import features
 
   beats = iter(range(2))
   monkeypatch.setattr(
@@ -201,7 +202,7 @@ def test_f4_stopped_while_features_are_computed(tmp_path, monkeypatch, capsys):
     f"--out={tmp_path}/f.npz",
   ]
   assert (
-    features.main(arguments) == 75
+    run_command(arguments) == 75
     and "stopped by a signal; nothing was written" in capsys.readouterr().err
   )
   assert not list(tmp_path.iterdir())

@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 from PIL import Image
 
-from mrmae_jax.config import IMAGENET_MEAN, IMAGENET_STD
+from mrmae_jax.constants import IMAGENET_MEAN, IMAGENET_STD
 from mrmae_jax.data import LoaderOptions, center_view, eval_batches, image_views, train_batches
 
 SIZE = (24, 24)
@@ -26,7 +26,7 @@ DATA = dict(
 
 
 def photo(height=60, width=80, seed=0):
-  """Smooth random colours with some noise, uint8 [H, W, 3]."""
+  """Smooth random colors with some noise, uint8 [H, W, 3]."""
   rng = np.random.default_rng(seed)
   coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
   smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
@@ -50,7 +50,7 @@ def write_images(root, names):
 
 
 class Numbered:
-  """Image i is a texture of its own and has label i."""
+  """A source whose image i is a texture with label i."""
 
   class_names = ()
   description = "numbered"
@@ -155,20 +155,20 @@ def good_files():
   exif = Image.Exif()
   exif[0x0112] = 6  # Orientation: turn by 90 degrees.
   return {
-    "colour.jpg": encode(pixels, quality=90),
+    "color.jpg": encode(pixels, quality=90),
     "progressive.jpg": encode(pixels, quality=75, progressive=True),
     "full_chroma.jpg": encode(pixels, quality=95, subsampling=0),
-    "grey.jpg": encode(picture.convert("L")),
+    "gray.jpg": encode(picture.convert("L")),
     "cmyk.jpg": encode(picture.convert("CMYK")),
     "exif.jpg": encode(pixels, exif=exif),
     "trailing.jpg": encode(pixels) + b"some trailing bytes",
-    "colour.png": encode(pixels, "PNG"),
+    "color.png": encode(pixels, "PNG"),
     "alpha.png": encode(alpha, "PNG"),
     "palette.png": encode(palette, "PNG"),
     "clear_palette.png": encode(palette, "PNG", transparency=0),
-    "grey.png": encode(picture.convert("L"), "PNG"),
+    "gray.png": encode(picture.convert("L"), "PNG"),
     "bilevel.png": encode(picture.convert("1"), "PNG"),
-    "colour.webp": encode(pixels, "WEBP"),
+    "color.webp": encode(pixels, "WEBP"),
   }
 
 

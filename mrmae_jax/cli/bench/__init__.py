@@ -156,7 +156,7 @@ def machine() -> dict[str, str]:
 def write_json(path: str, result) -> None:
   """Writes a result to `path`, whole or not at all; nothing for ""."""
   if path:
-    from mrmae_jax.weights import files
+    from mrmae_jax.runs.paths import atomic_write
 
-    with files.whole(Path(path).expanduser()) as unfinished:
+    with atomic_write(Path(path).expanduser()) as unfinished:
       unfinished.write_text(json.dumps(result, indent=2) + "\n")

@@ -126,13 +126,13 @@ def _batches(options, source, resize="pillow"):
 def _speed(options, source) -> dict:
   """Every loader in alternation; {"lines", "rounds": {loader: [{"images_per_s", "cpu_s_per_1000"}]}, ...}."""
   from mrmae_jax import data
-  from mrmae_jax.data import packed
+  from mrmae_jax.data.pack import write_packed
 
   with tempfile.TemporaryDirectory() as folder:
     sources = {"": source}
     for name, side in ((", packed", 0), (f", packed at {PACKED_SIDE}", PACKED_SIDE)):
       root = Path(folder) / str(side)
-      packed.write({"train": source}, root, {"source": options.source}, short_side=side)
+      write_packed({"train": source}, root, {"source": options.source}, short_side=side)
       sources[name] = data.open_source(f"packed:{root}", "train")
     sources = {name: _Repeated(one) for name, one in sources.items()}
     resizes = ["pillow"] + ["cv2"] * bool(importlib.util.find_spec("cv2"))

@@ -1,0 +1,135 @@
+"""Loads the configuration that a command line names, and applies its overrides. Imports no jax."""
+
+import difflib
+import os
+import runpy
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+import mrmae_jax
+from mrmae_jax import config as config_lib
+from mrmae_jax.errors import UsageError
+
+# In a checkout configs/ lies beside the package; a wheel carries it inside.
+_PACKAGE = Path(mrmae_jax.__file__).parent
+FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
+
+
+def load_config(name: str, overrides: list[str] = ()) -> ConfigDict:
+  """Returns the configuration of `--config=NAME --config.KEY=VALUE ...`, locked.
+
+  Args:
+    name: a file, or the name of a configuration that comes with the package; then ":ARGUMENT" for
+      its get_config.
+    overrides: words such as "--config.optim.blr=1e-3".
+
+  Raises:
+    UsageError: no such file, a file that fails, a key it does not have (with the nearest one that
+      it has), or a value of another type.
+  """
+  path, argument = find_config(name)
+  argument = () if argument is None else (argument,)
+  try:
+    config = runpy.run_path(str(path))["get_config"](*argument)
+  except Exception as error:  # whatever a user's file may raise
+    raise UsageError(f"--config={name}: {type(error).__name__}: {error}") from error
+  for word in overrides:
+    _check_key(word, config)
+  values, argv = flags.FlagValues(), ["mrmae", *overrides]
+  try:
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+    values(argv)
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    text = str(error.args[0] if error.args else error)
+    raise UsageError(" ".join(text.split())) from error
+  return values.config
+
+
+def find_config(name: str) -> tuple[Path, str | None]:
+  """Returns the file that `name` means, and the text after its first ":".
+
+  A path that exists wins. Otherwise "demo", "demo.py" and "configs/demo.py" mean the file that
+  comes with the package.
+
+  Raises:
+    UsageError: there is no such file.
+  """
+  text, _, argument = name.partition(":")
+  argument = argument if ":" in name else None
+  if os.path.isfile(text):
+    return Path(text), argument
+  short = text.removeprefix("configs/").removesuffix(".py")
+  for folder in FOLDERS:
+    if short and (folder / f"{short}.py").is_file():
+      return folder / f"{short}.py", argument
+  names = list_configs()
+  nearest = difflib.get_close_matches(short, names, 1)
+  hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(names)}"
+  raise UsageError(
+    f"--config={name}: no such file, and no configuration of this name comes with the package; "
+    f"{hint}"
+  )
+
+
+def list_configs() -> list[str]:
+  """Returns the names of the configurations that come with the package."""
+  folder = next((folder for folder in FOLDERS if folder.is_dir()), None)
+  files = sorted(folder.rglob("*.py")) if folder else []
+  names = (file.relative_to(folder).with_suffix("").as_posix() for file in files)
+  return [name for name in names if not name.endswith("__init__")]
+
+
+def _check_key(word: str, config) -> None:
+  """Raises UsageError unless the configuration has the key of an override."""
+  node, place = config, "config"
+  for key in word[2:].split("=")[0].split(".")[1:]:
+    known = list(node.keys()) if hasattr(node, "keys") else []
+    if key not in known:
+      nearest = difflib.get_close_matches(key, known, 1)
+      hint = f"{place} has {', '.join(known) or 'no keys'}"
+      if nearest:
+        hint = f"did you mean {place}.{nearest[0]}?"
+      raise UsageError(f"{word}: {place} has no key {key!r}; {hint}")
+    node, place = node[key], f"{place}.{key}"
+
+
+def suggest_key(wanted: str, argv: list[str], message: str) -> None:
+  """Raises a UsageError that suggests --config.KEY=VALUE, if `wanted` is the end of a key.
+
+  Args:
+    wanted: a word of the command line without dashes and value.
+    argv: the command line, whose --config has the keys.
+    message: what is wrong with the word.
+  """
+  names = [word.split("=", 1)[1] for word in argv if word.startswith("--config=")]
+  keys = config_lib.flatten(load_config(names[-1])) if names else ()
+  matches = [key for key in keys if key == wanted or key.endswith(f".{wanted}")]
+  if matches:
+    text = message.split("; ")[0]
+    raise UsageError(f"{text}; did you mean --config.{matches[0]}=VALUE?")
+
+
+def describe_keys(argv: list[str]) -> str:
+  """Returns the keys of the configuration with values and meaning, one a line.
+
+  The values are those of `--config` if that is given and can be loaded, else the defaults of the
+  command `argv[0]`.
+  """
+  task = {"doctor": "pretrain", "teacher": "self_distill"}.get(argv[0], argv[0])
+  title = "keys of the configuration (--config.KEY=VALUE), their defaults and meaning:"
+  config = config_lib.defaults(task)
+  names = [word.split("=", 1)[1] for word in argv if word.startswith("--config=")]
+  overrides = [word for word in argv if word.startswith("--config.")]
+  if names:
+    try:
+      config = load_config(names[-1], overrides)
+      title = "keys of --config, with their values there and meaning:"
+    except UsageError:
+      pass
+  lines = (
+    f"  {name}={value!r}".ljust(46) + f"  {meaning}"
+    for name, value, meaning in config_lib.describe(config)
+  )
+  return "\n".join([title, *lines])

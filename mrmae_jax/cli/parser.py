@@ -1,0 +1,736 @@
+"""The command line of `mrmae`: every command, its options and their help. Imports nothing heavy.
+
+A command COMMAND is carried out by `run(options)` of the module `mrmae_jax.cli.COMMAND`.
+"""
+
+import argparse
+import difflib
+from typing import Callable, NoReturn
+
+from mrmae_jax.errors import UsageError
+
+IMAGES = "folder:/path, digits, tfds:NAME or packed:/path"
+PANELS = ("reconstruction", "ratios", "focused", "attention", "pca", "cosine", "neighbours")
+COMMANDS = {
+  "pretrain": "pre-train: MR-MAE, ConvMAE or MAE (--config=mrmae:base)",
+  "finetune": "fine-tune a classifier (--config=finetune:base)",
+  "probe": "linear probe by the published protocol (--config=probe)",
+  "teacher": "train a small teacher on your own images, without labels (--config=teacher)",
+  "doctor": "would this run start, how long would it take, and are its settings sound?",
+  "features": "features of images to a file",
+  "knn": "k-NN, few-shot and linear accuracy of such files",
+  "ensemble": "accuracy of several fine-tuned models together",
+  "visualize": "reconstructions, attention, features of a model, as pictures and a page",
+  "report": "one page about a run or several: curves, throughput, pictures",
+  "convert": "weights in the names of ConvMAE, timm or Hugging Face",
+  "verify": "decode every image of a data set, list those that cannot be read",
+  "pack": "a data set in shards that are read faster",
+  "show-teacher": "what a teacher has to teach",
+  "compile": "compile a training step for devices that need not be there",
+  "bench": "speed of the step, of the loader, and of both together",
+  "sweep": "run and compare the points of a sweep (--config=sweeps/lr)",
+  "replay": "do a step again whose loss was not finite",
+}
+
+
+class Parser(argparse.ArgumentParser):
+  """An argparse parser whose mistakes are `UsageError`s."""
+
+  def __init__(self, **kwargs):
+    # Without "=" a prefix of an option would count as the option.
+    super().__init__(
+      allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs
+    )
+
+  def error(self, message: str) -> NoReturn:
+    command = self.prog.removeprefix("mrmae").strip()
+    if message.startswith("the following arguments are required: "):
+      missing = message.split(": ", 1)[1]
+      verb = "are" if "," in missing else "is"
+      message = f"{missing} {verb} missing"
+    raise UsageError(f"{message}; see mrmae {command} --help".replace("  ", " "))
+
+
+class UnknownWord(UsageError):
+  """A word of a command line that is not an option of its command."""
+
+  def __init__(self, word: str, command: str, names):
+    """Suggests the nearest of the `names` of options."""
+    self.word, self.name = word, word.split("=")[0].lstrip("-")
+    nearest = [self.name] if self.name in names else difflib.get_close_matches(self.name, names, 1)
+    hint = f"did you mean --{nearest[0]}?" if nearest else f"see mrmae {command} --help"
+    super().__init__(f"{word!r} is not an option; {hint}")
+
+
+# Types of options.
+
+
+def integer(low: int, high: float = float("inf")) -> Callable[[str], int]:
+  """Returns the type of a whole number from `low` to `high`."""
+
+  def parse(text: str) -> int:
+    try:
+      value = int(text)
+    except ValueError:
+      value = None
+    if value is None or not low <= value <= high:
+      limits = f"of {low} or more" if high == float("inf") else f"from {low} to {high}"
+      raise argparse.ArgumentTypeError(f"{text!r} given; expected a whole number {limits}")
+    return value
+
+  return parse
+
+
+def positive(text: str) -> float:
+  """The type of a finite number > 0."""
+  try:
+    value = float(text)
+  except ValueError:
+    value = 0.0
+  if not 0 < value < float("inf"):
+    raise argparse.ArgumentTypeError(f"{text!r} given; expected a finite number > 0")
+  return value
+
+
+def comma_list(item: Callable = str, count: tuple[int, ...] = ()) -> Callable[[str], tuple]:
+  """Returns the type of values separated by commas; "" is none. `count`: the lengths allowed."""
+
+  def parse(text: str) -> tuple:
+    values = tuple(item(part.strip()) for part in text.split(",") if part.strip())
+    if count and len(values) not in count:
+      raise argparse.ArgumentTypeError(
+        f"{text!r} given; expected {' or '.join(map(str, count))} values separated by commas"
+      )
+    return values
+
+  return parse
+
+
+# Options that several commands have.
+
+
+def _splits(parser: Parser, holdout_every: int) -> None:
+  parser.add_argument("--data_dir", default="", help="where tfds looks for prepared data sets")
+  parser.add_argument(
+    "--train_split", default="train", help="sub-folder or tfds split for training"
+  )
+  parser.add_argument("--eval_split", default="validation", help="the same for evaluation")
+  parser.add_argument(
+    "--holdout_every",
+    type=integer(0),
+    default=holdout_every,
+    help="images without splits: every k-th is for evaluation, as in a run; 0: none",
+  )
+
+
+def _heads(parser: Parser, decoder: bool = True) -> None:
+  help_text = "attention heads{}, for files that do not tell"
+  parser.add_argument("--num_heads", type=integer(0), default=0, help=help_text.format(""))
+  if decoder:
+    parser.add_argument(
+      "--decoder_heads", type=integer(0), default=0, help=help_text.format(" of the decoder")
+    )
+
+
+def _config(parser: Parser, default: str | None = None) -> None:
+  parser.add_argument(
+    "--config",
+    default=default,
+    required=default is None,
+    metavar="NAME",
+    help="configuration: a file, or the name of one that comes with the package, e.g. "
+    "mrmae:base; --config.KEY=VALUE changes a key",
+  )
+  parser.set_defaults(overrides=[], takes_overrides=True)
+
+
+def _training(parser: Parser) -> None:
+  _config(parser)
+  parser.add_argument(
+    "--workdir",
+    metavar="DIR",
+    help="folder, or gs://BUCKET/FOLDER, for checkpoints, metrics and pictures; holds one run",
+  )
+  parser.add_argument(
+    "--check", action="store_true", help="open the data, compile, run one step, write nothing"
+  )
+  parser.add_argument(
+    "--multihost",
+    action="store_true",
+    help="train with the processes of the other hosts (found out on TPU VMs, GKE, Slurm)",
+  )
+  parser.add_argument(
+    "--coordinator_address",
+    metavar="HOST:PORT",
+    help="of process 0, or MRMAE_COORDINATOR_ADDRESS",
+  )
+  parser.add_argument(
+    "--num_processes", type=integer(1), help="over all hosts, or MRMAE_NUM_PROCESSES"
+  )
+  parser.add_argument(
+    "--process_id", type=integer(0), help="of this process, from 0, or MRMAE_PROCESS_ID"
+  )
+  parser.add_argument(
+    "--init_timeout", type=integer(1), default=300, help="seconds to wait for the others"
+  )
+
+
+# The commands.
+
+
+def _pretrain(parser: Parser) -> None:
+  parser.epilog = """\
+Run the same command again to resume an interrupted run.
+
+Exit codes: 0 done; 1 other hosts did not come or are gone; 2 a mistake in the command or its files;
+3 an image that cannot be read; 4 losses that are not finite; 5 storage; 6 a hang; 75 stopped by a
+signal and saved."""
+  _training(parser)
+
+
+def _teacher(parser: Parser) -> None:
+  parser.epilog = """\
+  mrmae teacher --config=teacher --workdir=DIR
+
+trains a ViT without labels, in the manner of DINO or by contrast (config.distill.objective), and
+writes its folder, which config.teacher.path and transformers' ViTModel read. Labels serve the k-NN
+evaluation alone. Run the same command again to resume, or to write the folder again. Exit codes are
+those of mrmae pretrain."""
+  _training(parser)
+  parser.add_argument(
+    "--out", metavar="DIR", help="folder for the teacher's files; default: WORKDIR/teacher"
+  )
+
+
+def _doctor(parser: Parser) -> None:
+  parser.epilog = """\
+Takes the command line of a training command and runs the cheap checks first: settings
+that differ from the defaults, the learning rate, the images, the teacher, the workdir and its disk,
+then the compiled step: FLOPs, memory and time. Writes nothing but the picture. Lines begin with
+"ok", "warn" (the run would start, but this is rarely meant) or "stop". Exit code: 0 if the run
+would start, else the one it would end with."""
+  _training(parser)
+  parser.add_argument(
+    "--out", default="", metavar="PNG", help="a picture of the first images as training sees them"
+  )
+  parser.add_argument(
+    "--compile",
+    action=argparse.BooleanOptionalAction,
+    default=True,
+    help="compile the step, and time three of them",
+  )
+
+
+def _features(parser: Parser) -> None:
+  parser.epilog = """\
+  mrmae features --model=RUN --images=folder:/my/photos --out=features.npz
+
+Every image of the split is encoded exactly once, in order, nothing masked. The .npz holds features
+float32 [N, D], names [N], labels int32 [N] (-1 for none), class_names, and about: a JSON text of
+how they were made. The .parquet holds the columns name, label, class_name, feature. The file
+appears whole or not at all. `mrmae knn` measures what .npz files are worth."""
+  parser.add_argument(
+    "--model",
+    required=True,
+    help='workdir, weight file, ViTMAE folder, or "pixels" for the normalized pixels themselves',
+  )
+  parser.add_argument(
+    "--untrained", action="store_true", help="fresh weights (seed 0) for the encoder: a baseline"
+  )
+  parser.add_argument("--images", required=True, help=IMAGES)
+  _splits(parser, holdout_every=0)
+  parser.add_argument("--split", choices=("train", "eval"), default="train", help="which images")
+  parser.add_argument("--out", required=True, help="the file, .npz or .parquet")
+  parser.add_argument(
+    "--feature",
+    choices=("pooled", "cls"),
+    default="pooled",
+    help="the mean over the tokens, or the CLS token",
+  )
+  parser.add_argument(
+    "--image_size",
+    type=integer(0),
+    default=0,
+    help="side of the square images in pixels; 0: as the model was trained; pixels: 32",
+  )
+  parser.add_argument(
+    "--crop", type=float, default=0.875, help="central share of the resized image that is encoded"
+  )
+  parser.add_argument("--batch_size", type=integer(1), default=64, help="images at a time")
+  parser.add_argument(
+    "--dtype",
+    choices=("float32", "bfloat16"),
+    default="float32",
+    help="of the computation; features are float32",
+  )
+  _heads(parser, decoder=False)
+
+
+def _knn(parser: Parser) -> None:
+  parser.epilog = """\
+  mrmae features --model=RUN --images=folder:/my/photos --split=train --out=train.npz
+  mrmae features --model=RUN --images=folder:/my/photos --split=eval --out=eval.npz
+  mrmae knn --train=train.npz --eval=eval.npz --out=knn.json
+
+k-NN: DINO's protocol. Few-shot: nearest class mean, several draws of the labelled images. Linear: a
+layer behind BatchNorm without scale and shift, trained with SGD at a grid of learning rates. As is
+usual in the field, the best rate is chosen on the images it is measured on; the file shows all. The
+published protocol, with random crops and LARS, is `mrmae probe`."""
+  parser.add_argument("--train", required=True, help=".npz of the training images, with labels")
+  parser.add_argument("--eval", required=True, help=".npz of the images to measure on, with labels")
+  parser.add_argument("--out", required=True, help="the result file, .json")
+  parser.add_argument(
+    "--k",
+    type=comma_list(integer(1)),
+    default=(10, 20, 100, 200),
+    help="numbers of neighbours; empty: no k-NN",
+  )
+  parser.add_argument("--temperature", type=positive, default=0.07, help="of the neighbours' votes")
+  parser.add_argument(
+    "--shots",
+    type=comma_list(integer(1)),
+    default=(1, 5, 10),
+    help="labelled images per class; empty: no few-shot",
+  )
+  parser.add_argument("--draws", type=integer(1), default=10, help="independent choices of these")
+  parser.add_argument(
+    "--blr",
+    type=comma_list(positive),
+    default=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
+    help="base learning rates of the linear probe, the peak is blr * batch_size / 256; empty: none",
+  )
+  parser.add_argument("--epochs", type=integer(1), default=90, help="of the linear probe")
+  parser.add_argument("--batch_size", type=integer(1), default=256, help="of the linear probe")
+  parser.add_argument(
+    "--seed",
+    type=integer(0),
+    default=0,
+    help="of the draws, and of the linear probe's weights and order",
+  )
+
+
+def _ensemble(parser: Parser) -> None:
+  parser.epilog = """\
+  mrmae ensemble --models=RUN1,RUN2 --images=folder:/my/photos
+
+Each model sees the images at its own size. Its classes must be those of the images, in the same
+order; a file without class names is compared by their number alone."""
+  parser.add_argument(
+    "--models",
+    type=comma_list(),
+    required=True,
+    help="workdirs of fine-tuning or weight files, separated by commas",
+  )
+  parser.add_argument("--images", required=True, help=f"images with labels: {IMAGES}")
+  parser.add_argument("--data_dir", default="", help="where tfds looks for prepared data sets")
+  parser.add_argument(
+    "--eval_split", default="validation", help="sub-folder or tfds split to measure on"
+  )
+  parser.add_argument(
+    "--holdout_every",
+    type=integer(0),
+    default=10,
+    help="images without such a split: every k-th, as in the runs",
+  )
+  parser.add_argument(
+    "--average", choices=("probabilities", "logits"), default="probabilities", help="of what"
+  )
+  parser.add_argument(
+    "--crop", type=float, default=0.875, help="central share of the resized image that is encoded"
+  )
+  parser.add_argument("--batch_size", type=integer(1), default=64, help="images at a time")
+  parser.add_argument("--out", default="", help="a .json file for the result")
+
+
+def _visualize(parser: Parser) -> None:
+  parser.epilog = """\
+  mrmae visualize --model=RUN --out=DIR                          # the run's held-out images
+  mrmae visualize --model=vit-mae-base --images=/my/photos --teacher=clip_vit_b16 --out=DIR
+
+Panels (all that can be drawn; the page says why others cannot):
+  reconstruction  what the encoder sees, what the decoder makes of it
+  ratios          the same with 50 to 95 % of the patches hidden
+  focused         a teacher's attention, and the patches that focused and random masking show
+  attention       what the model attends to, in each head of its last block
+  pca             patch features as colors, beside the teacher's
+  cosine          where a run's features, through its mimic head, are the teacher's and where not
+  neighbours      the most similar images of the source, by the mean of the patch features"""
+  parser.add_argument("--model", required=True, help="workdir, weight file or ViTMAE folder")
+  parser.add_argument(
+    "--images", help=f"an image, a folder, or {IMAGES}; default: the run's held-out ones"
+  )
+  parser.add_argument(
+    "--split", choices=("train", "eval"), default="train", help="of --images with splits"
+  )
+  parser.add_argument("--data_dir", default="", help="where tfds looks for prepared data sets")
+  parser.add_argument(
+    "--out", required=True, metavar="DIR", help="folder for index.html and a PNG per panel"
+  )
+  parser.add_argument(
+    "--panels",
+    type=comma_list(),
+    default=(),
+    help=f"some of {', '.join(PANELS)}; default: all that can be drawn",
+  )
+  parser.add_argument("--count", type=integer(1), default=6, help="images shown, evenly spaced")
+  parser.add_argument(
+    "--image_size",
+    type=comma_list(integer(1), (1, 2)),
+    default=(),
+    metavar="SIDE or HEIGHT,WIDTH",
+    help="in pixels, multiples of the token size; default: as the model was trained",
+  )
+  parser.add_argument("--teacher", help="preset or path; default: the run's own, with its options")
+  parser.add_argument(
+    "--query",
+    type=comma_list(integer(0), (2,)),
+    default=(),
+    metavar="ROW,COLUMN",
+    help="of the patch, from 0, whose attention is drawn; default: CLS, else the mean",
+  )
+  parser.add_argument("--neighbours", type=integer(1), default=5, help="neighbours of each image")
+  parser.add_argument(
+    "--bank",
+    type=integer(0),
+    default=1000,
+    help="images among which they are sought, evenly spaced; 0: all",
+  )
+  parser.add_argument(
+    "--norm_pix",
+    action=argparse.BooleanOptionalAction,
+    help="whether the decoder predicts normalized patches; default: as the weights tell, else yes. "
+    "No for mae_visualize_*.pth of MAE",
+  )
+  parser.add_argument("--seed", type=integer(0), default=0, help="of the masks")
+  _heads(parser)
+
+
+def _report(parser: Parser) -> None:
+  parser.epilog = """\
+  mrmae report --runs=RUN1,RUN2 --out=report.html
+
+A folder of runs, such as that of a sweep, counts as all of them. The page is one file that opens
+anywhere, offline too."""
+  parser.add_argument(
+    "--runs",
+    type=comma_list(),
+    required=True,
+    help="workdirs, or folders of workdirs, separated by commas",
+  )
+  parser.add_argument("--out", default="report.html", help="the page")
+
+
+def _convert(parser: Parser) -> None:
+  parser.epilog = """\
+  mrmae convert --model=RUN --out=encoder.safetensors --format=convmae --parts=encoder
+
+Formats: convmae, a ConvViT in the names of Alpha-VL/ConvMAE; timm, a ViT in those of timm and
+facebookresearch/mae; hf, a ViT as a folder of transformers' ViTMAE. The parameters are the same bit
+for bit, on the way and back. What is left out by design (mimic heads) is printed."""
+  parser.add_argument("--model", required=True, help="workdir, weight file or ViTMAE folder")
+  parser.add_argument(
+    "--out", required=True, help="the .safetensors file; with --format=hf the folder"
+  )
+  parser.add_argument(
+    "--format", choices=("convmae", "timm", "hf"), default="convmae", help="names of the tensors"
+  )
+  parser.add_argument(
+    "--parts",
+    choices=("all", "encoder"),
+    default="all",
+    help="the whole model, or without decoder and classifier",
+  )
+  _heads(parser)
+
+
+def _verify(parser: Parser) -> None:
+  parser.epilog = """\
+  mrmae verify --source=folder:/my/photos --json=report.json --quarantine=bad.json
+  mrmae pretrain --config=photos --workdir=DIR --config.data.source=folder:/my/photos \\
+      --config.data.quarantine=bad.json
+
+Decodes every image and prints a report in JSON: how many images, which are bad and why, how large
+they are (shorter side), how many are gray, CMYK, 16-bit, with alpha, animated, or turned by their
+EXIF orientation (which training ignores), and mean and deviation of each channel, for
+config.data.mean and std. An image is bad if training cannot read it, or if it is a JPEG whose
+decoder notices damage. Not all damage can be seen: of random changes of one byte, all are found in
+PNGs and one in six in JPEGs. Exit code: 0 all images are good, 3 some are bad."""
+  parser.add_argument("--source", required=True, help=f"images: {IMAGES}")
+  parser.add_argument(
+    "--splits", type=comma_list(), default=("train", "eval"), help="which to look at"
+  )
+  _splits(parser, holdout_every=10)
+  parser.add_argument(
+    "--channels",
+    type=integer(1),
+    default=3,
+    help="of the images: as many as the run's config.data.mean has numbers",
+  )
+  parser.add_argument(
+    "--workers", type=integer(0), default=0, help="decoding processes; 0: one per core"
+  )
+  parser.add_argument("--json", default="", help="a file for the report, too")
+  parser.add_argument(
+    "--quarantine", default="", help="a file for the list of bad images, for config.data.quarantine"
+  )
+
+
+def _pack(parser: Parser) -> None:
+  parser.epilog = """\
+  mrmae pack --source=folder:/path/to/imagenet --out=/data/imagenet256 --short_side=256
+  mrmae pack --verify=/data/imagenet256
+
+The result is a source as well, --config.data.source=packed:/data/imagenet256, with the order,
+names, labels and classes of the original. Without --short_side the bytes stay as they are, so every
+batch is the same too. With it, larger images are resized as evaluation does it and encoded as JPEG
+(4:2:0 chroma): loading is faster, but crops have less detail, which is another data set. Every
+image is decoded once: one that cannot be is named, and nothing is written. Splits are fixed here; a
+run's own are not asked then. Shards are ArrayRecord files, next to index.json with their sha256;
+the folder appears whole or not at all."""
+  parser.add_argument("--source", help=f"images: {IMAGES}")
+  parser.add_argument("--out", help="the folder to write; it may not exist")
+  parser.add_argument(
+    "--verify", help="instead: a packed folder whose checksums are compared", metavar="DIR"
+  )
+  parser.add_argument(
+    "--splits", type=comma_list(), default=("train", "eval"), help="which to write"
+  )
+  _splits(parser, holdout_every=10)
+  parser.add_argument(
+    "--short_side",
+    type=integer(0),
+    default=0,
+    help="shrink images to this shorter side in pixels; 0: keep their bytes",
+  )
+  parser.add_argument(
+    "--quality", type=integer(1, 100), default=95, help="of JPEGs written for --short_side"
+  )
+  parser.add_argument(
+    "--shards", type=integer(0), default=0, help="files per split; 0: one per 10,000 images"
+  )
+
+
+def _show_teacher(parser: Parser) -> None:
+  parser.epilog = """\
+  mrmae show-teacher --config=mrmae --images=folder:/my/photos --out=teacher.png
+
+takes the teacher, image size and masking of a configuration. Each row of the picture is one image:
+what its CLS token attends to, the tokens that focused and random masking would show the student,
+and the three main directions of the features as colors. The text says what share of the normalized
+features is one constant vector, which a student learns without looking (near 0 is good; with most
+of it constant choose another config.teacher.layer or target_norm), and over how many tokens the
+attention spreads (few: raise config.method.attention_temperature or attention_mix)."""
+  _config(parser, default="mrmae")
+  parser.add_argument("--images", help=f"{IMAGES}; default: those of the configuration")
+  parser.add_argument("--out", default="teacher.png", help="the picture")
+  parser.add_argument("--count", type=integer(1), default=6, help="rows of the picture")
+  parser.add_argument(
+    "--statistics", type=integer(1), default=256, help="images behind the printed numbers"
+  )
+
+
+def _compile(parser: Parser) -> None:
+  parser.epilog = """\
+  mrmae compile --config=mrmae:base --config.teacher.path=random --topology=v5e:4x4
+
+The program is the one that training runs, compiled by XLA for every chip of the topology; libtpu
+(the tpu extra) does this on any machine. Topologies are written as Google Cloud does: v4:2x2x1,
+v5e:4x4, v5p:2x2x4, v6e:16x16. Of each chip: arguments, temporaries and peak against its memory,
+FLOPs, bytes, and what is exchanged with the others. The time is a roofline, the larger of FLOPs
+over peak and bytes over bandwidth: a bound that no run beats, not a forecast."""
+  _config(parser, default="mrmae")
+  parser.add_argument(
+    "--topology",
+    default="",
+    help="chips to compile for, e.g. v5e:4x4; default: those that are present",
+  )
+  parser.add_argument(
+    "--images",
+    type=integer(1),
+    default=1_281_167,
+    help="training images, for the epochs per day",
+  )
+  parser.add_argument(
+    "--sweep_batch", action="store_true", help="look for the largest batch size that fits"
+  )
+  parser.add_argument("--json", default="", help="a .json file for the figures")
+
+
+def _bench(parser: Parser) -> None:
+  commands = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", parser_class=Parser)
+  commands.required = True
+  step = commands.add_parser("step", help="the training step of a configuration on random images")
+  _config(step, default="mrmae")
+  step.add_argument(
+    "--batch_sizes",
+    type=comma_list(integer(1)),
+    default=(),
+    help="images per step, one or several; default: the configuration's",
+  )
+  step.add_argument("--steps", type=integer(1), default=10, help="steps that are timed, of each")
+  step.add_argument("--profile", default="", help="a folder for a trace of the last batch size")
+  both = commands.add_parser("both", help="the real loop: what the step waits for")
+  _config(both, default="mrmae")
+  both.add_argument("--steps", type=integer(1), default=20, help="steps that are timed")
+  loader = commands.add_parser("loader", help="the input pipeline, beside a torch DataLoader")
+  loader.add_argument("--source", required=True, help=f"images: {IMAGES}; all are used")
+  loader.add_argument("--data_dir", default="", help="where tfds looks for prepared data sets")
+  loader.add_argument(
+    "--image_size", type=integer(1), default=224, help="side of the crops in pixels"
+  )
+  loader.add_argument("--batch_size", type=integer(1), default=64, help="images per batch")
+  loader.add_argument(
+    "--workers",
+    type=integer(0),
+    default=2,
+    help="processes of each loader; 0: ours in threads, torch in the main process",
+  )
+  loader.add_argument(
+    "--images", type=integer(1), default=960, help="timed images per loader and round"
+  )
+  loader.add_argument("--rounds", type=integer(1), default=5, help="how often each is timed")
+  loader.add_argument(
+    "--memory_batches",
+    type=integer(0),
+    default=0,
+    help="instead: stream this many batches and print the memory",
+  )
+  for benchmark in (step, both, loader):
+    benchmark.add_argument("--json", default="", help="a .json file for the figures")
+    _debug(benchmark)
+
+
+def _sweep(parser: Parser) -> None:
+  parser.epilog = """\
+  mrmae sweep --config=sweeps/lr --workdir=DIR --parallel=2
+
+A configuration with a function sweep(), a generator of overrides, is a sweep. Each point has a
+folder named by what it changes. Run the same command again to resume: finished points are skipped.
+sweep.csv, sweep.md and sweep.png in the workdir compare the last values and the curves."""
+  _config(parser)
+  parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of the points")
+  parser.add_argument(
+    "--do",
+    choices=("run", "print", "slurm", "tpu", "table"),
+    default="run",
+    help="run the points here, print their commands, write a Slurm or TPU script, or compare",
+  )
+  parser.add_argument("--parallel", type=integer(1), default=1, help="points at a time")
+  parser.add_argument(
+    "--metrics",
+    type=comma_list(),
+    default=(),
+    help="of the table, e.g. loss,knn/accuracy; default: all losses and evaluations",
+  )
+  parser.add_argument("--plot", default="loss", help="the metric that is drawn")
+
+
+def _replay(parser: Parser) -> None:
+  parser.epilog = """\
+Computes the step of a bundle that a run with too many non-finite steps has written, compares
+every number with what the run reported (bit for bit, if the devices are of the same kind and
+number), and names the parts of the parameters whose gradients are not finite."""
+  parser.add_argument(
+    "--bundle", required=True, metavar="DIR", help="WORKDIR/nonfinite/step_N, written by the run"
+  )
+  parser.add_argument(
+    "--float32",
+    action="store_true",
+    help="compute in float32: if the numbers are good then, bfloat16 was the cause",
+  )
+
+
+def _debug(parser: Parser) -> None:
+  parser.add_argument(
+    "--debug", action="store_true", help="show where in the code an error came from"
+  )
+
+
+_ADD_OPTIONS = {
+  "pretrain": _pretrain,
+  "finetune": _pretrain,
+  "probe": _pretrain,
+  "teacher": _teacher,
+  "doctor": _doctor,
+  "features": _features,
+  "knn": _knn,
+  "ensemble": _ensemble,
+  "visualize": _visualize,
+  "report": _report,
+  "convert": _convert,
+  "verify": _verify,
+  "pack": _pack,
+  "show-teacher": _show_teacher,
+  "compile": _compile,
+  "bench": _bench,
+  "sweep": _sweep,
+  "replay": _replay,
+}
+
+
+def make_parser() -> Parser:
+  """Returns the parser of the whole command line."""
+  parser = Parser(
+    prog="mrmae",
+    description="MR-MAE in JAX: pre-training, and everything people do with such an encoder.",
+    epilog="`mrmae COMMAND --help` lists the options of a command.",
+  )
+  commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+  commands.required = True
+  for name, description in COMMANDS.items():
+    command = commands.add_parser(name, help=description, description=description)
+    _ADD_OPTIONS[name](command)
+    _debug(command)
+  return parser
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+  """Parses a command line without the program's name.
+
+  Overrides of the configuration, --config.KEY=VALUE, are left as they are in `overrides`.
+
+  Raises:
+    UsageError: an unknown command or option, a missing option, or a value that does not fit.
+    SystemExit: help was asked for, and printed.
+  """
+  if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
+    nearest = difflib.get_close_matches(argv[0], COMMANDS, 1)
+    hint = f"did you mean {nearest[0]}?" if nearest else "mrmae --help lists them"
+    raise UsageError(f"{argv[0]!r} is not a command; {hint}")
+  if not argv:
+    argv = ["--help"]
+  _check_names(argv)
+  options, rest = make_parser().parse_known_args(argv)
+  if getattr(options, "takes_overrides", False):
+    options.overrides = [word for word in rest if word.startswith("--config.")]
+    rest = [word for word in rest if not word.startswith("--config.")]
+  if rest:
+    raise UnknownWord(rest[0], options.command, vars(options))
+  return options
+
+
+def _check_names(argv: list[str]) -> None:
+  """Raises UsageError for an option that the command has not, before one that it misses."""
+  names = {
+    name.lstrip("-") for action in _find_parser(argv)._actions for name in action.option_strings
+  }
+  for word in argv[1:]:
+    name = word.split("=")[0]
+    if name.startswith("--") and name[2:] not in names and not name.startswith("--config."):
+      raise UnknownWord(word, argv[0], names)
+
+
+def _find_parser(argv: list[str]) -> Parser:
+  """Returns the parser of the command, and benchmark, that a command line names."""
+  parser, names = make_parser(), [word for word in argv if not word.startswith("-")]
+  for name in names[:2]:
+    groups = [x for x in parser._actions if isinstance(x, argparse._SubParsersAction)]
+    if not groups or name not in groups[0].choices:
+      break
+    parser = groups[0].choices[name]
+  return parser
+
+
+def help_text(argv: list[str]) -> str:
+  """Returns the help of the command that a command line names, or of all of them."""
+  return _find_parser(argv).format_help()

@@ -1,0 +1,163 @@
+"""Writes the images of a source as a packed folder; `data/sources/packed.py` has its format."""
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grain
+import numpy as np
+from array_record.python import array_record_module
+from PIL import Image
+
+from mrmae_jax.data import augment
+from mrmae_jax.data.sources import Source
+from mrmae_jax.data.sources.packed import FORMAT, INDEX, file_sha256, packed_root
+from mrmae_jax.errors import DataError
+
+SHARD_IMAGES = 10_000  # 1 GB of photographs at their usual size
+THREADS = 8
+
+
+def write_packed(
+  sources: dict[str, Source],
+  root: str | os.PathLike,
+  options: dict[str, Any],
+  *,
+  short_side: int = 0,
+  quality: int = 95,
+  shards: int = 0,
+  progress: Callable[[int], None] = lambda count: None,
+) -> None:
+  """Packs sources into a new folder, which appears complete or not at all.
+
+  Every image is decoded once, to check that it can be. The shards hold the bytes of the source.
+  With `short_side`, larger images are resized by the same filter and rounding as the evaluation
+  view (Pillow's bicubic, the longer side rounded down) and encoded as JPEG with 4:2:0 chroma;
+  images that are not RGB stay pixels.
+
+  Args:
+    sources: the splits by name, "train" and "eval" or one of them.
+    root: the folder, which may not exist.
+    options: JSON values that the index keeps; descriptions give its "source".
+    short_side: largest shorter side in pixels; 0 keeps all images as they are.
+    quality: quality of these JPEGs, 1 to 100.
+    shards: files per split; 0 for one per SHARD_IMAGES.
+    progress: called with the number of images done since the last call.
+
+  Raises:
+    DataError: an image cannot be decoded or encoded, naming it; the splits have different classes.
+    OSError: the folder cannot be written, or something exists at `root`.
+  """
+  if len({source.class_names for source in sources.values()}) > 1:
+    raise DataError(
+      "the splits have different classes: "
+      + ", ".join(f"{name} {len(source.class_names)}" for name, source in sources.items())
+      + "; pack them one by one with --splits"
+    )
+  with _atomic_folder(packed_root(root)) as folder:
+    splits = {}
+    for split, source in sources.items():
+      record = _Record(source, short_side, quality)
+      count = min(shards or -(-len(source) // SHARD_IMAGES), len(source))
+      splits[split] = _write_split(folder, split, record, count, progress)
+    index = dict(
+      format=FORMAT,
+      options=options,
+      class_names=next(iter(sources.values())).class_names,
+      splits=splits,
+    )
+    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+
+
+def _write_split(
+  folder: pathlib.Path, split: str, record: "_Record", count: int, progress: Callable[[int], None]
+) -> list[dict[str, Any]]:
+  """Writes `count` shards; returns their entries of the index."""
+  total = len(record.source)
+  dataset = grain.MapDataset.range(total).map(record)
+  dataset = dataset.to_iter_dataset(grain.ReadOptions(THREADS, 4 * THREADS))
+  entries = []
+  with contextlib.closing(iter(dataset)) as records:
+    for i, indices in enumerate(np.array_split(range(total), count)):
+      path = folder / f"{split}-{i:05d}-of-{count:05d}.array_record"
+      _write_shard(path, itertools.islice(records, len(indices)), progress)
+      entries.append(
+        dict(
+          file=path.name,
+          images=len(indices),
+          bytes=path.stat().st_size,
+          sha256=file_sha256(path),
+        )
+      )
+  return entries
+
+
+def _write_shard(
+  path: pathlib.Path, records: Iterator[bytes], progress: Callable[[int], None]
+) -> None:
+  # One image per chunk, to read them in any order; JPEGs do not compress.
+  writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+  try:
+    for record in records:
+      writer.write(record)
+      progress(1)
+    writer.close()
+  except RuntimeError as error:  # its C++ code reports a full disk so
+    raise OSError(f"{path.parent} cannot be written: {error}") from error
+
+
+@contextlib.contextmanager
+def _atomic_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Gives a folder that becomes `path` when the block ends, and vanishes if the block raises."""
+  if path.exists():
+    raise FileExistsError(f"{path} exists; give another name or remove it")
+  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  temporary.mkdir(parents=True)
+  try:
+    yield temporary
+    temporary.rename(path)
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Record:
+  """Maps the index of an image to its record."""
+
+  source: Source
+  short_side: int
+  quality: int
+
+  def __call__(self, index: int) -> bytes:
+    example = self.source[index]
+    header = {"name": example["name"], "label": example["label"]}
+    image, pixels = example["image"], augment.pixels(example)
+    if self.short_side and min(pixels.shape[:2]) > self.short_side:
+      image = self._shrink(pixels, example["name"])
+    if isinstance(image, np.ndarray):
+      header["shape"], image = image.shape, image.tobytes()
+    return json.dumps(header).encode() + b"\n" + image
+
+  def _shrink(self, pixels: np.ndarray, name: str) -> bytes | np.ndarray:
+    """Returns a JPEG of the resized image, or its pixels if it is not RGB."""
+    height, width, channels = pixels.shape
+    short = min(height, width)
+    size = height * self.short_side // short, width * self.short_side // short
+    resized, buffer = augment.resize_pillow(pixels, size), io.BytesIO()
+    if channels != 3:
+      return resized
+    try:
+      Image.fromarray(resized).save(buffer, "JPEG", quality=self.quality, subsampling="4:2:0")
+    except OSError as error:  # more than 65,500 pixels on a side
+      raise DataError(
+        f"{name}: {height} x {width} pixels cannot be encoded at {size[0]} x {size[1]}: {error};"
+        " remove it"
+      ) from error
+    return buffer.getvalue()

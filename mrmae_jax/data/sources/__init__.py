@@ -1,0 +1,90 @@
+"""Sources of images, one module per kind: digits, a folder, a prepared tfds dataset, packed shards.
+
+A module KIND has `make_source(address, split, rules)`, and is imported when it is needed. Its kind
+is listed in KINDS.
+"""
+
+import importlib
+
+from mrmae_jax.data.sources.base import Source, SplitRules
+from mrmae_jax.data.sources.quarantine import FilteredSource
+from mrmae_jax.errors import DataError
+
+__all__ = ["Source", "open_source", "open_split"]
+
+KINDS = {  # kind -> how it is written
+  "digits": "digits",
+  "folder": "folder:/path/to/images",
+  "tfds": "tfds:name[/config][:version]",
+  "packed": "packed:/path",
+}
+PACKAGES = {  # kind -> the packages that it needs beside numpy and Pillow
+  "digits": "scikit-learn",
+  "tfds": "tensorflow-datasets array_record importlib_resources",
+  "packed": "array_record",
+}
+
+
+def open_split(config, split: str) -> Source:
+  """Opens a split of the dataset of a run's `config.data`; see `open_source`."""
+  return open_source(
+    config.source,
+    split,
+    train_split=config.train_split,
+    eval_split=config.eval_split,
+    data_dir=config.data_dir,
+    holdout_every=config.holdout_every,
+    quarantine=config.quarantine,
+  )
+
+
+def open_source(
+  spec: str,
+  split: str,
+  *,
+  train_split: str = "train",
+  eval_split: str = "test",
+  data_dir: str = "",
+  holdout_every: int = 10,
+  quarantine: str = "",
+) -> Source:
+  """Opens one split of a dataset.
+
+  Args:
+    spec: `digits`, `folder:/path`, `tfds:name[/config][:version]`, or `packed:/path`, the output
+      of `mrmae pack`, which fixed its splits.
+    split: "train" or "eval".
+    train_split: sub-folder or tfds split (slicing allowed) behind "train".
+    eval_split: the same for "eval". A folder dataset without it falls back to val, validation,
+      test, and then to held-out training images.
+    data_dir: tfds only: where datasets were prepared, or the directory of one prepared dataset
+      (the one with dataset_info.json), on disk or gs://; "" is tfds' default.
+    holdout_every: where the data has no splits, every k-th image (index % k == k - 1 in sorted
+      order) is "eval" and the rest "train"; 0 trains on everything.
+    quarantine: a file that lists images to be left out, see `FilteredSource`. The split of the
+      other images does not depend on it. "" for none.
+
+  Raises:
+    DataError: the images cannot be opened.
+  """
+  if split not in ("train", "eval"):
+    raise DataError(f"split {split!r} given; expected 'train' or 'eval'")
+  if holdout_every < 0 or holdout_every == 1:
+    raise DataError(
+      f"holdout_every={holdout_every} given; expected 0 (train on everything) or at least 2 (1"
+      " would leave nothing to train on)"
+    )
+  kind, _, address = spec.partition(":")
+  if kind not in KINDS or bool(address) != (":" in KINDS[kind]):
+    *others, last = map(repr, KINDS.values())
+    raise DataError(f"dataset {spec!r} given; expected {', '.join(others)} or {last}")
+  try:
+    module = importlib.import_module(f"{__name__}.{kind}")
+  except ImportError as error:
+    raise DataError(
+      f"dataset {spec!r} needs packages that are not installed ({error}); run `pip install"
+      f" {PACKAGES[kind]}`"
+    ) from error
+  rules = SplitRules(train_split, eval_split, data_dir, holdout_every)
+  source = module.make_source(address, split, rules)
+  return FilteredSource(source, split, quarantine) if quarantine else source

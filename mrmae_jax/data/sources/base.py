@@ -1,0 +1,88 @@
+"""What all sources share: the protocol, and the rules by which images are split."""
+
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from mrmae_jax.errors import DataError
+
+
+class Source(Protocol):
+  """A random-access sequence of examples that are still encoded.
+
+  A source holds no open handle that cannot cross a process boundary, so that grain's worker
+  processes can have their own copy.
+
+  Attributes:
+    class_names: one name per label; empty when the images have no labels.
+    description: one line for the log.
+    fingerprint: identifies the images by number and name. It is the same on every host that has
+      the same images, wherever they lie.
+  """
+
+  class_names: tuple[str, ...]
+  description: str
+  fingerprint: str
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    """Returns the example of image `index`: {"image", "label", "name"}.
+
+    The image is its encoded bytes or its pixels (uint8 [H, W, C]). The label is an int, -1 when
+    there is none. The name lets a person find the image.
+
+    Raises:
+      DataError: the image cannot be read.
+    """
+    ...
+
+  def name(self, index: int) -> str:
+    """Returns the name of image `index` without reading its file.
+
+    It does not say where the source lies, as the "name" of an example may.
+    """
+    ...
+
+
+class SplitRules(NamedTuple):
+  """How a dataset is divided into "train" and "eval"; see `open_source`."""
+
+  train_split: str
+  eval_split: str
+  data_dir: str
+  holdout_every: int
+
+
+def describe_classes(class_names: tuple[str, ...]) -> str:
+  return f"{len(class_names)} classes" if class_names else "no labels"
+
+
+def hold_out(count: int, split: str, every: int, description: str) -> np.ndarray:
+  """Returns the indices (int64, sorted) of `split` among `count` images without splits."""
+  if not every:
+    if split == "eval":
+      raise DataError(
+        f"{description} has no evaluation split and holdout_every=0 keeps every image for training;"
+        " set holdout_every=10, say, or add an evaluation split"
+      )
+    return np.arange(count)
+  held_out = np.arange(count) % every == every - 1
+  indices = np.flatnonzero(held_out if split == "eval" else ~held_out)
+  if not indices.size:
+    raise DataError(
+      f"{description} has {count} images; holding out one in {every} leaves none for {split!r};"
+      f" set holdout_every to at most {count}"
+    )
+  return indices
+
+
+def holdout_note(split: str, every: int) -> str:
+  if not every:
+    return "nothing held out"
+  return f"the held-out one in {every}" if split == "eval" else f"one in {every} held out"
+
+
+def first_line(error: Exception) -> str:
+  """Returns the first line of an error's text, or its type."""
+  return (str(error).strip("\"' ").splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,72 @@
+"""A source without the images that a quarantine list names."""
+
+import hashlib
+import json
+import os
+from typing import Any
+
+import numpy as np
+
+from mrmae_jax.data.sources.base import Source
+from mrmae_jax.errors import DataError
+
+
+class FilteredSource:
+  """A source without the images that a quarantine list names.
+
+  The list is JSON, `{"train": {NAME: REASON, ...}, "eval": {...}}`, as `mrmae verify` writes it. A
+  list of names may take the place of an inner object, and a split may be absent. Names are those
+  of `Source.name`.
+  """
+
+  def __init__(self, source: Source, split: str, path: str):
+    """Finds the listed images in the source.
+
+    Args:
+      source: the split.
+      split: "train" or "eval".
+      path: file of the list.
+
+    Raises:
+      DataError: the list cannot be read, a name belongs to no image, or nothing remains.
+    """
+    names = _read_list(path, split)
+    excluded = {name: i for i in range(len(source)) if (name := source.name(i)) in names}
+    if unknown := sorted(names - excluded.keys()):
+      raise DataError(
+        f"quarantine {path}: {len(unknown)} of its {len(names)} {split!r} images are not in"
+        f" {source.description}: {', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''};"
+        " write it again with mrmae verify and the options of this run"
+      )
+    if len(excluded) == len(source):
+      raise DataError(f"quarantine {path} leaves nothing of {source.description}")
+    self._source = source
+    self._indices = np.delete(np.arange(len(source)), list(excluded.values()))
+    self.class_names = source.class_names
+    self.description = f"{source.description}; without {len(excluded)} of these in quarantine"
+    digest = hashlib.sha256("\0".join(excluded).encode(errors="surrogateescape"))
+    self.fingerprint = (
+      f"{source.fingerprint}, without {len(excluded)}, names {digest.hexdigest()[:12]}"
+    )
+
+  def __len__(self) -> int:
+    return len(self._indices)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    return self._source[int(self._indices[index])]
+
+  def name(self, index: int) -> str:
+    return self._source.name(int(self._indices[index]))
+
+
+def _read_list(path: str, split: str) -> set[str]:
+  try:
+    with open(os.path.expanduser(path), encoding="utf-8") as file:
+      splits = json.load(file)
+    if not isinstance(splits, dict) or not splits.keys() <= {"train", "eval"}:
+      raise ValueError("expected an object with 'train' and 'eval'")
+    return set(splits.get(split, ()))
+  except (OSError, ValueError, TypeError) as error:
+    raise DataError(
+      f"quarantine {path}: cannot be read ({error}); write it with mrmae verify --quarantine=FILE"
+    ) from error
