@@ -55,7 +55,12 @@ SHORTER = [  # (commands that contain this, options in addition, exit code); all
   (r"^mrmae ensemble", "--images=digits --holdout_every=5", 0),
   (r"^mrmae sweep .*mimic_weight", "--config.epochs=0.2 --config.optim.warmup_epochs=0.1", 0),
   (r"^mrmae sweep --config=configs/sweeps/lr\.py --workdir=\S*$", "--do=print", 0),
-  (r"^mrmae teacher", "--epochs=1 --batch_size=8", 0),
+  (
+    r"^mrmae teacher",
+    "--config.epochs=1 --config.batch_size=8 --config.optim.warmup_epochs=0.1",
+    0,
+  ),
+  (r"configs/teacher\.py:photos", f"{VIT} --config.dtype=float32", 0),
   (r"^mrmae visualize .*clip_vit_b16", "--teacher=tests/goldens/teachers/hf_clip_full", 0),
   (r"^mrmae knn --train=train", "--batch_size=16", 0),
   (r"^mrmae bench (step|both)", "--steps=2", 0),

@@ -189,6 +189,13 @@ signal and saved."""
 
 
 def _teacher(parser: Parser) -> None:
+  parser.epilog = """\
+  mrmae teacher --config=teacher --workdir=DIR
+
+trains a ViT without labels, in the manner of DINO or by contrast (config.distill.objective), and
+writes its folder, which config.teacher.path and transformers' ViTModel read. Labels serve the k-NN
+evaluation alone. Run the same command again to resume, or to write the folder again. Exit codes are
+those of mrmae pretrain."""
   _training(parser)
   parser.add_argument(
     "--out", metavar="DIR", help="folder for the teacher's files; default: WORKDIR/teacher"

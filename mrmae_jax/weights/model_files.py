@@ -170,6 +170,11 @@ def _read_run(
         f"{path} probes {config['init_from'] or 'random weights'} and holds no encoder; load that "
         "instead"
       )
+    if config["task"] == "self_distill":
+      raise WeightsError(
+        f"{path} is a run of mrmae teacher; its teacher is the folder {path}/teacher, or that of "
+        "--out, for config.teacher.path and transformers' ViTModel"
+      )
     optional = ("decoder",) * with_decoder + ("mimic_heads",) * with_heads
     params, others, step, identity = checkpoint.read_params(
       path, "encoder", "fc_norm", "head", *optional
