@@ -1,9 +1,12 @@
-"""What a newcomer types: the notebook runs, the options of every command of the README exist, and (slow) every command runs.
+"""What a newcomer types: the notebook runs, the options of every command of the README exist, and
+(slow) every command runs.
 
-The README's code blocks are shell scripts; so are its tables of commands. They run here in order, in a folder that looks like a checkout.
-Places that the README leaves open (/path/to/photos, DIR, RUN) are filled in. A stand-in of `mrmae`, first on PATH, adds options to what
-would take hours or has no network, and checks the exit code; SHORTER below has them all. What is not for this machine (clouds,
-containers, installations) is answered by stand-ins that do nothing; tests/test_launch.py plays their part properly.
+The README's code blocks are shell scripts; so are its tables of commands. They run here in order,
+in a folder that looks like a checkout. Places that the README leaves open (/path/to/photos, DIR,
+RUN) are filled in. A stand-in of `mrmae`, first on PATH, adds options to what would take hours or
+has no network, and checks the exit code; SHORTER below has them all. What is not for this machine
+(clouds, containers, installations) is answered by stand-ins that do nothing; tests/test_launch.py
+plays their part properly.
 
   python -m pytest -m slow tests/test_readme.py
 """
@@ -26,21 +29,36 @@ from mrmae_jax import __main__ as entry
 from mrmae_jax import config
 
 ROOT = Path(__file__).parent.parent
-TEACHER = "--config.teacher.name= --config.teacher.path=tests/goldens/teachers/hf_clip_full --config.teacher.dtype=float32"
-RUN = "--config.batch_size=8 --config.epochs=0.5 --config.optim.warmup_epochs=0.2 --config.dtype=float32"
-DIGITS = "--config.data.source=digits --config.data.holdout_every=5 --config.epochs=0.05 --config.optim.warmup_epochs=0.02"
+TEACHER = (
+  "--config.teacher.name= --config.teacher.path=tests/goldens/teachers/hf_clip_full "
+  "--config.teacher.dtype=float32"
+)
+RUN = (
+  "--config.batch_size=8 --config.epochs=0.5 --config.optim.warmup_epochs=0.2 "
+  "--config.dtype=float32"
+)
+DIGITS = (
+  "--config.data.source=digits --config.data.holdout_every=5 --config.epochs=0.05 "
+  "--config.optim.warmup_epochs=0.02"
+)
 CONVVIT = (
-  "--config.image_size=(32,32) --config.encoder.patch_sizes=(2,2,2) --config.encoder.embed_dims=(8,12,24) "
+  "--config.image_size=(32,32) --config.encoder.patch_sizes=(2,2,2) "
+  "--config.encoder.embed_dims=(8,12,24) "
   "--config.encoder.depths=(1,1,4) --config.encoder.num_heads=2"
 )
 VIT = (
-  "--config.image_size=(32,32) --config.encoder.patch_size=8 --config.encoder.dim=24 --config.encoder.depth=4 "
+  "--config.image_size=(32,32) --config.encoder.patch_size=8 --config.encoder.dim=24 "
+  "--config.encoder.depth=4 "
   "--config.encoder.num_heads=2 --config.encoder.mlp_dim=48"
 )
 DECODER = "--config.decoder.dim=16 --config.decoder.depth=1 --config.decoder.num_heads=2"
-NARROW = "--config.encoder.embed_dims=(8,12,24) --config.encoder.depths=(1,1,2) --config.encoder.num_heads=2"
+NARROW = (
+  "--config.encoder.embed_dims=(8,12,24) --config.encoder.depths=(1,1,2) "
+  "--config.encoder.num_heads=2"
+)
 FUSED = "--config.encoder.fuse_layers=(1,2)"
-SHORTER = [  # (commands that contain this, options in addition, exit code); all that match count, the last code
+# (commands that contain this, options in addition, exit code); all that match count, the last code.
+SHORTER = [
   (r"configs/demo\.py", "--config.epochs=0.2 --config.optim.warmup_epochs=0.1", 0),
   (r"configs/demo_finetune\.py", "--config.epochs=0.2 --config.optim.warmup_epochs=0.1", 0),
   (r"configs/photos\.py", f"{RUN} {NARROW} {DECODER} --config.teacher.dtype=float32", 0),
@@ -122,7 +140,8 @@ def blocks():
         )
       elif text.startswith("--config."):  # options alone
         text = "".join(
-          f"mrmae doctor --nocompile --config=configs/photos.py --config.data.source=folder:/path/to/photos {line}\n"
+          "mrmae doctor --nocompile --config=configs/photos.py "
+          f"--config.data.source=folder:/path/to/photos {line}\n"
           for line in text.splitlines()
         )
       if text.strip():
@@ -156,7 +175,10 @@ def test_there_are_commands_in_the_readme():
 
 @pytest.mark.parametrize("words", FOUND, ids=[" ".join(words[1:3])[:60] for words in FOUND])
 def test_every_option_of_a_command_exists(words, capsys):
-  """The sub-command and its options are known; keys of the configuration are looked up in the schema."""
+  """The sub-command and its options are known.
+
+  Keys of the configuration are looked up in the schema.
+  """
   name, options = words[1], [word for word in words[2:] if word.startswith("--")]
   assert name in entry.COMMANDS
   extra = [words[2]] if name == "bench" else []
@@ -171,7 +193,10 @@ def test_every_option_of_a_command_exists(words, capsys):
 
 
 def test_the_notebook_runs_as_it_stands(tmp_path):
-  """Its cells, one after another, in a fresh process; with fewer epochs, as its first cell offers."""
+  """Its cells, one after another, in a fresh process.
+
+  With fewer epochs, as its first cell offers.
+  """
   cells = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text())["cells"]
   code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
   assert not any(cell.get("outputs") for cell in cells)

@@ -104,7 +104,9 @@ def test_a_page_about_two_runs(tmp_path, monkeypatch, capsys):
 
 
 def svg_parts(content):
-  """Returns the lines of an SVG of matplotlib, [[(x, y), ...], ...] in points with y downwards, and its texts."""
+  """Returns the lines of an SVG of matplotlib, [[(x, y), ...], ...] in points with y downwards, and
+  its texts.
+  """
   root = ET.fromstring(content)  # well-formed, whatever the names
   tag = lambda element: element.tag.rpartition("}")[2]
   lines = []
@@ -127,7 +129,10 @@ def test_the_curve_is_where_the_numbers_are():
 
 
 def test_several_runs_share_a_plot_and_keep_their_colors():
-  """A run without points takes its color; names are not read as formulas; lines follow the page into dark mode."""
+  """A run without points takes its color.
+
+  Names are not read as formulas; lines follow the page into dark mode.
+  """
   series = {"a<b>": ([1, 2], [1.0, 2.0]), "none": ([], []), "_$c$": ([1, 2], [3.0, np.nan])}
   svg = line_plot(series, title="t", xlabel="step", ylabel="")
   _, texts = svg_parts(svg)

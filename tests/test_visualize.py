@@ -180,7 +180,9 @@ def test_page_escapes_and_takes_an_svg(tmp_path):
 
 @pytest.mark.parametrize("norm_pix", [True, False])
 def test_reconstructions_are_what_they_are_said_to_be(monkeypatch, norm_pix):
-  """A known decoder output: visible patches bit for bit, hidden ones with the statistics of the visible ones around them."""
+  """A known decoder output: visible patches bit for bit, hidden ones with the statistics of the
+  visible ones around them.
+  """
   config = changed(tiny.get_config(), teacher__path="")
   model, rng = pretrain.make_model(config, {}), np.random.default_rng(0)
   images, output = (
@@ -428,7 +430,8 @@ def test_neighbours(photos, run, command):
   assert code == 0, printed.err
   content = (out / "index.html").read_text()
   rows = re.findall(
-    r"<tr><td>(\S+?)</td><td>(\S+) \((\S+)\)</td><td>(\S+) \((\S+)\)</td><td>(\S+) \((\S+)\)</td></tr>",
+    r"<tr><td>(\S+?)</td><td>(\S+) \((\S+)\)</td><td>(\S+) \((\S+)\)</td><td>(\S+) "
+    r"\((\S+)\)</td></tr>",
     content,
   )
   files = [[int(name.split("/")[-1][0]) for name in (row[0], *row[1::2])] for row in rows]
@@ -473,7 +476,9 @@ def test_colours_of_a_basis():
 
 
 def test_one_image_of_any_size_on_published_weights(tmp_path, photos, command):
-  """A file without decoder and run: a square asked by one number, another grid than the file's, no teacher."""
+  """A file without decoder and run: a square asked by one number, another grid than the file's, no
+  teacher.
+  """
   model_files.write_model(make(ViT(8, 16, 1, 2, 32), None), tmp_path / "vit.safetensors", "timm")
   code, printed, out = command(
     f"--model={tmp_path}/vit.safetensors", f"--images={photos}/3.png", "--image_size=40"
