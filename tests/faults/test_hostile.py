@@ -471,8 +471,8 @@ def test_f34_notes_of_a_model_are_checked(tmp_path, notes):
   files.write_safetensors(path, tensors, {model_files.METADATA_KEY: json.dumps(good | notes)})
   with pytest.raises(
     WeightsError,
-    match="is damaged: its notes about the model|holds a size that is none|must hold equally many numbers|"
-    "does not fit",
+    match="is damaged: its notes about the model|holds a size that is none|"
+    "must hold equally many numbers|does not fit",
   ) as error:
     model_files.read_model(path, decoder=False)
   assert "\n" not in str(error.value)
