@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mrmae_jax import hardware, sharding
 from mrmae_jax import program as program_lib
-from mrmae_jax import sharding
 from mrmae_jax.cli import compile as tool
 from mrmae_jax.tasks import pretrain
 from tests import tiny
@@ -183,10 +183,10 @@ def test_the_largest_batch():
 def test_a_roofline():
   device = SimpleNamespace(device_kind="TPU v5 lite")
   assert (
-    tool.find_chip([device]).name == "TPU v5e"
-    and tool.find_chip([SimpleNamespace(device_kind="TPU v5")]).name == "TPU v5p"
+    hardware.find_chip(device).name == "TPU v5e"
+    and hardware.find_chip(SimpleNamespace(device_kind="TPU v5")).name == "TPU v5p"
   )
-  assert tool.find_chip(jax.devices()) is None
+  assert hardware.find_chip(jax.devices()[0]) is None
 
 
 @pytest.mark.parametrize(

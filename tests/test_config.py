@@ -240,17 +240,25 @@ def test_mae_base_has_the_parameters_of_vit_b():
   )  # ViT-B/16 without head; positions are constants
 
 
-def test_configs_are_read_without_jax():
+def test_configs_are_read_without_jax_and_without_a_checkout(tmp_path):
+  """The folder configs/ is not on the path, and the current folder is another."""
+  (tmp_path / "mrmae_jax").symlink_to(ROOT / "mrmae_jax")
   code = (
-    "import sys; from configs import demo, mrmae, mae, convmae\n"
-    "for m in (mrmae, mae, convmae): m.get_config('huge')\n"
-    "demo.get_config().to_json()\n"
-    "print([m for m in ('jax', 'flax', 'torch', 'tensorflow') if m in sys.modules])"
+    "import runpy, sys; from pathlib import Path\n"
+    f"for path in sorted(Path({str(ROOT / 'configs')!r}).rglob('*.py')):\n"
+    "  run = runpy.run_path(str(path))\n"
+    "  if 'get_config' in run: print(run['get_config']().task)\n"
+    "print([m for m in ('jax', 'flax', 'torch', 'tensorflow', 'configs') if m in sys.modules])"
   )
   out = subprocess.run(
-    [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-  ).stdout
-  assert out.strip() == "[]"
+    [sys.executable, "-c", code],
+    cwd=tmp_path,
+    env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    capture_output=True,
+    text=True,
+    check=True,
+  ).stdout.splitlines()
+  assert len(out) > 10 and out[-1] == "[]"
 
 
 def changed(**overrides):

@@ -225,8 +225,8 @@ def test_the_script_finds_configurations_that_import_each_other(tmp_path, monkey
   """An installed script has its folder on the path, `python -m` has the current folder."""
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(sys, "path", [str(ROOT), *(p for p in sys.path if p)])
-  (tmp_path / "neighbour_of_mine.py").write_text("from tests.tiny import get_config")
-  (tmp_path / "mine.py").write_text("from neighbour_of_mine import get_config")
+  (tmp_path / "my_neighbor.py").write_text("from tests.tiny import get_config")
+  (tmp_path / "mine.py").write_text("from my_neighbor import get_config")
   assert entry.main(["mrmae", "finetune", f"--config={tmp_path}/mine.py", "--workdir=/tmp/x"]) == 2
   assert "needs a configuration of task 'finetune'" in capsys.readouterr().err  # so it was read
 

@@ -20,7 +20,7 @@ from etils import epath
 from PIL import Image
 from safetensors.numpy import load_file
 
-from mrmae_jax import data, optim, preflight, sharding, train
+from mrmae_jax import data, hardware, optim, preflight, sharding, train
 from mrmae_jax.errors import WorkdirError
 from mrmae_jax.runs import log
 from mrmae_jax.runs.checkpoint import Checkpoints
@@ -401,7 +401,8 @@ def test_log_survives_a_torn_line_and_drops_what_is_computed_again(tmp_path):
 def test_mfu_counts_every_micro_batch(monkeypatch):
   spent = {"step": 100.0, "data": 3.0, "evaluation": 7.0}
   monkeypatch.setattr(log.supervision, "seconds", lambda: dict(spent))
-  monkeypatch.setattr(log, "peak_flops", lambda device: 1e9)
+  chip = hardware.Chip("known", peak_flops=1e9, bandwidth=1e9, memory=1e9)
+  monkeypatch.setattr(hardware, "find_chip", lambda device: chip)
   program = type("Program", (), {"cost_analysis": lambda self: {"flops": 5e6}})()
   clock = log.Clock(program, 16, 4, sharding.make_mesh(devices=jax.devices()[:1]))
   clock.start(10)
@@ -415,13 +416,11 @@ def test_mfu_counts_every_micro_batch(monkeypatch):
   )
 
 
-def test_peak_flops_takes_the_longest_name():
-  device = lambda kind: type("Device", (), {"device_kind": kind})
-  assert log.peak_flops(device("NVIDIA H200")) == 989e12
-  assert (
-    log.peak_flops(device("TPU v5 lite")) == 197e12 and log.peak_flops(device("TPU v5p")) == 459e12
-  )
-  assert log.peak_flops(device("cpu")) is None
+def test_a_chip_is_found_by_the_longest_name():
+  find = lambda kind: hardware.find_chip(type("Device", (), {"device_kind": kind}))
+  assert find("NVIDIA H200").peak_flops == 989e12 and find("NVIDIA L40S").name == "L40S"
+  assert find("TPU v5 lite").peak_flops == 197e12 and find("TPU v5p").peak_flops == 459e12
+  assert find("cpu") is None
 
 
 class Objects:

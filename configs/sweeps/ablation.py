@@ -8,11 +8,9 @@ Expected:  the paper prints such a table; its numbers were not available, and no
            here yet
 """
 
-from configs import mrmae
-
 
 def get_config(arguments: str = "base"):
-  c = mrmae.get_config(arguments)
+  c = runpy.run_path(str(MRMAE))["get_config"](arguments)
   c.epochs = 100.0
   c.optim.warmup_epochs = 10.0
   return c

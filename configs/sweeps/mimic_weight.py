@@ -9,13 +9,16 @@ Cost:      100 epochs of ImageNet-1k at the base size, about 1.3e19 FLOP for eac
 Expected:  both losses start near 1, so the best weight is probably near 1; not measured here yet
 """
 
-from configs import demo
-from configs.sweeps import ablation
 from mrmae_jax.sweep import grid
+
+DEMO = Path(__file__).parents[1] / "demo.py"
+ABLATION = Path(__file__).with_name("ablation.py")
 
 
 def get_config(argument: str = "base"):
-  return demo.get_config() if argument == "demo" else ablation.get_config(argument)
+  if argument == "demo":
+    return runpy.run_path(str(DEMO))["get_config"]()
+  return runpy.run_path(str(ABLATION))["get_config"](argument)
 
 
 def sweep():

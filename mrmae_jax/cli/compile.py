@@ -15,35 +15,15 @@ import os
 import re
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.experimental import topologies
 
-from mrmae_jax import preflight, program, sharding, train
+from mrmae_jax import hardware, preflight, program, sharding, train
 from mrmae_jax.errors import UsageError
-from mrmae_jax.runs import log
 from mrmae_jax.runs.paths import atomic_write
 
-
-class Chip(NamedTuple):
-  """A device of JAX: name, bytes/s of its memory, bytes of it. Data sheets of Google Cloud and NVIDIA; FLOP/s are in log.py."""
-
-  name: str
-  bandwidth: float
-  memory: float
-
-
-CHIPS = {  # by a part of JAX's device_kind; a "TPU7x" device is one of a chip's two cores
-  "TPU v4": Chip("TPU v4", 1.228e12, 32 * 2**30),
-  "TPU v5 lite": Chip("TPU v5e", 0.819e12, 16 * 2**30),
-  "TPU v5": Chip("TPU v5p", 2.765e12, 95 * 2**30),
-  "TPU v6 lite": Chip("TPU v6e", 1.64e12, 32 * 2**30),
-  "TPU7x": Chip("TPU7x core", 3.69e12, 96 * 2**30),
-  "A100": Chip("A100", 2.0e12, 80e9),
-  "H100": Chip("H100", 3.35e12, 80e9),
-  "H200": Chip("H200", 4.8e12, 141e9),
-}
 KINDS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
 
 
@@ -77,12 +57,6 @@ def find_devices(topology: str) -> list:
     ) from None
 
 
-def find_chip(devices) -> Chip | None:
-  """What is known of the devices; None for others, such as CPUs."""
-
-  return log.of_device(CHIPS, devices[0])
-
-
 def measure(config, task, devices, images: int) -> dict[str, Any]:
   """Compiles the training step of a configuration and reads off the program what it needs.
 
@@ -98,8 +72,8 @@ def measure(config, task, devices, images: int) -> dict[str, Any]:
   Raises:
     jax.errors.JaxRuntimeError: among others, the program does not fit the memory.
   """
-
-  mesh, chip = sharding.make_mesh(**config.mesh, devices=devices), find_chip(devices)
+  mesh = sharding.make_mesh(**config.mesh, devices=devices)
+  chip = hardware.find_chip(devices[0])
   plan = train.make_plan(config, task, mesh, images)
   began = time.monotonic()
   compiled = plan.step.lower(plan.state, plan.frozen, plan.batch).compile()
@@ -131,7 +105,7 @@ def measure(config, task, devices, images: int) -> dict[str, Any]:
     "shards": sharding.table({"state": plan.state, "frozen": plan.frozen}),
   }
   if chip:
-    by_flops, by_bytes = flops / log.peak_flops(devices[0]), moved / chip.bandwidth
+    by_flops, by_bytes = flops / chip.peak_flops, moved / chip.bandwidth
     bound = max(by_flops, by_bytes)
     result |= {
       "chip": chip.name,
@@ -219,7 +193,7 @@ def run(options) -> str:
 
   if options.sweep_batch:
     unit = len(devices) * config.optim.accum_steps
-    if not find_chip(devices):
+    if not hardware.find_chip(devices[0]):
       raise UsageError(
         f"--sweep_batch: the memory of {devices[0].device_kind} is not known; give a --topology"
       )

@@ -14,9 +14,8 @@ import numpy as np
 from PIL import Image
 
 from mrmae_jax import config as config_lib
-from mrmae_jax import data, preflight, program, sharding, train
+from mrmae_jax import data, hardware, preflight, program, sharding, train
 from mrmae_jax.cli import bench, show_teacher
-from mrmae_jax.cli.compile import find_chip
 from mrmae_jax.cli.train import load_training_config, out_of_memory
 from mrmae_jax.data import augment
 from mrmae_jax.errors import (
@@ -56,7 +55,7 @@ class Report:
 
 
 def run(options) -> int:
-  """Carries out `mrmae doctor`; returns the exit code that the run would have."""
+  """Runs `mrmae doctor`; returns the exit code that the run would have."""
   report = Report()
   try:
     if options.out and not options.out.endswith(".png"):
@@ -336,7 +335,7 @@ def time_step(config, task, plan: train.Plan, report: Report) -> None:
     return
   memory = compiled.program.memory_analysis()
   peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-  chip = find_chip(jax.devices())
+  chip = hardware.find_chip(jax.devices()[0])
   limit = f" of {chip.memory / 2**30:.0f} GiB" if chip else ""
   report.ok(
     f"compiled in {compiled.compile_s:.0f} s; {peak / 2**30:.2f} GiB{limit} a device; "

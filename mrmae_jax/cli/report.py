@@ -10,7 +10,7 @@ from PIL import Image
 
 from mrmae_jax.config import flatten
 from mrmae_jax.errors import UsageError, WorkdirError
-from mrmae_jax.runs.log import NOT_RESULTS, read_metrics
+from mrmae_jax.runs.metrics import NOT_RESULTS, read_metrics
 from mrmae_jax.runs.paths import open_folder
 from mrmae_jax.viz.page import Figure, Page
 from mrmae_jax.viz.plot import line_plot
