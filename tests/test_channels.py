@@ -632,5 +632,5 @@ def test_doctor_and_show_teacher_on_four_channels(folder, tmp_path, examine):  #
   assert code == 0 and "of channels 2, 1, 0" in out and "deviation" not in out, out
   config = bands_config(folder)
   images = np.stack([multispectral(160, 224, i) for i in range(2)])
-  picture = show_teacher.draw(images, show_teacher.look(config, images)[1], config)
+  picture = show_teacher.draw_teacher(images, show_teacher.run_teacher(config, images)[1], config)
   np.testing.assert_array_equal(picture[20:180, 4:228], images[0][..., BANDS])

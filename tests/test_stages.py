@@ -213,14 +213,14 @@ def test_constant_share():
   assert share > 0.95 and show_teacher.constant_share(features * 2 + 5, "batch") < 1e-6
 
 
-def test_principal_colours_follow_the_largest_differences():
+def test_principal_colors_follow_the_largest_differences():
   features = np.zeros((1, 4, 6), np.float32)
   features[0, 2:, 3] = 5
-  colours = grid.principal_colours(features)
+  colors = grid.principal_colors(features)
   assert (
-    colours.shape == (1, 4, 3)
-    and abs(colours[0, 0, 0] - colours[0, 3, 0]) == 1
-    and (colours[0, 0] == colours[0, 1]).all()
+    colors.shape == (1, 4, 3)
+    and abs(colors[0, 0, 0] - colors[0, 3, 0]) == 1
+    and (colors[0, 0] == colors[0, 1]).all()
   )
 
 

@@ -267,7 +267,7 @@ def check_teachers(config, images: np.ndarray, report: Report) -> None:
   if not sections:
     report.warn("no teacher: this is MAE or ConvMAE, not MR-MAE")
   for name, options in sections.items():
-    description, teacher_out = show_teacher.look(config, images, options)
+    description, teacher_out = show_teacher.run_teacher(config, images, options)
     norm = np.linalg.norm(teacher_out.features, axis=-1)
     if not np.isfinite(norm).all():
       report.stop(

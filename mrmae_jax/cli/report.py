@@ -71,7 +71,7 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
 
 
 def find_runs(paths: list[str]) -> list[Run]:
-  """Reads the runs in `paths`, workdirs or folders of workdirs; names that clash become whole paths.
+  """Reads the runs in `paths`, workdirs or folders of them; names that clash become full paths.
 
   Raises:
     UsageError: a folder without a run.
@@ -86,7 +86,7 @@ def find_runs(paths: list[str]) -> list[Run]:
       workdirs = sorted(filter(is_run, folder.iterdir())) if folder.is_dir() else []
     if not workdirs:
       raise UsageError(
-        f"--runs: {path} holds no run: expected metrics.jsonl there, or in its folders"
+        f"--runs: {path} holds no run; expected metrics.jsonl there or in its folders"
       )
     runs += map(read_run, workdirs)
   if len({run.name for run in runs}) < len(runs):
@@ -135,7 +135,7 @@ def _add_curves(page: Page, runs: list[Run], names: list[str]) -> None:
   """Adds a plot of each metric that some run has logged more than once."""
   page.section(
     "Curves",
-    "Losses, evaluations, then learning rate, norms and throughput. A gap in the steps is what was not logged.",
+    "Losses, evaluations, then learning rate, norms and throughput. A gap was not logged.",
   )
   figures = []
   for name in names:
@@ -171,8 +171,8 @@ def _add_goodput(page: Page, runs: list[Run]) -> None:
     return
   page.section(
     "Where the time went",
-    "Seconds by phase, over all starts of a run. Goodput is the share of steps that count: those that a "
-    "killed start had done since its last checkpoint are computed again.",
+    "Seconds by phase, over all starts of a run. Goodput is the share of steps that count: those "
+    "that a killed start had done since its last checkpoint are computed again.",
   )
   phases = sorted({phase for run in runs for phase in run.goodput["seconds"]})
   rows = [
