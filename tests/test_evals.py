@@ -44,7 +44,7 @@ def test_knn_classify_by_its_definition():
 
 @pytest.mark.parametrize("count", [37, 5])
 @pytest.mark.parametrize("devices, fsdp", [(1, 1), (8, 2)])
-def test_neighbours_are_exact_in_any_blocks_on_any_devices(monkeypatch, count, devices, fsdp):
+def test_neighbors_are_exact_in_any_blocks_on_any_devices(monkeypatch, count, devices, fsdp):
   rng = np.random.default_rng(0)
   bank, queries = (
     rng.standard_normal((count, 6)).astype(np.float32),

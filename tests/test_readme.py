@@ -27,6 +27,7 @@ from PIL import Image
 
 from mrmae_jax import __main__ as entry
 from mrmae_jax import config
+from mrmae_jax.cli import parser
 
 ROOT = Path(__file__).parent.parent
 TEACHER = (
@@ -82,7 +83,7 @@ SHORTER = [
   (r"^mrmae visualize .*clip_vit_b16", "--teacher=tests/goldens/teachers/hf_clip_full", 0),
   (r"^mrmae knn --train=train", "--batch_size=16", 0),
   (r"^mrmae bench (step|both)", "--steps=2", 0),
-  (r"^mrmae bench (compare|guards)", "--rounds=1", 0),
+  (r"^python -m benchmarks", "--rounds=1", 0),
   (r"^mrmae bench loader", "--rounds=1 --images=32 --batch_size=8 --workers=0", 0),
   (r"memory_batches=1000", "--memory_batches=20", 0),
   (r"^mrmae pack .*--short_side=256", "--short_side=64", 0),
@@ -99,12 +100,14 @@ SHORTER = [
 ]
 STAND_IN = f"""#!{sys.executable}
 import json, os, re, subprocess, sys
-line, code = "mrmae " + " ".join(sys.argv[1:]), 0
+module = os.environ.get("MODULE", "mrmae_jax")
+program = "mrmae" if module == "mrmae_jax" else "python -m " + module
+line, code = program + " " + " ".join(sys.argv[1:]), 0
 words = sys.argv[1:]
 for pattern, options, then in json.load(open(os.environ["PLACE"] + "/shorter.json")):
   if re.search(pattern, line):
     words, code = words + options.split(), then
-command = [sys.executable, "-m", "mrmae_jax", *words]
+command = [sys.executable, "-m", module, *words]
 other = [word.replace("--process_id=0", "--process_id=1") for word in command]
 others = [subprocess.Popen(other)] if other != command else []
 got = [subprocess.run(command).returncode, *(other.wait() for other in others)]
@@ -113,6 +116,7 @@ if set(got) != {{code}}:
 """
 PYTHON = f"""#!/bin/sh
 case "$*" in
+  "-m benchmarks."*) module=$2; shift 2; MODULE=$module exec mrmae "$@" ;;
   "-m pytest"*|*"import tensorflow_datasets"*) ;;  # the tests; the download of ImageNet
   *) exec {sys.executable} "$@" ;;
 esac
@@ -140,7 +144,7 @@ def blocks():
         )
       elif text.startswith("--config."):  # options alone
         text = "".join(
-          "mrmae doctor --nocompile --config=configs/photos.py "
+          "mrmae doctor --no-compile --config=configs/photos.py "
           f"--config.data.source=folder:/path/to/photos {line}\n"
           for line in text.splitlines()
         )
@@ -153,15 +157,17 @@ BLOCKS = blocks()
 
 
 def commands():
-  """Every `mrmae` command of the README, as words."""
+  """Every command of `mrmae` and of the benchmarks in the README, as words."""
   for _, text in BLOCKS:
     for line in text.replace("\\\n", " ").splitlines():
-      if re.search(r"\bmrmae ", line):
+      if re.search(r"\bmrmae |python -m benchmarks", line):
         words = shlex.split(line, comments=True)
         words = words[
           next((i for i, word in enumerate(words) if "=" not in word), 0) :
         ]  # environment variables
-        if words and words[0] == "mrmae":
+        if words[:2] == ["python", "-m"]:
+          yield ["benchmarks", words[2].removeprefix("benchmarks."), *words[3:]]
+        elif words and words[0] == "mrmae":
           yield words
 
 
@@ -170,7 +176,8 @@ KEYS = {row[0] for schema in map(config.defaults, config.TASKS) for row in confi
 
 
 def test_there_are_commands_in_the_readme():
-  assert len(FOUND) > 60 and {words[1] for words in FOUND} >= set(entry.COMMANDS)
+  assert len(FOUND) > 60
+  assert {words[1] for words in FOUND if words[0] == "mrmae"} >= set(parser.COMMANDS)
 
 
 @pytest.mark.parametrize("words", FOUND, ids=[" ".join(words[1:3])[:60] for words in FOUND])
@@ -180,16 +187,20 @@ def test_every_option_of_a_command_exists(words, capsys):
   Keys of the configuration are looked up in the schema.
   """
   name, options = words[1], [word for word in words[2:] if word.startswith("--")]
-  assert name in entry.COMMANDS
-  extra = [words[2]] if name == "bench" else []
-  assert entry.main(["mrmae", name, *extra, "--help"]) == 0
-  text = capsys.readouterr().out
+  if words[0] == "benchmarks":
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--help"]
+    text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+  else:
+    assert name in parser.COMMANDS
+    extra = [words[2]] if name == "bench" else []
+    assert entry.main(["mrmae", name, *extra, "--help"]) == 0
+    text = capsys.readouterr().out
   for option in options:
     key = option[2:].split("=")[0]
     if key.startswith("config."):
       assert key.removeprefix("config.") in KEYS | {"encoder.dim", "encoder.mlp_dim"}, option
     else:
-      assert re.search(rf"--(\[no\])?{key.removeprefix('no')}\b", text), (option, text[:500])
+      assert re.search(rf"--{key}\b", text), (option, text[:500])
 
 
 def test_the_notebook_runs_as_it_stands(tmp_path):
@@ -216,7 +227,7 @@ def test_the_notebook_runs_as_it_stands(tmp_path):
   assert done.returncode == 0, done.stderr[-2000:]
   assert (
     re.search(r"mimic \(1, [\d.]+\) -> \(\d+, [\d.]+\)", done.stdout)
-    and "held-out digits have a nearest neighbour" in done.stdout
+    and "held-out digits have a nearest neighbor" in done.stdout
   )
 
 

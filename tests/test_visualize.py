@@ -27,7 +27,7 @@ from tests.test_stages import changed
 from tests.test_weights import make
 
 SIZE, GRID = (32, 48), (4, 6)  # of tiny's images, 8-pixel patches
-PLAIN = ("--count=2", "--bank=9", "--neighbours=2")
+PLAIN = ("--count=2", "--bank=9", "--neighbors=2")
 
 
 def run_with_teacher(workdir, encoder="convvit", **values):
@@ -418,7 +418,7 @@ def test_what_has_no_cosine(run):
     visualize.focused(subject._replace(teacher_out=teacher_out))
 
 
-def test_neighbours(photos, run, command):
+def test_neighbors(photos, run, command):
   """An image that is there twice finds the other one first, and never itself."""
   workdir, _, _ = run
   code, printed, out = command(
@@ -426,8 +426,8 @@ def test_neighbours(photos, run, command):
     f"--images={photos}",
     "--count=8",
     "--bank=0",
-    "--neighbours=3",
-    "--panels=neighbours",
+    "--neighbors=3",
+    "--panels=neighbors",
   )
   assert code == 0, printed.err
   content = (out / "index.html").read_text()
@@ -458,7 +458,7 @@ def test_neighbours(photos, run, command):
   np.testing.assert_array_equal(
     [row[1:] for row in files], np.argsort(-similarity, axis=1, kind="stable")[:, :3]
   )
-  picture = np.asarray(Image.open(out / "neighbours.png"))
+  picture = np.asarray(Image.open(out / "neighbors.png"))
   cell = lambda column, row: picture[
     20 + row * 100 : 20 + row * 100 + 96 : 3, 4 + column * 148 : 4 + column * 148 + 144 : 3
   ]
