@@ -9,6 +9,7 @@ import pytest
 
 from mrmae_jax import mrmae, sharding
 from mrmae_jax.evals import knn
+from mrmae_jax.reconstruction import reconstruct
 from mrmae_jax.tasks import pretrain
 from mrmae_jax.viz import grid
 from tests import tiny
@@ -147,7 +148,7 @@ def test_a_perfect_prediction_is_drawn_as_the_original(monkeypatch, norm_pix):
   mask = mrmae.sample_mask(jax.random.uniform(jax.random.key(0), (2, 24)), 0.75)
   targets = lambda params, pixels, mask, model: (None, mrmae.pixel_targets(pixels, 8, norm_pix)[0])
   monkeypatch.setattr(mrmae, "encode_decode", targets)
-  drawn = pretrain.reconstruct(model, {}, images, mask, norm_pix)
+  drawn = reconstruct(model, {}, images, mask, norm_pix)
   original = np.asarray(images) / 255
   for name in ("original", "reconstruction", "pasted"):
     np.testing.assert_allclose(drawn[name], original, atol=1e-5, err_msg=name)
@@ -159,7 +160,7 @@ def test_a_perfect_prediction_is_drawn_as_the_original(monkeypatch, norm_pix):
     "encode_decode",
     lambda params, pixels, mask, model: (None, 0 * targets(0, pixels, mask, model)[1]),
   )
-  drawn = pretrain.reconstruct(model, {}, images, mask, norm_pix)
+  drawn = reconstruct(model, {}, images, mask, norm_pix)
   np.testing.assert_allclose(
     np.where(hidden, 0, drawn["pasted"]), np.where(hidden, 0, original), atol=1e-5
   )

@@ -16,6 +16,7 @@ from mrmae_jax import mrmae
 from mrmae_jax.cli import show_teacher, visualize
 from mrmae_jax.cli import subject as subjects
 from mrmae_jax.models import ConvViT, ViT, encode, head_attention
+from mrmae_jax.reconstruction import reconstruct
 from mrmae_jax.runs.checkpoint import Checkpoints
 from mrmae_jax.tasks import pretrain
 from mrmae_jax.train import TrainState
@@ -194,8 +195,7 @@ def test_reconstructions_are_what_they_are_said_to_be(monkeypatch, norm_pix):
   mask = mrmae.sample_mask(jax.random.uniform(jax.random.key(0), (2, 24)), 0.75)
   monkeypatch.setattr(mrmae, "encode_decode", lambda *arguments: (None, jnp.asarray(output)))
   drawn = {
-    name: np.asarray(x)
-    for name, x in pretrain.reconstruct(model, {}, images, mask, norm_pix).items()
+    name: np.asarray(x) for name, x in reconstruct(model, {}, images, mask, norm_pix).items()
   }
   blocks = lambda x: x.reshape(2, 4, 8, 6, 8, 3).swapaxes(2, 3).reshape(2, 24, 8, 8, 3)
   removed, mean, std = np.asarray(mask.removed), np.float32(model.mean), np.float32(model.std)

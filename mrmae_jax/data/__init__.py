@@ -2,6 +2,7 @@
 
 from mrmae_jax.data.augment import resizer
 from mrmae_jax.data.loader import (
+  Batches,
   LoaderOptions,
   element_shapes,
   eval_batches,
@@ -20,6 +21,7 @@ from mrmae_jax.data.views import (
 )
 
 __all__ = [
+  "Batches",
   "ImageView",
   "LoaderOptions",
   "PairView",
