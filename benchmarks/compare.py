@@ -1,16 +1,20 @@
-"""Two or more ways to do the same training step, in alternation in one run; outputs first have to agree, or there is no ratio.
+"""Compares two or more ways to do the same training step, in alternation in one run.
 
-  mrmae bench compare --pair=visible --config=configs/convmae.py:base --config.batch_size=8
+  python -m benchmarks.compare --pair=visible --config=convmae:base --config.batch_size=8
 
---pair is one of
-  visible       convolutional stages on the visible blocks, and dense.
-  views         four complementary masks for an image and one, per mask. (Losses differ: these are other masks.)
-  remat         all activations kept; norms and activations computed again; whole blocks computed again.
-  transformers  MAE here (--config=configs/mae.py:base), and ViTMAEForPreTraining of transformers in PyTorch (needs torch).
-  reference     ConvMAE here (--config=configs/convmae.py:base), and the original code at --reference=/path/to/ConvMAE (needs
-                torch), as it is and strengthened: channels-last, AdamW fused.
-Random images, AdamW on both sides; --compile adds torch.compile to PyTorch's. PyTorch runs on the GPU where it sees one, in the
-same precision by autocast.
+The outputs of the ways must agree first, or there is no ratio. --pair is one of
+  visible       convolutional stages on the visible blocks, and dense
+  views         four complementary masks for an image and one, per mask; the losses differ, because
+                the masks do
+  remat         all activations kept; norms and activations computed again; whole blocks computed
+                again
+  transformers  MAE here (--config=mae:base), and ViTMAEForPreTraining of transformers in PyTorch
+                (needs torch)
+  reference     ConvMAE here (--config=convmae:base), and the original code at
+                --reference=/path/to/ConvMAE (needs torch), as it is and strengthened:
+                channels-last, AdamW fused
+Random images, AdamW on both sides; --compile adds torch.compile to PyTorch's. PyTorch runs on the
+GPU where it finds one, in the same precision by autocast.
 """
 
 import json
@@ -20,48 +24,43 @@ import sys
 import tempfile
 import types
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable, NamedTuple
 
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
 import numpy as np
-from absl import flags
-from ml_collections import config_flags
 
+from benchmarks.command import make_parser, run_command
+from mrmae_jax import mrmae
 from mrmae_jax.cli import bench
+from mrmae_jax.cli.configs import load_config
 from mrmae_jax.errors import UsageError
+from mrmae_jax.weights import files, model_files
 
-PAIRS = ("visible", "views", "remat", "transformers", "reference")
-TOLERANCE = {
-  "float32": 1e-4,
-  "bfloat16": 2e-2,
-}  # of the first loss, relative; PyTorch's and XLA's sums have other orders
+# Of the first loss, relative: PyTorch and XLA sum in other orders.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 
 
-def define_flags() -> flags.FlagValues:
-  """The options, apart from absl's global ones."""
-  own = flags.FlagValues()
-  flags.DEFINE_enum("pair", None, PAIRS, "What is compared.", flag_values=own)
-  config_flags.DEFINE_config_file(
-    "config", "configs/convmae.py", "Configuration file.", flag_values=own
-  )
-  flags.DEFINE_integer("rounds", 7, "How often each is timed.", lower_bound=1, flag_values=own)
-  flags.DEFINE_string("reference", "", "A checkout of Alpha-VL/ConvMAE.", flag_values=own)
-  flags.DEFINE_bool("compile", False, "PyTorch's side with torch.compile.", flag_values=own)
-  flags.DEFINE_string("json", "", "A .json file for the figures.", flag_values=own)
-  return own
+class _Way(NamedTuple):
+  """One way to do the step.
 
+  Attributes:
+    run: does one step and returns its loss.
+    images: that count for its speed.
+    memory: bytes that it takes; None if unknown.
+  """
 
-class _Way:
-  """One way to do the step: `run` does one and returns its loss; `images` count for its speed; what memory it takes, if known."""
-
-  def __init__(self, run, images: int, memory: float | None = None):
-    self.run, self.images, self.memory = run, images, memory
+  run: Callable[[], float]
+  images: int
+  memory: float | None = None
 
 
 def _ours(config, key: str, values: dict[str, Any]) -> dict[str, _Way]:
-  """A way for each value, by name, of one key of the configuration."""
+  """Returns a way for each of `values`, {name of the way: value of a key of the configuration}."""
   section, name = key.split(".")
   if name not in config[section]:
-    raise UsageError(f"config.{section} has no {name}: this pair is about another kind of model")
+    raise UsageError(f"config.{section} has no {name}: this pair is for another kind of model")
   ways = {}
   for title, value in values.items():
     config = config.copy_and_resolve_references()
@@ -81,23 +80,21 @@ def _visible(options):
 
 
 def _views(options):
-  return _ours(
-    options.config, "method.complementary_masks", {"4 masks an image": 4, "1 mask an image": 1}
-  ), False
+  values = {"4 masks an image": 4, "1 mask an image": 1}
+  return _ours(options.config, "method.complementary_masks", values), False
 
 
 def _remat(options):
-  return _ours(
-    options.config, "encoder.remat", {f"remat={kept}": kept for kept in ("none", "dots", "full")}
-  ), True
+  values = {f"remat={value}": value for value in ("none", "dots", "full")}
+  return _ours(options.config, "encoder.remat", values), True
 
 
 def _torch_way(model, call, fused: bool, options) -> _Way:
-  """A step of a torch model: `call(model)` gives its loss; AdamW may be fused."""
-  import torch  # the peers alone need it
+  """Returns the step of a torch model, whose loss is `call(model)`; AdamW may be fused."""
+  import torch  # an extra
 
   device = "cuda" if torch.cuda.is_available() else "cpu"
-  # The rate of ours in its first steps is of no consequence for time; a small one keeps both trajectories alike.
+  # The rate does not change the time; a small one keeps both trajectories alike.
   optimizer = torch.optim.AdamW(
     model.parameters(), lr=1e-6, betas=(0.9, 0.95), weight_decay=0.05, fused=fused
   )
@@ -115,80 +112,72 @@ def _torch_way(model, call, fused: bool, options) -> _Way:
 
 
 def _against_torch(options, model, names: dict[str, bool], write, call):
-  """Ours with the weights of a torch model, and the model as it is and strengthened.
+  """Returns our step with the weights of a torch model, and the model as it is and strengthened.
 
   Args:
+    options: of the command line.
     model: () -> the torch model, the same each time.
     names: of the ways to run it, each with whether it is strengthened.
-    write: (model, folder) -> path that `model_files.read` understands.
-    call: (model, images [B, 3, H, W] normalised, noise [B, N]) -> loss, both torch tensors.
+    write: (model, folder) -> path that `model_files.read_model` understands.
+    call: (model, images [B, 3, H, W] normalized, noise [B, N]) -> loss, both torch tensors.
   """
-  import jax
-  import jax.numpy as jnp
-  import torch
-
-  from mrmae_jax import mrmae, train
-  from mrmae_jax.weights import model_files
+  import torch  # an extra
 
   config, rng = options.config, np.random.default_rng(0)
   with tempfile.TemporaryDirectory() as folder:
     student = model_files.read_model(write(model(), Path(folder)), dtype=config.dtype)
   network = mrmae.Model(student.encoder, student.decoder, (), config.data.mean, config.data.std)
-  images = rng.integers(
-    0, 256, (config.batch_size, *config.image_size, len(config.data.mean)), np.uint8
-  )
+  channels = len(config.data.mean)
+  images = rng.integers(0, 256, (config.batch_size, *config.image_size, channels), np.uint8)
   tokens = math.prod(side // student.encoder.patch_size for side in config.image_size)
   noise = rng.random((config.batch_size, tokens), np.float32)
-
-  def loss(params, frozen, batch, keys):  # the same masks in every step, on both sides
-    del frozen, keys
-    return mrmae.pretrain_loss(
-      params, batch["image"], jnp.asarray(noise), network, {}, mask_ratio=config.method.mask_ratio
-    )
-
-  flat = {
-    "/".join(key.key for key in path): leaf
-    for path, leaf in jax.tree_util.tree_leaves_with_path(
-      {name: student.params[name] for name in ("encoder", "decoder")}
-    )
-  }
-  init = lambda key: jax.tree.map(
-    jnp.asarray, {name: student.params[name] for name in ("encoder", "decoder")}
-  )
-  step = bench.make_step(config, train.Task(init, loss, None, {}, {}, (), flat), {"image": images})
-  ways = {"ours": _Way(lambda: float(step.run()["loss"]), config.batch_size)}
+  params = {name: student.params[name] for name in ("encoder", "decoder")}
+  ways = {"ours": _our_way(config, network, params, images, noise)}
 
   device = "cuda" if torch.cuda.is_available() else "cpu"
-  pixels = (images.astype(np.float32) / 255 - np.float32(config.data.mean)) / np.float32(
-    config.data.std
-  )
-  for name, strong in names.items():
-    layout = torch.channels_last if strong else torch.contiguous_format
-    inputs = (
-      torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
-      .to(device)
-      .contiguous(memory_format=layout)
-    )
+  mean, std = np.float32(config.data.mean), np.float32(config.data.std)
+  pixels = ((images.astype(np.float32) / 255 - mean) / std).transpose(0, 3, 1, 2)
+  for name, is_strengthened in names.items():
+    layout = torch.channels_last if is_strengthened else torch.contiguous_format
+    inputs = torch.from_numpy(pixels.copy()).to(device).contiguous(memory_format=layout)
     ways[name] = _torch_way(
       model().to(device).to(memory_format=layout).train(),
       lambda m, x=inputs: call(m, x, torch.from_numpy(noise).to(device)),
-      strong,
+      is_strengthened,
       options,
     )
   return ways, True
 
 
+def _our_way(config, network: mrmae.Model, params, images, noise) -> _Way:
+  """Returns our step from given weights, with the same images and masks in every step."""
+
+  def loss(params, extra, frozen, batch, keys):
+    del frozen, keys
+    value, terms = mrmae.pretrain_loss(
+      params, batch["image"], jnp.asarray(noise), network, {}, mask_ratio=config.method.mask_ratio
+    )
+    return value, (terms, extra)
+
+  task = bench.make_task(config)._replace(
+    init=lambda key: (jax.tree.map(jnp.asarray, params), ()),
+    loss=loss,
+    frozen={},
+    pretrained=flax.traverse_util.flatten_dict(params, sep="/"),
+  )
+  step = bench.make_step(config, task, {"image": images})
+  return _Way(lambda: float(step.run()["loss"]), config.batch_size)
+
+
 def _transformers(options):
   try:
-    import torch
+    import torch  # an extra
     from transformers.models.vit_mae import ViTMAEConfig, ViTMAEForPreTraining
   except ImportError as error:
     raise UsageError(f"--pair=transformers: {error}; it needs torch and transformers") from None
   fields, decoder = options.config.encoder, options.config.decoder
   if fields.name != "vit" or len(set(options.config.image_size)) > 1:
-    raise UsageError(
-      "--pair=transformers is about MAE on square images: --config=configs/mae.py:base"
-    )
+    raise UsageError("--pair=transformers is for MAE on square images: --config=mae:base")
   config = ViTMAEConfig(
     hidden_size=fields.dim,
     num_hidden_layers=fields.depth,
@@ -223,24 +212,18 @@ def _reference(options):
   root = Path(options.reference).expanduser()
   if not options.reference or not (root / "models_convmae.py").is_file():
     raise UsageError(
-      f"--reference={options.reference} must be a checkout of Alpha-VL/ConvMAE, with models_convmae.py in it"
+      f"--reference={options.reference} must be a checkout of Alpha-VL/ConvMAE, with "
+      "models_convmae.py in it"
     )
-  if (options.config.encoder.name, *options.config.image_size) != (
-    "convvit",
-    224,
-    224,
-  ) or options.config.encoder.embed_dims[2] != 768:
-    raise UsageError(
-      "--pair=reference: the original code has one size: --config=configs/convmae.py:base"
-    )
+  encoder, size = options.config.encoder, tuple(options.config.image_size)
+  if encoder.name != "convvit" or size != (224, 224) or encoder.embed_dims[2] != 768:
+    raise UsageError("--pair=reference: the original code has one size: --config=convmae:base")
   try:
-    import torch
+    import torch  # an extra
   except ImportError:
     raise UsageError("--pair=reference needs torch") from None
-  from mrmae_jax.weights import files
-
   reference = _import_reference(root)
-  drawn = {}
+  draws = {}  # the noise that ours was given
 
   def model():
     torch.manual_seed(0)
@@ -252,22 +235,25 @@ def _reference(options):
     return folder / "reference.safetensors"
 
   def call(model, images, noise):
-    drawn["noise"] = noise  # the original draws by itself; here it is given what the other side has
+    draws["noise"] = noise
     return model(images, 0.75)[0]
 
+  # The original draws its masks itself; here it draws what ours was given.
   rand = torch.rand
   torch.rand = lambda *shape, **kwargs: (
-    drawn["noise"] if shape == tuple(drawn["noise"].shape) else rand(*shape, **kwargs)
+    draws["noise"] if shape == tuple(draws["noise"].shape) else rand(*shape, **kwargs)
   )
-  how = ", compiled" if options.compile else ""
-  return _against_torch(
-    options, model, {f"reference{how}": False, f"reference, strengthened{how}": True}, write, call
-  )
+  suffix = ", compiled" if options.compile else ""
+  names = {f"reference{suffix}": False, f"reference, strengthened{suffix}": True}
+  return _against_torch(options, model, names, write, call)
 
 
 def _import_reference(root: Path):
-  """The original models_convmae.py. It asks for timm 0.3.2 and an old numpy, of which it uses next to nothing."""
-  import torch
+  """Imports the original models_convmae.py.
+
+  It imports timm 0.3.2 and an old numpy, and uses next to nothing of them: stand-ins suffice.
+  """
+  import torch  # an extra
 
   stand_ins = {
     "timm": {},
@@ -296,63 +282,72 @@ def _import_reference(root: Path):
   return models_convmae
 
 
+PAIRS = {
+  "visible": _visible,
+  "views": _views,
+  "remat": _remat,
+  "transformers": _transformers,
+  "reference": _reference,
+}
+
+
 def run(options) -> str:
-  """The command with an attribute per flag; returns the table.
+  """Measures the ways of a pair, and returns the table.
 
   Raises:
     UsageError: options that do not fit, or ways whose losses do not agree.
   """
-  if options.pair is None:
-    raise UsageError(f"--pair is missing: {', '.join(PAIRS)}")
-  about = bench.machine()
-  print(json.dumps(about), flush=True)
-  ways, comparable = {
-    "visible": _visible,
-    "views": _views,
-    "remat": _remat,
-    "transformers": _transformers,
-    "reference": _reference,
-  }[options.pair](options)
+  options.config = load_config(options.config, options.overrides)
+  config, machine = options.config, bench.describe_machine()
+  print(json.dumps(machine), flush=True)
+  ways, should_agree = PAIRS[options.pair](options)
   losses = {name: way.run() for name, way in ways.items()}
   first, *_ = losses.values()
-  worst = float(
-    np.max([abs(loss / first - 1) for loss in losses.values()])
-  )  # nan if one of them is
-  config = options.config
-  if comparable and not worst <= TOLERANCE[config.dtype]:
+  worst = float(np.max([abs(loss / first - 1) for loss in losses.values()]))  # nan if one is
+  if should_agree and not worst <= TOLERANCE[config.dtype]:
     raise UsageError(
       f"the ways do not agree, so there is no ratio: losses of the first step {losses}"
     )
   seconds = bench.alternate({name: way.run for name, way in ways.items()}, options.rounds)
-  base = list(ways)[0]
+  result = {"machine": machine, "losses": losses, "seconds": seconds}
+  bench.write_json(options.json, result | {"batch_size": config.batch_size, "dtype": config.dtype})
+  agreement = (
+    f"losses of the first step agree to {worst:.1e}"
+    if should_agree
+    else "losses belong to different masks"
+  )
+  return f"batch {config.batch_size}, {config.dtype}; {agreement}\n{_describe(ways, seconds)}"
+
+
+def _describe(ways: dict[str, _Way], seconds: dict[str, list[float]]) -> str:
+  """Returns the table; ratios are those of one round."""
+  base, *_ = ways
   rows = [["", "images/s", "s a step", f"speed of {base} over it", "memory, GiB"]]
   for name, way in ways.items():
     ratios = [
-      (theirs / way.images) / (ours / ways[base].images)
-      for ours, theirs in zip(seconds[base], seconds[name])
+      (other / way.images) / (ours / ways[base].images)
+      for ours, other in zip(seconds[base], seconds[name])
     ]
     rows.append(
       [
         name,
         f"{way.images / statistics.median(seconds[name]):,.2f}",
-        bench.spread(seconds[name], 3),
-        "" if name == base else bench.spread(ratios),
+        bench.format_spread(seconds[name], 3),
+        "" if name == base else bench.format_spread(ratios),
         f"{way.memory / 2**30:.2f}" if way.memory else "-",
       ]
     )
-  bench.write_json(
-    options.json,
-    {
-      "machine": about,
-      "losses": losses,
-      "seconds": seconds,
-      "batch_size": config.batch_size,
-      "dtype": config.dtype,
-    },
-  )
-  agreed = (
-    f"losses of the first step agree to {worst:.1e}"
-    if comparable
-    else "losses belong to different masks"
-  )
-  return f"batch {config.batch_size}, {config.dtype}; {agreed}\n{bench.table(rows)}"
+  return bench.format_table(rows)
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs a command line (default: sys.argv); returns the exit code."""
+  parser = make_parser("compare", __doc__, "convmae")
+  parser.add_argument("--pair", required=True, choices=PAIRS, help="what is compared")
+  parser.add_argument("--reference", default="", help="a checkout of Alpha-VL/ConvMAE")
+  parser.add_argument("--compile", action="store_true", help="PyTorch's side with torch.compile")
+  return run_command(parser, run, argv)
+
+
+if __name__ == "__main__":
+  sys.exit(main())

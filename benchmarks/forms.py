@@ -1,149 +1,140 @@
-"""The operations that can be written in several ways, each forwards and backwards, alone: which form suits a chip.
+"""Measures operations that can be written in several ways, each forwards and backwards, alone.
 
-  mrmae bench forms --operation=depthwise                       # timed on the devices that are here
-  mrmae bench forms --operation=depthwise --topology=v5e:2x2    # compiled for a TPU that is not: what it costs
+  python -m benchmarks.forms --operation=depthwise                       # timed here
+  python -m benchmarks.forms --operation=depthwise --topology=v5e:2x2    # for an absent TPU
 
 Operations, at the shapes of the base size at 224 px, 49 of 196 tokens visible:
-  depthwise   the masked 5x5 convolution of stage 1 and stage 2 on the visible blocks: the packed blocks put into a map of zeros,
-              shift-and-add, taken out again (the model's form), by gathers or by products with one-hot matrices; `lax.conv` on that
-              map; windows of (s + 4)^2 positions gathered around each block.
-  attention   49 tokens in 12 heads of 64 channels (encoder), 196 in 16 of 32 (decoder), 197 in 12 of 64 (teacher): explicit, and
-              the fused kernel of cuDNN where it can be used.
-All forms must agree with the model's before anything is printed. FLOPs, bytes and temporaries are XLA's, of one image.
+  depthwise   the masked 5x5 convolution of stage 1 and stage 2 on the visible blocks: the packed
+              blocks put into a map of zeros, shift-and-add, taken out again (the model's form), by
+              gathers or by products with one-hot matrices; `lax.conv` on that map; windows of
+              (s + 4)^2 positions gathered around each block
+  attention   49 tokens in 12 heads of 64 channels (encoder), 196 in 16 of 32 (decoder), 197 in 12
+              of 64 (teacher): explicit, and the fused kernel of cuDNN where it can be used
+All forms must agree with the model's before anything is printed. FLOPs, bytes and temporaries are
+XLA's, of one image.
 """
 
 import functools
 import json
+import sys
 
-from absl import flags
+import jax
+import jax.numpy as jnp
 
+from benchmarks.command import make_parser, run_command
+from mrmae_jax import mrmae
 from mrmae_jax.cli import bench
+from mrmae_jax.cli.compile import find_devices
+from mrmae_jax.cli.parser import integer
 from mrmae_jax.errors import UsageError
+from mrmae_jax.models import convvit, layers
 
-TOLERANCE = {
-  "float32": 1e-3,
-  "bfloat16": 3e-2,
-}  # of the largest value; kernel gradients sum over thousands of positions
-STAGES = {
-  "stage 1": (4, 256),
-  "stage 2": (2, 384),
-}  # side of a token's block in positions, channels
-ATTENTION = {
-  "encoder": (49, 12, 64),
-  "decoder": (196, 16, 32),
-  "teacher": (197, 12, 64),
-}  # tokens, heads, channels of a head
+# Of the largest value: kernel gradients sum over thousands of positions.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}
+# {stage: (side of a token's block in positions, channels)}
+STAGES = {"stage 1": (4, 256), "stage 2": (2, 384)}
+# {model: (tokens, heads, channels of a head)}
+ATTENTION = {"encoder": (49, 12, 64), "decoder": (196, 16, 32), "teacher": (197, 12, 64)}
+GRID = (14, 14)
 
 
-def define_flags() -> flags.FlagValues:
-  """The options, apart from absl's global ones."""
-  own = flags.FlagValues()
-  flags.DEFINE_enum(
-    "operation", "depthwise", ["depthwise", "attention"], "What is measured.", flag_values=own
-  )
-  flags.DEFINE_string(
-    "topology", "", "Compile for such chips instead of running, e.g. v5e:2x2.", flag_values=own
-  )
-  flags.DEFINE_integer("batch_size", 64, "Images.", lower_bound=1, flag_values=own)
-  flags.DEFINE_enum(
-    "dtype", "bfloat16", ["bfloat16", "float32"], "Of the computation.", flag_values=own
-  )
-  flags.DEFINE_integer("rounds", 7, "How often each is timed.", lower_bound=1, flag_values=own)
-  flags.DEFINE_string("json", "", "A .json file for the figures.", flag_values=own)
-  return own
+# Forms: (x [B, V, s, s, C], kernel [5, 5, C], mask) -> the same shape as x.
 
 
 def _depthwise_forms(side: int):
-  """{name: (x [B, 49, s, s, C], kernel [5, 5, C], mask) -> the same shape}."""
-  import jax  # --help is answered without jax
-  import jax.numpy as jnp
-
-  from mrmae_jax.models import convvit, layers
-
-  grid = (14, 14)
-
-  def on_a_map(put, convolve, take):
-    def form(x, kernel, mask):
-      return take(
-        layers.to_blocks(convolve(layers.from_blocks(put(x, mask), grid), kernel), side), mask
-      )
-
-    return form
-
-  def hot(mask, dtype):  # [B, N, V]: token n is the v-th visible one
-    return (mask.ids_keep[:, None] == jnp.arange(mask.ids_restore.shape[1])[:, None]).astype(dtype)
-
-  def conv(x, kernel):
-    return jax.lax.conv_general_dilated(
-      x,
-      kernel[:, :, None].astype(x.dtype),
-      (1, 1),
-      "SAME",
-      feature_group_count=x.shape[-1],
-      dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-
-  def windows(x, mask):  # [B, V, s + 4, s + 4, C], zeros where nothing is visible
-    b, v, _, _, c = x.shape
-    reach = jnp.arange(-2, side + 2)
-    row, column = (
-      (mask.ids_keep // grid[1])[..., None] * side + reach,
-      (mask.ids_keep % grid[1])[..., None] * side + reach,
-    )
-    inside = lambda at, n: (at >= 0) & (at < n * side)
-    token = (
-      jnp.clip(row, 0, grid[0] * side - 1)[..., :, None] // side * grid[1]
-      + jnp.clip(column, 0, grid[1] * side - 1)[..., None, :] // side
-    )
-    rank = jnp.take_along_axis(mask.ids_restore, token.reshape(b, -1), axis=1).reshape(token.shape)
-    place = rank * side**2 + (row % side)[..., :, None] * side + (column % side)[..., None, :]
-    found = inside(row, grid[0])[..., :, None] & inside(column, grid[1])[..., None, :] & (rank < v)
-    place = jnp.where(found, place, v * side**2).reshape(b, -1)
-    flat = jnp.concatenate([x.reshape(b, -1, c), jnp.zeros((b, 1, c), x.dtype)], axis=1)
-    return layers._gather(flat, place).reshape(b * v, side + 4, side + 4, c)
-
-  def taps(x):
-    return [
-      x[:, i : i + side, j : j + side].astype(jnp.float32) for i in range(5) for j in range(5)
-    ]
-
-  def stencil(x, kernel, mask):
-    weights = kernel.reshape(25, -1).astype(jnp.float32)
-    return (
-      sum(tap * w for tap, w in zip(taps(windows(x, mask)), weights))
-      .astype(x.dtype)
-      .reshape(x.shape)
-    )
-
-  halo = jax.custom_vjp(stencil)
-
-  def halo_bwd(residuals, dy):
-    x, kernel, mask = residuals
-    dy32 = dy.reshape(-1, *dy.shape[2:]).astype(jnp.float32)
-    dkernel = jnp.stack([jnp.sum(tap * dy32, (0, 1, 2)) for tap in taps(windows(x, mask))]).reshape(
-      kernel.shape
-    )
-    return stencil(dy, kernel[::-1, ::-1], mask), dkernel.astype(kernel.dtype), None
-
-  halo.defvjp(lambda x, kernel, mask: (stencil(x, kernel, mask), (x, kernel, mask)), halo_bwd)
-
-  put_hot = lambda x, mask: jnp.einsum("bnv,bvijc->bnijc", hot(mask, x.dtype), x)
-  take_hot = lambda x, mask: jnp.einsum("bnv,bnijc->bvijc", hot(mask, x.dtype), x)
+  """Returns {name: form} for blocks of `side` x `side` positions."""
+  model = lambda x, kernel, mask: convvit.spatial_mix(x, kernel, mask, GRID)
   return {
-    "map, gathers (the model's)": lambda x, kernel, mask: convvit.spatial_mix(
-      x, kernel, mask, grid
+    "map, gathers (the model's)": model,
+    "map, one-hot products": _map_form(
+      side, _put_by_product, layers.depthwise_conv, _take_by_product
     ),
-    "map, one-hot products": on_a_map(put_hot, layers.depthwise_conv, take_hot),
-    "map, lax.conv": on_a_map(layers.put_visible, conv, layers.take_visible),
-    "windows": halo,
+    "map, lax.conv": _map_form(side, layers.put_visible, _lax_conv, layers.take_visible),
+    "windows": _windows_form(side),
   }
 
 
+def _map_form(side: int, put, convolve, take):
+  """Returns the form that puts the blocks into a map, convolves the map and takes them out."""
+
+  def form(x, kernel, mask):
+    image = convolve(layers.from_blocks(put(x, mask), GRID), kernel)
+    return take(layers.to_blocks(image, side), mask)
+
+  return form
+
+
+def _one_hot(mask, dtype):
+  """Returns [B, N, V]: whether token n is the v-th visible one."""
+  tokens = jnp.arange(mask.ids_restore.shape[1])
+  return (mask.ids_keep[:, None] == tokens[:, None]).astype(dtype)
+
+
+def _put_by_product(x, mask):
+  return jnp.einsum("bnv,bvijc->bnijc", _one_hot(mask, x.dtype), x)
+
+
+def _take_by_product(x, mask):
+  return jnp.einsum("bnv,bnijc->bvijc", _one_hot(mask, x.dtype), x)
+
+
+def _lax_conv(x, kernel):
+  return jax.lax.conv_general_dilated(
+    x,
+    kernel[:, :, None].astype(x.dtype),
+    (1, 1),
+    "SAME",
+    feature_group_count=x.shape[-1],
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+  )
+
+
+def _windows(x, mask, side: int):
+  """Gathers [B * V, s + 4, s + 4, C] around each block, with zeros where nothing is visible."""
+  b, v, _, _, c = x.shape
+  offsets = jnp.arange(-2, side + 2)
+  row = (mask.ids_keep // GRID[1])[..., None] * side + offsets
+  column = (mask.ids_keep % GRID[1])[..., None] * side + offsets
+  is_inside = lambda position, tokens: (position >= 0) & (position < tokens * side)
+  token = (
+    jnp.clip(row, 0, GRID[0] * side - 1)[..., :, None] // side * GRID[1]
+    + jnp.clip(column, 0, GRID[1] * side - 1)[..., None, :] // side
+  )
+  rank = jnp.take_along_axis(mask.ids_restore, token.reshape(b, -1), axis=1).reshape(token.shape)
+  index = rank * side**2 + (row % side)[..., :, None] * side + (column % side)[..., None, :]
+  is_visible = is_inside(row, GRID[0])[..., :, None] & is_inside(column, GRID[1])[..., None, :]
+  index = jnp.where(is_visible & (rank < v), index, v * side**2).reshape(b, -1)
+  flat = jnp.concatenate([x.reshape(b, -1, c), jnp.zeros((b, 1, c), x.dtype)], axis=1)
+  return layers._gather(flat, index).reshape(b * v, side + 4, side + 4, c)
+
+
+def _windows_form(side: int):
+  """Returns the form that gathers a window around each block, with a backward pass of its own."""
+
+  def taps(x, mask):
+    windows = _windows(x, mask, side)
+    crop = lambda i, j: windows[:, i : i + side, j : j + side].astype(jnp.float32)
+    return [crop(i, j) for i in range(5) for j in range(5)]
+
+  def stencil(x, kernel, mask):
+    weights = kernel.reshape(25, -1).astype(jnp.float32)
+    y = sum(tap * w for tap, w in zip(taps(x, mask), weights))
+    return y.astype(x.dtype).reshape(x.shape)
+
+  def backward(residuals, dy):
+    x, kernel, mask = residuals
+    dy32 = dy.reshape(-1, *dy.shape[2:]).astype(jnp.float32)
+    dkernel = jnp.stack([jnp.sum(tap * dy32, (0, 1, 2)) for tap in taps(x, mask)])
+    dx = stencil(dy, kernel[::-1, ::-1], mask)
+    return dx, dkernel.reshape(kernel.shape).astype(kernel.dtype), None
+
+  form = jax.custom_vjp(stencil)
+  form.defvjp(lambda x, kernel, mask: (stencil(x, kernel, mask), (x, kernel, mask)), backward)
+  return form
+
+
 def _attention_forms():
-  import jax
-
-  from mrmae_jax.models import layers
-
+  """Returns {name: (q, k, v) -> output} for this backend."""
   forms = {"explicit": lambda q, k, v: layers.attention_weights(q, k).astype(v.dtype) @ v}
   if jax.default_backend() == "gpu":
     forms["cuDNN"] = layers.attend
@@ -151,130 +142,129 @@ def _attention_forms():
 
 
 def _cases(options):
-  """(title, {form: function of arrays}, arrays) of the operation; the arrays are shapes where nothing is to be run."""
-  import jax
-  import jax.numpy as jnp
+  """Yields (title, {form: function}, arrays with a gradient, other arrays) of the operation.
 
-  from mrmae_jax import mrmae
-
-  b, dtype, keys = (
-    options.batch_size,
-    jnp.dtype(options.dtype),
-    jax.random.split(jax.random.key(0), 5),
-  )
-
-  def arrays(make):
-    return jax.eval_shape(make) if options.topology else make()
-
+  The arrays are shapes where nothing is run.
+  """
+  b, dtype = options.batch_size, jnp.dtype(options.dtype)
+  keys = jax.random.split(jax.random.key(0), 5)
+  make = lambda function: jax.eval_shape(function) if options.topology else function()
   if options.operation == "attention":
     for name, (tokens, heads, width) in ATTENTION.items():
-      make = lambda shape=(b, heads, tokens, width): tuple(
-        jax.random.normal(key, shape, dtype) for key in keys[:3]
-      )
-      yield (
-        f"{name}: {tokens} tokens, {heads} heads of {width}",
-        _attention_forms(),
-        arrays(make),
-        (),
-      )
+      shape = (b, heads, tokens, width)
+      draw = lambda shape=shape: tuple(jax.random.normal(key, shape, dtype) for key in keys[:3])
+      title = f"{name}: {tokens} tokens, {heads} heads of {width}"
+      yield title, _attention_forms(), make(draw), ()
     return
+  mask = make(lambda: mrmae.sample_mask(jax.random.uniform(keys[2], (b, 196)), 0.75))
   for name, (side, channels) in STAGES.items():
-    make = lambda side=side, channels=channels: (
-      jax.random.normal(keys[0], (b, 49, side, side, channels), dtype),
-      jax.random.normal(keys[1], (5, 5, channels)),
+    draw = lambda shape=(b, 49, side, side, channels): (
+      jax.random.normal(keys[0], shape, dtype),
+      jax.random.normal(keys[1], (5, 5, shape[-1])),
     )
-    mask = arrays(lambda: mrmae.sample_mask(jax.random.uniform(keys[2], (b, 196)), 0.75))
-    yield (
-      f"{name}: {side} x {side} positions of {channels} channels",
-      _depthwise_forms(side),
-      arrays(make),
-      (mask,),
-    )
+    title = f"{name}: {side} x {side} positions of {channels} channels"
+    yield title, _depthwise_forms(side), make(draw), (mask,)
 
 
 def run(options) -> str:
-  """The command with an attribute per flag; returns the tables.
+  """Measures the forms of an operation, and returns the tables.
 
   Raises:
     UsageError: an unknown topology, or forms that do not agree.
   """
-  from mrmae_jax.cli import compile as pods
-
-  devices = pods.find_devices(options.topology)
-  import jax
-  import jax.numpy as jnp
-
-  about = bench.machine() | ({"device": devices[0].device_kind} if options.topology else {})
-  print(json.dumps(about), flush=True)
-  lines, found = [], []
-  for title, forms, inputs, fixed in _cases(options):
-    programs, outputs = {}, {}
-    for name, form in forms.items():
-
-      def both_ways(inputs, fixed, form=form):
-        y, pull = jax.vjp(lambda *x: form(*x, *fixed), *inputs)
-        return y, pull(y)
-
-      if options.topology:
-        place = lambda tree: jax.tree.map(
-          lambda x: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(devices[0])
-          ),
-          tree,
-        )
-        programs[name] = jax.jit(both_ways).lower(place(inputs), place(fixed)).compile()
-      else:
-        programs[name] = jax.jit(both_ways).lower(inputs, fixed).compile()
-        outputs[name] = programs[name](inputs, fixed)
-    first, *_ = outputs.values() or [None]
-    for name, output in outputs.items():
-      for a, b in zip(jax.tree.leaves(output), jax.tree.leaves(first)):
-        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-        if not float(jnp.abs(a - b).max()) <= TOLERANCE[options.dtype] * float(jnp.abs(b).max()):
-          raise UsageError(
-            f"{title}: {name} does not give the numbers of the first form, so nothing is compared"
-          )
-    seconds = (
-      {}
-      if options.topology
-      else bench.alternate(
-        {
-          name: functools.partial(
-            lambda program: jax.block_until_ready(program(inputs, fixed)), program
-          )
-          for name, program in programs.items()
-        },
-        options.rounds,
-      )
-    )
-    rows = [[title, "MFLOP", "MB", "temporaries MB"] + ["us"] * bool(seconds)]
-    for name, program in programs.items():
-      cost, memory = program.cost_analysis() or {}, program.memory_analysis()
-      one = {
-        "operation": title,
-        "form": name,
-        "seconds": seconds.get(name),
-        "temporaries": memory.temp_size_in_bytes / options.batch_size,
-        "flops": cost.get("flops", 0) / options.batch_size,
-        "bytes": cost.get("bytes accessed", 0) / options.batch_size,
+  devices = find_devices(options.topology)
+  machine = bench.describe_machine()
+  if options.topology:
+    machine["device"] = devices[0].device_kind
+  print(json.dumps(machine), flush=True)
+  tables, results = [], []
+  for title, forms, inputs, others in _cases(options):
+    device = devices[0] if options.topology else None
+    programs = {name: _compile(form, inputs, others, device) for name, form in forms.items()}
+    seconds = {}
+    if not options.topology:
+      _check_agreement(title, programs, (inputs, others), TOLERANCE[options.dtype])
+      calls = {
+        name: functools.partial(lambda p, x: jax.block_until_ready(p(*x)), p, (inputs, others))
+        for name, p in programs.items()
       }
-      found.append(one)
-      rows.append(
-        [
-          name,
-          f"{one['flops'] / 1e6:,.1f}",
-          f"{one['bytes'] / 1e6:,.2f}",
-          f"{one['temporaries'] / 1e6:,.2f}",
-        ]
-        + (
-          [bench.spread([1e6 * s / options.batch_size for s in seconds[name]], 1)]
-          if seconds
-          else []
+      seconds = bench.alternate(calls, options.rounds)
+    rows = [_measure(title, name, p, seconds, options.batch_size) for name, p in programs.items()]
+    results += rows
+    tables.append(_describe(title, rows, options.batch_size))
+  result = {"machine": machine, "batch_size": options.batch_size, "dtype": options.dtype}
+  bench.write_json(options.json, result | {"results": results})
+  return "\n\n".join(tables)
+
+
+def _compile(form, inputs, others, device):
+  """Compiles a form forwards and backwards; for `device`, which need not be there, if given."""
+
+  def both_ways(inputs, others):
+    y, pull = jax.vjp(lambda *x: form(*x, *others), *inputs)
+    return y, pull(y)
+
+  if device is not None:
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    struct = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    inputs, others = jax.tree.map(struct, (inputs, others))
+  return jax.jit(both_ways).lower(inputs, others).compile()
+
+
+def _check_agreement(title: str, programs, arguments, tolerance: float) -> None:
+  """Raises UsageError unless all programs give the numbers of the first."""
+  expected = None
+  for name, program in programs.items():
+    output = [x.astype(jnp.float32) for x in jax.tree.leaves(program(*arguments))]
+    expected = expected or output
+    for x, y in zip(output, expected):
+      if not float(jnp.abs(x - y).max()) <= tolerance * float(jnp.abs(y).max()):
+        raise UsageError(
+          f"{title}: {name} does not give the numbers of the first form: nothing is compared"
         )
-      )
-    lines += [bench.table(rows), ""]
-  bench.write_json(
-    options.json,
-    {"machine": about, "batch_size": options.batch_size, "dtype": options.dtype, "results": found},
+
+
+def _measure(title: str, name: str, program, seconds: dict, batch_size: int) -> dict:
+  """Returns what a program costs, of one image."""
+  cost, memory = program.cost_analysis() or {}, program.memory_analysis()
+  return {
+    "operation": title,
+    "form": name,
+    "seconds": seconds.get(name),
+    "temporaries": memory.temp_size_in_bytes / batch_size,
+    "flops": cost.get("flops", 0) / batch_size,
+    "bytes": cost.get("bytes accessed", 0) / batch_size,
+  }
+
+
+def _describe(title: str, results: list[dict], batch_size: int) -> str:
+  """Returns the table of an operation."""
+  has_times = results[0]["seconds"] is not None
+  rows = [[title, "MFLOP", "MB", "temporaries MB"] + ["us"] * has_times]
+  for result in results:
+    numbers = (f"{result[key] / 1e6:,.2f}" for key in ("bytes", "temporaries"))
+    row = [result["form"], f"{result['flops'] / 1e6:,.1f}", *numbers]
+    if has_times:
+      row.append(bench.format_spread([1e6 * s / batch_size for s in result["seconds"]], 1))
+    rows.append(row)
+  return bench.format_table(rows)
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs a command line (default: sys.argv); returns the exit code."""
+  parser = make_parser("forms", __doc__)
+  parser.add_argument(
+    "--operation", choices=("depthwise", "attention"), default="depthwise", help="what is measured"
   )
-  return "\n".join(lines[:-1])
+  parser.add_argument(
+    "--topology", default="", help="chips to compile for instead of running, e.g. v5e:2x2"
+  )
+  parser.add_argument("--batch_size", type=integer(1), default=64, help="images")
+  parser.add_argument(
+    "--dtype", choices=tuple(TOLERANCE), default="bfloat16", help="of the computation"
+  )
+  return run_command(parser, run, argv)
+
+
+if __name__ == "__main__":
+  sys.exit(main())

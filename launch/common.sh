@@ -1,4 +1,4 @@
-# What the launch scripts share; sourced, not run. Works with bash 3.2 (macOS) too.
+# Functions that the launch scripts share; sourced, not run. Works with bash 3.2 (macOS) too.
 # shellcheck shell=bash disable=SC2034
 
 DRY_RUN=false
@@ -17,13 +17,21 @@ act() {
   if $DRY_RUN; then printf '%s\n' "${line% }"; else say "+ ${line% }"; "$@"; fi
 }
 
-# Fills ARGS with its arguments, less --dry-run, which may stand anywhere.
+# Fills ARGS with its arguments except --dry-run, which may stand anywhere.
 read_arguments() {
   local argument
   ARGS=()
   for argument in "$@"; do
     if [ "$argument" = --dry-run ]; then DRY_RUN=true; else ARGS+=("$argument"); fi
   done
+}
+
+# Fills WORDS with a training command: its arguments, or `pretrain` and its arguments if the first is an option.
+training_words() {
+  case ${1:-} in
+    '' | -*) WORDS=(pretrain "$@") ;;
+    *) WORDS=("$@") ;;
+  esac
 }
 
 # need_bucket WHY WORDS...: dies unless the words of a training command put its workdir into a bucket.
@@ -50,14 +58,14 @@ attend() {
   if $stopping; then wait "$child"; code=$?; fi  # the first wait ended with the signal, not with the process
 }
 
-# Whether a training process that ended so would end so again: done, mistakes of the user, bad data, a loss that is not finite.
-# Everything else (killed, preempted, a lost host) starts again.
+# final CODE: whether a training process with this exit code would end in the same way again: done, a mistake of the user, bad
+# data, a loss that is not finite. After any other (killed, preempted, a lost host) it starts again.
 final() { case $1 in 0 | 2 | 3 | 4) true ;; *) false ;; esac; }
 
 # Added to final exit codes by Slurm's tasks: srun reports the highest one, and tasks that it kills then have 128 + signal.
 FINAL_MARK=200
 
-# A process that dies sooner than this was not interrupted at work; that often in a row, it is broken.
+# A process that dies within QUICK_SECONDS was not interrupted at work; QUICK_LIMIT times in a row, it is broken.
 QUICK_SECONDS=600
 QUICK_LIMIT=3
 

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # One machine: its Python environment, and one training process that outlives the terminal and starts again when it dies.
 #
-#   bash launch/host.sh setup EXTRAS                                       # once: cuda13, or tpu,gcs
-#   bash launch/host.sh run --config=configs/mrmae.py:base --workdir=DIR   # starts it, or finds it running; follows its log
-#   bash launch/host.sh stop                                               # it saves and ends; the same run continues it
+#   bash launch/host.sh setup EXTRAS                            # once: cuda13, or tpu,gcs
+#   bash launch/host.sh run --config=mrmae:base --workdir=DIR   # starts it, or finds it running; follows its log
+#   bash launch/host.sh stop                                    # it saves and ends; the same run continues it
 #
+# `run` takes the words of `mrmae`: run finetune --config=..., run probe --config=...; without a command it is pretrain.
 # Also: status, logs. --dry-run prints the commands. The exit code of run is that of the training: 0 done, 2 usage, 3 data,
 # 4 non-finite; any other is tried again from the newest checkpoint, until it comes three times within ten minutes of starting.
 # Everything but the workdir lies in ~/.mrmae_jax. gpu_host.sh and tpu_pod.sh call this script.
@@ -29,10 +30,12 @@ setup() {
 running() { [ -e "$state/lock" ] && ! flock --nonblock "$state/lock" true; }
 
 run() {
-  local command from supervisor=(setsid --fork flock --nonblock "$state/lock" bash "$root/launch/host.sh" supervise "$@")
+  local command from supervisor
+  training_words "$@"
+  supervisor=(setsid --fork flock --nonblock "$state/lock" bash "$root/launch/host.sh" supervise "${WORDS[@]}")
   if $DRY_RUN; then act "${supervisor[@]}"; return; fi
   [ -x "$python" ] || die "there is no Python environment in $state/venv: run setup first"
-  command=$(printf '%q ' "$@")
+  command=$(printf '%q ' "${WORDS[@]}")
   if running; then
     [ "$(cat "$state/command")" = "$command" ] || die "another run is under way here: $(cat "$state/command"); stop it first"
     from=20
@@ -49,14 +52,14 @@ run() {
   return "$(cat "$state/exit_code")"
 }
 
-# Behind `run`, detached: trains, again if that makes sense, and leaves the exit code.
+# Runs detached, started by `run`: trains, again unless the exit code is final, and leaves the exit code.
 supervise() {
   local quick=0 began
   cd "$root" || return
   echo $$ > "$state/pid"
   while true; do
     began=$SECONDS
-    attend env PYTHONUNBUFFERED=1 "$python" -m mrmae_jax.main "$@"
+    attend env PYTHONUNBUFFERED=1 "$python" -m mrmae_jax "$@"
     if $stopping || final "$code"; then break; fi
     if [ $((SECONDS - began)) -lt $QUICK_SECONDS ]; then quick=$((quick + 1)); else quick=0; fi
     if [ $quick -ge $QUICK_LIMIT ]; then

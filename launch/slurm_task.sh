@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What slurm.sbatch starts on each GPU or node: the training process.
+# Runs on each GPU or node, started by slurm.sbatch: the training process.
 set -u
 . launch/common.sh
 
@@ -8,6 +8,7 @@ if [ "$SLURM_NTASKS" = "$SLURM_NNODES" ] && [ "${SLURM_GPUS_ON_NODE:-1}" -gt 1 ]
   JAX_LOCAL_DEVICE_IDS=$(seq -s , 0 $((SLURM_GPUS_ON_NODE - 1)))
   export JAX_LOCAL_DEVICE_IDS
 fi
-attend env PYTHONUNBUFFERED=1 python -m mrmae_jax.main --multihost "$@"
+training_words "$@" --multihost
+attend env PYTHONUNBUFFERED=1 python -m mrmae_jax "${WORDS[@]}"
 if [ "$code" != 0 ] && final "$code"; then exit $((code + FINAL_MARK)); fi
 exit "$code"

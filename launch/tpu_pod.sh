@@ -2,13 +2,14 @@
 # A TPU pod slice of Google Cloud, by queued resources: type this on your own machine, in the repository, with gcloud logged in.
 #
 #   export TPU_NAME=mrmae TPU_ZONE=us-east5-b TPU_TYPE=v6e-32 TPU_SPOT=1    # without TPU_SPOT: on demand
-#   bash launch/tpu_pod.sh run --config=configs/mrmae.py:base --workdir=gs://BUCKET/run --config.data.data_dir=gs://BUCKET/tfds
+#   bash launch/tpu_pod.sh run --config=mrmae:base --workdir=gs://BUCKET/run --config.data.data_dir=gs://BUCKET/tfds
 #   bash launch/tpu_pod.sh delete                                           # when it is done: until then the slice is paid for
 #
 # run does what is missing of create (ask for the slice, wait for it) and setup (copy the code, make the environment), starts
 # the training on every host and follows it. After a preemption it asks for a new slice and continues from the newest
 # checkpoint. Closing the terminal does not end the training, the same command finds it again; but to replace a slice it must be
 # there: use tmux. Also: status, logs [HOST], stop (the training), setup (after changes to the code). Each can be repeated.
+# Another command is the first word after run: run finetune --config=...; without one it is pretrain.
 # --dry-run prints the commands.
 # Optional: TPU_PROJECT; TPU_RUNTIME, if the image is not that of the type; TPU_CREATE_FLAGS, further words for
 # `gcloud compute tpus queued-resources create`, such as "--network=NAME --service-account=ADDRESS".
@@ -109,7 +110,7 @@ run() {
     create
     code=0
     { on all 'test -x .mrmae_jax/venv/bin/python && test -e mrmae_jax/launch/host.sh' && ! $DRY_RUN; } || setup || code=$?
-    [ $code != 0 ] || on all "bash mrmae_jax/launch/host.sh run --multihost $(printf '%q ' "$@")" || code=$?
+    [ $code != 0 ] || on all "bash mrmae_jax/launch/host.sh run $(printf '%q ' "$@" --multihost)" || code=$?
     if $DRY_RUN || final $code; then exit $code; fi
     now=$(state) || exit
     # Hosts that are still there have already tried again; see host.sh.

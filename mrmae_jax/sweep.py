@@ -1,6 +1,7 @@
-"""Points of a sweep: what a configuration's `sweep()` yields, {key of the configuration: value}.
+"""Makes the points of a sweep: what the `sweep()` of a configuration yields.
 
-The key "argument" stands for the argument of `get_config`. Reading and expanding a sweep does not import jax.
+A point is {key of the configuration: value}. The key "argument" stands for the argument of
+`get_config`. This module imports no jax.
 """
 
 import hashlib
@@ -14,43 +15,45 @@ Point = dict[str, Any]
 
 
 def grid(axes: dict[str, Sequence]) -> Iterator[Point]:
-  """Every combination; the last axis runs fastest."""
+  """Yields every combination of the values; the last axis runs fastest."""
   for values in itertools.product(*axes.values()):
-    yield dict(zip(axes, values))
-
-
-def paired(axes: dict[str, Sequence]) -> Iterator[Point]:
-  """The first values of all axes, then the second ones, and so on; ValueError if they are not equally many."""
-  for values in zip(*axes.values(), strict=True):
     yield dict(zip(axes, values))
 
 
 def sampled(
   count: int, seed: int, axes: dict[str, Sequence | Callable[[random.Random], Any]]
 ) -> Iterator[Point]:
-  """`count` random points, the same each time: an axis is a list to choose from, or a function such as log_uniform(a, b).
+  """Yields `count` random points, the same each time.
 
   A larger `count` keeps the points of a smaller one and adds others.
+
+  Args:
+    count: number of points.
+    seed: of the draws.
+    axes: {key: a list to choose from, or a function such as `log_uniform(low, high)`}.
   """
-  draw = random.Random(seed)
+  rng = random.Random(seed)
   for _ in range(count):
-    yield {key: axis(draw) if callable(axis) else draw.choice(axis) for key, axis in axes.items()}
+    yield {key: axis(rng) if callable(axis) else rng.choice(axis) for key, axis in axes.items()}
 
 
 def uniform(low: float, high: float) -> Callable[[random.Random], float]:
-  """An axis of `sampled`, rounded to three digits: names of runs stay readable."""
-  return lambda draw: float(f"{draw.uniform(low, high):.3g}")
+  """Returns an axis of `sampled`, rounded to three digits so that names of runs stay readable."""
+  return lambda rng: float(f"{rng.uniform(low, high):.3g}")
 
 
 def log_uniform(low: float, high: float) -> Callable[[random.Random], float]:
-  """An axis of `sampled` whose logarithm is uniform, rounded to three digits."""
-  return lambda draw: float(f"{math.exp(draw.uniform(math.log(low), math.log(high))):.3g}")
+  """Returns an axis of `sampled` whose logarithm is uniform, rounded to three digits."""
+  return lambda rng: float(f"{math.exp(rng.uniform(math.log(low), math.log(high))):.3g}")
 
 
-def name(point: Point) -> str:
-  """A folder's name that says what the point changes, and depends on nothing else: "teacher.weight=0.5-seed=1"."""
+def point_name(point: Point) -> str:
+  """Returns the name of a point's folder, e.g. "teacher.weight=0.5-seed=1".
+
+  The name depends on the point alone, needs no quotes in a shell, and has at most 120 characters.
+  """
   parts = [str(value) if key == "argument" else f"{key}={value}" for key, value in point.items()]
-  text = re.sub(r"[^\w.=+-]+", "-", "-".join(parts), flags=re.ASCII).strip("-.") or "default"
-  return (
-    text if len(text) <= 120 else f"{text[:107]}-{hashlib.sha1(text.encode()).hexdigest()[:12]}"
-  )
+  name = re.sub(r"[^\w.=+-]+", "-", "-".join(parts), flags=re.ASCII).strip("-.") or "default"
+  if len(name) <= 120:
+    return name
+  return f"{name[:107]}-{hashlib.sha1(name.encode()).hexdigest()[:12]}"

@@ -141,9 +141,7 @@ def make_plan(config, task: Task, mesh, num_images: int | None = None) -> Plan:
     num_images: training images; None: those of the task's source.
   """
   source = task.source("train")
-  num_images = len(source) if num_images is None else num_images
-  per_epoch = num_images / config.batch_size
-  steps = optim.Steps(per_epoch, max(1, round(config.epochs * per_epoch)))
+  steps = optim.count_steps(config, len(source) if num_images is None else num_images)
   param_shapes, _ = jax.eval_shape(task.init, jax.random.key(config.seed))
   tx, schedule = task.optimizer(param_shapes, steps)
   tx = optim.skippable(tx)

@@ -1,4 +1,7 @@
-"""The benchmarks: work is counted right, what is compared is equal, mistakes get one line. No test asserts a time."""
+"""The benchmarks: work is counted right, what is compared is equal, mistakes get one line.
+
+No test asserts a time.
+"""
 
 import json
 import sys
@@ -21,7 +24,10 @@ from tests import tiny
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-  """Runs a sub-command; returns its exit code, what it printed and its errors. Overrides are taken from sys.argv."""
+  """Runs a sub-command; returns its exit code, what it printed and its errors.
+
+  Overrides are taken from sys.argv.
+  """
 
   def call(*arguments):
     monkeypatch.setattr(sys, "argv", ["bench", *arguments])
@@ -57,7 +63,10 @@ def work(config):
 
 
 def test_work_of_mae_to_the_last_product():
-  """Two for each of M N K, three times; the embedding has no gradient of its input, and visible tokens end in the last block."""
+  """Two for each of M N K, three times.
+
+  The embedding has no gradient of its input, and visible tokens end in the last block.
+  """
   block = lambda tokens, dim: 12 * dim**2 * tokens + 2 * tokens**2 * dim
   last = 512**2 * (147 + 2 * 197 + 147 + 8 * 147) + 2 * 147 * 197 * 512
   found = work(mae.get_config("base"))
@@ -73,7 +82,10 @@ def test_work_of_mae_to_the_last_product():
 
 
 def test_work_of_mr_mae():
-  """GFLOP of an image as counted for the design of the project, by hand; visible tokens save 0.97 in the decoder's last block."""
+  """GFLOP of an image as counted for the design of the project, by hand.
+
+  Visible tokens save 0.97 in the decoder's last block.
+  """
   config = mrmae.get_config("base,fusion=stages,masking=random")
   config.teacher.path = "random"
   expected = {

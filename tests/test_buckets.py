@@ -15,6 +15,7 @@ import time
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from etils.epath import backend
 from PIL import Image
 
 from mrmae_jax.data import open_source
@@ -22,6 +23,7 @@ from mrmae_jax.errors import DataError, WorkdirError
 from mrmae_jax.runs import paths
 from tests import fake_gcs
 from tests.helpers import images
+from tests.helpers.tfds import prepare_tfds
 from tests.test_multihost import ROOT, finish, free_port, run, start
 
 needs_gcsfs = pytest.mark.skipif(
@@ -144,7 +146,7 @@ def test_images_in_a_bucket(server, tmp_path):
     "image": tfds.features.Image(encoding_format="jpeg"),
     "label": tfds.features.ClassLabel(names=["x", "y", "z"]),
   }
-  images.prepare_tfds("bucket_photos", tmp_path, features, {"train": rows[:8], "test": rows[8:]})
+  prepare_tfds("bucket_photos", tmp_path, features, {"train": rows[:8], "test": rows[8:]})
   for path in tmp_path.rglob("*"):
     if path.is_file():
       server.objects["bucket", f"tfds/{path.relative_to(tmp_path)}"] = (1, path.read_bytes())
@@ -215,8 +217,6 @@ def test_every_host_says_that_a_bucket_cannot_be_used(server, config, tmp_path, 
 
 
 def test_a_bucket_that_does_not_answer(monkeypatch):
-  from etils.epath import backend
-
   monkeypatch.setattr(paths, "ANSWER_S", 0.1)
   monkeypatch.setattr(backend.fsspec_backend, "_get_filesystem", lambda name: time.sleep(1))
   with pytest.raises(

@@ -521,54 +521,69 @@ def test_channels_that_are_shown(channels, bands, expected, caption):
   assert reconstruct.bands_shown(config) == (expected, caption)
 
 
-def test_four_channels_from_the_files_to_the_features(folder, tmp_path):
-  """Goes from pre-training with an RGB teacher to exported features, at 160 x 224 pixels."""
-  config, run = bands_config(folder), tmp_path / "run"
+# From files of four channels to features, at 160 x 224 pixels, with an RGB teacher.
+
+
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory):
+  """A pre-training run; the other tests read it."""
+  path = tmp_path_factory.mktemp("bands_run") / "run"
+  config = bands_config(folder)
   config.evals.knn.update(k=3)
   preflight.check(config, 8)
   task = pretrain.make(config)
-  state = train.fit(config, task, run)
-  assert train.identity(config, task, data.open_split(config.data, "train"))[
-    "teacher.bands"
-  ] == list(BANDS)
+  state = train.fit(config, task, path)
+  assert train.identity(config, task)["teacher.bands"] == list(BANDS)
   assert state.params["encoder"]["patch_embed"]["kernel"].shape == (16 * 16 * 4, 24)
-  records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+  return path
+
+
+@pytest.fixture(scope="module")
+def held_out_views(folder):
+  """Evaluation views of the first two images that are held out, uint8 [2, 160, 224, 4]."""
+  source = data.open_split(bands_config(folder).data, "eval")
+  return np.stack([augment.center_crop(augment.pixels(source[i]), (160, 224)) for i in range(2)])
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+  """The pre-trained model in the format of Hugging Face."""
+  path = tmp_path_factory.mktemp("bands_hf") / "hf"
+  assert run_command(["convert", f"--model={run}", f"--out={path}", "--format=hf"]) == 0
+  return path
+
+
+def read_records(path):
+  return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_four_channels_pretrain(run, held_out_views):
+  records = read_records(run)
   losses = [(r["mimic"], r["pixel"]) for r in records if "mimic" in r]
-  assert (
-    len(losses) == 2 and np.isfinite(losses).all() and any("knn/accuracy" in r for r in records)
-  )
-
-  held_out = data.open_split(config.data, "eval")
-  views = [augment.center_crop(augment.pixels(held_out[i]), (160, 224)) for i in range(2)]
+  assert len(losses) == 2 and np.isfinite(losses).all()
+  assert any("knn/accuracy" in r for r in records)
   picture = np.asarray(Image.open(run / "reconstructions" / "step_0000002.png"))
-  np.testing.assert_array_equal(
-    picture[20:180, 4:228], views[0][..., BANDS]
-  )  # the first picture of the first column
+  # The first picture of the first column is the image.
+  np.testing.assert_array_equal(picture[20:180, 4:228], held_out_views[0][..., BANDS])
 
-  assert (
-    run_command(
-      [
-        "visualize",
-        f"--model={run}",
-        "--count=2",
-        f"--out={tmp_path}/look",
-        "--panels=reconstruction,attention,pca,cosine,neighbours",
-      ]
-    )
-    == 0
-  )
-  picture = np.asarray(Image.open(tmp_path / "look" / "reconstruction.png"))
-  whole = augment.center_crop(augment.pixels(held_out[0]), (160, 224), 1.0)
-  shown = [
-    y for y in range(len(picture) - 160) if (picture[y : y + 160, 4:228] == whole[..., BANDS]).all()
-  ]
-  assert len(shown) == 1  # the first image, as it is
-  assert "channels 2, 1, 0 as RGB" in (tmp_path / "look" / "index.html").read_text()
 
-  tuning = config_lib.finetune()
-  config_lib.start_from(tuning, str(run))
+def test_four_channels_are_visualized(run, folder, tmp_path):
+  out, panels = tmp_path / "look", "reconstruction,attention,pca,cosine,neighbors"
+  command = ["visualize", f"--model={run}", "--count=2", f"--out={out}", f"--panels={panels}"]
+  assert run_command(command) == 0
+  picture = np.asarray(Image.open(out / "reconstruction.png"))
+  source = data.open_split(bands_config(folder).data, "eval")
+  image = augment.center_crop(augment.pixels(source[0]), (160, 224), 1.0)[..., BANDS]
+  heights = range(len(picture) - 160)
+  assert sum((picture[y : y + 160, 4:228] == image).all() for y in heights) == 1
+  assert "channels 2, 1, 0 as RGB" in (out / "index.html").read_text()
+
+
+def test_four_channels_finetune(run, held_out_views, tmp_path):
+  config = config_lib.finetune()
+  config_lib.start_from(config, str(run))
   changed(
-    tuning,
+    config,
     batch_size=8,
     epochs=1.0,
     data__randaug="",
@@ -576,51 +591,29 @@ def test_four_channels_from_the_files_to_the_features(folder, tmp_path):
     evals__accuracy__batch_size=8,
     optim__warmup_epochs=0.5,
   )
-  preflight.check(tuning, 8)
-  assert tuning.data.mean == MEAN and tuning.image_size == (160, 224)
-  train.fit(tuning, finetune.make(tuning), tmp_path / "tuned")
-  records = [
-    json.loads(line) for line in (tmp_path / "tuned" / "metrics.jsonl").read_text().splitlines()
-  ]
-  assert records[-1]["accuracy/images"] == 6
+  preflight.check(config, 8)
+  assert config.data.mean == MEAN and config.image_size == (160, 224)
+  train.fit(config, finetune.make(config), tmp_path / "tuned")
+  assert read_records(tmp_path / "tuned")[-1]["accuracy/images"] == 6
+  out = tmp_path / "tuned.safetensors"
+  assert run_command(["convert", f"--model={tmp_path}/tuned", f"--out={out}", "--format=timm"]) == 0
+  assert mrmae_jax.load(out).classify(held_out_views).shape == (2, 2)
 
-  for model, out, form in (("run", "hf", "hf"), ("tuned", "tuned.safetensors", "timm")):
-    assert (
-      run_command(
-        ["convert", f"--model={tmp_path / model}", f"--out={tmp_path / out}", f"--format={form}"]
-      )
-      == 0
-    )
-  images, trained, exported = np.stack(views), mrmae_jax.load(run), mrmae_jax.load(tmp_path / "hf")
-  assert (
-    exported.config["mean"] == MEAN
-    and exported.config["image_size"] == (160, 224)
-    and exported.config["grid"] == (10, 14)
-  )
-  found = exported.encode(images)
-  np.testing.assert_array_equal(found["tokens"], trained.encode(images)["tokens"])
-  assert (
-    found["tokens"].shape == (2, 140, 24)
-    and np.abs(found["pooled"][0] - found["pooled"][1]).max() > 1e-4
-  )
-  assert exported.reconstruct(images)["pasted"].shape == (2, 160, 224, 4)
-  assert mrmae_jax.load(tmp_path / "tuned.safetensors").classify(images).shape == (2, 2)
 
-  assert (
-    run_command(
-      [
-        "features",
-        f"--model={tmp_path}/hf",
-        f"--images=folder:{folder}",
-        "--split=eval",
-        "--holdout_every=4",
-        f"--out={tmp_path}/x.npz",
-      ]
-    )
-    == 0
-  )
+def test_four_channels_exported(run, exported, held_out_views, folder, tmp_path):
+  model = mrmae_jax.load(exported)
+  expected = {"mean": MEAN, "image_size": (160, 224), "grid": (10, 14)}
+  assert {name: model.config[name] for name in expected} == expected
+  features = model.encode(held_out_views)
+  trained = mrmae_jax.load(run).encode(held_out_views)
+  np.testing.assert_array_equal(features["tokens"], trained["tokens"])
+  assert features["tokens"].shape == (2, 140, 24)
+  assert np.abs(features["pooled"][0] - features["pooled"][1]).max() > 1e-4
+  assert model.reconstruct(held_out_views)["pasted"].shape == (2, 160, 224, 4)
+  images = [f"--images=folder:{folder}", "--split=eval", "--holdout_every=4"]
+  assert run_command(["features", f"--model={exported}", *images, f"--out={tmp_path}/x.npz"]) == 0
   archive = np.load(tmp_path / "x.npz")
-  np.testing.assert_allclose(archive["features"][:2], found["pooled"], atol=1e-5)
+  np.testing.assert_allclose(archive["features"][:2], features["pooled"], atol=1e-5)
   assert archive["features"].shape == (6, 24)
 
 
@@ -639,5 +632,5 @@ def test_doctor_and_show_teacher_on_four_channels(folder, tmp_path, examine):  #
   assert code == 0 and "of channels 2, 1, 0" in out and "deviation" not in out, out
   config = bands_config(folder)
   images = np.stack([multispectral(160, 224, i) for i in range(2)])
-  picture = show_teacher.draw(images, show_teacher.look(config, images)[1], config)
+  picture = show_teacher.draw_teacher(images, show_teacher.run_teacher(config, images)[1], config)
   np.testing.assert_array_equal(picture[20:180, 4:228], images[0][..., BANDS])

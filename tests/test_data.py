@@ -11,7 +11,9 @@ import time
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image, ImageFile
+from sklearn import datasets
 
 from mrmae_jax import data
 from mrmae_jax.data import augment, loader, open_source
@@ -28,12 +30,12 @@ from tests.helpers.images import (
   make_views,
   photo,
   png_header,
-  prepare_tfds,
   take,
   train_loader,
   train_steps,
   write_images,
 )
+from tests.helpers.tfds import prepare_tfds
 
 
 @pytest.fixture(scope="module")
@@ -590,6 +592,13 @@ def test_unknown_form(spec):
     open_source(spec, "train")
 
 
+def test_a_package_that_is_not_installed(monkeypatch):
+  monkeypatch.setitem(sys.modules, "sklearn", None)
+  monkeypatch.delitem(sys.modules, "mrmae_jax.data.sources.digits", raising=False)
+  with pytest.raises(DataError, match="dataset 'digits' needs .*pip install scikit-learn"):
+    open_source("digits", "train")
+
+
 def test_unknown_split():
   with pytest.raises(DataError, match="'train' or 'eval'"):
     open_source("digits", "test")
@@ -599,8 +608,6 @@ def test_unknown_split():
 
 
 def test_digits():
-  from sklearn import datasets
-
   train, evaluation = (open_source("digits", s) for s in ("train", "eval"))
   assert (len(train), len(evaluation)) == (1618, 179)
   names = [s[i]["name"] for s in (train, evaluation) for i in range(len(s))]
@@ -626,8 +633,6 @@ def test_digits():
 
 @pytest.fixture(scope="module")
 def tfds_dir(tmp_path_factory):
-  import tensorflow_datasets as tfds
-
   data_dir = tmp_path_factory.mktemp("tfds")
   rows = [
     # A second feature of type Image that holds other bytes: it must not be decoded.

@@ -1,4 +1,6 @@
-"""Evaluators: k-NN by its definition and the same on any devices, reconstructions in the right place and brightness."""
+"""Evaluators: k-NN by its definition and the same on any devices, reconstructions in the right
+place and brightness.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +44,7 @@ def test_knn_classify_by_its_definition():
 
 @pytest.mark.parametrize("count", [37, 5])
 @pytest.mark.parametrize("devices, fsdp", [(1, 1), (8, 2)])
-def test_neighbours_are_exact_in_any_blocks_on_any_devices(monkeypatch, count, devices, fsdp):
+def test_neighbors_are_exact_in_any_blocks_on_any_devices(monkeypatch, count, devices, fsdp):
   rng = np.random.default_rng(0)
   bank, queries = (
     rng.standard_normal((count, 6)).astype(np.float32),
@@ -135,7 +137,9 @@ def test_knn_without_labels_says_why_not(tmp_path):
 
 @pytest.mark.parametrize("norm_pix", [True, False])
 def test_a_perfect_prediction_is_drawn_as_the_original(monkeypatch, norm_pix):
-  """Un-normalising, un-patchifying and the colours are right: the decoder's targets come back as the image."""
+  """Un-normalising, un-patchifying and the colours are right: the decoder's targets come back as
+  the image.
+  """
   config = tiny.get_config()
   config.teacher.path = ""
   model = pretrain.make_model(config, {})

@@ -18,21 +18,25 @@ from tests.test_weights import make
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
-  """Files of a ConvViT with 8-pixel tokens, a ViT with 4-pixel ones and trained positions, and a fine-tuned ViT."""
+  """Files of a ConvViT with 8-pixel tokens and of two ViTs with 4-pixel tokens and trained
+  positions.
+
+  One of the ViTs is fine-tuned.
+  """
   folder = tmp_path_factory.mktemp("models")
   convvit, vit = (
     ConvViT((2, 2, 2), (8, 12, 16), (1, 1, 1), 2, (2.0, 2.0, 2.0)),
     ViT(4, 16, 1, 2, 32, learned_positions=True),
   )
-  found = {}
+  paths = {}
   for name, student, form in (
     ("convvit", make(convvit, None), "convmae"),
     ("vit", make(vit, None), "timm"),
     ("finetuned", make(vit, None, classes=3, has_norm=False), "timm"),
   ):
-    found[name] = folder / f"{name}.safetensors"
-    model_files.write_model(student, found[name], form)
-  return found
+    paths[name] = folder / f"{name}.safetensors"
+    model_files.write_model(student, paths[name], form)
+  return paths
 
 
 def test_any_size_and_type(paths):
@@ -42,24 +46,24 @@ def test_any_size_and_type(paths):
     assert model.config["image_size"] == (3 * token, 5 * token) and model.config["classes"] == 0
     for height, width in ((24, 40), (16, 64), (8, 8)):
       images = rng.integers(0, 256, (2, height, width, 3), np.uint8)
-      found = model.encode(images)
+      features = model.encode(images)
       count = height // token * (width // token)
-      assert found["tokens"].shape == (2, count, 16) and found["pooled"].shape == (2, 16)
-      assert {key: x.shape[1:] for key, x in found.items() if key.startswith("stage")} == (
+      assert features["tokens"].shape == (2, count, 16) and features["pooled"].shape == (2, 16)
+      assert {key: x.shape[1:] for key, x in features.items() if key.startswith("stage")} == (
         {"stage1": (height // 2, width // 2, 8), "stage2": (height // 4, width // 4, 12)}
         if name == "convvit"
         else {}
       )
-      assert ("cls" in found) == (name == "vit") and all(
-        x.dtype == jnp.float32 for x in found.values()
+      assert ("cls" in features) == (name == "vit") and all(
+        x.dtype == jnp.float32 for x in features.values()
       )
-      np.testing.assert_allclose(found["tokens"].mean(1), found["pooled"], atol=1e-5)
+      np.testing.assert_allclose(features["tokens"].mean(1), features["pooled"], atol=1e-5)
       for same in (
         images.astype(np.float32) / 255,
         images.astype(np.float64) / 255,
         jnp.asarray(images),
       ):
-        np.testing.assert_allclose(model.encode(same)["tokens"], found["tokens"], atol=1e-5)
+        np.testing.assert_allclose(model.encode(same)["tokens"], features["tokens"], atol=1e-5)
 
 
 def test_images_are_normalised_with_what_the_file_says(paths):
@@ -146,7 +150,7 @@ def expected(path, folder, size, crop):
 
 @pytest.mark.parametrize("batch_size", [3, 7, 16])
 def test_every_image_once(paths, folder, tmp_path, batch_size, capsys):
-  names, labels, found = expected(paths["convvit"], folder, (24, 40), 0.875)
+  names, labels, vectors = expected(paths["convvit"], folder, (24, 40), 0.875)
   for out in ("x.npz", "x.parquet"):
     assert (
       run_command(
@@ -173,9 +177,9 @@ def test_every_image_once(paths, folder, tmp_path, batch_size, capsys):
   assert archive["class_names"].tolist() == ["a", "b"] and table["class_name"].to_pylist() == [
     "ab"[i] for i in labels
   ]
-  np.testing.assert_allclose(archive["features"], found, atol=1e-5)
-  np.testing.assert_allclose(table["feature"].to_pylist(), found, atol=1e-5)
-  assert archive["features"].dtype == np.float32 and np.abs(np.diff(found, axis=0)).max() > 1e-2
+  np.testing.assert_allclose(archive["features"], vectors, atol=1e-5)
+  np.testing.assert_allclose(table["feature"].to_pylist(), vectors, atol=1e-5)
+  assert archive["features"].dtype == np.float32 and np.abs(np.diff(vectors, axis=0)).max() > 1e-2
 
 
 def test_cls_size_and_unlabelled_images(paths, folder, tmp_path):

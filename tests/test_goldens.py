@@ -1,8 +1,10 @@
-"""The networks, losses and every gradient equal the reference implementations, on their own weights.
+"""The networks, losses and every gradient equal the reference implementations, on their own
+weights.
 
-Each case is NAME.json (dimensions) and NAME.safetensors (inputs, torch-named weights, outputs, gradients) in the folder
-MRMAE_GOLDENS, by default tests/goldens. `in.noise` replaces the random draw of the mask. Beside them lie checkpoints as they
-are published (.pth), whose weights are those of convmae_pretrain.
+Each case is NAME.json (dimensions) and NAME.safetensors (inputs, torch-named weights, outputs,
+gradients) in the folder MRMAE_GOLDENS, by default tests/goldens. `in.noise` replaces the random
+draw of the mask. Beside them lie checkpoints as they are published (.pth), whose weights are those
+of convmae_pretrain.
 """
 
 import json
@@ -35,7 +37,7 @@ FORWARD, GRADIENT = 1e-5, 1e-4  # relative to the largest entry; float32 sums in
 
 
 def family_of(dims):
-  """Which reference a case belongs to; None for what other tests are about (fine-tuning, tables)."""
+  """The reference of a case; None for cases of other tests (fine-tuning, tables)."""
   if "decoder_dim" not in dims or "num_classes" in dims:
     return None
   return convmae if "patch_sizes" in dims else mae
@@ -52,7 +54,9 @@ CASES = list(find_cases())
 
 
 def load(name, sparse):
-  """Model, converted parameters, a tensors -> parameters converter, and the raw tensors of one case."""
+  """Model, converted parameters, a tensors -> parameters converter, and the raw tensors of one
+  case.
+  """
   dims = json.loads((GOLDENS / f"{name}.json").read_text())
   tensors = load_file(GOLDENS / f"{name}.safetensors")
   family = family_of(dims)
@@ -108,16 +112,16 @@ def load(name, sparse):
   return model, params, to_ours, tensors, images, mask, dims
 
 
-def close(actual, expected, tolerance, what):
+def close(actual, expected, tolerance, name):
   error = np.abs(np.asarray(actual) - expected).max() / max(np.abs(expected).max(), 1e-12)
   assert error < tolerance, (
-    f"{what}: largest error {error:.1e} of the largest entry, allowed {tolerance:.0e}"
+    f"{name}: largest error {error:.1e} of the largest entry, allowed {tolerance:.0e}"
   )
 
 
 def test_the_folder_holds_cases():
-  found = {family_of(json.loads((GOLDENS / f"{name}.json").read_text())) for name, _ in CASES}
-  assert found == {convmae, mae} or (found and "MRMAE_GOLDENS" in os.environ), (
+  families = {family_of(json.loads((GOLDENS / f"{name}.json").read_text())) for name, _ in CASES}
+  assert families == {convmae, mae} or (families and "MRMAE_GOLDENS" in os.environ), (
     f"no golden cases in {GOLDENS}"
   )
 
@@ -137,9 +141,8 @@ def test_forward(name, sparse):
   np.testing.assert_array_equal(mask.ids_restore[::masks], tensors["out.ids_restore"])
   np.testing.assert_array_equal(ours(mask.removed), tensors["out.mask"])
   close(ours(streams["fused"]), tensors["out.latent"], FORWARD, "latent")
-  if (
-    "out.pred" in tensors
-  ):  # the bundled case of complementary masks leaves it out, 5 MB; its loss and gradients are there
+  # The bundled case of complementary masks leaves it out (5 MB); its loss and gradients are tested.
+  if "out.pred" in tensors:
     close(ours(prediction), tensors["out.pred"], FORWARD, "prediction")
 
 
@@ -217,7 +220,9 @@ RELEASES = {  # which tensors of convmae_pretrain they hold, and what they must 
 @pytest.mark.parametrize("suffix", ["safetensors", pytest.param("pth", marks=pytest.mark.torch)])
 @pytest.mark.parametrize("release", RELEASES)
 def test_published_checkpoints(tmp_path, release, suffix):
-  """Every tensor in its place: encoder and decoder give the reference's outputs, or say what they lack."""
+  """Every tensor in its place: encoder and decoder give the reference's outputs, or say what they
+  lack.
+  """
   holds, expected = RELEASES[release]
   tensors = named("param.", "convmae_pretrain")
   path = GOLDENS / f"{release}.pth"
@@ -288,7 +293,9 @@ def test_a_malicious_pickle_is_refused_and_nothing_in_it_is_run():
 
 
 def test_fine_tuned_checkpoint(tmp_path):
-  """The encoder with its trained positions, and the classifier: features and logits of the reference."""
+  """The encoder with its trained positions, and the classifier: features and logits of the
+  reference.
+  """
   path = tmp_path / "finetuned.safetensors"
   tensors = named("param.", "convvit_finetune")
   files.write_safetensors(path, tensors)

@@ -56,7 +56,8 @@ def test_the_package_is_light_until_a_student_is_loaded(tmp_path):
   )
   assert not loaded("import mrmae_jax").intersection(("jax", "numpy", "flax", *HEAVY))
   packages = loaded(
-    f"import mrmae_jax, numpy\nmodel = mrmae_jax.load('{tmp_path}/mae.safetensors', num_heads=3, decoder_heads=4)\n"
+    f"import mrmae_jax, numpy\nmodel = mrmae_jax.load('{tmp_path}/mae.safetensors', num_heads=3, "
+    "decoder_heads=4)\n"
     "model.encode(numpy.zeros((1, 32, 32, 3), numpy.uint8))"
   )
   assert "jax" in packages and not packages.intersection(
@@ -67,7 +68,8 @@ def test_the_package_is_light_until_a_student_is_loaded(tmp_path):
 def test_a_training_run_imports_neither_torch_nor_tensorflow(tmp_path):
   code = (
     "import sys; from mrmae_jax import __main__ as main\n"
-    f"sys.argv = ['mrmae', 'pretrain', '--config=tests/tiny.py', '--workdir={tmp_path}/run', '--config.epochs=0.03', "
+    f"sys.argv = ['mrmae', 'pretrain', '--config=tests/tiny.py', '--workdir={tmp_path}/run', "
+    "'--config.epochs=0.03', "
     "'--config.optim.warmup_epochs=0.0']\nassert main.main() == 0"
   )
   packages = loaded(code)

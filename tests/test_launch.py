@@ -1,7 +1,7 @@
-"""The launch scripts, run for real against stand-ins of gcloud, sbatch, kubectl and others that do their work on this machine.
+"""The launch scripts, run against stand-ins of gcloud, sbatch, kubectl and others on this machine.
 
-The stand-ins come first on PATH. Two folders play the hosts of a slice; the training is a small program that notes how it was
-started and ends as a plan tells it.
+The stand-ins come first on PATH. Two folders play the hosts of a slice; the training is a small
+program that notes how it was started and ends as a plan tells it.
 """
 
 import configparser
@@ -27,11 +27,11 @@ AWKWARD = [
   '--config.data.source=folder:/my images/it\'s "here" & $HOME; *',
   "--config.teacher.path=",
 ]
-# The training. A plan is one word per start: an exit code, "slow", "hang" (until SIGTERM, then 75), "preempt" (the slice is gone).
+# The training. A plan is one word per start: an exit code, "slow", "hang" (until SIGTERM, then 75),
+# "preempt" (the slice is gone).
 PAYLOAD = f"""#!{sys.executable}
-import json, os, pathlib, signal, sys, time
-cloud = pathlib.Path(os.environ["CLOUD"])
-host = os.environ.get("SLURM_PROCID") or os.environ.get("MRMAE_PROCESS_ID") or pathlib.Path.home().name
+import json, os, pathlib, signal, sys, time cloud = pathlib.Path(os.environ["CLOUD"]) host =
+os.environ.get("SLURM_PROCID") or os.environ.get("MRMAE_PROCESS_ID") or pathlib.Path.home().name
 with open(cloud / "calls", "a") as calls:
   calls.write(json.dumps(dict(host=host, words=sys.argv[1:], env=dict(os.environ))) + "\\n")
 plan = cloud / f"plan-{{host}}"
@@ -62,11 +62,10 @@ import os, pathlib, shutil, subprocess, sys, time
 cloud, words = pathlib.Path(os.environ["CLOUD"]), sys.argv[1:]
 with open(cloud / "log", "a") as log:
   print("gcloud", *words, file=log)
-assert words[:2] == ["compute", "tpus"] and "--zone=here-1a" in words, words
-group, verb, name = words[2:5]
-options = dict(word.removeprefix("--").split("=", 1) for word in words if word.startswith("--") and "=" in word)
-slice, hosts = cloud / "slice", [cloud / "hosts" / i for i in "01"]
-if verb == "create":
+assert words[:2] == ["compute", "tpus"] and "--zone=here-1a" in words, words group, verb, name =
+words[2:5] options = dict(word.removeprefix("--").split("=", 1) for word in words if
+word.startswith("--") and "=" in word) slice, hosts = cloud / "slice", [cloud / "hosts" / i for i in
+"01"] if verb == "create":
   assert group == "queued-resources" and not slice.exists() and options["node-id"] == name == "pod"
   slice.write_text("WAITING_FOR_RESOURCES")
 elif not slice.exists():
@@ -89,10 +88,9 @@ else:
     assert words[5] == "pod:"
     for host in chosen: shutil.copy(name, host)
   else:
-    command, lost = options["command"], cloud / "lose connection"
-    start = lambda host: subprocess.Popen(["bash", "-c", command], cwd=host, env=os.environ | dict(HOME=str(host)))
-    processes = [start(host) for host in chosen]
-    if "host.sh run" in command and lost.exists():
+    command, lost = options["command"], cloud / "lose connection" start = lambda host:
+    subprocess.Popen(["bash", "-c", command], cwd=host, env=os.environ | dict(HOME=str(host)))
+    processes = [start(host) for host in chosen] if "host.sh run" in command and lost.exists():
       while not (cloud / "calls").exists(): time.sleep(0.1)
       lost.unlink()
       for process in processes: process.kill()
@@ -111,9 +109,10 @@ shutil.copy(script, cloud / "copy")
 last = int(options.get("array", "0-0").split("%")[0].split("-")[1])
 for task in range(last + 1):
   for restart in range(9):
-    (cloud / "requeued").unlink(missing_ok=True)
-    env = os.environ | dict(SLURM_JOB_ID="7", SLURM_SUBMIT_DIR=os.getcwd(), SLURM_RESTART_COUNT=str(restart), SLURM_NNODES="1",
-                            SLURM_NTASKS=os.environ.get("tasks", "2"), SLURM_GPUS_ON_NODE="8", SLURM_ARRAY_TASK_ID=str(task))
+    (cloud / "requeued").unlink(missing_ok=True) env = os.environ | dict(SLURM_JOB_ID="7",
+    SLURM_SUBMIT_DIR=os.getcwd(), SLURM_RESTART_COUNT=str(restart), SLURM_NNODES="1",
+                            SLURM_NTASKS=os.environ.get("tasks", "2"), SLURM_GPUS_ON_NODE="8",
+                            SLURM_ARRAY_TASK_ID=str(task))
     process = subprocess.Popen(["bash", str(cloud / "copy"), *words], env=env, cwd="/")
     (cloud / "batch").write_text(str(process.pid))
     code = process.wait()
@@ -121,13 +120,10 @@ for task in range(last + 1):
 print(code)
 """,
   "srun": f"""#!{sys.executable}
-import os, signal, subprocess, sys
-assert sys.argv[1] == "--kill-on-bad-exit=1"
-numbers = range(int(os.environ["SLURM_NTASKS"]))
-tasks = [subprocess.Popen(sys.argv[2:], env=os.environ | dict(SLURM_PROCID=str(i))) for i in numbers]
-signal.signal(signal.SIGTERM, lambda *_: [task.terminate() for task in tasks])
-sys.exit(max(task.wait() for task in tasks))
-""",
+import os, signal, subprocess, sys assert sys.argv[1] == "--kill-on-bad-exit=1" numbers =
+range(int(os.environ["SLURM_NTASKS"])) tasks = [subprocess.Popen(sys.argv[2:], env=os.environ |
+dict(SLURM_PROCID=str(i))) for i in numbers] signal.signal(signal.SIGTERM, lambda *_:
+[task.terminate() for task in tasks]) sys.exit(max(task.wait() for task in tasks)) """,
   "squeue": "#!/bin/sh\necho ${job_state:-RUNNING}\n",
   "scontrol": '#!/bin/sh\necho "$@" >> $CLOUD/log\ntouch $CLOUD/requeued\n',
   # Runs a JobSet: every index, from the start again by the manifest's own rules.
@@ -146,9 +142,10 @@ if words == ["apply", "--filename=-"]:
   for start in range(spec["failurePolicy"]["maxRestarts"] + 1):
     codes = []
     for index in range(job["completions"]):
-      env = {{"MRMAE_PROCESS_ID": str(index)}} | {{e["name"]: e.get("value", str(index)) for e in container.get("env", [])}}
-      expanded = [re.sub(r"\\$\\$", "$", word) for word in container["args"]]
-      codes.append(subprocess.call(["python", "-m", "mrmae_jax.cli.train", *expanded], env=os.environ | env))
+      env = {{"MRMAE_PROCESS_ID": str(index)}} | {{e["name"]: e.get("value", str(index)) for e in
+      container.get("env", [])}} expanded = [re.sub(r"\\$\\$", "$", word) for word in
+      container["args"]] codes.append(subprocess.call(["python", "-m", "mrmae_jax", *expanded],
+      env=os.environ | env))
     if not any(codes) or set(codes) & set(rule["onExitCodes"]["values"]): break
   print("ended with", max(codes))
 """,
@@ -287,9 +284,9 @@ def test_a_dry_run_prints_commands_that_can_be_typed(cloud):
     "bash",
     "mrmae_jax/launch/host.sh",
     "run",
-    "--multihost",
     *AWKWARD,
     BUCKET,
+    "--multihost",
   ]
 
 
@@ -298,7 +295,7 @@ def test_a_slice_from_nothing_to_the_end_of_the_training(cloud):
   assert code == 0 and "training 0" in out and "waiting for v6e-16 in here-1a" in err
   assert [call["host"] for call in sorted(cloud.calls, key=lambda call: call["host"])] == ["0", "1"]
   for call in cloud.calls:  # through two shells and back
-    assert call["words"] == ["-m", "mrmae_jax.cli.train", "--multihost", *AWKWARD, BUCKET]
+    assert call["words"] == ["-m", "mrmae_jax", "pretrain", *AWKWARD, BUCKET, "--multihost"]
   assert (
     "--spot" not in cloud.log
     and cloud.log.count(" create ") == 1
@@ -319,7 +316,7 @@ def test_a_slice_from_nothing_to_the_end_of_the_training(cloud):
   code, out, _ = cloud.run("tpu_pod.sh", "logs", "1", **POD)
   assert code == 0 and out.count("training 0") == 2
   code, out, _ = cloud.run("tpu_pod.sh", "status", **POD)
-  assert code == 0 and out.count("ended with exit code 0: --multihost") == 2
+  assert code == 0 and out.count("ended with exit code 0: pretrain --config=") == 2
   assert cloud.run("tpu_pod.sh", "delete", **POD)[0] == 0 and not (cloud.folder / "slice").exists()
   code, _, err = cloud.run("tpu_pod.sh", "delete", **POD)
   assert code == 0 and "there is no pod in here-1a" in err
@@ -387,11 +384,11 @@ def test_the_training_outlives_the_terminal_and_can_be_stopped(cloud):
   process.kill()
   process.stdout.close(), process.stderr.close(), process.wait()
   code, out, _ = cloud.run("tpu_pod.sh", "status", **POD)
-  assert code == 0 and out.count("running: --multihost --config=a.py") == 2
+  assert code == 0 and out.count("running: pretrain --config=a.py") == 2
   code, _, err = cloud.run("tpu_pod.sh", "setup", **POD)
   assert code == 2  # not under a running training
   code, _, err = cloud.run("tpu_pod.sh", "run", "--config=b.py", BUCKET, **POD)
-  assert code == 2 and "another run is under way here: --multihost --config=a.py" in err
+  assert code == 2 and "another run is under way here: pretrain --config=a.py" in err
   again = cloud.start("tpu_pod.sh", "run", "--config=a.py", BUCKET, **POD)
   out = ""
   while out.count("training hang") < 2:  # attached to both hosts
@@ -458,17 +455,19 @@ def test_gpu_host(cloud):
   cloud.plan(home="9 0")
   code, out, _ = cloud.run("gpu_host.sh", "run", *AWKWARD)
   assert code == 0 and [call["words"] for call in cloud.calls] == 2 * [
-    ["-m", "mrmae_jax.cli.train", *AWKWARD]
+    ["-m", "mrmae_jax", "pretrain", *AWKWARD]
   ]
   assert out == "training 9\nexit code 9: starting again from the newest checkpoint\ntraining 0\n"
   assert cloud.run("gpu_host.sh", "status")[1].startswith(
-    "ended with exit code 0: --config=configs/mrmae.py:base"
+    "ended with exit code 0: pretrain --config=configs/mrmae.py:base"
   )
   assert cloud.run("gpu_host.sh", "logs")[1] == out
   code, _, err = cloud.run("gpu_host.sh", "stop")
   assert code == 0 and "nothing runs here" in err
   cloud.plan(home="3 0")
   assert cloud.run("gpu_host.sh", "run", "--config=a.py")[0] == 3 and len(cloud.calls) == 3
+  assert cloud.run("gpu_host.sh", "run", "finetune", "--config=a.py")[0] == 0
+  assert cloud.calls[-1]["words"] == ["-m", "mrmae_jax", "finetune", "--config=a.py"]
 
 
 # Slurm
@@ -482,7 +481,7 @@ def test_slurm_starts_one_task_per_gpu_and_keeps_the_words(cloud):
   assert sorted(call["host"] for call in cloud.calls) == ["0", "1", "2"]
   for call in cloud.calls:
     assert (
-      call["words"] == ["-m", "mrmae_jax.cli.train", "--multihost", *AWKWARD]
+      call["words"] == ["-m", "mrmae_jax", "pretrain", *AWKWARD, "--multihost"]
       and "JAX_LOCAL_DEVICE_IDS" not in call["env"]
     )
   cloud.run(
@@ -490,9 +489,10 @@ def test_slurm_starts_one_task_per_gpu_and_keeps_the_words(cloud):
   )  # one task on a node of eight GPUs
   assert cloud.calls[-1]["env"]["JAX_LOCAL_DEVICE_IDS"] == "0,1,2,3,4,5,6,7"
   code, out, _ = cloud.run("slurm.sbatch", "--dry-run", "--config=a b.py")
-  assert (
-    code == 0 and out == "srun --kill-on-bad-exit=1 bash launch/slurm_task.sh --config=a\\ b.py\n"
-  )
+  command = "srun --kill-on-bad-exit=1 bash launch/slurm_task.sh --config=a\\ b.py\n"
+  assert code == 0 and out == command
+  cloud.run(f"{cloud.folder}/bin/sbatch", "launch/slurm.sbatch", "probe", "--config=a.py")
+  assert cloud.calls[-1]["words"] == ["-m", "mrmae_jax", "probe", "--config=a.py", "--multihost"]
   assert "requeue" not in cloud.log
 
 
@@ -531,16 +531,16 @@ def test_slurm_passes_the_signal_on(cloud, state, starts):
 
 
 def test_a_sweep_as_an_array_of_jobs(cloud, monkeypatch):
-  from launch import sweep
+  from mrmae_jax.cli import sweep
 
   monkeypatch.chdir(ROOT)
-  runs = sweep.expand(
+  jobs = sweep.make_jobs(
     "tests/tiny_sweep.py:vit", str(cloud.folder / "a sweep"), ["--config.data.source=folder:/it's"]
   )
-  for run in runs:
-    Path(run.workdir).mkdir(parents=True)
+  for job in jobs:
+    Path(job.workdir).mkdir(parents=True)
   script = cloud.folder / "array.sbatch"
-  script.write_text(sweep.slurm_array(runs, parallel=2))
+  script.write_text(sweep.slurm_array(jobs, parallel=2))
   subprocess.run(["bash", "-n", script], check=True)
   assert (
     "#SBATCH --array=0-1%2" in script.read_text()
@@ -548,9 +548,10 @@ def test_a_sweep_as_an_array_of_jobs(cloud, monkeypatch):
   )
   cloud.plan(host0="134 4 0", host1="134 4 0")
   assert cloud.run(f"{cloud.folder}/bin/sbatch", str(script))[0] == 0
-  starts = [tuple(call["words"][3:]) for call in cloud.calls if call["host"] == "0"]
-  assert starts == [runs[0].words, runs[0].words, runs[1].words]
-  assert [run.finished for run in runs] == [False, True]
+  starts = [tuple(call["words"][2:]) for call in cloud.calls if call["host"] == "0"]
+  words = [(*job.words, "--multihost") for job in jobs]
+  assert starts == [words[0], words[0], words[1]]
+  assert [job.is_finished for job in jobs] == [False, True]
 
 
 # Kubernetes
@@ -570,7 +571,7 @@ def test_jobset(cloud, env, hosts):
   assert code == 0 and out.endswith("ended with 0\n"), err
   assert len(cloud.calls) == 2 * hosts
   assert all(
-    call["words"] == ["-m", "mrmae_jax.cli.train", "--multihost", *words] for call in cloud.calls
+    call["words"] == ["-m", "mrmae_jax", "pretrain", *words, "--multihost"] for call in cloud.calls
   )
   if env is GPU_JOB:
     assert cloud.calls[-1]["env"]["MRMAE_COORDINATOR_ADDRESS"] == "run-host-0-0.run:8476"
@@ -584,6 +585,8 @@ def test_jobset(cloud, env, hosts):
     pod["restartPolicy"] == "Never" and job["backoffLimit"] == 0
   )  # podFailurePolicy asks for the first
   assert ("2x4" in pod["nodeSelector"].values()) == (env is TPU_JOB)
+  code, out, _ = cloud.run("gke/jobset.sh", "run", "--dry-run", "probe", *words, **env)
+  assert code == 0 and '["probe", ' in out and '"--multihost"]' in out
   code, out, _ = cloud.run("gke/jobset.sh", "run", "--dry-run", *words, **env)
   assert code == 0 and out == f"{text}kubectl apply --filename=-\n"
   cloud.plan(host0="3", host1="0", host2="0")
@@ -622,6 +625,7 @@ def test_skypilot(cloud):
     SKYPILOT_NODE_IPS="10.0.0.1\n10.0.0.2",
     SKYPILOT_NUM_NODES="2",
     SKYPILOT_NODE_RANK="1",
+    COMMAND=task["envs"]["COMMAND"],
     CONFIG=task["envs"]["CONFIG"],
     WORKDIR="gs://bucket/run",
     ARGUMENTS="--config.epochs=3 --config.data.source='folder:/my images'",
@@ -630,9 +634,10 @@ def test_skypilot(cloud):
   call = cloud.calls[0]
   assert call["words"] == [
     "-m",
-    "mrmae_jax.cli.train",
+    "mrmae_jax",
+    "pretrain",
     "--multihost",
-    "--config=configs/mrmae.py:base",
+    "--config=mrmae:base",
     "--workdir=gs://bucket/run",
     "--config.epochs=3",
     "--config.data.source=folder:/my images",
@@ -653,4 +658,4 @@ def test_dockerfiles_copy_what_is_there(accelerator, extra):
   for name in re.search(r'"\.\[(.*)\]"', "\n".join(lines))[1].split(","):
     assert name in setup["options.extras_require"]
   assert f'".[{extra},gcs]"' in "\n".join(lines)
-  assert lines[-1] == 'ENTRYPOINT ["tini", "--", "python", "-m", "mrmae_jax.cli.train"]'
+  assert lines[-1] == 'ENTRYPOINT ["tini", "--", "python", "-m", "mrmae_jax"]'

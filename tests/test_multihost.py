@@ -1,4 +1,6 @@
-"""Several processes on this machine as the hosts of a run: the same numbers as one, and mistakes that are named in time."""
+"""Several processes on this machine as the hosts of a run: the same numbers as one, and mistakes
+that are named in time.
+"""
 
 import json
 import os
@@ -78,7 +80,9 @@ def metrics(workdir):
 
 
 def test_f12_one_run_on_any_hosts_and_after_a_kill(tmp_path):
-  """2 processes of 2 devices, killed after the first checkpoint, go on as 1 x 1, as 1 x 8 and as 4 x 1; all as if never cut."""
+  """2 processes of 2 devices, killed after the first checkpoint, go on as 1 x 1, as 1 x 8 and as 4
+  x 1; all as if never cut.
+  """
   longer = "--config.epochs=0.2"  # 18 steps: none of the processes is done before it is killed
   whole, evaluations = run(tmp_path, "whole", 1, 1, longer)
   port = free_port()
@@ -104,7 +108,7 @@ def test_f12_one_run_on_any_hosts_and_after_a_kill(tmp_path):
         np.testing.assert_allclose(
           losses[step][key], whole[step][key], rtol=1e-5, err_msg=f"{name}, step {step}, {key}"
         )
-    # A neighbour that is nearly as near as the next one may change places with it.
+    # A neighbor that is nearly as near as the next one may change places with it.
     assert abs(found[18]["knn/accuracy"] - evaluations[18]["knn/accuracy"]) < 2.1 / 359
 
 
@@ -113,7 +117,8 @@ def test_evaluation_counts_the_same_images(tmp_path, kind):
   """Held-out accuracy of weights that hardly move: the same counts on 1 and on 2 processes."""
   (tmp_path / "c.py").write_text(
     f"from tests import test_finetune, test_probe\ndef get_config():\n"
-    f"  return test_{'finetune' if kind == 'finetune' else 'probe'}.{kind}_config(optim__blr=1e-3)\n"
+    "  return "
+    f"test_{'finetune' if kind == 'finetune' else 'probe'}.{kind}_config(optim__blr=1e-3)\n"
   )
   results = [
     run(

@@ -68,7 +68,8 @@ class Reader(html.parser.HTMLParser):
     self.words.append(data)
 
 
-def test_a_page_about_two_runs(tmp_path, capsys):
+def test_a_page_about_two_runs(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(sys, "argv", ["mrmae", "pretrain", "--config=demo"])
   workdir_with_a_run(tmp_path / "sweep", "a<b>", 1.0, 1e-4)
   workdir_with_a_run(tmp_path / "sweep", "b", 2.0, 3e-4)
   (tmp_path / "sweep" / "notes").mkdir()
@@ -93,7 +94,7 @@ def test_a_page_about_two_runs(tmp_path, capsys):
   )
   assert (
     "goodput" in words.lower()
-    and "mrmae pretrain" in words
+    and "mrmae pretrain --config=demo" in words
     and f"jax {log.jax.__version__}" in words
   )
   svgs = [image for image in page.images if image["src"].startswith("data:image/svg")]
@@ -103,7 +104,9 @@ def test_a_page_about_two_runs(tmp_path, capsys):
 
 
 def svg_parts(content):
-  """Returns the lines of an SVG of matplotlib, [[(x, y), ...], ...] in points with y downwards, and its texts."""
+  """Returns the lines of an SVG of matplotlib, [[(x, y), ...], ...] in points with y downwards, and
+  its texts.
+  """
   root = ET.fromstring(content)  # well-formed, whatever the names
   tag = lambda element: element.tag.rpartition("}")[2]
   lines = []
@@ -126,7 +129,10 @@ def test_the_curve_is_where_the_numbers_are():
 
 
 def test_several_runs_share_a_plot_and_keep_their_colors():
-  """A run without points takes its color; names are not read as formulas; lines follow the page into dark mode."""
+  """A run without points takes its color.
+
+  Names are not read as formulas; lines follow the page into dark mode.
+  """
   series = {"a<b>": ([1, 2], [1.0, 2.0]), "none": ([], []), "_$c$": ([1, 2], [3.0, np.nan])}
   svg = line_plot(series, title="t", xlabel="step", ylabel="")
   _, texts = svg_parts(svg)

@@ -59,7 +59,7 @@ def test_a_trained_encoder_is_a_teacher(tmp_path, encoder, values, layer, last_k
   spec = teachers.configured_spec(config.teacher, config)
   teacher = teachers.load(spec)
   images = np.random.default_rng(0).integers(0, 256, (2, 32, 48, 3), np.uint8)
-  seen = jax.jit(teacher.forward)(teacher.params, images)
+  output = jax.jit(teacher.forward)(teacher.params, images)
   pixels = mrmae.normalize(images, model.mean, model.std)
   x, out = jax.jit(model.encoder.apply)({"params": params["encoder"]}, pixels)
   norm = lambda t: (t - t.mean(-1, keepdims=True)) / np.sqrt(t.var(-1, keepdims=True) + 1e-5)
@@ -70,7 +70,7 @@ def test_a_trained_encoder_is_a_teacher(tmp_path, encoder, values, layer, last_k
     if last_k == 1
     else sum(norm(np.asarray(t)) for t in out["layers"][-2:]) / 2
   )
-  np.testing.assert_allclose(seen.features, np.asarray(x)[:, -24:], atol=1e-5)
+  np.testing.assert_allclose(output.features, np.asarray(x)[:, -24:], atol=1e-5)
   cls = encoder == "vit" or bool(values)
   assert (
     spec.has_cls == spec.has_attention == cls
@@ -78,10 +78,10 @@ def test_a_trained_encoder_is_a_teacher(tmp_path, encoder, values, layer, last_k
     and str(tmp_path) in spec.description
   )
   if cls:
-    np.testing.assert_allclose(seen.cls, np.asarray(x)[:, 0], atol=1e-5)
-    np.testing.assert_allclose(seen.attention, out["attention"], atol=1e-6)
+    np.testing.assert_allclose(output.cls, np.asarray(x)[:, 0], atol=1e-5)
+    np.testing.assert_allclose(output.attention, out["attention"], atol=1e-6)
   else:
-    assert seen.cls is None and seen.attention is None
+    assert output.cls is None and output.attention is None
 
 
 def test_the_second_stage_learns_from_it(tmp_path):
@@ -196,9 +196,9 @@ def test_show_teacher_names_mistakes(show):
     (["--config.teacher.path=/no/such"], 2, "/no/such"),
     (["--imags=x"], 2, "imags"),
   ):
-    found, printed = show(*arguments)
+    exit_code, printed = show(*arguments)
     assert (
-      found == code
+      exit_code == code
       and message in printed.err
       and printed.err.startswith("error: ")
       and printed.err.count("\n") == 1
@@ -213,14 +213,14 @@ def test_constant_share():
   assert share > 0.95 and show_teacher.constant_share(features * 2 + 5, "batch") < 1e-6
 
 
-def test_principal_colours_follow_the_largest_differences():
+def test_principal_colors_follow_the_largest_differences():
   features = np.zeros((1, 4, 6), np.float32)
   features[0, 2:, 3] = 5
-  colours = grid.principal_colours(features)
+  colors = grid.principal_colors(features)
   assert (
-    colours.shape == (1, 4, 3)
-    and abs(colours[0, 0, 0] - colours[0, 3, 0]) == 1
-    and (colours[0, 0] == colours[0, 1]).all()
+    colors.shape == (1, 4, 3)
+    and abs(colors[0, 0, 0] - colors[0, 3, 0]) == 1
+    and (colors[0, 0] == colors[0, 1]).all()
   )
 
 

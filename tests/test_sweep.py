@@ -1,4 +1,4 @@
-"""Sweeps: their points and names, what runs again and what does not, failures, tables and plots."""
+"""Sweeps: their points and names, what is trained again, failures, tables and plots."""
 
 import csv
 import os
@@ -13,21 +13,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from launch import sweep as tool
-from launch.plot import line_plot
 from mrmae_jax import sweep as points
+from mrmae_jax.__main__ import main
+from mrmae_jax.cli import sweep as tool
 
 ROOT = Path(__file__).parent.parent
 
-# A training command that takes a moment: notes that it was called, writes metrics.jsonl, fails where it is told to.
+# A training command: notes its call, writes metrics.jsonl, fails at the weight in $break.
 FAKE = """
 import json, os, pathlib, sys, time
-words = dict(word.removeprefix("--").split("=", 1) for word in sys.argv[1:])
+assert sys.argv[1] == "pretrain"
+words = dict(word.removeprefix("--").split("=", 1) for word in sys.argv[2:])
 folder = pathlib.Path(words["workdir"])
 if "break" in os.environ and f"weight={os.environ['break']}" in folder.name:
   print("error: an early one"), print("error: the reason"), print("a line that follows")
   sys.exit(4)
-with open(folder.parent / "calls", "a") as calls: print(folder.name, os.environ.get("CUDA_VISIBLE_DEVICES"), file=calls)
+with open(folder.parent / "calls", "a") as calls:
+  print(folder.name, os.environ.get("CUDA_VISIBLE_DEVICES"), file=calls)
 time.sleep(float(os.environ.get("seconds", 0)))
 weight = float(words["config.teacher.weight"])
 with open(folder / "metrics.jsonl", "w") as file:
@@ -52,8 +54,9 @@ def run(tmp_path, capsys, monkeypatch):
   (tmp_path / "sweep.py").write_text(SWEEP)
 
   def call(*words):
-    argv = ["sweep", f"--config={tmp_path}/sweep.py", f"--workdir={tmp_path}/out", *words]
-    code = tool.main(argv, training=(sys.executable, str(tmp_path / "fake.py")))
+    monkeypatch.setattr(tool, "MRMAE", (sys.executable, str(tmp_path / "fake.py")))
+    options = [f"--config={tmp_path}/sweep.py", f"--workdir={tmp_path}/out"]
+    code = main(["mrmae", "sweep", *options, *words])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
@@ -68,9 +71,6 @@ def run(tmp_path, capsys, monkeypatch):
 def test_points():
   product = [{"a": 1, "b": "x"}, {"a": 1, "b": "y"}, {"a": 2, "b": "x"}, {"a": 2, "b": "y"}]
   assert list(points.grid({"a": (1, 2), "b": "xy"})) == product
-  assert list(points.paired({"a": (1, 2), "b": "xy"})) == [{"a": 1, "b": "x"}, {"a": 2, "b": "y"}]
-  with pytest.raises(ValueError):
-    list(points.paired({"a": (1, 2), "b": "x"}))
   axes = {
     "lr": points.log_uniform(1e-5, 1e-3),
     "decay": points.uniform(0, 0.1),
@@ -99,13 +99,13 @@ def test_points():
   ],
 )
 def test_names_are_readable_and_safe(point, name):
-  assert points.name(point) == name == shlex.quote(name)
+  assert points.point_name(point) == name == shlex.quote(name)
 
 
 def test_long_names_are_cut_and_stay_different():
-  one, other = (points.name({"teacher.path": "x" * 200 + end}) for end in "ab")
+  one, other = (points.point_name({"teacher.path": "x" * 200 + end}) for end in "ab")
   assert one != other and len(one) <= 120 and one.startswith("teacher.path=xxx")
-  assert points.name({"teacher.path": "x" * 200 + "a"}) == one
+  assert points.point_name({"teacher.path": "x" * 200 + "a"}) == one
 
 
 def test_every_sweep_that_ships_expands_and_documents_itself(monkeypatch):
@@ -117,13 +117,14 @@ def test_every_sweep_that_ships_expands_and_documents_itself(monkeypatch):
     ("lr", 12),
   ):
     config = f"configs/sweeps/{path}" + ("" if ":" in path else ".py")
-    runs = tool.expand(config, "/out/", ["--config.seed=1"])
+    runs = tool.make_jobs(config, "/out/", ["--config.seed=1"])
     assert len(runs) == count == len({run.workdir for run in runs})
     assert all(run.workdir == f"/out/{run.name}" and "--config.seed=1" in run.words for run in runs)
     text = (ROOT / config.split(":")[0]).read_text()
     assert all(word in text for word in ("Command:", "Hardware:", "Cost:", "Expected:"))
-  point = tool.expand("configs/sweeps/ablation.py", "gs://b", [])[1]
+  point = tool.make_jobs("configs/sweeps/ablation.py", "gs://b", [])[1]
   assert point.words == (
+    "pretrain",
     "--config=configs/sweeps/ablation.py:base,masking=random",
     "--workdir=gs://b/base-masking=random",
   )
@@ -131,8 +132,9 @@ def test_every_sweep_that_ships_expands_and_documents_itself(monkeypatch):
 
 def test_reading_and_printing_a_sweep_imports_no_jax():
   code = (
-    "import sys; from launch import sweep; sweep.expand('configs/sweeps/lr.py', '/out', [])\n"
-    "assert 'jax' not in sys.modules"
+    "import sys; from mrmae_jax.__main__ import main\n"
+    "argv = ['mrmae', 'sweep', '--config=sweeps/lr', '--workdir=/out', '--do=print']\n"
+    "assert main(argv) == 0 and 'jax' not in sys.modules"
   )
   subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
@@ -159,7 +161,7 @@ def test_runs_all_then_skips_them_and_compares(run, tmp_path):
   assert rows[3] == ["teacher.weight=2.0", "2.0", "finished", "2", "1.0", "0.5"]
   table = (tmp_path / "out" / "sweep.md").read_text()
   assert "| teacher.weight=0.5 | 0.5 | finished | 2 | 0.25 | 0.5 |" in table and table in out + "\n"
-  assert Image.open(tmp_path / "out" / "sweep.png").size[0] == 960
+  assert Image.open(tmp_path / "out" / "sweep.png").size == (960, 734)
   code, out, _ = run("--metrics=lr", "--plot=knn/accuracy")
   assert (
     code == 0
@@ -199,25 +201,23 @@ def test_points_at_a_time_share_out_the_devices(run, monkeypatch):
 
 
 def test_an_interrupted_sweep_stops_its_points_and_continues(run, tmp_path):
-  code = f"import sys; from launch import sweep; sys.exit(sweep.main(training=(sys.executable, '{tmp_path}/fake.py')))"
-  command = [
-    sys.executable,
-    "-c",
-    code,
-    f"--config={tmp_path}/sweep.py",
-    f"--workdir={tmp_path}/out",
-  ]
+  code = (
+    "import sys; from mrmae_jax.__main__ import main; from mrmae_jax.cli import sweep\n"
+    f"sweep.MRMAE = (sys.executable, '{tmp_path}/fake.py'); sys.exit(main())"
+  )
+  options = [f"--config={tmp_path}/sweep.py", f"--workdir={tmp_path}/out"]
+  command = [sys.executable, "-c", code, "sweep", *options]
   process = subprocess.Popen(
     command, cwd=ROOT, env=os.environ | {"seconds": "60"}, stderr=subprocess.PIPE, text=True
   )
   while not run.calls():
     assert process.poll() is None
-    time.sleep(0.1)
+    time.sleep(0.01)
   process.send_signal(signal.SIGTERM)
   _, err = process.communicate(timeout=20)
   assert (
     process.returncode == 2
-    and "interrupted: the same command continues" in err
+    and "interrupted: run the same command again to continue" in err
     and len(run.calls()) == 1
   )
   assert run()[0] == 0 and len(run.calls()) == 4
@@ -240,7 +240,7 @@ def test_an_interrupted_sweep_stops_its_points_and_continues(run, tmp_path):
       ("--config.teacher.weight=3",),
       "--config.teacher.weight=3: the sweep itself sets teacher.weight",
     ),
-    (SWEEP, ("--parralel=3",), "Unknown command line flag 'parralel'"),
+    (SWEEP, ("--parralel=3",), "'--parralel=3' is not an option; did you mean --parallel?"),
     (SWEEP, ("--config=none.py",), "--config=none.py: no such file"),
     (SWEEP, ("--workdir=gs://bucket/sweep",), "with --do=run it must be a folder"),
     (
@@ -267,9 +267,8 @@ def test_printed_commands_can_be_typed(run, tmp_path):
   lines = out.splitlines()
   assert code == 0 and len(lines) == 3 and not run.calls()
   assert shlex.split(lines[0]) == [
-    "python",
-    "-m",
-    "mrmae_jax.cli.train",
+    "mrmae",
+    "pretrain",
     f"--config={tmp_path}/sweep.py",
     f"--workdir={tmp_path}/out/teacher.weight=0.5",
     "--config.data.source=folder:/my images/it's",
@@ -278,33 +277,29 @@ def test_printed_commands_can_be_typed(run, tmp_path):
   code, out, _ = run("--do=tpu", "--workdir=gs://bucket/sweep")
   assert (
     code == 0
-    and out.startswith("bash launch/tpu_pod.sh run --config=")
+    and out.startswith("bash launch/tpu_pod.sh run pretrain --config=")
     and "--workdir=gs://bucket/sweep/teacher." in out
   )
 
 
-def test_plot_shows_every_line_in_a_colour_of_its_own():
-  series = {f"point {i}": [(step, i + step / 10) for step in range(0, 50, 5)] for i in range(4)}
-  series["with gaps"] = [(0, float("nan")), (10, 2.0), (20, float("inf")), (30, 3.0)]
-  pixels = np.asarray(line_plot(series, "loss")).reshape(-1, 3).astype(int)
-  colours, counts = np.unique(pixels[np.ptp(pixels, axis=1) > 100], axis=0, return_counts=True)
-  assert (
-    np.sum(counts > 60) >= 5
-  )  # the bars of the legend; between a line and the paper there are many shades
-  with pytest.raises(ValueError, match="nothing to draw"):
-    line_plot({"a": [(0, float("nan"))]}, "loss")
+def test_a_plot_leaves_out_what_is_not_finite(tmp_path):
+  step = lambda i, loss: {"step": i, "loss": loss}
+  records = {"a": [step(1, float("nan")), step(2, 1.0)], "b": [step(1, float("inf"))]}
+  assert tool._draw(records, "loss").startswith(b"\x89PNG")
+  assert tool._draw({"b": records["b"]}, "loss") == tool._draw(records, "accuracy") == b""
 
 
 def test_a_real_sweep(tmp_path, capsys, monkeypatch):
   monkeypatch.chdir(ROOT)
   argv = [
+    "mrmae",
     "sweep",
     "--config=tests/tiny_sweep.py:vit",
     f"--workdir={tmp_path}",
     "--parallel=2",
     "--metrics=loss,knn/accuracy",
   ]
-  assert tool.main(argv) == 0, capsys.readouterr()
+  assert main(argv) == 0, capsys.readouterr()
   with open(tmp_path / "sweep.csv", newline="") as file:
     rows = list(csv.DictReader(file))
   assert [row["optim.blr"] for row in rows] == ["0.001", "0.04"]
@@ -313,6 +308,6 @@ def test_a_real_sweep(tmp_path, capsys, monkeypatch):
     rows[0]["loss"] != rows[1]["loss"]
     and (tmp_path / "optim.blr=0.04" / "checkpoints" / "4").is_dir()
   )
-  (tmp_path / "optim.blr=0.04" / "finished").unlink()  # trained by another hand: main.py knows
-  assert tool.main(argv) == 0
+  (tmp_path / "optim.blr=0.04" / "finished").unlink()  # trained by another command: the run knows
+  assert main(argv) == 0
   assert "already holds all 4 steps" in (tmp_path / "optim.blr=0.04" / "log.txt").read_text()

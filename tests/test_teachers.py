@@ -1,4 +1,6 @@
-"""Teacher towers equal the reference implementations on their own weights, and wrong weights never load."""
+"""Teacher towers equal the reference implementations on their weights, and wrong weights never
+load.
+"""
 
 import importlib.util
 import json
@@ -29,7 +31,8 @@ INDEX = json.loads((GOLDENS / "index.json").read_text())["cases"]
 INPUTS = {
   size: images.transpose(0, 2, 3, 1) for size, images in np.load(GOLDENS / "inputs.npz").items()
 }
-# 12-channel heads, which only a config.json tells; and no file in timm's names tells its activation.
+# 12-channel heads, which only a config.json tells; and no file in timm's names tells its
+# activation.
 OPTIONS = {
   "dino_backbone": dict(num_heads=4),
   "timm_clip": dict(num_heads=4, activation="quick_gelu"),
@@ -128,13 +131,15 @@ def test_what_training_sees(layer, key):
     {"params": teacher.params}, normalize(images, towers.CLIP_MEAN, towers.CLIP_STD)
   )
   tokens = {"raw": out["layers"][-1], "normed": x, "proj": out["proj"]}[layer]
-  look = jax.jit(teacher.forward)
-  for given in (images, images / np.float32(255)):
-    seen = look(teacher.params, given)
-    np.testing.assert_allclose(seen.features, tokens[:, 1:], atol=1e-5)
-    np.testing.assert_allclose(seen.cls, tokens[:, 0], atol=1e-5)
-    np.testing.assert_allclose(seen.attention, out["attention"], atol=1e-6)
-  assert seen.features.shape[-1] == teacher.dim == spec.dim and spec.has_cls and spec.has_attention
+  forward = jax.jit(teacher.forward)
+  for batch in (images, images / np.float32(255)):
+    output = forward(teacher.params, batch)
+    np.testing.assert_allclose(output.features, tokens[:, 1:], atol=1e-5)
+    np.testing.assert_allclose(output.cls, tokens[:, 0], atol=1e-5)
+    np.testing.assert_allclose(output.attention, out["attention"], atol=1e-6)
+  assert (
+    output.features.shape[-1] == teacher.dim == spec.dim and spec.has_cls and spec.has_attention
+  )
   with np.load(GOLDENS / "hf_clip_full.expected.npz") as expected:
     assert expected[f"40x24/{key}"].shape == (2, 16, teacher.dim)
 
@@ -147,20 +152,20 @@ def test_several_layers_are_a_mean_of_normalised_ones():
     (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
     for x in map(np.asarray, out["layers"][-2:])
   ]
-  seen = teacher.forward(teacher.params, images)
-  np.testing.assert_allclose(seen.features, (means[0] + means[1])[:, 1:] / 2, atol=1e-5)
-  np.testing.assert_allclose(seen.cls, (means[0] + means[1])[:, 0] / 2, atol=1e-5)
+  output = teacher.forward(teacher.params, images)
+  np.testing.assert_allclose(output.features, (means[0] + means[1])[:, 1:] / 2, atol=1e-5)
+  np.testing.assert_allclose(output.cls, (means[0] + means[1])[:, 0] / 2, atol=1e-5)
 
 
-def look(path, images, **options):
+def teacher_output(path, images, **options):
   _, teacher = open_teacher(path, images.shape[1:3], **options)
   return teacher.forward(teacher.params, images)
 
 
 def test_finer_grids_are_pooled():
   images = np.random.default_rng(0).random((2, 32, 48, 3), np.float32)
-  fine = look(GOLDENS / "hf_dino", images)
-  coarse = look(
+  fine = teacher_output(GOLDENS / "hf_dino", images)
+  coarse = teacher_output(
     GOLDENS / "hf_dino", images, token_size=16
   )  # 8-pixel patches under 16-pixel tokens: 2 x 2 of 4 x 6
   mean = lambda x: np.asarray(x).reshape(2, 2, 2, 3, 2, -1).mean((2, 4)).reshape(2, 6, -1)
@@ -177,9 +182,12 @@ def test_other_patches_see_resized_images():
   assert spec.grid == spec.tokens == (2, 3) and spec.input_size == (16, 24)
   smaller = np.clip(jax.image.resize(images, (2, 16, 24, 3), "cubic"), 0, 1)
   assert np.abs(smaller).max() <= 1
-  seen, expected = teacher.forward(teacher.params, images), look(GOLDENS / "hf_dino", smaller)
-  np.testing.assert_allclose(seen.features, expected.features, atol=1e-5)
-  np.testing.assert_allclose(seen.attention, expected.attention, atol=1e-6)
+  output, expected = (
+    teacher.forward(teacher.params, images),
+    teacher_output(GOLDENS / "hf_dino", smaller),
+  )
+  np.testing.assert_allclose(output.features, expected.features, atol=1e-5)
+  np.testing.assert_allclose(output.attention, expected.attention, atol=1e-6)
 
 
 def test_resolution():
@@ -189,12 +197,16 @@ def test_resolution():
   )  # 6 x 9 patches for 4 x 6 tokens
   assert spec.input_size == (48, 72) and spec.tokens == (6, 9) and spec.grid == (4, 6)
   larger = jax.image.resize(images, (2, 48, 72, 3), "cubic").clip(0, 1)
-  own = look(GOLDENS / "hf_dino", np.asarray(larger))
-  expected = jax.image.resize(own.features.reshape(2, 6, 9, -1), (2, 4, 6, 48), "linear").reshape(
-    2, 24, 48
-  )
+  direct = teacher_output(GOLDENS / "hf_dino", np.asarray(larger))
+  expected = jax.image.resize(
+    direct.features.reshape(2, 6, 9, -1), (2, 4, 6, 48), "linear"
+  ).reshape(2, 24, 48)
   np.testing.assert_allclose(teacher.forward(teacher.params, images).features, expected, atol=1e-5)
-  assert look(GOLDENS / "hf_dino", images, resolution=64).features.shape == (2, 24, 48)  # pooled
+  assert teacher_output(GOLDENS / "hf_dino", images, resolution=64).features.shape == (
+    2,
+    24,
+    48,
+  )  # pooled
   for wrong in (50, 20, 52):
     with pytest.raises(
       WeightsError,
@@ -341,13 +353,13 @@ def test_a_stand_in_with_random_weights(monkeypatch):
       name="dino_vit_b16", path="random", image_size=(32, 48), token_size=8, dtype="float32"
     )
   )
-  seen = teacher.forward(
+  output = teacher.forward(
     teacher.params, jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 32, 48, 3), np.uint8))
   )
   assert (
-    seen.features.shape == (2, 24, 64)
-    and np.isfinite(seen.features).all()
-    and np.std(seen.features[0] - seen.features[1]) > 0
+    output.features.shape == (2, 24, 64)
+    and np.isfinite(output.features).all()
+    and np.std(output.features[0] - output.features[1]) > 0
   )
   assert teacher.digest == "random dino_vit_b16"
   with pytest.raises(
@@ -633,7 +645,10 @@ def test_names_of_transformers_in_memory(tmp_path):
 
 @pytest.mark.parametrize("name", ["hf_clip_full", "hf_dino"])
 def test_old_flax_weights(tmp_path, name):
-  """What transformers 4 wrote as flax_model.msgpack: kernels transposed, gains called scale, tables called embedding."""
+  """What transformers 4 wrote as flax_model.msgpack.
+
+  Kernels are transposed, gains are called scale, tables embedding.
+  """
   folder = shutil.copytree(GOLDENS / name, tmp_path / "teacher")
   tree = {}
   for key, value in load_file(folder / "model.safetensors").items():
@@ -672,7 +687,10 @@ def test_a_classifier_is_no_projection(tmp_path):
 
 
 def test_names_stand_in_for_what_files_do_not_tell(tmp_path, monkeypatch):
-  """timm's hub folders: config.json of another kind. The preset's name says that it is OpenAI's, with their activation."""
+  """timm's hub folders have a config.json of another kind.
+
+  The preset's name says that the weights are OpenAI's, with their activation.
+  """
   shutil.copy(GOLDENS / "timm_clip.safetensors", tmp_path / "model.safetensors")
   (tmp_path / "config.json").write_text(
     json.dumps({"architecture": "vit_base_patch16_clip_224.openai"})
@@ -938,7 +956,10 @@ def test_a_mask_needs_a_table():
 
 
 def test_attention_costs_one_row_of_the_last_block():
-  """Of all blocks' attention only the last one's CLS row is an extra product; without masks or losses that use it, not even that."""
+  """Of all blocks' attention only the last one's CLS row is an extra product.
+
+  Without masks or losses that use it, not even that.
+  """
   spec = read_spec(
     path=GOLDENS / "hf_clip_full", image_size=(32, 48), token_size=8, dtype="float32"
   )

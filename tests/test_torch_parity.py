@@ -21,7 +21,9 @@ pytestmark = pytest.mark.torch
 
 
 def randomise(model, seed):
-  """Every bias, gain and table away from its start, where swapped norms and lost biases would not show."""
+  """Every bias, gain and table away from its start, where swapped norms and lost biases would not
+  show.
+  """
   generator = torch.Generator().manual_seed(seed)
   with torch.no_grad():
     for parameter in model.parameters():
@@ -98,7 +100,8 @@ def siglip2(**config):
   return Siglip2VisionModel(Siglip2VisionConfig(**sizes, num_patches=16, **config))
 
 
-# Names of their outputs: residual stream before the first block first. Registers, where there are any, follow CLS.
+# Names of their outputs: residual stream before the first block first. Registers, where there are
+# any, follow CLS.
 FAMILIES = [
   (clip, dict(hidden_act="quick_gelu"), 1),
   (clip, dict(hidden_act="gelu", layer_norm_eps=1e-6), 1),
@@ -123,7 +126,9 @@ FAMILIES = [
   "make, options, prefix", FAMILIES, ids=lambda x: getattr(x, "__name__", None)
 )
 def test_towers(tmp_path, make, options, prefix, image_size):
-  """Every layer, the last norm, projection or pooled token, and what CLS or the probe attends to; also what training sees."""
+  """Every layer, the last norm, projection or pooled token, and what CLS or the probe attends to;
+  also what training sees.
+  """
   model = randomise(make(**options), 0)
   model.set_attn_implementation("eager")
   model.save_pretrained(tmp_path)
@@ -175,10 +180,12 @@ def test_towers(tmp_path, make, options, prefix, image_size):
     attention = probe["attention"][:, 0]
     near(out["pooled"], theirs.pooler_output)
   near(out["attention"], attention, atol=1e-6)
-  seen = jax.jit(teacher.forward)(teacher.params, images)
-  np.testing.assert_allclose(seen.features, out["layers"][-1][:, bool(prefix) :], atol=1e-5)
-  np.testing.assert_allclose(seen.attention, out["attention"], atol=1e-6)
-  assert (seen.cls is None) == (prefix == 0) and spec.has_cls == (prefix > 0) and spec.has_attention
+  output = jax.jit(teacher.forward)(teacher.params, images)
+  np.testing.assert_allclose(output.features, out["layers"][-1][:, bool(prefix) :], atol=1e-5)
+  np.testing.assert_allclose(output.attention, out["attention"], atol=1e-6)
+  assert (
+    (output.cls is None) == (prefix == 0) and spec.has_cls == (prefix > 0) and spec.has_attention
+  )
 
 
 def vit_mae(**config):
@@ -201,7 +208,9 @@ def vit_mae(**config):
 @pytest.mark.parametrize("eps", [1e-6, 1e-12])
 @pytest.mark.parametrize("tables", ["sincos", "zero", "own"])
 def test_mae_there_and_back(tmp_path, tables, eps):
-  """ViTMAEForPreTraining, an independent port of MAE: its folder loads here, ours loads there, and the losses are the same."""
+  """ViTMAEForPreTraining, an independent port of MAE: its folder loads here, ours loads there, and
+  the losses are the same.
+  """
   model = vit_mae(layer_norm_eps=eps)
   positions = {"vit.embeddings.position_embeddings": 36, "decoder.decoder_pos_embed": 24}
   zero = {
@@ -271,7 +280,9 @@ def test_the_encoder_of_mae_in_transformers(tmp_path):
 
 
 def test_fine_tuned_mae_on_cls(tmp_path):
-  """A ViT with a linear head on its normed CLS token, in MAE's names, against transformers' ViTForImageClassification."""
+  """A ViT with a linear head on its normed CLS token, in MAE's names, against transformers'
+  ViTForImageClassification.
+  """
   from transformers.models.vit import ViTConfig, ViTForImageClassification
 
   theirs = randomise(
@@ -358,7 +369,7 @@ def test_position_tables_are_resized_as_torch_does(old, new, rule, options):
 
 
 def test_old_dino_checkpoints_name_their_class(tmp_path):
-  """Options beside the weights: argparse.Namespace is let in, anything else is named and refused."""
+  """Options beside the weights: argparse.Namespace is accepted, other classes are refused."""
   import argparse
   import datetime
 

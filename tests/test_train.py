@@ -1,4 +1,6 @@
-"""The loop: the same numbers on any devices, one compilation, exact resumption, nothing saved that is not finite."""
+"""The loop: the same numbers on any devices, one compilation, exact resumption, nothing saved that
+is not finite.
+"""
 
 import json
 import logging
@@ -20,7 +22,7 @@ from etils import epath
 from PIL import Image
 from safetensors.numpy import load_file
 
-from mrmae_jax import data, optim, preflight, sharding, train
+from mrmae_jax import data, hardware, optim, preflight, sharding, train
 from mrmae_jax.errors import WorkdirError
 from mrmae_jax.runs import log
 from mrmae_jax.runs.checkpoint import Checkpoints
@@ -83,7 +85,8 @@ def test_f11_f14_five_steps_agree_on_any_devices(setup, reference, num_devices, 
 
   def compare(path, a, b):
     if path[-2:] == (jax.tree_util.DictKey("qkv"), jax.tree_util.DictKey("bias")):
-      # Softmax does not see a key bias: its gradient is zero but for rounding, which Adam blows up to full steps.
+      # Softmax does not see a key bias: its gradient is zero but for rounding, which Adam blows up
+      # to full steps.
       a, b = np.delete(a.reshape(3, -1), 1, axis=0), np.delete(b.reshape(3, -1), 1, axis=0)
     np.testing.assert_allclose(a, b, atol=1e-5, err_msg=jax.tree_util.keystr(path))
 
@@ -184,7 +187,8 @@ def run(workdir, *overrides, devices=1, wait=True):
     os.environ,
     JAX_PLATFORMS="cpu",
     PYTHONPATH=str(ROOT),
-    XLA_FLAGS=f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+    XLA_FLAGS=f"--xla_force_host_platform_device_count={devices} "
+    "--xla_backend_optimization_level=0",
   )
   command = [
     sys.executable,
@@ -224,7 +228,9 @@ def saved_steps(workdir):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-  """An uninterrupted run on 8 devices, and one that was killed between its first checkpoint and its end."""
+  """An uninterrupted run on 8 devices, and one that was killed between its first checkpoint and its
+  end.
+  """
   folder = tmp_path_factory.mktemp("runs")
   code, out, err = run(folder / "whole", *LONG, devices=8)
   assert code == 0, err
@@ -401,7 +407,8 @@ def test_log_survives_a_torn_line_and_drops_what_is_computed_again(tmp_path):
 def test_mfu_counts_every_micro_batch(monkeypatch):
   spent = {"step": 100.0, "data": 3.0, "evaluation": 7.0}
   monkeypatch.setattr(log.supervision, "seconds", lambda: dict(spent))
-  monkeypatch.setattr(log, "peak_flops", lambda device: 1e9)
+  chip = hardware.Chip("known", peak_flops=1e9, bandwidth=1e9, memory=1e9)
+  monkeypatch.setattr(hardware, "find_chip", lambda device: chip)
   program = type("Program", (), {"cost_analysis": lambda self: {"flops": 5e6}})()
   clock = log.Clock(program, 16, 4, sharding.make_mesh(devices=jax.devices()[:1]))
   clock.start(10)
@@ -415,13 +422,11 @@ def test_mfu_counts_every_micro_batch(monkeypatch):
   )
 
 
-def test_peak_flops_takes_the_longest_name():
-  device = lambda kind: type("Device", (), {"device_kind": kind})
-  assert log.peak_flops(device("NVIDIA H200")) == 989e12
-  assert (
-    log.peak_flops(device("TPU v5 lite")) == 197e12 and log.peak_flops(device("TPU v5p")) == 459e12
-  )
-  assert log.peak_flops(device("cpu")) is None
+def test_a_chip_is_found_by_the_longest_name():
+  find = lambda kind: hardware.find_chip(type("Device", (), {"device_kind": kind}))
+  assert find("NVIDIA H200").peak_flops == 989e12 and find("NVIDIA L40S").name == "L40S"
+  assert find("TPU v5 lite").peak_flops == 197e12 and find("TPU v5p").peak_flops == 459e12
+  assert find("cpu") is None
 
 
 class Objects:
@@ -467,7 +472,8 @@ def test_logs_of_a_run_in_a_bucket(monkeypatch):
   [
     (
       "gs://bucket/run",
-      r"gs://bucket/run cannot be reached \(no credentials\); it needs pip install 'mrmae_jax\[gcs\]'",
+      r"gs://bucket/run cannot be reached \(no credentials\); it needs pip install "
+      r"'mrmae_jax\[gcs\]'",
     ),
     ("s3://bucket/run", "folders on disk and gs:// buckets are supported"),
   ],

@@ -14,11 +14,12 @@ from PIL import Image
 import mrmae_jax
 from mrmae_jax import mrmae
 from mrmae_jax.cli import show_teacher, visualize
+from mrmae_jax.cli import subject as subjects
 from mrmae_jax.models import ConvViT, ViT, encode, head_attention
 from mrmae_jax.runs.checkpoint import Checkpoints
 from mrmae_jax.tasks import pretrain
 from mrmae_jax.train import TrainState
-from mrmae_jax.viz import grid, page
+from mrmae_jax.viz import grid, page, panels
 from mrmae_jax.weights import model_files
 from tests import tiny
 from tests.helpers.cli import parse_options, run_command
@@ -26,7 +27,7 @@ from tests.test_stages import changed
 from tests.test_weights import make
 
 SIZE, GRID = (32, 48), (4, 6)  # of tiny's images, 8-pixel patches
-PLAIN = ("--count=2", "--bank=9", "--neighbours=2")
+PLAIN = ("--count=2", "--bank=9", "--neighbors=2")
 
 
 def run_with_teacher(workdir, encoder="convvit", **values):
@@ -72,7 +73,7 @@ def subject_of(workdir, config, images=None, seen=None, **options):
   images = rng.integers(0, 256, (2, *SIZE, 3), np.uint8) if images is None else images
   words = [f"--{name}={value}" for name, value in options.items()]
   flags = parse_options("visualize", f"--model={workdir}", "--out=unused", *words)
-  return visualize.Subject(
+  return subjects.Subject(
     mrmae_jax.load(workdir, mimic_heads=True),
     images,
     None,
@@ -154,7 +155,8 @@ def test_the_whole_page(run, command):
 def test_page_escapes_and_takes_an_svg(tmp_path):
   made = page.Page("<script>alert(1)</script>", "a & b")
   made.section("One <i>", "first <p>\n\nsecond")
-  made.figure("<svg xmlns='http://www.w3.org/2000/svg'/>", 'a "quoted" <alt>', "<caption>")
+  svg = b"<svg xmlns='http://www.w3.org/2000/svg'/>"
+  made.figure(page.Figure(svg, 'a "quoted" <alt>', "<caption>"))
   made.table(["<h>", "n"], [["<td>", 1.5], ["\udcff", None]])  # a file name that is no text
   made.write(tmp_path / "page.html")
   parsed = Parsed((tmp_path / "page.html").read_text())
@@ -180,7 +182,9 @@ def test_page_escapes_and_takes_an_svg(tmp_path):
 
 @pytest.mark.parametrize("norm_pix", [True, False])
 def test_reconstructions_are_what_they_are_said_to_be(monkeypatch, norm_pix):
-  """A known decoder output: visible patches bit for bit, hidden ones with the statistics of the visible ones around them."""
+  """A known decoder output: visible patches bit for bit, hidden ones with the statistics of the
+  visible ones around them.
+  """
   config = changed(tiny.get_config(), teacher__path="")
   model, rng = pretrain.make_model(config, {}), np.random.default_rng(0)
   images, output = (
@@ -330,7 +334,7 @@ def test_queries(run, monkeypatch):
   rng = np.random.default_rng(0)
   weights = rng.random((2, 2, 24, 24)).astype(np.float32)
   drawn = []
-  monkeypatch.setattr(visualize, "overlay", lambda pixels, heat, grid: drawn.append(heat) or pixels)
+  monkeypatch.setattr(panels, "overlay", lambda pixels, heat, grid: drawn.append(heat) or pixels)
   for query, expected in (("", weights.mean(2)), ("2,5", weights[:, :, 17])):
     subject = subject_of(workdir, config, query=query)
     monkeypatch.setattr(subject.model, "attention", lambda images: weights)
@@ -365,7 +369,7 @@ def test_cosine_map(tmp_path, source, head, norm):
     tmp_path, teacher__source=source, teacher__head=head, teacher__target_norm=norm
   )
   images = np.random.default_rng(0).integers(0, 256, (2, *SIZE, 3), np.uint8)
-  _, seen = show_teacher.look(config, images)
+  _, seen = show_teacher.run_teacher(config, images)
   panel = visualize.cosine(subject_of(tmp_path, config, images, seen))
   student = mrmae_jax.load(tmp_path).network
   x, out = jax.jit(student.encoder.apply)(
@@ -390,7 +394,7 @@ def test_cosine_map(tmp_path, source, head, norm):
   )
   assert f"Mean cosine {expected.mean():.3f}" in panel.caption
   low, high = np.percentile(expected, [2, 98])
-  shades = np.round(grid.shades(np.clip((expected - low) / (high - low), 0, 1)) * 255).reshape(
+  shades = np.round(grid.color_scale(np.clip((expected - low) / (high - low), 0, 1)) * 255).reshape(
     2, *GRID, 3
   )
   np.testing.assert_allclose(
@@ -401,20 +405,20 @@ def test_cosine_map(tmp_path, source, head, norm):
 def test_what_has_no_cosine(run):
   workdir, config, _ = run
   subject = subject_of(workdir, config)
-  seen = mrmae.TeacherOutput(np.zeros((2, 24, 7), np.float32), None, None)
+  teacher_out = mrmae.TeacherOutput(np.zeros((2, 24, 7), np.float32), None, None)
   masked = changed(config.copy_and_resolve_references(), teacher__tokens="masked")
   for changes, message in (
     ({}, "a teacher"),
-    (dict(seen=seen), "gives 48 channels; a teacher has 7"),
-    (dict(seen=seen, config=masked), "on masked tokens"),
+    (dict(teacher_out=teacher_out), "gives 48 channels; a teacher has 7"),
+    (dict(teacher_out=teacher_out, config=masked), "on masked tokens"),
   ):
-    with pytest.raises(visualize.LeftOut, match=message):
+    with pytest.raises(visualize.MissingPanelError, match=message):
       visualize.cosine(subject._replace(**changes))
-  with pytest.raises(visualize.LeftOut, match="no CLS token"):
-    visualize.focused(subject._replace(seen=seen))
+  with pytest.raises(visualize.MissingPanelError, match="no CLS token"):
+    visualize.focused(subject._replace(teacher_out=teacher_out))
 
 
-def test_neighbours(photos, run, command):
+def test_neighbors(photos, run, command):
   """An image that is there twice finds the other one first, and never itself."""
   workdir, _, _ = run
   code, printed, out = command(
@@ -422,13 +426,14 @@ def test_neighbours(photos, run, command):
     f"--images={photos}",
     "--count=8",
     "--bank=0",
-    "--neighbours=3",
-    "--panels=neighbours",
+    "--neighbors=3",
+    "--panels=neighbors",
   )
   assert code == 0, printed.err
   content = (out / "index.html").read_text()
   rows = re.findall(
-    r"<tr><td>(\S+?)</td><td>(\S+) \((\S+)\)</td><td>(\S+) \((\S+)\)</td><td>(\S+) \((\S+)\)</td></tr>",
+    r"<tr><td>(\S+?)</td><td>(\S+) \((\S+)\)</td><td>(\S+) \((\S+)\)</td><td>(\S+) "
+    r"\((\S+)\)</td></tr>",
     content,
   )
   files = [[int(name.split("/")[-1][0]) for name in (row[0], *row[1::2])] for row in rows]
@@ -453,7 +458,7 @@ def test_neighbours(photos, run, command):
   np.testing.assert_array_equal(
     [row[1:] for row in files], np.argsort(-similarity, axis=1, kind="stable")[:, :3]
   )
-  picture = np.asarray(Image.open(out / "neighbours.png"))
+  picture = np.asarray(Image.open(out / "neighbors.png"))
   cell = lambda column, row: picture[
     20 + row * 100 : 20 + row * 100 + 96 : 3, 4 + column * 148 : 4 + column * 148 + 144 : 3
   ]
@@ -461,19 +466,21 @@ def test_neighbours(photos, run, command):
   np.testing.assert_array_equal(cell(0, 1), images[1])
 
 
-def test_colours_of_a_basis():
+def test_colors_of_a_basis():
   rng = np.random.default_rng(0)
   basis = rng.standard_normal((2, 30, 8)) * [9, 5, 3, 1, 1, 1, 1, 1] + 4
-  own = grid.principal_colours(basis)
-  np.testing.assert_allclose(grid.principal_colours(basis[:1, :7], basis), own[:1, :7], atol=1e-9)
+  own = grid.principal_colors(basis)
+  np.testing.assert_allclose(grid.principal_colors(basis[:1, :7], basis), own[:1, :7], atol=1e-9)
   for channel in range(3):  # in the order of their spread
     assert abs(np.corrcoef(own[..., channel].ravel(), basis[..., channel].ravel())[0, 1]) > 0.9
-  shades = grid.shades(np.linspace(0, 1, 50))
+  shades = grid.color_scale(np.linspace(0, 1, 50))
   assert (np.diff(shades @ [0.299, 0.587, 0.114]) > 0).all()
 
 
 def test_one_image_of_any_size_on_published_weights(tmp_path, photos, command):
-  """A file without decoder and run: a square asked by one number, another grid than the file's, no teacher."""
+  """A file without decoder and run: a square asked by one number, another grid than the file's, no
+  teacher.
+  """
   model_files.write_model(make(ViT(8, 16, 1, 2, 32), None), tmp_path / "vit.safetensors", "timm")
   code, printed, out = command(
     f"--model={tmp_path}/vit.safetensors", f"--images={photos}/3.png", "--image_size=40"
@@ -505,7 +512,7 @@ def test_a_preset_by_name_and_a_teacher_that_has_gone(tmp_path, run, monkeypatch
     mrmae_jax.load(workdir),
     {"teacher": config.teacher.to_dict() | {"last_k": 2}, "method": {"masking": "focused"}},
   )
-  found = visualize._configuration(flags("--teacher=clip_vit_b16"), model, SIZE, stored)
+  found = subjects._make_config(flags("--teacher=clip_vit_b16"), model, SIZE, stored)
   assert (found.teacher.name, found.teacher.path, found.teacher.last_k, found.method.masking) == (
     "clip_vit_b16",
     "",
@@ -513,13 +520,13 @@ def test_a_preset_by_name_and_a_teacher_that_has_gone(tmp_path, run, monkeypatch
     "focused",
   )
   assert (
-    visualize._configuration(flags("--teacher=clip/"), model, SIZE, stored).teacher.path == "clip/"
+    subjects._make_config(flags("--teacher=clip/"), model, SIZE, stored).teacher.path == "clip/"
   )
   gone = changed(config.copy_and_resolve_references(), teacher__path=str(tmp_path / "gone"))
-  seen, why = visualize._look(flags(), gone, np.zeros((1, *SIZE, 3), np.uint8))
+  seen, why = subjects._run_teacher(flags(), gone, np.zeros((1, *SIZE, 3), np.uint8))
   assert seen is None and "the run's teacher cannot be loaded" in why and "gone" in why
-  none = visualize._configuration(flags(), model, SIZE, {})
-  assert not none.teacher.path and "no teacher" in visualize._look(flags(), none, None)[1]
+  none = subjects._make_config(flags(), model, SIZE, {})
+  assert not none.teacher.path and "no teacher" in subjects._run_teacher(flags(), none, None)[1]
 
 
 def test_refusals(tmp_path, run, photos, command):

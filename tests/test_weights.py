@@ -1,4 +1,4 @@
-"""Students in and out: published names, sizes read off the tensors, round trips bit for bit, and what is refused."""
+"""Trained models in and out: published names, sizes from shapes, exact round trips, refusals."""
 
 import json
 from pathlib import Path
@@ -85,9 +85,9 @@ def test_round_trip_of_files(tmp_path, name):
   assert [p.name for p in tmp_path.iterdir()] == [
     "x.safetensors"
   ] and path.stat().st_mode & 0o044  # others may read it
-  found = model_files.read_model(path)
-  same(found, student)
-  assert str(path) in str(found.report) and ("cannot reconstruct" in str(found.report)) == (
+  result = model_files.read_model(path)
+  same(result, student)
+  assert str(path) in str(result.report) and ("cannot reconstruct" in str(result.report)) == (
     student.decoder is None
   )
   encoder_only = model_files.read_model(path, decoder=False)
@@ -101,11 +101,11 @@ def test_fine_tuned_encoder_without_its_last_norm(tmp_path, encoder):
   path = tmp_path / "x.safetensors"
   model_files.write_model(student, path, "timm" if encoder is VIT else "convmae")
   assert not [name for name in load_file(path) if name.startswith("norm.")]
-  found = model_files.read_model(path)
-  assert not found.has_norm and "norm (fine-tuning replaces" in str(found.report)
+  result = model_files.read_model(path)
+  assert not result.has_norm and "norm (fine-tuning replaces" in str(result.report)
   fresh = {"scale": np.ones(16, np.float32), "bias": np.zeros(16, np.float32)}
   same(
-    found,
+    result,
     student._replace(
       params=student.params | {"encoder": student.params["encoder"] | {"norm": fresh}}
     ),
@@ -220,18 +220,20 @@ def published(
 )
 def test_sizes_are_read_off_the_tensors(tmp_path, encoder):
   path, student = published(tmp_path, encoder)
-  found = model_files.read_model(path, num_heads=2, decoder_heads=3)
-  same(found._replace(mean=student.mean, std=student.std, method=student.method), student)
-  assert found.mean == (0.485, 0.456, 0.406) and found.method == {
+  result = model_files.read_model(path, num_heads=2, decoder_heads=3)
+  same(result._replace(mean=student.mean, std=student.std, method=student.method), student)
+  assert result.mean == (0.485, 0.456, 0.406) and result.method == {
     "mask_ratio": 0.75,
     "norm_pix": True,
   }
-  dropped = str(found.report).split("dropped by design: ")[1]
+  dropped = str(result.report).split("dropped by design: ")[1]
   assert dropped == "pos_embed (the sine-cosine table); decoder_pos_embed (the sine-cosine table)"
 
 
 def test_published_numbers_of_tensors():
-  """Of ConvMAE-B: 313 in pre-training and 207 after fine-tuning for 1000 classes, position tables among them."""
+  """Of ConvMAE-B: 313 in pre-training and 207 after fine-tuning for 1000 classes, position tables
+  among them.
+  """
   named = lambda *student: {
     name for entry in model_files.name_table(*student) for name in entry.theirs
   }
@@ -251,8 +253,8 @@ def test_mlp_ratio_gives_back_the_hidden_width():
 @pytest.mark.parametrize("width, heads", [(384, 6), (768, 12), (1024, 16), (1280, 16)])
 def test_usual_numbers_of_heads(tmp_path, width, heads):
   path, _ = published(tmp_path, ViT(4, width, 1, heads, 8), Decoder(48, 512, 1, 16, 0.1))
-  found = model_files.read_model(path)
-  assert found.encoder.num_heads == heads and found.decoder.num_heads == 16
+  result = model_files.read_model(path)
+  assert result.encoder.num_heads == heads and result.decoder.num_heads == 16
 
 
 def test_other_position_tables_are_kept(tmp_path):
@@ -262,16 +264,16 @@ def test_other_position_tables_are_kept(tmp_path):
 
   for by, learned in ((1e-6, False), (1e-3, True)):
     path, student = published(tmp_path, change=lambda t: shift(t, by))
-    found = model_files.read_model(path, num_heads=2, decoder_heads=3)
-    assert found.encoder.learned_positions == found.decoder.learned_positions == learned
-    assert ("pos_embed (4x4 tokens)" in str(found.report)) == learned
-    assert ("the sine-cosine table to 1e-06" in str(found.report)) != learned
+    result = model_files.read_model(path, num_heads=2, decoder_heads=3)
+    assert result.encoder.learned_positions == result.decoder.learned_positions == learned
+    assert ("pos_embed (4x4 tokens)" in str(result.report)) == learned
+    assert ("the sine-cosine table to 1e-06" in str(result.report)) != learned
     if learned:
       np.testing.assert_array_equal(
-        found.params["encoder"]["pos_embed"], load_file(path)["pos_embed"]
+        result.params["encoder"]["pos_embed"], load_file(path)["pos_embed"]
       )
       np.testing.assert_array_equal(
-        found.params["decoder"]["pos_embed"], load_file(path)["decoder_pos_embed"]
+        result.params["decoder"]["pos_embed"], load_file(path)["decoder_pos_embed"]
       )
   path, _ = published(tmp_path, change=lambda t: shift(t, np.nan))
   with pytest.raises(WeightsError, match="non-finite values in pos_embed"):
@@ -280,9 +282,9 @@ def test_other_position_tables_are_kept(tmp_path):
 
 def test_positions_can_be_kept_for_training(tmp_path):
   path, _ = published(tmp_path)
-  found = model_files.read_model(path, num_heads=2, decoder=False, learned_positions=True)
-  assert found.encoder.learned_positions
-  np.testing.assert_array_equal(found.params["encoder"]["pos_embed"], sincos_2d(16, (4, 4))[None])
+  result = model_files.read_model(path, num_heads=2, decoder=False, learned_positions=True)
+  assert result.encoder.learned_positions
+  np.testing.assert_array_equal(result.params["encoder"]["pos_embed"], sincos_2d(16, (4, 4))[None])
 
 
 def test_a_row_for_cls_in_the_table_of_convmae_v2(tmp_path):
@@ -292,14 +294,14 @@ def test_a_row_for_cls_in_the_table_of_convmae_v2(tmp_path):
     tensors["pos_embed"] = np.concatenate([row, tensors["pos_embed"]], axis=1)
 
   path, student = published(tmp_path, CONVVIT.clone(cls_token=True), None, add_row)
-  found = model_files.read_model(path, num_heads=2)
+  result = model_files.read_model(path, num_heads=2)
   assert (
-    found.grid == (4, 4)
-    and not found.encoder.learned_positions
-    and "CLS's row" in str(found.report)
+    result.grid == (4, 4)
+    and not result.encoder.learned_positions
+    and "CLS's row" in str(result.report)
   )
   np.testing.assert_array_equal(
-    found.params["encoder"]["cls_token"], student.params["encoder"]["cls_token"] + row
+    result.params["encoder"]["cls_token"], student.params["encoder"]["cls_token"] + row
   )
 
 
@@ -318,13 +320,13 @@ def test_encoder_only_files_say_so(tmp_path):
     model.report
   ) and "no fusion" in str(model.report)
   images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
-  whole = mrmae_jax.load(published(tmp_path)[0], num_heads=2, decoder_heads=3)
+  complete = mrmae_jax.load(published(tmp_path)[0], num_heads=2, decoder_heads=3)
   np.testing.assert_array_equal(
-    model.encode(images)["pooled"], whole.encode(images)["pooled"]
+    model.encode(images)["pooled"], complete.encode(images)["pooled"]
   )  # stages are fused after that
   with pytest.raises(WeightsError, match="was loaded without a decoder and cannot reconstruct"):
     model.reconstruct(images)
-  pictures = whole.reconstruct(images)
+  pictures = complete.reconstruct(images)
   assert {x.shape for x in pictures.values()} == {images.shape}
   assert (
     0.6 < (np.asarray(pictures["pasted"]) != pictures["original"]).mean() < 0.8
@@ -411,7 +413,7 @@ def test_a_file_that_lost_blocks_since_it_was_written_here(tmp_path):
   files.write_safetensors(
     path, load_file(path), {model_files.METADATA_KEY: '{"encoder": {"name": "swin"}}'}
   )
-  with pytest.raises(WeightsError, match="is damaged: what it notes of its model"):
+  with pytest.raises(WeightsError, match="is damaged: its notes about the model"):
     model_files.read_model(path)
   model_files.write_model(
     make(CONVVIT, None, classes=3)._replace(classes=("x", "y")), path, "convmae"
@@ -462,19 +464,21 @@ def test_runs(tmp_path, encoder):
   checkpoints.close()
   (tmp_path / "run" / "config.json").write_text(config.to_json())
 
-  found = model_files.read_model(tmp_path / "run")
+  result = model_files.read_model(tmp_path / "run")
   assert (
-    found.grid == (4, 6) and found.mean == tuple(config.data.mean) and found.decoder.num_heads == 2
+    result.grid == (4, 6)
+    and result.mean == tuple(config.data.mean)
+    and result.decoder.num_heads == 2
   )
-  assert "after 7 steps" in str(found.report) and "dropped by design: mimic heads" in str(
-    found.report
+  assert "after 7 steps" in str(result.report) and "dropped by design: mimic heads" in str(
+    result.report
   )
   del params["mimic_heads"]
-  jax.tree.map(np.testing.assert_array_equal, found.params, params)
+  jax.tree.map(np.testing.assert_array_equal, result.params, params)
   model_files.write_model(
-    found, tmp_path / "x.safetensors", "timm" if encoder == "vit" else "convmae"
+    result, tmp_path / "x.safetensors", "timm" if encoder == "vit" else "convmae"
   )
-  same(model_files.read_model(tmp_path / "x.safetensors"), found)
+  same(model_files.read_model(tmp_path / "x.safetensors"), result)
 
   images = np.random.default_rng(0).integers(0, 256, (2, 32, 48, 3), np.uint8)
   features = mrmae_jax.load(tmp_path / "run").encode(images)
@@ -527,8 +531,8 @@ def test_learned_positions_start_as_the_constant(encoder):
   )
   for ours, constant in pairs:
     np.testing.assert_allclose(ours, constant, atol=1e-6)
-  seen = set(np.flatnonzero(np.abs(gradient[0]).sum(1)))
-  assert seen == (
+  rows = set(np.flatnonzero(np.abs(gradient[0]).sum(1)))
+  assert rows == (
     {0} | {1 + int(i) for i in mask.ids_keep[0]}
     if encoder is VIT
     else {int(i) for i in mask.ids_keep[0]}

@@ -7,7 +7,10 @@ Cost:      100 epochs of ImageNet-1k at the base size, about 1.3e19 FLOP for eac
 Expected:  the published rate (blr 1.5e-4) within a factor of two of the best; not measured here yet
 """
 
+from mrmae_jax.configs.sweeps import ablation
 from mrmae_jax.sweep import log_uniform, sampled
+
+get_config = ablation.get_config  # the full recipe, 100 epochs
 
 
 def sweep():

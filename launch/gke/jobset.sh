@@ -3,11 +3,12 @@
 #
 #   export JOB_NAME=mrmae JOB_IMAGE=REGION-docker.pkg.dev/PROJECT/mrmae/tpu JOB_TPU=tpu-v6e-slice JOB_TOPOLOGY=4x8
 #   docker build -f launch/docker/Dockerfile.tpu -t "$JOB_IMAGE" . && docker push "$JOB_IMAGE"
-#   bash launch/gke/jobset.sh run --config=configs/mrmae.py:base --workdir=gs://BUCKET/run --config.data.data_dir=gs://BUCKET/in
+#   bash launch/gke/jobset.sh run --config=mrmae:base --workdir=gs://BUCKET/run --config.data.data_dir=gs://BUCKET/in
 #
 # For GPUs, JOB_GPU=nvidia-h100-80gb JOB_HOSTS=2 instead of JOB_TPU and JOB_TOPOLOGY, with Dockerfile.gpu. JOB_CHIPS: chips of a
 # TPU host (4) or GPUs of a node (8). Also: logs, status, delete; the same run after delete continues. Kubernetes starts the run
-# again after preemptions and crashes, not after the exit codes 2, 3 and 4. --dry-run prints manifest and commands.
+# again after preemptions and crashes, not after the exit codes 2, 3 and 4. Another command is the first word after run:
+# run finetune --config=...; without one it is pretrain. --dry-run prints manifest and commands.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$here/../common.sh"
@@ -15,6 +16,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # The manifest of this run: the template with the variables in place; the words of the command as JSON, which is YAML too.
 manifest() {
   local template=$here/tpu.yaml
+  training_words "$@" --multihost
   if [ -n "${JOB_GPU:-}" ]; then template=$here/gpu.yaml; fi
   # shellcheck disable=SC2016  # the dollars are those of the template
   python3 -c '
@@ -25,7 +27,7 @@ words = [word.replace("$(", "$$(") for word in words]  # Kubernetes would look f
 print(string.Template(open(template).read()).substitute(
     NAME=name, IMAGE=image, KIND=kind, TOPOLOGY=topology, CHIPS=chips, HOSTS=hosts, WORDS=json.dumps(words)), end="")
 ' "$template" "$JOB_NAME" "$JOB_IMAGE" "${JOB_GPU:-${JOB_TPU:-}}" "${JOB_TOPOLOGY:-}" "${JOB_CHIPS:-$chips}" "${JOB_HOSTS:-}" \
-    --multihost "$@"
+    "${WORDS[@]}"
 }
 
 need() {

@@ -14,9 +14,8 @@ import numpy as np
 from PIL import Image
 
 from mrmae_jax import config as config_lib
-from mrmae_jax import data, preflight, program, sharding, train
+from mrmae_jax import data, hardware, preflight, program, sharding, train
 from mrmae_jax.cli import bench, show_teacher
-from mrmae_jax.cli.compile import find_chip
 from mrmae_jax.cli.train import load_training_config, out_of_memory
 from mrmae_jax.data import augment
 from mrmae_jax.errors import (
@@ -268,7 +267,7 @@ def check_teachers(config, images: np.ndarray, report: Report) -> None:
   if not sections:
     report.warn("no teacher: this is MAE or ConvMAE, not MR-MAE")
   for name, options in sections.items():
-    description, teacher_out = show_teacher.look(config, images, options)
+    description, teacher_out = show_teacher.run_teacher(config, images, options)
     norm = np.linalg.norm(teacher_out.features, axis=-1)
     if not np.isfinite(norm).all():
       report.stop(
@@ -336,10 +335,11 @@ def time_step(config, task, plan: train.Plan, report: Report) -> None:
     return
   memory = compiled.program.memory_analysis()
   peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-  chip = find_chip(jax.devices())
+  chip = hardware.find_chip(jax.devices()[0])
   limit = f" of {chip.memory / 2**30:.0f} GiB" if chip else ""
   report.ok(
     f"compiled in {compiled.compile_s:.0f} s; {peak / 2**30:.2f} GiB{limit} a device; "
     f"{seconds * 1e3:,.0f} ms a step, {config.batch_size / seconds:,.0f} images/s without loading: "
-    f"{timedelta(seconds=round(seconds * plan.steps.total))} for {plan.steps.total} steps, without evaluations"
+    f"{timedelta(seconds=round(seconds * plan.steps.total))} for {plan.steps.total} steps, "
+    "without evaluations"
   )

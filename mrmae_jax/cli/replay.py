@@ -1,10 +1,8 @@
 """Repeats a step whose loss or gradient was not finite, and says where it goes wrong.
 
 A run that had to give up writes WORKDIR/nonfinite/step_N: configuration, state before the step and
-its batch. This command needs nothing else, except the teacher's files in the place that the
-configuration names:
-
-    mrmae replay --bundle=WORKDIR/nonfinite/step_N
+its batch. `mrmae replay --bundle=WORKDIR/nonfinite/step_N` needs nothing else, except the
+teacher's files in the place that the configuration names.
 
 It computes the step as the run did and compares every number with the one that the run reported.
 They are equal bit for bit if the devices are of the same kind and number. It then names the modules
@@ -115,13 +113,11 @@ def replay(bundle: Bundle) -> tuple[dict[str, float], dict[str, bool]]:
 
 
 def run(options) -> str:
-  """Runs the command; returns a line for people.
+  """Runs `mrmae replay`; returns a line for people.
 
   Raises:
-    UsageError: `options.bundle` is missing or incomplete.
+    UsageError: the bundle is incomplete.
   """
-  if not options.bundle:
-    raise UsageError("--bundle is missing; see --help")
   bundle = read_bundle(options.bundle)
   if options.float32:
     compute_in_float32(bundle.config)

@@ -1,9 +1,4 @@
-"""One page about a run, or several side by side: curves, throughput, pictures over time, settings, and the commands behind them.
-
-  mrmae report --runs=/runs/a,/runs/b --out=report.html
-
-A folder of runs, such as that of a sweep, counts as all of them. The page is one file that opens anywhere, offline too.
-"""
+"""Writes one page about a run, or several side by side: `mrmae report`."""
 
 import json
 from typing import Any, NamedTuple
@@ -15,13 +10,14 @@ from PIL import Image
 
 from mrmae_jax.config import flatten
 from mrmae_jax.errors import UsageError, WorkdirError
-from mrmae_jax.runs.log import NOT_RESULTS, read_metrics
+from mrmae_jax.runs.metrics import NOT_RESULTS, read_metrics
 from mrmae_jax.runs.paths import open_folder
 from mrmae_jax.viz.page import Figure, Page
 from mrmae_jax.viz.plot import line_plot
 
-PICTURES = 6  # of each run, spread over its time
-FIRST = ("loss", "pixel", "mimic")  # curves that come first; then evaluations, then the rest
+PICTURES = 6  # reconstructions shown of each run, from its first to its last
+# Order of the curves: FIRST, other losses, evaluations, LAST.
+FIRST = ("loss", "pixel", "mimic")
 LAST = (
   "lr",
   "grad_norm",
@@ -75,7 +71,7 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
 
 
 def find_runs(paths: list[str]) -> list[Run]:
-  """Reads the runs in `paths`, workdirs or folders of workdirs; names that clash become whole paths.
+  """Reads the runs in `paths`, workdirs or folders of them; names that clash become full paths.
 
   Raises:
     UsageError: a folder without a run.
@@ -90,7 +86,7 @@ def find_runs(paths: list[str]) -> list[Run]:
       workdirs = sorted(filter(is_run, folder.iterdir())) if folder.is_dir() else []
     if not workdirs:
       raise UsageError(
-        f"--runs: {path} holds no run: expected metrics.jsonl there, or in its folders"
+        f"--runs: {path} holds no run; expected metrics.jsonl there or in its folders"
       )
     runs += map(read_run, workdirs)
   if len({run.name for run in runs}) < len(runs):
@@ -139,7 +135,7 @@ def _add_curves(page: Page, runs: list[Run], names: list[str]) -> None:
   """Adds a plot of each metric that some run has logged more than once."""
   page.section(
     "Curves",
-    "Losses, evaluations, then learning rate, norms and throughput. A gap in the steps is what was not logged.",
+    "Losses, evaluations, then learning rate, norms and throughput. A gap was not logged.",
   )
   figures = []
   for name in names:
@@ -175,8 +171,8 @@ def _add_goodput(page: Page, runs: list[Run]) -> None:
     return
   page.section(
     "Where the time went",
-    "Seconds by phase, over all starts of a run. Goodput is the share of steps that count: those that a "
-    "killed start had done since its last checkpoint are computed again.",
+    "Seconds by phase, over all starts of a run. Goodput is the share of steps that count: those "
+    "that a killed start had done since its last checkpoint are computed again.",
   )
   phases = sorted({phase for run in runs for phase in run.goodput["seconds"]})
   rows = [
@@ -217,10 +213,10 @@ def _add_starts(page: Page, runs: list[Run]) -> None:
 
 
 def run(options) -> str:
-  """Carries out `mrmae report`.
+  """Runs `mrmae report`; returns a line for people.
 
   Raises:
-    UsageError: no runs.
+    UsageError: a folder without a run, or a page that does not end in .html.
   """
   if not options.out.endswith(".html"):
     raise UsageError(f"--out={options.out} must end in .html")

@@ -1,123 +1,120 @@
-"""Looks at a teacher before hundreds of hours depend on it: a picture, and how much its features have to teach.
-
-  mrmae show-teacher --config=configs/mrmae.py --images=folder:/my/photos --out=teacher.png
-
-takes the teacher, image size and masking of a configuration; any key can be overridden as in training
-(--config.teacher.path=my_teacher --config.image_size="(224, 224)"). Each row of the picture is one image: what its CLS token
-attends to, the tokens that focused and random masking would show the student, and the three main directions of the features as
-colours. The text says what share of the normalised features is one constant vector, which a student learns without looking
-(near 0 is good; with most of it constant choose another config.teacher.layer or target_norm), and over how many tokens the
-attention spreads (few: raise config.method.attention_temperature or attention_mix).
-"""
+"""Draws what a teacher sees, and measures how much its features have to teach."""
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image
 
 from mrmae_jax import data, mrmae, teachers
 from mrmae_jax.config import token_size
 from mrmae_jax.evals.reconstruct import bands_shown
-from mrmae_jax.mrmae import normalize_features
-from mrmae_jax.viz.grid import draw_grid, enlarge, overlay, principal_colours
+from mrmae_jax.viz.grid import enlarge, overlay, perplexity, principal_colors
+from mrmae_jax.viz.panels import draw_columns
+
+BATCH_SIZE = 32
 
 
-def look(config, images: np.ndarray, options=None):
-  """A teacher on images uint8 [B, H, W, C]: its one-line description and TeacherOutput as numpy arrays.
+def run_teacher(config: ConfigDict, images: np.ndarray, options: ConfigDict | None = None):
+  """Loads a teacher and runs it on images uint8 [B, H, W, C].
 
   Args:
     config: of a run.
     images: see above.
-    options: which of its teachers, see config.teacher; None: the first.
-  """
+    options: one of its teachers, see config.teacher; None for the first.
 
+  Returns:
+    A one-line description, and a TeacherOutput of numpy arrays.
+  """
   spec = teachers.configured_spec(options or config.teacher, config)
   teacher = teachers.load(spec)
-  see = jax.jit(teacher.forward)
-  outputs = [
-    jax.device_get(see(teacher.params, images[i : i + 32])) for i in range(0, len(images), 32)
-  ]
-  return spec.description, jax.tree.map(lambda *parts: np.concatenate(parts), *outputs)
+  forward = jax.jit(teacher.forward)
+  batches = [images[i : i + BATCH_SIZE] for i in range(0, len(images), BATCH_SIZE)]
+  outputs = [jax.device_get(forward(teacher.params, batch)) for batch in batches]
+  return spec.description, jax.tree.map(lambda *arrays: np.concatenate(arrays), *outputs)
 
 
-def constant_share(features: np.ndarray, how: str) -> float:
-  """Share, in [0, 1], of the mean square of the targets [B, N, D] that their mean vector makes up."""
+def constant_share(features: np.ndarray, norm: str) -> float:
+  """Returns the share, in [0, 1], of the targets' mean square that their mean vector makes up.
 
-  targets = np.asarray(normalize_features(features, how), np.float64)
+  Args:
+    features: of a teacher, [B, N, D].
+    norm: see config.teacher.target_norm.
+  """
+  targets = np.asarray(mrmae.normalize_features(features, norm), np.float64)
   return float(np.square(targets.mean((0, 1))).sum() / np.square(targets).sum(-1).mean())
 
 
-def attention_columns(images: np.ndarray, output, config) -> dict[str, np.ndarray]:
-  """What a teacher's CLS token attends to, and the tokens that focused and random masking would show.
+def attention_columns(images: np.ndarray, teacher_out, config: ConfigDict) -> dict[str, np.ndarray]:
+  """Draws a teacher's CLS attention, and the tokens that focused and random masking would show.
 
   Args:
     images: uint8 [B, H, W, 3].
-    output: TeacherOutput of these.
-    config: its `method` and `seed` decide on the masks; the token size is that of its `encoder`.
+    teacher_out: TeacherOutput of these.
+    config: its `method` and `seed` decide on the masks, its `encoder` on the token size.
 
   Returns:
-    {title: float [B, H, W, 3]}; a teacher without attention leaves random masking alone.
+    {title: float [B, H, W, 3]}. Without attention there is random masking alone.
   """
-
-  size, pixels = token_size(config), images / np.float32(255)
+  size = token_size(config)
+  pixels = images / np.float32(255)
   grid = images.shape[1] // size, images.shape[2] // size
-  noise = jax.random.uniform(jax.random.key(config.seed), output.features.shape[:2])
-  method, masks, columns = config.method, {}, {"image": pixels}
-  if output.attention is not None:
-    columns["CLS attention"] = overlay(pixels, output.attention, grid)
+  noise = jax.random.uniform(jax.random.key(config.seed), teacher_out.features.shape[:2])
+  method = config.method
+  columns = {"image": pixels}
+  masks = {}
+  if teacher_out.attention is not None:
+    columns["CLS attention"] = overlay(pixels, teacher_out.attention, grid)
     masks["focused"] = mrmae.sample_mask(
       noise,
       method.mask_ratio,
       1,
-      output.attention,
+      teacher_out.attention,
       method.attention_temperature,
       method.attention_mix,
     )
   masks["random"] = mrmae.sample_mask(noise, method.mask_ratio)
-  return columns | {
-    f"{name}: visible": np.where(enlarge(mask.removed, grid, size), 0.5, pixels)
-    for name, mask in masks.items()
-  }
+  for name, mask in masks.items():
+    columns[f"{name}: visible"] = np.where(enlarge(mask.removed, grid, size), 0.5, pixels)
+  return columns
 
 
-def draw(images: np.ndarray, output, config) -> np.ndarray:
-  """The picture: uint8 [height, width, 3] of images uint8 [B, H, W, C] and what the teacher makes of them."""
-
+def draw_teacher(images: np.ndarray, teacher_out, config: ConfigDict) -> np.ndarray:
+  """Draws images uint8 [B, H, W, C] and the teacher's output; returns uint8 [height, width, 3]."""
   bands, caption = bands_shown(config)
-  size, columns = token_size(config), attention_columns(images[..., bands], output, config)
+  size = token_size(config)
   grid = images.shape[1] // size, images.shape[2] // size
-  columns["features (PCA)"] = enlarge(
-    principal_colours(normalize_features(output.features, "layer_norm")), grid, size
-  )
+  colors = principal_colors(mrmae.normalize_features(teacher_out.features, "layer_norm"))
+  columns = attention_columns(images[..., bands], teacher_out, config)
+  columns["features (PCA)"] = enlarge(colors, grid, size)
   note = "attention relative to each image's largest; PCA over all images shown"
-  return draw_grid(list(columns.values()), list(columns), f"{caption}; {note}" if caption else note)
+  return draw_columns(columns, f"{caption}; {note}" if caption else note)
 
 
 def run(options) -> str:
   """Carries out `mrmae show-teacher`."""
-  config, count = options.config, options.count
+  config = options.config
   config.data.source = options.images or config.data.source
   config.data.holdout_every = 0
-  limit = max(count, options.statistics)
+  count = max(options.count, options.statistics)
   batches = data.eval_batches(
     data.open_split(config.data, "train"),
     data.center_view(config.image_size, config.data.eval_crop, len(config.data.mean)),
-    batch_size=limit,
-    limit=limit,
+    batch_size=count,
+    limit=count,
   )
   batch = next(batches)
   batches.close()
   images = batch["image"][batch["valid"]]
-  description, output = look(config, images)
+  description, teacher_out = run_teacher(config, images)
   print(f"{description}; {len(images)} images")
-  shares = {how: constant_share(output.features, how) for how in ("layer_norm", "batch", "none")}
-  print(
-    "constant share of the targets: "
-    + ", ".join(f"{how} {share:.0%}" for how, share in shares.items())
-  )
-  if output.attention is not None:
-    p = output.attention / output.attention.sum(1, keepdims=True)
-    spread = np.exp(-(p * np.log(p + 1e-12)).sum(1)).mean()
-    print(f"CLS attention spreads over {spread:.0f} of {p.shape[1]} tokens (perplexity)")
-  first = type(output)(*(None if x is None else x[:count] for x in output))
-  Image.fromarray(draw(images[:count], first, config)).save(options.out)
+  norms = ("layer_norm", "batch", "none")
+  shares = [f"{norm} {constant_share(teacher_out.features, norm):.0%}" for norm in norms]
+  print(f"constant share of the targets: {', '.join(shares)}")
+  if teacher_out.attention is not None:
+    spread = perplexity(teacher_out.attention).mean()
+    num_tokens = teacher_out.attention.shape[1]
+    print(f"CLS attention spreads over {spread:.0f} of {num_tokens} tokens (perplexity)")
+  first_rows = jax.tree.map(lambda x: x[: options.count], teacher_out)
+  picture = draw_teacher(images[: options.count], first_rows, config)
+  Image.fromarray(picture).save(options.out)
   return f"wrote {options.out}"

@@ -2,12 +2,14 @@
 
 import contextlib
 import re
+import sys
 import traceback
 
 import jax
 
 from mrmae_jax import config as config_lib
 from mrmae_jax import preflight, train
+from mrmae_jax.cli.teacher import run_teacher
 from mrmae_jax.errors import Interrupted, LostError, OutOfMemoryError, UsageError, UserError
 from mrmae_jax.runs import distributed, supervision
 from mrmae_jax.runs.workdir import lock_workdir, prepare_workdir
@@ -44,6 +46,8 @@ def run(options) -> int:
     reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     code, reason = LostError.exit_code, f"{lost}; this process ends too" if lost else reason
   if code and options.multihost:
+    for line in reason.splitlines():
+      print(f"error: {line}", file=sys.stderr, flush=True)
     distributed.leave(code, reason)
   return code
 
@@ -101,6 +105,8 @@ def _train(options, config) -> int:
         distributed.agree("start", train.host_agreement(config, task))
       if options.check:
         train.check(config, task)
+      elif options.command == "teacher":
+        print(run_teacher(config, task, options.workdir, options.out), flush=True)
       else:
         train.fit(config, task, options.workdir)
   except Interrupted as error:  # the log has said what is saved

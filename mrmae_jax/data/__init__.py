@@ -9,11 +9,20 @@ from mrmae_jax.data.loader import (
   train_batches,
 )
 from mrmae_jax.data.sources import Source, open_source, open_split
-from mrmae_jax.data.views import ImageView, View, Views, center_view, image_views
+from mrmae_jax.data.views import (
+  ImageView,
+  PairView,
+  View,
+  Views,
+  center_view,
+  image_views,
+  pair_views,
+)
 
 __all__ = [
   "ImageView",
   "LoaderOptions",
+  "PairView",
   "Source",
   "View",
   "Views",
@@ -24,6 +33,7 @@ __all__ = [
   "loader_options",
   "open_source",
   "open_split",
+  "pair_views",
   "resizer",
   "train_batches",
 ]

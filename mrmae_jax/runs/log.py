@@ -21,62 +21,11 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
+from mrmae_jax import hardware
 from mrmae_jax.runs import paths, supervision
+from mrmae_jax.runs.metrics import NOT_RESULTS, read_metrics
 
 UPLOAD_EVERY_S = 60
-
-# bfloat16 peak of one device in FLOP/s, dense: data sheets of NVIDIA and Google Cloud. A TPU
-# "device" is a chip as JAX counts it, except v2, v3 and 7x, where it is one of two cores.
-PEAK_FLOPS = {
-  "A100": 312e12,
-  "H100": 989e12,
-  "H200": 989e12,
-  "B200": 2250e12,
-  "L4": 121e12,
-  "L40S": 362e12,
-  "A10": 125e12,
-  "TPU v2": 23e12,
-  "TPU v3": 61e12,
-  "TPU v4": 275e12,
-  "TPU v5 lite": 197e12,
-  "TPU v5e": 197e12,
-  "TPU v5": 459e12,
-  "TPU v5p": 459e12,
-  "TPU v6 lite": 918e12,
-  "TPU v6e": 918e12,
-  "TPU7x": 1153e12,
-}
-
-
-# Metrics that are neither losses nor evaluations.
-NOT_RESULTS = {
-  "step",
-  "lr",
-  "grad_norm",
-  "param_norm",
-  "update_norm",
-  "images_per_s",
-  "images_per_s_per_device",
-  "data_wait",
-  "mfu",
-  "device_gib",
-  "evaluation_s",
-  "skipped",
-}
-
-
-def peak_flops(device: jax.Device) -> float | None:
-  """Returns the bfloat16 peak of a device in FLOP/s, None if it is unknown."""
-  return of_device(PEAK_FLOPS, device)
-
-
-def of_device(table: dict[str, Any], device: jax.Device) -> Any:
-  """Returns the entry of `table` whose name is part of the device's kind; None if there is none.
-
-  Of several names the longest one counts.
-  """
-  names = [name for name in table if name.lower() in device.device_kind.lower()]
-  return table[max(names, key=len)] if names else None
 
 
 class Log:
@@ -368,9 +317,9 @@ class Clock:
     if len(self._devices) > 1:
       values["images_per_s_per_device"] = rate / len(self._devices)
     device = self._devices[0]
-    peak = peak_flops(device)
-    if peak and self._flops:
-      values["mfu"] = self._flops * steps / seconds / peak
+    chip = hardware.find_chip(device)
+    if chip and self._flops:
+      values["mfu"] = self._flops * steps / seconds / chip.peak_flops
     memory = device.memory_stats() if device.process_index == jax.process_index() else None
     if memory and "peak_bytes_in_use" in memory:
       values["device_gib"] = memory["peak_bytes_in_use"] / 2**30
@@ -390,21 +339,6 @@ def summary(workdir: str | Path) -> list[str]:
       (first_step, first), (last_step, last) = points[0], points[-1]
       lines.append(f"{name}: {first:.4g} at step {first_step}, {last:.4g} at step {last_step}")
   return lines
-
-
-def read_metrics(workdir: str | Path, name: str = "metrics.jsonl") -> list[dict]:
-  """Returns the records of a file of a run in order.
-
-  Skips a torn last line, which a killed run may leave.
-  """
-  path = epath.Path(workdir) / name
-  records = []
-  for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-    try:
-      records.append(json.loads(line))
-    except ValueError:
-      continue
-  return records
 
 
 def _to_lines(records) -> str:

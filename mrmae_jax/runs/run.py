@@ -19,7 +19,8 @@ from mrmae_jax import data, optim, sharding
 from mrmae_jax.errors import DataError, Interrupted, NonFiniteError, StorageError
 from mrmae_jax.runs import nonfinite, supervision
 from mrmae_jax.runs.checkpoint import Checkpoints
-from mrmae_jax.runs.log import Clock, Log, read_metrics, summary
+from mrmae_jax.runs.log import Clock, Log, summary
+from mrmae_jax.runs.metrics import read_metrics
 from mrmae_jax.runs.paths import open_folder
 
 

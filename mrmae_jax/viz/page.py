@@ -1,4 +1,7 @@
-"""Writes one self-contained HTML file: pictures inside, without scripts or requests; light or dark, narrow or wide."""
+"""Writes one self-contained HTML file, with pictures inside and without scripts or requests.
+
+It follows the reader into dark mode and onto narrow screens.
+"""
 
 import base64
 import html
@@ -11,29 +14,48 @@ from PIL import Image
 
 from mrmae_jax.runs.paths import atomic_write
 
-_STYLE = """:root { color-scheme: light dark; --back: #fbfbfa; --text: #1d1f21; --faint: #5a5f66; --line: #d8dadd; --link: #0b57a4; }
+_STYLE = """:root {
+  color-scheme: light dark;
+  --back: #fbfbfa; --text: #1d1f21; --faint: #5a5f66; --line: #d8dadd; --link: #0b57a4;
+}
 @media (prefers-color-scheme: dark) {
   :root { --back: #16181b; --text: #e4e6e8; --faint: #a4aab2; --line: #3a3f45; --link: #8cbcf2; }
 }
-body { margin: 0 auto; max-width: 76rem; padding: 1.5rem 1rem 4rem; background: var(--back); color: var(--text);
-       font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+body {
+  margin: 0 auto; max-width: 76rem; padding: 1.5rem 1rem 4rem;
+  background: var(--back); color: var(--text);
+  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere;
+}
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0; }
-h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; padding-top: 1rem; border-top: 1px solid var(--line); }
+h2 {
+  font-size: 1.2rem; margin: 2.5rem 0 .5rem; padding-top: 1rem;
+  border-top: 1px solid var(--line);
+}
 p, nav, figcaption { max-width: 48rem; }
-nav ul { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; margin: 1rem 0 0; padding: 0; list-style: none; }
+nav ul {
+  display: flex; flex-wrap: wrap; gap: .25rem 1.25rem;
+  margin: 1rem 0 0; padding: 0; list-style: none;
+}
 a { color: var(--link); }
 .subtitle, figcaption { color: var(--faint); }
 figure { margin: 1rem 0; }
 figcaption { margin-top: .5rem; }
 .scroll { overflow-x: auto; }
-.row { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1rem; }
+.row {
+  display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr));
+}
 .row figure { margin: 0; }
 .row img { width: 100%; max-width: 34rem; }
 :focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
 img { display: block; height: auto; max-width: max(100%, 40rem); border-radius: 4px; }
 table { border-collapse: collapse; margin: 1rem 0; overflow-wrap: normal; }
-th, td { padding: .3rem 1rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+th, td {
+  padding: .3rem 1rem .3rem 0; border-bottom: 1px solid var(--line);
+  text-align: left; vertical-align: top;
+}
 td { font-variant-numeric: tabular-nums; }"""
+_SCROLL = '<div class="scroll" tabindex="0" role="group" aria-label="{}, may scroll sideways">'
 
 
 class Figure(NamedTuple):
@@ -61,7 +83,10 @@ class Page:
     self._blocks = []
 
   def section(self, heading: str, text: str = "") -> None:
-    """Begins a section: a heading, an entry in the list of contents, and paragraphs, which blank lines divide."""
+    """Begins a section: a heading, an entry in the contents, and paragraphs.
+
+    Blank lines divide the paragraphs of `text`.
+    """
     self._headings.append(heading)
     self._blocks.append(f'<h2 id="s{len(self._headings)}">{html.escape(heading)}</h2>')
     self._blocks += [
@@ -69,14 +94,13 @@ class Page:
     ]
 
   def figure(self, figure: Figure) -> None:
-    """Adds a picture at its own size, or at the page's width if this is less; narrow screens scroll it."""
+    """Adds a picture at its own size, at most at the page's width; narrow screens scroll it."""
     self._blocks.append(
-      '<figure><div class="scroll" tabindex="0" role="group" aria-label="Picture, may scroll sideways">'
-      f"{_img(figure)}</div>{_figcaption(figure)}</figure>"
+      f"<figure>{_SCROLL.format('Picture')}{_img(figure)}</div>{_figcaption(figure)}</figure>"
     )
 
   def row(self, figures: list[Figure]) -> None:
-    """Adds pictures beside each other, as many to a row as the window's width has room for, at most three."""
+    """Adds pictures beside each other, up to three to a row, as the window has room."""
     self._blocks.append('<div class="row">')
     self._blocks += [f"<figure>{_img(figure)}{_figcaption(figure)}</figure>" for figure in figures]
     self._blocks.append("</div>")
@@ -85,8 +109,7 @@ class Page:
     """Adds a table; str() turns its cells into text, and `header` names its columns."""
     cells = lambda tag, row: "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row)
     self._blocks.append(
-      '<div class="scroll" tabindex="0" role="group" aria-label="Table, may scroll sideways"><table>'
-      f"<thead><tr>{cells('th', header)}</tr></thead><tbody>"
+      f"{_SCROLL.format('Table')}<table><thead><tr>{cells('th', header)}</tr></thead><tbody>"
       + "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
       + "</tbody></table></div>"
     )

@@ -40,11 +40,12 @@ def line_plot(
 ) -> bytes:
   """Draws one line per series over common axes, with a legend if there are several.
 
-  Colors follow the order of `series`. A series without points takes its color and is not drawn, so that plots of the same runs
-  agree on their colors.
+  Colors follow the order of `series`. A series without points takes its color and is not drawn, so
+  that plots of the same runs agree on their colors.
 
   Args:
-    series: {name: (x, y)}. Points that are not finite are left out; with `log_y` also those at or below 0.
+    series: {name: (x, y)}. Points that are not finite are skipped; with `log_y` also those at or
+      below 0.
     path: file to write, .png or .svg; None writes nothing.
     title: text above the axes.
     xlabel: text below the axes.
@@ -52,7 +53,8 @@ def line_plot(
     log_y: whether y is logarithmic.
 
   Returns:
-    The content of the file; without `path` an SVG on a transparent ground, which follows the page into dark mode.
+    The content of the file. Without `path` it is an SVG on a transparent ground, whose text and
+    axes follow a page into dark mode.
 
   Raises:
     ValueError: there is not a single point to draw, or a path with another suffix.

@@ -236,8 +236,8 @@ def count_blocks(numbers: typing.Iterable[str], blocks: str, source: str) -> int
   # A few numbers that are left out show as missing tensors.
   if len(last) > 4 or int(last) >= min(MAX_DEPTH, 4 * len(unique) + 1):
     raise WeightsError(
-      f"{source} does not fit the model: {blocks} are numbered up to {last[:20]}, but {len(unique)} "
-      f"are there (of at most {MAX_DEPTH})"
+      f"{source} does not fit the model: {blocks} are numbered up to {last[:20]}, but "
+      f"{len(unique)} are there (of at most {MAX_DEPTH})"
     )
   return int(last) + 1 if unique else 0
 

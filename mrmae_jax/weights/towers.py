@@ -146,6 +146,11 @@ def trained_encoder(workdir: str, dtype) -> Tower:
   path = Path(os.path.expanduser(workdir))
   try:
     config = checkpoint.read_config(path)
+    if config.get("task") == "self_distill":
+      raise WeightsError(
+        f"teacher.path=checkpoint:{path} is a run of mrmae teacher; give the folder that it wrote, "
+        f"--out or teacher.path={path}/teacher"
+      )
     return Tower(
       source=f"{path}",
       description=f"encoder of {path}",

@@ -1,4 +1,6 @@
-"""Runs so small that a fault costs a second: a task without a model for one process, a tiny MAE for whole programs."""
+"""Runs so small that a fault costs a second: a task without a model for one process, a tiny MAE for
+whole programs.
+"""
 
 import functools
 
@@ -30,7 +32,10 @@ def get_config(kind: str = ""):
 
 
 def toy_task(spoil=lambda brightness: 0.0):
-  """Predicts the brightness of the channels of a digit, with noise; `spoil` is added to the loss."""
+  """Predicts the brightness of the channels of a digit, with noise.
+
+  `spoil` is added to the loss.
+  """
 
   def loss(params, extra, frozen, batch, keys):
     del frozen

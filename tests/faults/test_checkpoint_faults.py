@@ -64,7 +64,7 @@ def equal(a, b):
 
 
 def outcome(folder):
-  """What a restart finds: "the newest", "the one before", with a note about the other, or an error."""
+  """What a restart finds: "the newest", "the one before" with a note, or an error."""
   opened = Checkpoints(folder, {"seed": 0})
   try:
     found = opened.restore(shapes(state_of(0)))
@@ -222,21 +222,27 @@ def test_f19_too_little_space_is_seen_before_saving(tmp_path, monkeypatch):
 
 
 def test_f19_a_save_that_fails_leaves_the_one_before(tmp_path):
-  """The disk takes no file above a size, from the second save on: the run goes on, and says so; its end is exit code 5."""
+  """The disk takes no file above a size, from the second save on: the run goes on, and says so; its
+  end is exit code 5.
+  """
   code = """if True:
     import resource, signal, sys
     from mrmae_jax import __main__ as entry
     from mrmae_jax.runs import checkpoint
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     save = checkpoint.Checkpoints.save
+    def limit(size):
+      hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+      resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     def limited(self, step, *a, **k):
-      resource.setrlimit(resource.RLIMIT_FSIZE, (10**9 if step in (1, 4) else 1500, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+      limit(10**9 if step in (1, 4) else 1500)
       try:
         return save(self, step, *a, **(k | {"wait": True}))
       finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10**9, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        limit(10**9)
     checkpoint.Checkpoints.save = limited
-    sys.exit(entry.main(["mrmae", "pretrain", "--config=tests/faults/small.py", f"--workdir=WORKDIR"]))
+    words = ["--config=tests/faults/small.py", "--workdir=WORKDIR"]
+    sys.exit(entry.main(["mrmae", "pretrain", *words]))
   """.replace("WORKDIR", str(tmp_path))
   done = subprocess.run(
     [sys.executable, "-c", code],
@@ -284,7 +290,9 @@ def test_f20_a_workdir_that_vanishes(tmp_path, monkeypatch, capsys):
 
 
 def test_f22_slow_storage_does_not_stop_the_steps(tmp_path, monkeypatch, capsys):
-  """Each save takes longer than the next four steps: those in between are left out, the last one waits."""
+  """Each save takes longer than the next four steps: those in between are left out, the last one
+  waits.
+  """
   saver = checkpoint.ocp.StandardCheckpointHandler
   finalize = saver.finalize
   monkeypatch.setattr(
@@ -388,7 +396,9 @@ def test_f24_a_spike_may_be_left_out():
 
 
 def test_f23_a_run_that_is_lost_leaves_a_bundle_that_replays(tmp_path, monkeypatch, capsys):
-  """From step 10 on every loss is nan: after three the run ends, and replay gives the same numbers in another process."""
+  """From step 10 on every loss is nan: after three the run ends, and replay gives the same numbers
+  in another process.
+  """
 
   monkeypatch.chdir(ROOT)
   config = small.get_config()
@@ -428,7 +438,9 @@ def test_f23_a_few_bad_batches_do_not_end_a_run(tmp_path, capsys):
 
 
 def test_f26_what_was_trained_before_a_bad_image_is_saved(tmp_path, monkeypatch):
-  """The batch of step 8 cannot be read: 7 steps are saved, and with the image back the run is that of one where it never failed."""
+  """The batch of step 8 cannot be read: 7 steps are saved, and with the image back the run is that
+  of one where it never failed.
+  """
   _, whole = toy_run(tmp_path / "whole")
   batches = train.data.train_batches
 
@@ -515,7 +527,10 @@ def test_f21_a_holder_elsewhere_is_given_time_to_end(tmp_path, monkeypatch):
 
 
 def test_f21_a_lock_ends_with_its_process(tmp_path):
-  code = f"from mrmae_jax.runs import workdir\nimport os\nwith workdir.lock_workdir({str(tmp_path)!r}):\n  os._exit(9)"
+  code = (
+    "from mrmae_jax.runs import workdir\nimport os\n"
+    f"with workdir.lock_workdir({str(tmp_path)!r}):\n  os._exit(9)"
+  )
   assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 9
   with workdir.lock_workdir(tmp_path) as note:
     assert "the previous run (process " in note and "did not shut down cleanly" in note
@@ -526,7 +541,8 @@ def test_f37_out_of_memory_says_what_to_turn():
 
   config = small.get_config()
   text = cli_train.out_of_memory(
-    "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes. Largest program allocations: "
+    "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes. Largest "
+    "program allocations: "
     "1. Size: 4.00G shape: bf16[1024,784,384]{2,1,0} 2. f32[1024,3136,256]",
     config,
   )

@@ -273,12 +273,16 @@ def test_f26_quarantine_of_everything(tmp_path):
 
 
 def test_f26_the_policy_may_change_when_a_run_continues():
-  config, task = config_lib.pretrain(), train.Task(None, None, None, None, {})
-  images = lambda count: types.SimpleNamespace(fingerprint=f"{count} files")
-  before = train.identity(config, task, images(3))
+  config = config_lib.pretrain()
+
+  def identity(num_files):
+    source = lambda split: types.SimpleNamespace(fingerprint=f"{num_files} files")
+    return train.identity(config, train.Task(None, None, None, None, source, None))
+
+  before = identity(3)
   config.data.update(on_error="skip", max_skipped=0.5, timeout_s=1.0, workers=3)
-  assert train.identity(config, task, images(3)) == before
-  assert train.identity(config, task, images(2)) != before  # what a quarantine does
+  assert identity(3) == before
+  assert identity(2) != before  # a quarantine changes the images
 
 
 @pytest.mark.parametrize(

@@ -436,6 +436,8 @@ def test_f34_names_cannot_ask_for_a_billion_blocks(tmp_path, number):
     {"method": {"mask_ratio": 2.0, "norm_pix": True}},
     {"method": 3},
     {"encoder": {"name": "vit", "remat": "x", "dim": 8, "patch_size": 8}},
+    {"encoder": {"name": "vit", "activation": "x", "dim": 8, "patch_size": 8}},
+    {"encoder": {"name": "vit", "positions": "x", "dim": 8, "patch_size": 8}},
     {"encoder": [[]]},
     {"decoder": "abc"},
     {"surplus": 1},
@@ -466,8 +468,8 @@ def test_f34_notes_of_a_model_are_checked(tmp_path, notes):
   files.write_safetensors(path, tensors, {model_files.METADATA_KEY: json.dumps(good | notes)})
   with pytest.raises(
     WeightsError,
-    match="is damaged: what it notes|holds a size that is none|must hold equally many numbers|"
-    "does not fit",
+    match="is damaged: its notes about the model|holds a size that is none|"
+    "must hold equally many numbers|does not fit",
   ) as error:
     model_files.read_model(path, decoder=False)
   assert "\n" not in str(error.value)

@@ -1,4 +1,7 @@
-"""What becomes of runs whose processes are stopped, killed, stuck, or disagree. Whole programs, on a model of a few weights."""
+"""What becomes of runs whose processes are stopped, killed, stuck, or disagree.
+
+Whole programs, on a model of a few weights.
+"""
 
 import os
 import random
@@ -55,12 +58,16 @@ def start(
   argument="",
   devices=2,
 ):
-  """A process of a run; alone with count 1. `what` happens at the end of a step, each of which takes `pause` seconds longer."""
+  """A process of a run; alone with count 1.
+
+  `what` happens at the end of a step, each of which takes `pause` seconds longer.
+  """
   env = dict(
     os.environ,
     PYTHONPATH=str(ROOT),
     PYTHONUNBUFFERED="1",
-    XLA_FLAGS=f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+    XLA_FLAGS=f"--xla_force_host_platform_device_count={devices} "
+    "--xla_backend_optimization_level=0",
   )
   flags = [f"--config=tests/faults/small.py{argument}", f"--workdir={workdir}", *arguments]
   if count > 1:
@@ -246,7 +253,8 @@ def test_f9_a_process_that_hangs_says_where(tmp_path):
   assert finish([process], 120) == [6]
   said = log.read_text()
   assert re.search(
-    r"error: nothing has happened for [3-9] s in phase 'step' \(after 5 beats\); the stacks of all threads:",
+    r"error: nothing has happened for [3-9] s in phase 'step' \(after 5 beats\); the stacks of "
+    r"all threads:",
     said,
   )
   assert "in injected" in said and said.count("Thread 0x") > 1
@@ -303,7 +311,9 @@ KILLED = ("--config.epochs=0.668", "--config.checkpoint_every=0.034", "--config.
 
 
 def killed_at_random(folder, count, kills, seed=0):
-  """Kills a run of `count` processes again and again, mostly in the middle of a save, lets it end, and compares every loss.
+  """Kills a run of `count` processes again and again, lets it end, and compares every loss.
+
+  Most kills come in the middle of a save.
 
   Returns how many kills came in the middle of a save.
   """
@@ -369,7 +379,9 @@ def test_f1_killed_fifty_times(tmp_path, count, kills):
 
 @pytest.mark.slow
 def test_f41_many_starts_and_stops(tmp_path):
-  """20 starts, each stopped by a signal: no more files, no processes left, and the run ends as one that was never stopped."""
+  """20 starts, each stopped by a signal: no more files, no processes left, and the run ends as one
+  that was never stopped.
+  """
   log, files = tmp_path / "log", []
   for _ in range(20):
     process = start(tmp_path / "run", log, pause=0.05)

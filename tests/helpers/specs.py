@@ -7,8 +7,8 @@ def read_spec(**keywords) -> teachers.TeacherSpec:
   """Returns `teachers.read_spec` for fields of TeacherOptions and the student's images.
 
   Args:
-    **keywords: fields of TeacherOptions; image_size, token_size, channels, mean and std of the student's
-      images, 32 x 32 pixels and tokens of 8 without them.
+    **keywords: fields of TeacherOptions; image_size, token_size, channels, mean and std of the
+      student's images, 32 x 32 pixels and tokens of 8 without them.
   """
   images = {
     field: keywords.pop(key)

@@ -1,142 +1,144 @@
-"""How fast it is: the training step, the loader, both together, and pairs of ways to do the same thing.
+"""Benchmarks: `mrmae bench step`, `both` and `loader`, and what they share.
 
-Everything is measured on random data of the real shapes, with the optimiser, after a warm-up. What is compared runs in alternation
-in one process, A B C, then C B A, so that a machine that becomes slower becomes so for all; ratios are those of one round.
+Everything is measured on random data of the real shapes, with the optimizer, after a warm-up. Ways
+that are compared run in alternation in one process, A B C, then C B A: a machine that slows down
+slows down for all. Ratios are those of one round.
 """
 
+import argparse
+import importlib
 import json
+import os
+import platform
 import statistics
+import subprocess
 import time
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
-SUBCOMMANDS = {
-  "step": "the training step of a configuration: images/s, work by component, share of the chip's limits",
-  "loader": "images/s of the input pipeline, beside a torch DataLoader",
-  "both": "the real loop, loader and step together: what the step waits for",
-  "compare": "pairs in alternation: visible and dense, views, memory for time, transformers, the original ConvMAE",
-  "guards": "what it costs that nothing is lost: updates left out, signals, the watch, checksums",
-  "forms": "depthwise convolution, gathers and attention written in several ways, here or for a TPU that is not here",
-}
+import jax
+import numpy as np
+
+from mrmae_jax import preflight, sharding, train
+from mrmae_jax.runs.paths import atomic_write
+
+IMAGENET_IMAGES = 1_281_167  # sets the length of the schedule, and nothing that is measured
 
 
 class Step(NamedTuple):
   """A compiled training step on random images, ready to run.
 
   Attributes:
-    run: does one update and waits for it.
+    run: does one update, waits for it and returns its metrics.
     state: () -> the newest state.
     program: the compiled step.
-    plan: of `train.plan`.
     compile_s: seconds of tracing and compiling.
-    batch_size: images per update.
   """
 
   run: Callable[[], Any]
   state: Callable[[], Any]
   program: Any
-  plan: Any
   compile_s: float
-  batch_size: int
 
 
-def make_task(config):
-  """The task of a configuration; its images are not looked at, and need not be here.
+def run(options: argparse.Namespace) -> str:
+  """Runs the benchmark `options.benchmark`, a module of this folder; returns its text."""
+  return importlib.import_module(f"mrmae_jax.cli.bench.{options.benchmark}").run(options)
+
+
+def make_task(config) -> train.Task:
+  """Returns the task of a configuration; pre-training on a tfds data set takes the digits instead.
 
   Raises:
     ConfigError, WeightsError: mistakes in the configuration, or weights that do not load.
   """
-  import jax  # --help is answered without jax
-
-  from mrmae_jax import preflight
-
   if config.task == "pretrain" and (config.data.source or "tfds:").startswith("tfds:"):
     config.data.source = "digits"
   preflight.check(config, jax.device_count())
   return preflight.open_task(config)
 
 
-def make_step(config, task=None, batch=None, safeguards: bool = True) -> Step:
-  """Compiles the training step of a configuration for the devices that are here; see `make_task` for what it raises.
+def make_plan(config, task: train.Task) -> train.Plan:
+  """Returns the plan of a task for the devices that are present."""
+  return train.make_plan(config, task, sharding.make_mesh(**config.mesh), IMAGENET_IMAGES)
+
+
+def make_step(config, task: train.Task | None = None, batch: dict | None = None) -> Step:
+  """Compiles the training step of a configuration; see `make_task` for what it raises.
 
   Args:
     config: what to train.
     task: if it is not that of the configuration.
-    batch: arrays to train on, by name; those that are not given are random.
-    safeguards: see train.plan.
+    batch: see `compile_step`.
   """
-  import jax
-  import numpy as np
-
-  from mrmae_jax import sharding, train
-
   task = make_task(config) if task is None else task
-  plan = train.make_plan(config, task, sharding.make_mesh(**config.mesh), 1_281_167)
-  placed = lambda shapes: jax.tree.map(lambda x: x.sharding, shapes)
-  state = jax.jit(plan.init, out_shardings=placed(plan.state))(jax.random.key(0), task.pretrained)
-  frozen, rng = jax.device_put(task.frozen, placed(plan.frozen)), np.random.default_rng(0)
-  drawn = {
-    name: rng.integers(0, 256 if name == "image" else 2, x.shape).astype(x.dtype)
-    for name, x in plan.batch.items()
-  }
-  batch = {
-    name: jax.device_put(x, plan.batch[name].sharding)
-    for name, x in (drawn | (batch or {})).items()
-  }
-  began = time.perf_counter()
+  return compile_step(make_plan(config, task), task, batch)
+
+
+def compile_step(plan: train.Plan, task: train.Task, batch: dict | None = None) -> Step:
+  """Compiles the step of a plan.
+
+  Args:
+    plan: of `make_plan`.
+    task: its task.
+    batch: arrays to train on, by name; those that are not given are random.
+  """
+  shardings = lambda shapes: jax.tree.map(lambda x: x.sharding, shapes)
+  init = jax.jit(plan.init, out_shardings=shardings(plan.state))
+  state = init(jax.random.key(0), task.pretrained)
+  frozen = jax.device_put(task.frozen, shardings(plan.frozen))
+  batch = jax.device_put(_random_batch(plan.batch) | (batch or {}), shardings(plan.batch))
+  start = time.perf_counter()
   program = plan.step.lower(plan.state, plan.frozen, plan.batch).compile()
-  compile_s, held = time.perf_counter() - began, [state]
+  compile_s = time.perf_counter() - start
+  newest = [state]
 
   def run():
-    held[0], metrics = program(held[0], frozen, batch)
+    newest[0], metrics = program(newest[0], frozen, batch)
     return jax.block_until_ready(metrics)
 
-  return Step(run, lambda: held[0], program, plan, compile_s, config.batch_size)
+  return Step(run, lambda: newest[0], program, compile_s)
+
+
+def _random_batch(shapes: dict[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
+  """Returns random pixels for arrays of uint8, and random 0s and 1s for others, such as labels."""
+  rng = np.random.default_rng(0)
+  draw = lambda x: rng.integers(0, 256 if x.dtype == np.uint8 else 2, x.shape).astype(x.dtype)
+  return {name: draw(x) for name, x in shapes.items()}
 
 
 def alternate(
   variants: dict[str, Callable[[], Any]], rounds: int, warm_up: int = 2
 ) -> dict[str, list[float]]:
-  """Seconds of each call, round by round: every variant once, in one order and then in the other."""
+  """Returns the seconds of each call by variant, round by round, every second round backwards."""
   for _ in range(warm_up):
-    for run in variants.values():
-      run()
+    for call in variants.values():
+      call()
   seconds = {name: [] for name in variants}
   for i in range(rounds):
     for name in list(variants)[:: -1 if i % 2 else 1]:
-      began = time.perf_counter()
+      start = time.perf_counter()
       variants[name]()
-      seconds[name].append(time.perf_counter() - began)
+      seconds[name].append(time.perf_counter() - start)
   return seconds
 
 
-def spread(values: list[float], digits: int = 2) -> str:
-  """Median [lowest .. highest]."""
+def format_spread(values: list[float], digits: int = 2) -> str:
+  """Returns "median [lowest .. highest]"."""
   return "{:,.{d}f} [{:,.{d}f} .. {:,.{d}f}]".format(
     statistics.median(values), min(values), max(values), d=digits
   )
 
 
-def table(rows: list[list[str]]) -> str:
-  """Columns as wide as they need to be, the first to the left, the others to the right."""
+def format_table(rows: list[list[str]]) -> str:
+  """Returns rows as lines; the first column is aligned to the left, the others to the right."""
   widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-  return "\n".join(
-    "  ".join(
-      cell.rjust(width) if i else cell.ljust(width)
-      for i, (cell, width) in enumerate(zip(row, widths))
-    )
-    for row in rows
-  )
+  align = lambda i, cell: cell.rjust(widths[i]) if i else cell.ljust(widths[i])
+  return "\n".join("  ".join(align(i, cell) for i, cell in enumerate(row)) for row in rows)
 
 
-def machine() -> dict[str, str]:
-  """What the figures belong to: device, versions, and the commit where the code is a checkout."""
-  import os
-  import platform
-  import subprocess
-
-  import jax
-
+def describe_machine() -> dict[str, str]:
+  """Returns what the figures belong to: device, versions, and the commit of a checkout."""
   git = subprocess.run(
     ["git", "describe", "--always", "--dirty"],
     cwd=Path(__file__).parent,
@@ -154,9 +156,7 @@ def machine() -> dict[str, str]:
 
 
 def write_json(path: str, result) -> None:
-  """Writes a result to `path`, whole or not at all; nothing for ""."""
+  """Writes a result to the file `path`; "" writes nothing."""
   if path:
-    from mrmae_jax.runs.paths import atomic_write
-
-    with atomic_write(Path(path).expanduser()) as unfinished:
-      unfinished.write_text(json.dumps(result, indent=2) + "\n")
+    with atomic_write(Path(path).expanduser()) as tmp:
+      tmp.write_text(json.dumps(result, indent=2) + "\n")
