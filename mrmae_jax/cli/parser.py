@@ -58,6 +58,8 @@ class UnknownWord(UsageError):
     """Suggests the nearest of the `names` of options."""
     self.word, self.name = word, word.split("=")[0].lstrip("-")
     nearest = [self.name] if self.name in names else difflib.get_close_matches(self.name, names, 1)
+    if self.name.startswith("config."):  # an override that lacks its dashes
+      nearest = [word.lstrip("-")]
     hint = f"did you mean --{nearest[0]}?" if nearest else f"see mrmae {command} --help"
     super().__init__(f"{word!r} is not an option; {hint}")
 

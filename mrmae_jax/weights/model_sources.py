@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
-from mrmae_jax.config import IMAGENET_MEAN, IMAGENET_STD
+from mrmae_jax.constants import IMAGENET_MEAN, IMAGENET_STD
 from mrmae_jax.errors import WeightsError
 from mrmae_jax.models import ENCODERS, ConvViT, Decoder, ViT, make_encoder
 from mrmae_jax.weights import convmae, files, mae

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from mrmae_jax.config import IMAGENET_MEAN, IMAGENET_STD
+from mrmae_jax.constants import IMAGENET_MEAN, IMAGENET_STD
 from mrmae_jax.errors import StorageError, WeightsError, WorkdirError
 from mrmae_jax.models import ViT, make_encoder
 from mrmae_jax.runs import checkpoint

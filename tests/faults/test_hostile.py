@@ -174,6 +174,7 @@ def valid(task, photos, encoder="convvit"):
     if "init_from" in other:
       other.init_from = ""
     other.encoder, other.evals.knn = c.encoder, c.evals.knn
+    other.encoder.learned_positions = task != "probe"
     c = other
   c.data.source = photos
   preflight.check(c, num_devices=8)
