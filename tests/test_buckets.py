@@ -100,7 +100,7 @@ def test_a_run_in_a_bucket_is_killed_and_continues(server, config, tmp_path):
   again = start(0, 1, 4, log, workdir, config=config, environment=server.environment)
   assert finish([again]) == [0], log.read_text()[-3000:]
   assert (
-    "continuing after step 5" in log.read_text()
+    "resuming after step 5" in log.read_text()
     and "checkpoint: gs://bucket/run/checkpoints/18" in log.read_text()
   )
   whole, _ = run(tmp_path, "whole", 1, 4, config=config)

@@ -1,5 +1,6 @@
-"""Several processes on this machine as the hosts of a run: the same numbers as one, and mistakes
-that are named in time.
+"""Several processes on this machine as the hosts of a run.
+
+They give the same numbers as one process, and name mistakes in time.
 """
 
 import json
@@ -29,7 +30,7 @@ def free_port():
 def start(
   index, count, devices, log, *arguments, config="tests/tiny.py", port=None, environment=None
 ):
-  """A process of a run; alone with count 1. What it prints goes to `log`."""
+  """Starts a process of a run, alone with count 1; its output goes to `log`."""
   flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
   env = dict(
     os.environ, PYTHONPATH=str(ROOT), XLA_FLAGS=flags, PYTHONUNBUFFERED="1", **environment or {}
@@ -48,7 +49,7 @@ def start(
 
 
 def finish(processes, timeout=400):
-  """Exit codes; whatever is left after the timeout is killed."""
+  """Returns the exit codes; kills the processes that are left after the timeout."""
   end = time.monotonic() + timeout
   try:
     return [p.wait(max(0.1, end - time.monotonic())) for p in processes]
@@ -58,7 +59,7 @@ def finish(processes, timeout=400):
 
 
 def run(tmp_path, name, count, devices, *arguments, **options):
-  """A whole run; its metrics."""
+  """Runs `count` processes to their end; returns the metrics."""
   port, logs = free_port(), [tmp_path / f"{name}_{i}.log" for i in range(count)]
   processes = [
     start(
@@ -72,7 +73,7 @@ def run(tmp_path, name, count, devices, *arguments, **options):
 
 
 def metrics(workdir):
-  """{step: its record}, {step: its evaluation}."""
+  """Returns {step: record of the losses}, {step: record of the evaluation}."""
   rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
   return {row["step"]: row for row in rows if "loss" in row}, {
     row["step"]: row for row in rows if "loss" not in row
@@ -80,45 +81,45 @@ def metrics(workdir):
 
 
 def test_f12_one_run_on_any_hosts_and_after_a_kill(tmp_path):
-  """2 processes of 2 devices, killed after the first checkpoint, go on as 1 x 1, as 1 x 8 and as 4
-  x 1; all as if never cut.
+  """2 processes of 2 devices are killed after the first checkpoint.
+
+  They resume as 1 x 1, as 1 x 8 and as 4 x 1, all with the losses of a run without a kill.
   """
-  longer = "--config.epochs=0.2"  # 18 steps: none of the processes is done before it is killed
-  whole, evaluations = run(tmp_path, "whole", 1, 1, longer)
+  longer = "--config.epochs=0.2"  # 18 steps: the kill comes before the last one
+  reference, evaluations = run(tmp_path, "reference", 1, 1, longer)
   port = free_port()
-  cut = [
-    start(i, 2, 2, tmp_path / f"cut_{i}.log", f"--workdir={tmp_path}/cut", longer, port=port)
+  killed = [
+    start(i, 2, 2, tmp_path / f"killed_{i}.log", f"--workdir={tmp_path}/killed", longer, port=port)
     for i in range(2)
   ]
   end = time.monotonic() + 400
-  while not (tmp_path / "cut" / "checkpoints" / "5").is_dir() and time.monotonic() < end:
+  while not (tmp_path / "killed" / "checkpoints" / "5").is_dir() and time.monotonic() < end:
     time.sleep(0.05)
-  for process in cut:
+  for process in killed:
     process.send_signal(signal.SIGKILL)
-  finish(cut)
-  saved = {p.name for p in (tmp_path / "cut" / "checkpoints").iterdir() if p.name.isdigit()}
-  assert "5" in saved and "18" not in saved, (tmp_path / "cut_0.log").read_text()[-2000:]
-  assert "process 1 of 2 on" in (tmp_path / "cut_1.log").read_text()
+  finish(killed)
+  saved = {p.name for p in (tmp_path / "killed" / "checkpoints").iterdir() if p.name.isdigit()}
+  assert "5" in saved and "18" not in saved, (tmp_path / "killed_0.log").read_text()[-2000:]
+  assert "process 1 of 2 on" in (tmp_path / "killed_1.log").read_text()
   for name, count, devices in (("one", 1, 1), ("eight", 1, 8), ("four", 4, 1)):
-    subprocess.run(["cp", "-r", tmp_path / "cut", tmp_path / name], check=True)
-    losses, found = run(tmp_path, name, count, devices, longer)
-    assert losses.keys() == whole.keys() == set(range(1, 19))
-    for step in whole:
+    subprocess.run(["cp", "-r", tmp_path / "killed", tmp_path / name], check=True)
+    losses, evaluation = run(tmp_path, name, count, devices, longer)
+    assert losses.keys() == reference.keys() == set(range(1, 19))
+    for step in reference:
       for key in ("loss", "mimic", "pixel"):
         np.testing.assert_allclose(
-          losses[step][key], whole[step][key], rtol=1e-5, err_msg=f"{name}, step {step}, {key}"
+          losses[step][key], reference[step][key], rtol=1e-5, err_msg=f"{name}, step {step}, {key}"
         )
     # A neighbor that is nearly as near as the next one may change places with it.
-    assert abs(found[18]["knn/accuracy"] - evaluations[18]["knn/accuracy"]) < 2.1 / 359
+    assert abs(evaluation[18]["knn/accuracy"] - evaluations[18]["knn/accuracy"]) < 2.1 / 359
 
 
 @pytest.mark.parametrize("kind", ["finetune", "probe"])
 def test_evaluation_counts_the_same_images(tmp_path, kind):
-  """Held-out accuracy of weights that hardly move: the same counts on 1 and on 2 processes."""
+  """Weights that hardly move have the same held-out accuracy on 1 and on 2 processes."""
   (tmp_path / "c.py").write_text(
-    f"from tests import test_finetune, test_probe\ndef get_config():\n"
-    "  return "
-    f"test_{'finetune' if kind == 'finetune' else 'probe'}.{kind}_config(optim__blr=1e-3)\n"
+    f"from tests import test_{kind}\ndef get_config():\n"
+    f"  return test_{kind}.{kind}_config(optim__blr=1e-3)\n"
   )
   results = [
     run(
@@ -131,8 +132,8 @@ def test_evaluation_counts_the_same_images(tmp_path, kind):
   assert abs(results[0]["accuracy/top5"] - results[1]["accuracy/top5"]) < 1.1 / 359
 
 
-def mistake(tmp_path, *per_process, count=2, timeout=90):
-  """Exit codes, and "error:" lines of each process."""
+def run_mistaken(tmp_path, *per_process, count=2, timeout=90):
+  """Starts a process per tuple of arguments; returns exit codes and "error:" lines of each."""
   port, logs = free_port(), [tmp_path / f"{i}.log" for i in range(len(per_process))]
   processes = [
     start(i, count, 1, logs[i], f"--workdir={tmp_path}/run", *arguments, port=port)
@@ -145,28 +146,28 @@ def mistake(tmp_path, *per_process, count=2, timeout=90):
 
 
 def test_f10_a_host_with_another_configuration(tmp_path):
-  codes, errors = mistake(tmp_path, (), ("--config.optim.blr=0.5",))
+  codes, errors = run_mistaken(tmp_path, (), ("--config.optim.blr=0.5",))
   assert codes == [2, 2]
   for lines in errors:
     assert lines == ["error: optim.blr is 0.04 on process 0 and 0.5 on process 1"]
 
 
 def test_hosts_that_count_differently(tmp_path):
-  codes, errors = mistake(tmp_path, (), ("--num_processes=3",))
+  codes, errors = run_mistaken(tmp_path, (), ("--num_processes=3",))
   assert codes == [2, 2]
   for lines in errors:
     assert lines == ["error: --num_processes is 2 on process 0 and 3 on process 1"]
 
 
 def test_a_host_that_cannot_write(tmp_path):
-  codes, errors = mistake(tmp_path, (), ("--workdir=/proc/run",))
+  codes, errors = run_mistaken(tmp_path, (), ("--workdir=/proc/run",))
   assert codes == [2, 2]
   for lines in errors:
     assert len(lines) == 1 and lines[0].startswith("error: process 1: cannot write to /proc/run (")
 
 
 def test_a_host_without_its_images(tmp_path):
-  codes, errors = mistake(tmp_path, (), ("--config.data.source=folder:/none",))
+  codes, errors = run_mistaken(tmp_path, (), ("--config.data.source=folder:/none",))
   assert codes == [2, 2]
   for lines in errors:
     assert len(lines) == 1 and lines[0].startswith(
@@ -176,7 +177,7 @@ def test_a_host_without_its_images(tmp_path):
 
 def test_a_host_that_does_not_come(tmp_path):
   began = time.monotonic()
-  codes, errors = mistake(tmp_path, ("--init_timeout=8",), ("--init_timeout=8",), count=3)
+  codes, errors = run_mistaken(tmp_path, ("--init_timeout=8",), ("--init_timeout=8",), count=3)
   assert codes == [1, 1] and time.monotonic() - began < 60
   assert (
     "process 0 of 3 waited 8 s for the others" in errors[0][0]
@@ -192,7 +193,7 @@ def test_a_coordinator_that_is_not_there(tmp_path):
   assert finish([process], 60) == [1] and time.monotonic() - began < 50
   lines = [
     line for line in log.read_text().splitlines() if "waited" in line
-  ]  # it is said at 20 s already what is missing
+  ]  # the first line comes at NOTICE_S
   assert "process 1 of 2 waited 20 s" in lines[0] and "still waiting, up to 23 s" in lines[0]
   assert "error: process 1 of 2 waited 23 s" in lines[1] and all(
     "nothing answers at localhost:" in line for line in lines

@@ -1,4 +1,4 @@
-"""The page about runs, and what a run writes for it."""
+"""The page about runs, and the files that a run writes for it."""
 
 import html.parser
 import json
@@ -13,6 +13,7 @@ from PIL import Image
 
 from mrmae_jax.cli import report
 from mrmae_jax.runs import log
+from mrmae_jax.runs.metrics import read_metrics
 from mrmae_jax.runs.paths import open_folder
 from mrmae_jax.viz.plot import COLORS, line_plot
 from tests.helpers.cli import run_command
@@ -45,7 +46,7 @@ def workdir_with_a_run(folder, name, scale=1.0, blr=1e-4):
 
 
 class Reader(html.parser.HTMLParser):
-  """Collects what matters of a page; fails on tags that are not closed in order."""
+  """Parses a page; fails on tags that are not closed in order."""
 
   def __init__(self, text):
     super().__init__()
@@ -82,7 +83,7 @@ def test_a_page_about_two_runs(tmp_path, monkeypatch, capsys):
     all(link.startswith(("data:", "#")) for link in page.links) and "<script" not in text
   )  # nothing leaves the page
   assert all(image["alt"] for image in page.images) and "a<b>" in words and "<b>" not in text
-  assert "1 → 0.025" in words and "2 → 0.05" in words and "0.6 → 0.9" in words  # loss of both, k-NN
+  assert "1 → 0.025" in words and "2 → 0.05" in words and "0.6 → 0.9" in words  # losses, k-NN
   differ = words[words.rindex("Settings that differ") : words.rindex("Settings that all share")]
   assert "optim.blr" in differ and "0.0003" in differ and "optim.b1" not in differ
   assert (
@@ -104,9 +105,7 @@ def test_a_page_about_two_runs(tmp_path, monkeypatch, capsys):
 
 
 def svg_parts(content):
-  """Returns the lines of an SVG of matplotlib, [[(x, y), ...], ...] in points with y downwards, and
-  its texts.
-  """
+  """Returns the lines of an SVG as [[(x, y), ...], ...], with y downwards, and its texts."""
   root = ET.fromstring(content)  # well-formed, whatever the names
   tag = lambda element: element.tag.rpartition("}")[2]
   lines = []
@@ -129,10 +128,7 @@ def test_the_curve_is_where_the_numbers_are():
 
 
 def test_several_runs_share_a_plot_and_keep_their_colors():
-  """A run without points takes its color.
-
-  Names are not read as formulas; lines follow the page into dark mode.
-  """
+  """A run without points takes its color; names are not formulas; text follows dark mode."""
   series = {"a<b>": ([1, 2], [1.0, 2.0]), "none": ([], []), "_$c$": ([1, 2], [3.0, np.nan])}
   svg = line_plot(series, title="t", xlabel="step", ylabel="")
   _, texts = svg_parts(svg)
@@ -157,19 +153,19 @@ def test_a_plot_becomes_a_file(tmp_path):
 
 
 def test_mistakes(tmp_path, capsys):
-  for arguments, said in (
+  for arguments, message in (
     ([], "--runs is missing"),
     ([f"--runs={tmp_path}"], "holds no run"),
     ([f"--runs={tmp_path}", "--out=x.pdf"], "must end in .html"),
   ):
-    assert run_command(["report", *arguments]) == 2 and said in capsys.readouterr().err
+    assert run_command(["report", *arguments]) == 2 and message in capsys.readouterr().err
 
 
 def test_every_start_is_noted(tmp_path):
-  place = new_folder(tmp_path / "run")
+  workdir = new_folder(tmp_path / "run")
   for first in (0, 7):
-    log.Log(place, 40, first).close()
-  starts = log.read_metrics(place, "starts.jsonl")
+    log.Log(workdir, 40, first).close()
+  starts = read_metrics(workdir, "starts.jsonl")
   assert [start["first_step"] for start in starts] == [0, 7]
   assert all(
     "cpu" in start["devices"] and start["time"][:2] == "20" and "flax" in start["versions"]
@@ -178,35 +174,35 @@ def test_every_start_is_noted(tmp_path):
 
 
 def test_hyperparameters_reach_tensorboard(tmp_path):
-  place = workdir_with_a_run(tmp_path, "run")
-  events = b"".join(p.read_bytes() for p in (place / "tensorboard").rglob("*events*"))
+  workdir = workdir_with_a_run(tmp_path, "run")
+  events = b"".join(p.read_bytes() for p in (workdir / "tensorboard").rglob("*events*"))
   assert b"_hparams_/session_start_info" in events and b"optim.blr" in events
 
 
 def test_weights_and_biases_gets_the_same_numbers(tmp_path, monkeypatch):
-  seen = []
+  calls = []
 
   class Run:
     def log(self, values, step):
-      seen.append((step, values))
+      calls.append((step, values))
       if step == 3:
         raise RuntimeError("no network")
 
     def finish(self):
-      seen.append("finish")
+      calls.append("finish")
 
   fake = types.ModuleType("wandb")
-  fake.init = lambda **options: seen.append(options) or Run()
+  fake.init = lambda **options: calls.append(options) or Run()
   fake.Image = lambda picture: ("image", picture.shape)
   monkeypatch.setitem(sys.modules, "wandb", fake)
-  place = new_folder(tmp_path / "run")
-  writer = log.Log(place, 4, settings={"seed": 1}, wandb="project")
+  workdir = new_folder(tmp_path / "run")
+  writer = log.Log(workdir, 4, settings={"seed": 1}, wandb="project")
   writer.scalars(1, {"loss": 0.5})
   writer.image(1, "reconstruct/x", np.zeros((4, 5, 3), np.uint8))
   for step in (2, 3, 4):
     writer.scalars(step, {"loss": 0.25})
   writer.close()
-  options, *rest = seen
+  options, *rest = calls
   assert (
     options["project"] == "project"
     and options["name"] == "run"
@@ -219,9 +215,9 @@ def test_weights_and_biases_gets_the_same_numbers(tmp_path, monkeypatch):
     (2, {"loss": 0.25}),
     (3, {"loss": 0.25}),
   ]
-  assert [r["step"] for r in log.read_metrics(place)] == [
+  assert [r["step"] for r in read_metrics(workdir)] == [
     1,
     2,
     3,
     4,
-  ]  # what broke there did not matter here
+  ]  # the failure there has no effect here

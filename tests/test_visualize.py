@@ -1,4 +1,4 @@
-"""mrmae visualize: what is in its pictures and numbers, and a page that needs nothing else."""
+"""mrmae visualize: the content of its pictures and tables, and its self-contained page."""
 
 import base64
 import io
@@ -32,13 +32,13 @@ PLAIN = ("--count=2", "--bank=9", "--neighbors=2")
 
 
 def run_with_teacher(workdir, encoder="convvit", **values):
-  """What a run that mimics leaves; returns its configuration and parameters."""
+  """Writes the workdir of a run with a teacher; returns its configuration and parameters."""
   config = changed(tiny.get_config(encoder), **values)
   model = pretrain.make_model(config, {"mimic": 48})
   params = jax.jit(lambda key: pretrain.init_params(model, SIZE, 0.75, key))(jax.random.key(3))
-  saving = Checkpoints(workdir, {})
-  saving.save(7, TrainState(jnp.int32(7), params, (), (jnp.zeros(3),), jnp.float32(0)))
-  saving.close()
+  checkpoints = Checkpoints(workdir, {})
+  checkpoints.save(7, TrainState(jnp.int32(7), params, (), (jnp.zeros(3),), jnp.float32(0)))
+  checkpoints.close()
   (workdir / "config.json").write_text(config.to_json())
   return config, params
 
@@ -51,7 +51,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-  """Eight images; the fifth is the second again."""
+  """Eight images; the fifth equals the second."""
   root = tmp_path_factory.mktemp("photos")
   for i in range(8):
     coarse = np.random.default_rng(1 if i == 4 else i).integers(0, 256, (4, 6, 3), np.uint8)
@@ -68,8 +68,8 @@ def command(tmp_path, capsys):
   return call
 
 
-def subject_of(workdir, config, images=None, seen=None, **options):
-  """A Subject without the command; random images unless some are given."""
+def subject_of(workdir, config, images=None, teacher_out=None, **options):
+  """Returns a Subject without the command, with random images by default."""
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (2, *SIZE, 3), np.uint8) if images is None else images
   words = [f"--{name}={value}" for name, value in options.items()]
@@ -80,14 +80,14 @@ def subject_of(workdir, config, images=None, seen=None, **options):
     None,
     [0, 1],
     config,
-    seen,
+    teacher_out,
     "a teacher",
     flags,
   )
 
 
 class Parsed(HTMLParser):
-  """Tags in order, each closed; fails on a page that is not well-formed."""
+  """Collects tags and texts; fails on a page that is not well-formed."""
 
   VOID = {"meta", "link", "img"}
 
@@ -154,12 +154,12 @@ def test_the_whole_page(run, command):
 
 
 def test_page_escapes_and_takes_an_svg(tmp_path):
-  made = page.Page("<script>alert(1)</script>", "a & b")
-  made.section("One <i>", "first <p>\n\nsecond")
+  document = page.Page("<script>alert(1)</script>", "a & b")
+  document.section("One <i>", "first <p>\n\nsecond")
   svg = b"<svg xmlns='http://www.w3.org/2000/svg'/>"
-  made.figure(page.Figure(svg, 'a "quoted" <alt>', "<caption>"))
-  made.table(["<h>", "n"], [["<td>", 1.5], ["\udcff", None]])  # a file name that is no text
-  made.write(tmp_path / "page.html")
+  document.figure(page.Figure(svg, 'a "quoted" <alt>', "<caption>"))
+  document.table(["<h>", "n"], [["<td>", 1.5], ["\udcff", None]])  # a file name that is not text
+  document.write(tmp_path / "page.html")
   parsed = Parsed((tmp_path / "page.html").read_text())
   assert not parsed.named("script") and not parsed.named("i") and len(parsed.named("p")) == 3
   (image,) = parsed.named("img")
@@ -182,9 +182,10 @@ def test_page_escapes_and_takes_an_svg(tmp_path):
 
 
 @pytest.mark.parametrize("norm_pix", [True, False])
-def test_reconstructions_are_what_they_are_said_to_be(monkeypatch, norm_pix):
-  """A known decoder output: visible patches bit for bit, hidden ones with the statistics of the
-  visible ones around them.
+def test_reconstructions_show_what_their_titles_say(monkeypatch, norm_pix):
+  """The decoder's output is known: visible patches stay bit for bit.
+
+  Hidden ones have the statistics of the visible ones around them.
   """
   config = changed(tiny.get_config(), teacher__path="")
   model, rng = pretrain.make_model(config, {}), np.random.default_rng(0)
@@ -272,8 +273,8 @@ def test_ratios_hide_what_they_say(run):
     ["95%", "1 of 24"],
   ]
   assert "trained at 75%" in caption
-  seen = None
-  for ratio, (_, told, error) in zip(visualize.RATIOS, rows):
+  previously_hidden = None
+  for ratio, (_, visible, error) in zip(visualize.RATIOS, rows):
     drawn = {
       name: np.asarray(x, np.float64)
       for name, x in subject.model.reconstruct(subject.images, ratio).items()
@@ -281,9 +282,9 @@ def test_ratios_hide_what_they_say(run):
     hidden = np.repeat(
       np.repeat((drawn["masked"] == 0.5).all(-1).reshape(2, 4, 8, 6, 8).all((2, 4)), 8, 1), 8, 2
     )
-    assert ((~hidden).sum((1, 2)) == 64 * int(told.split()[0])).all()
-    assert seen is None or not (seen & ~hidden).any()
-    seen = hidden
+    assert ((~hidden).sum((1, 2)) == 64 * int(visible.split()[0])).all()
+    assert previously_hidden is None or not (previously_hidden & ~hidden).any()
+    previously_hidden = hidden
     expected = 255 * np.sqrt(np.square(drawn["pasted_blind"] - drawn["original"])[hidden].mean())
     assert abs(float(error) - expected) < 0.06
 
@@ -329,7 +330,7 @@ def test_attention_of_each_head(encoder):
 
 
 def test_queries(run, monkeypatch):
-  """Which row of the attention is drawn, and where its frame is."""
+  """--query selects the row of the attention that is drawn, and the patch with the frame."""
   workdir, config, _ = run
   rng = np.random.default_rng(0)
   weights = rng.random((2, 2, 24, 24)).astype(np.float32)
@@ -369,28 +370,30 @@ def test_cosine_map(tmp_path, source, head, norm):
     tmp_path, teacher__source=source, teacher__head=head, teacher__target_norm=norm
   )
   images = np.random.default_rng(0).integers(0, 256, (2, *SIZE, 3), np.uint8)
-  _, seen = show_teacher.run_teacher(config, images)
-  panel = visualize.cosine(subject_of(tmp_path, config, images, seen))
+  _, teacher_out = show_teacher.run_teacher(config, images)
+  panel = visualize.cosine(subject_of(tmp_path, config, images, teacher_out))
   student = mrmae_jax.load(tmp_path).network
   x, out = jax.jit(student.encoder.apply)(
     {"params": student.params["encoder"]}, mrmae.normalize(images, student.mean, student.std)
   )
-  tokens, own = (
+  tokens, head_params = (
     np.asarray(x if source == "fused" else out["layers"][-1]),
     jax.device_get(params["mimic_heads"]["mimic"]),
   )
   dense = lambda x, p: x @ p["kernel"] + p["bias"]
   if head == "mlp":
-    tokens = np.asarray(jax.nn.gelu(dense(tokens, own["hidden"]), approximate=False))
-  predicted = dense(tokens, own["linear"])
+    tokens = np.asarray(jax.nn.gelu(dense(tokens, head_params["hidden"]), approximate=False))
+  predicted = dense(tokens, head_params["linear"])
   targets = (
-    seen.features - seen.features.mean(-1, keepdims=True) if norm == "layer_norm" else seen.features
+    teacher_out.features - teacher_out.features.mean(-1, keepdims=True)
+    if norm == "layer_norm"
+    else teacher_out.features
   )
   unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
   expected = (unit(predicted) * unit(targets)).sum(-1)
-  told = np.array(panel.table[1], float)
+  numbers = np.array(panel.table[1], float)
   np.testing.assert_allclose(
-    told[:, 1:], np.stack([expected.mean(1), expected.min(1), expected.max(1)], 1), atol=6e-4
+    numbers[:, 1:], np.stack([expected.mean(1), expected.min(1), expected.max(1)], 1), atol=6e-4
   )
   assert f"Mean cosine {expected.mean():.3f}" in panel.caption
   low, high = np.percentile(expected, [2, 98])
@@ -402,7 +405,7 @@ def test_cosine_map(tmp_path, source, head, norm):
   )  # centres of the patches
 
 
-def test_what_has_no_cosine(run):
+def test_panels_that_cannot_be_drawn(run):
   workdir, config, _ = run
   subject = subject_of(workdir, config)
   teacher_out = mrmae.TeacherOutput(np.zeros((2, 24, 7), np.float32), None, None)
@@ -419,7 +422,7 @@ def test_what_has_no_cosine(run):
 
 
 def test_neighbors(photos, run, command):
-  """An image that is there twice finds the other one first, and never itself."""
+  """Of two equal images each is the nearest of the other; no image is its own neighbor."""
   workdir, _, _ = run
   code, printed, out = command(
     f"--model={workdir}",
@@ -432,8 +435,7 @@ def test_neighbors(photos, run, command):
   assert code == 0, printed.err
   content = (out / "index.html").read_text()
   rows = re.findall(
-    r"<tr><td>(\S+?)</td><td>(\S+) \((\S+)\)</td><td>(\S+) \((\S+)\)</td><td>(\S+) "
-    r"\((\S+)\)</td></tr>",
+    r"<tr><td>(\S+?)</td>" + 3 * r"<td>(\S+) \((\S+)\)</td>" + "</tr>",
     content,
   )
   files = [[int(name.split("/")[-1][0]) for name in (row[0], *row[1::2])] for row in rows]
@@ -469,17 +471,18 @@ def test_neighbors(photos, run, command):
 def test_colors_of_a_basis():
   rng = np.random.default_rng(0)
   basis = rng.standard_normal((2, 30, 8)) * [9, 5, 3, 1, 1, 1, 1, 1] + 4
-  own = grid.principal_colors(basis)
-  np.testing.assert_allclose(grid.principal_colors(basis[:1, :7], basis), own[:1, :7], atol=1e-9)
+  colors = grid.principal_colors(basis)
+  np.testing.assert_allclose(grid.principal_colors(basis[:1, :7], basis), colors[:1, :7], atol=1e-9)
   for channel in range(3):  # in the order of their spread
-    assert abs(np.corrcoef(own[..., channel].ravel(), basis[..., channel].ravel())[0, 1]) > 0.9
+    assert abs(np.corrcoef(colors[..., channel].ravel(), basis[..., channel].ravel())[0, 1]) > 0.9
   shades = grid.color_scale(np.linspace(0, 1, 50))
   assert (np.diff(shades @ [0.299, 0.587, 0.114]) > 0).all()
 
 
 def test_one_image_of_any_size_on_published_weights(tmp_path, photos, command):
-  """A file without decoder and run: a square asked by one number, another grid than the file's, no
-  teacher.
+  """A file without decoder, run and teacher, at a square size given by one number.
+
+  The grid is not the file's.
   """
   model_files.write_model(make(ViT(8, 16, 1, 2, 32), None), tmp_path / "vit.safetensors", "timm")
   code, printed, out = command(
@@ -512,8 +515,9 @@ def test_a_preset_by_name_and_a_teacher_that_has_gone(tmp_path, run, monkeypatch
     mrmae_jax.load(workdir),
     {"teacher": config.teacher.to_dict() | {"last_k": 2}, "method": {"masking": "focused"}},
   )
-  found = subjects._make_config(flags("--teacher=clip_vit_b16"), model, SIZE, stored)
-  assert (found.teacher.name, found.teacher.path, found.teacher.last_k, found.method.masking) == (
+  made_config = subjects._make_config(flags("--teacher=clip_vit_b16"), model, SIZE, stored)
+  teacher = made_config.teacher
+  assert (teacher.name, teacher.path, teacher.last_k, made_config.method.masking) == (
     "clip_vit_b16",
     "",
     2,
@@ -523,8 +527,9 @@ def test_a_preset_by_name_and_a_teacher_that_has_gone(tmp_path, run, monkeypatch
     subjects._make_config(flags("--teacher=clip/"), model, SIZE, stored).teacher.path == "clip/"
   )
   gone = changed(config.copy_and_resolve_references(), teacher__path=str(tmp_path / "gone"))
-  seen, why = subjects._run_teacher(flags(), gone, np.zeros((1, *SIZE, 3), np.uint8))
-  assert seen is None and "the run's teacher cannot be loaded" in why and "gone" in why
+  teacher_out, reason = subjects._run_teacher(flags(), gone, np.zeros((1, *SIZE, 3), np.uint8))
+  assert teacher_out is None
+  assert "the run's teacher cannot be loaded" in reason and "gone" in reason
   none = subjects._make_config(flags(), model, SIZE, {})
   assert not none.teacher.path and "no teacher" in subjects._run_teacher(flags(), none, None)[1]
 
@@ -568,14 +573,14 @@ def test_refusals(tmp_path, run, photos, command):
     ([model, "--images=folder:/no/such"], 3, "/no/such: does not exist"),
     ([f"--model={tmp_path}/none", "--images=digits"], 2, "no such file or folder"),
   ):
-    found, printed, out = command(*arguments)
+    exit_code, printed, out = command(*arguments)
     errors = [line for line in printed.err.splitlines() if line.startswith("error:")]
-    assert found == code and len(errors) == 1 and re.search(message, errors[0]), (
+    assert exit_code == code and len(errors) == 1 and re.search(message, errors[0]), (
       arguments,
-      found,
+      exit_code,
       printed.err,
     )
     assert not out.exists()
   (tmp_path / "broken.png").write_bytes(b"no image")
-  found, printed, out = command(model, f"--images={tmp_path}/broken.png")
-  assert found == 3 and "broken.png" in printed.err and not out.exists()
+  exit_code, printed, out = command(model, f"--images={tmp_path}/broken.png")
+  assert exit_code == 3 and "broken.png" in printed.err and not out.exists()

@@ -1,5 +1,6 @@
-"""Runs so small that a fault costs a second: a task without a model for one process, a tiny MAE for
-whole programs.
+"""Runs so small that a fault costs a second.
+
+`toy_task` has no model and serves tests in one process; `get_config` is a tiny MAE for programs.
 """
 
 import functools
@@ -13,7 +14,7 @@ from tests import tiny
 
 
 def get_config(kind: str = ""):
-  """A ViT of one block, no teacher, 20 steps, a checkpoint after every fourth."""
+  """Returns a ViT of one block without a teacher: 20 steps, a checkpoint after every fourth."""
   c = tiny.get_config("vit")
   c.encoder.update(depth=1, dim=8, num_heads=1, mlp_dim=8)
   c.decoder.update(dim=8, num_heads=1)
@@ -22,7 +23,7 @@ def get_config(kind: str = ""):
   c.checkpoint_every = 4 * 16 / 1438
   c.optim.warmup_epochs = 0.0
   c.evals = {}
-  if kind == "killed":  # with all that may go wrong in a save
+  if kind == "killed":  # everything that takes part in a save
     c.optim.ema_decay = 0.99
     c.evals = {
       "knn": dict(k=5, temperature=0.07, batch_size=64, bank=64),
@@ -32,7 +33,7 @@ def get_config(kind: str = ""):
 
 
 def toy_task(spoil=lambda brightness: 0.0):
-  """Predicts the brightness of the channels of a digit, with noise.
+  """Returns a task that predicts the brightness of a digit's channels, with noise.
 
   `spoil` is added to the loss.
   """

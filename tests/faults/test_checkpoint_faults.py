@@ -1,4 +1,4 @@
-"""What becomes of checkpoints when bits, files, disks or settings are not what they were."""
+"""Checkpoints whose bits, files, disks or settings have changed."""
 
 import json
 import os
@@ -18,11 +18,12 @@ from mrmae_jax import preflight, sharding, train
 from mrmae_jax.errors import DataError, NonFiniteError, StorageError, WorkdirError
 from mrmae_jax.runs import checkpoint, log, nonfinite, workdir
 from mrmae_jax.runs.checkpoint import Checkpoints
+from mrmae_jax.runs.metrics import read_metrics
 from tests.faults import small
 from tests.helpers.cli import run_command
 from tests.helpers.tasks import init_state, make_tx
 
-# What orbax leaves behind of a read that failed is not waited for.
+# Nothing awaits the tasks that orbax leaves behind after a failed read.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 ROOT = Path(__file__).parent.parent.parent
@@ -30,7 +31,7 @@ GOLDENS = ROOT / "tests" / "goldens"
 
 
 def state_of(step, rng=np.random.default_rng):
-  """Arrays of all kinds, as far from compressible as weights are."""
+  """Returns arrays of all kinds, as hard to compress as weights."""
   r = rng(step)
   return {
     "params": {
@@ -44,18 +45,19 @@ def state_of(step, rng=np.random.default_rng):
 
 
 def shapes(state):
-  one = sharding.replicated(sharding.make_mesh(devices=jax.devices()[:1]))
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), state)
+  on_one_device = sharding.replicated(sharding.make_mesh(devices=jax.devices()[:1]))
+  as_shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_one_device)
+  return jax.tree.map(as_shape, state)
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
   """Two checkpoints, 4 and 8."""
   folder = tmp_path_factory.mktemp("saved")
-  saving = Checkpoints(folder, {"seed": 0})
+  checkpoints = Checkpoints(folder, {"seed": 0})
   for step in (4, 8):
-    assert saving.save(step, state_of(step), wait=True) == ""
-  saving.close()
+    assert checkpoints.save(step, state_of(step), wait=True) == ""
+  checkpoints.close()
   return folder
 
 
@@ -64,21 +66,21 @@ def equal(a, b):
 
 
 def outcome(folder):
-  """What a restart finds: "the newest", "the one before" with a note, or an error."""
-  opened = Checkpoints(folder, {"seed": 0})
+  """Returns what a restart restores: "the newest", or "the previous" and a warning."""
+  checkpoints = Checkpoints(folder, {"seed": 0})
   try:
-    found = opened.restore(shapes(state_of(0)))
-    if found.step == 8 and equal(found.state, state_of(8)) and not found.notes:
+    restored = checkpoints.restore(shapes(state_of(0)))
+    if restored.step == 8 and equal(restored.state, state_of(8)) and not restored.notes:
       return "the newest"
     if (
-      found.step == 4
-      and equal(found.state, state_of(4))
-      and "checkpoint 8 is damaged" in found.notes[0]
+      restored.step == 4
+      and equal(restored.state, state_of(4))
+      and "checkpoint 8 is damaged" in restored.notes[0]
     ):
-      return "the one before"
-    return f"wrong: step {found.step}, {found.notes}"
+      return "the previous"
+    return f"wrong: step {restored.step}, {restored.notes}"
   finally:
-    opened.close()
+    checkpoints.close()
 
 
 def flip(path, bit):
@@ -88,45 +90,45 @@ def flip(path, bit):
 
 
 def flips(saved, tmp_path, count):
-  """Outcomes of `count` flips of one bit each, spread over the files of the newest checkpoint."""
+  """Returns the outcomes of `count` flipped bits, one at a time, over all files of step 8."""
   files = sorted(
     p for p in (saved / "checkpoints" / "8").rglob("*") if p.is_file() and p.stat().st_size
   )
-  rng, found = np.random.default_rng(0), {}
+  rng, outcomes = np.random.default_rng(0), {}
   for i in range(count):
     path = files[i % len(files)]
     folder = shutil.copytree(saved, tmp_path / "run")
     bit = int(rng.integers(8 * path.stat().st_size))
     flip(folder / path.relative_to(saved), bit)
-    found[str(path.relative_to(saved)), bit] = outcome(folder)
-    if found[str(path.relative_to(saved)), bit] == "the one before":
+    outcomes[str(path.relative_to(saved)), bit] = outcome(folder)
+    if outcomes[str(path.relative_to(saved)), bit] == "the previous":
       assert (folder / "damaged" / "8").is_dir()  # nothing is deleted
     shutil.rmtree(folder)
-  return found
+  return outcomes
 
 
 def test_f15_a_flipped_bit_is_harmless_or_found(saved, tmp_path):
-  found = flips(saved, tmp_path, 50)
-  assert set(found.values()) == {"the newest", "the one before"}, found
+  outcomes = flips(saved, tmp_path, 50)
+  assert set(outcomes.values()) == {"the newest", "the previous"}, outcomes
 
 
 @pytest.mark.slow
 def test_f15_300_flipped_bits(saved, tmp_path):
-  found = list(flips(saved, tmp_path, 300).values())
-  print({kind: found.count(kind) for kind in sorted(set(found))})
-  assert set(found) == {"the newest", "the one before"}
+  outcomes = list(flips(saved, tmp_path, 300).values())
+  print({kind: outcomes.count(kind) for kind in sorted(set(outcomes))})
+  assert set(outcomes) == {"the newest", "the previous"}
 
 
-def test_f15_no_whole_checkpoint_is_an_error_and_nothing_is_touched(saved, tmp_path):
+def test_f15_no_intact_checkpoint_is_an_error_and_nothing_is_touched(saved, tmp_path):
   folder = shutil.copytree(saved, tmp_path / "run")
   for step in (4, 8):
     for data in (folder / "checkpoints" / str(step) / "state").rglob("d/*"):
       data.write_bytes(b"")
   before = sorted(p.relative_to(folder) for p in folder.rglob("*"))
-  opened = Checkpoints(folder, {"seed": 0})
+  checkpoints = Checkpoints(folder, {"seed": 0})
   with pytest.raises(StorageError, match="no checkpoint in .* is intact \\(step 8: .*; step 4: "):
-    opened.restore(shapes(state_of(0)))
-  opened.close()
+    checkpoints.restore(shapes(state_of(0)))
+  checkpoints.close()
   assert sorted(p.relative_to(folder) for p in folder.rglob("*")) == before
 
 
@@ -142,17 +144,17 @@ def test_f16_files_that_are_cut_empty_or_gone(saved, tmp_path, damage):
       target.unlink()
     else:
       target.write_bytes(path.read_bytes()[: path.stat().st_size // 2 if damage == "trim" else 0])
-    assert outcome(folder) in ("the newest", "the one before"), path
+    assert outcome(folder) in ("the newest", "the previous"), path
     shutil.rmtree(folder)
 
 
 def test_f16_a_checkpoint_without_its_record_does_not_count(saved, tmp_path):
   folder = shutil.copytree(saved, tmp_path / "run")
   shutil.rmtree(folder / "checkpoints" / "8" / "run")
-  assert outcome(folder) == "the one before"
+  assert outcome(folder) == "the previous"
 
 
-def test_f15_features_come_from_a_whole_checkpoint(saved, tmp_path):
+def test_f15_features_come_from_an_intact_checkpoint(saved, tmp_path):
   folder = shutil.copytree(saved, tmp_path / "run")
   config = small.get_config()
   (folder / "config.json").write_text(config.to_json())
@@ -194,36 +196,39 @@ def test_f15_the_checksum_sees_every_kind_of_change():
 
 def test_f18_the_checkpoint_of_format_2_still_opens(tmp_path):
   folder = shutil.copytree(GOLDENS / "checkpoint_format_2", tmp_path / "run")
-  opened = Checkpoints(folder, {"seed": 0})
-  restored = opened.restore(shapes(state_of(0)))
-  opened.close()
+  checkpoints = Checkpoints(folder, {"seed": 0})
+  restored = checkpoints.restore(shapes(state_of(0)))
+  checkpoints.close()
   assert restored.step == 4 and equal(restored.state, state_of(4))
 
 
 def test_f18_another_format_is_refused_with_versions(tmp_path):
   folder = shutil.copytree(GOLDENS / "checkpoint_format_1", tmp_path / "run")
-  opened = Checkpoints(folder, {"seed": 0})
+  checkpoints = Checkpoints(folder, {"seed": 0})
   with pytest.raises(
     WorkdirError, match=r"written in format 1 \(with \{.*'jax': .*this version reads format 2"
   ):
-    opened.restore(shapes(state_of(0)))
-  opened.close()
+    checkpoints.restore(shapes(state_of(0)))
+  checkpoints.close()
 
 
 def test_f19_too_little_space_is_seen_before_saving(tmp_path, monkeypatch):
-  saving = Checkpoints(tmp_path, {})
+  checkpoints = Checkpoints(tmp_path, {})
   usage = shutil.disk_usage(tmp_path)
   monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-  assert "are free on the disk" in saving.save(4, state_of(4), wait=True)
+  assert "are free on the disk" in checkpoints.save(4, state_of(4), wait=True)
   assert not (tmp_path / "checkpoints" / "4").exists()
   monkeypatch.undo()
-  assert saving.save(5, state_of(5), wait=True) == "" and (tmp_path / "checkpoints" / "5").exists()
-  saving.close()
+  assert (
+    checkpoints.save(5, state_of(5), wait=True) == "" and (tmp_path / "checkpoints" / "5").exists()
+  )
+  checkpoints.close()
 
 
 def test_f19_a_save_that_fails_leaves_the_one_before(tmp_path):
-  """The disk takes no file above a size, from the second save on: the run goes on, and says so; its
-  end is exit code 5.
+  """From the second save on, the disk takes no file above a size.
+
+  The run goes on and warns; because its last checkpoint is missing, it ends with exit code 5.
   """
   code = """if True:
     import resource, signal, sys
@@ -241,8 +246,8 @@ def test_f19_a_save_that_fails_leaves_the_one_before(tmp_path):
       finally:
         limit(10**9)
     checkpoint.Checkpoints.save = limited
-    words = ["--config=tests/faults/small.py", "--workdir=WORKDIR"]
-    sys.exit(entry.main(["mrmae", "pretrain", *words]))
+    arguments = ["--config=tests/faults/small.py", "--workdir=WORKDIR"]
+    sys.exit(entry.main(["mrmae", "pretrain", *arguments]))
   """.replace("WORKDIR", str(tmp_path))
   done = subprocess.run(
     [sys.executable, "-c", code],
@@ -269,38 +274,36 @@ def toy_run(folder, task=None, **values):
     config.update_from_flattened_dict(
       {key.replace("__", "."): value for key, value in values.items()}
     )
-  return train.fit(config, task or small.toy_task(), folder), log.read_metrics(folder)
+  return train.fit(config, task or small.toy_task(), folder), read_metrics(folder)
 
 
 def test_f20_a_workdir_that_vanishes(tmp_path, monkeypatch, capsys):
-  """It is gone after the first save: that is said at the next, and the run does not end well."""
+  """The workdir is removed after the first save: the next save warns, and the last one fails."""
   save = Checkpoints.save
 
-  def gone(self, step, *args, **kwargs):
+  def save_and_remove(self, step, *args, **kwargs):
     result = save(self, step, *args, **kwargs)
     if step == 1:
       shutil.rmtree(tmp_path / "run")
-      (tmp_path / "run").write_text("a file")  # so that it cannot be made anew
+      (tmp_path / "run").write_text("a file")  # so that nothing can create it again
     return result
 
-  monkeypatch.setattr(Checkpoints, "save", gone)
+  monkeypatch.setattr(Checkpoints, "save", save_and_remove)
   with pytest.raises(StorageError, match="checkpoint 20 could not be saved"):
     toy_run(tmp_path / "run")
   assert "warning: checkpoint 4 is not saved" in capsys.readouterr().out
 
 
 def test_f22_slow_storage_does_not_stop_the_steps(tmp_path, monkeypatch, capsys):
-  """Each save takes longer than the next four steps: those in between are left out, the last one
-  waits.
-  """
+  """Each save takes longer than four steps: saves in between are skipped, the last one waits."""
   saver = checkpoint.ocp.StandardCheckpointHandler
   finalize = saver.finalize
   monkeypatch.setattr(
     saver, "finalize", lambda self, directory: (time.sleep(1.5), finalize(self, directory))[1]
   )
   _, records = toy_run(tmp_path)
-  said = capsys.readouterr().out
-  assert "checkpoint 8 is not saved: the previous save is still in progress" in said
+  output = capsys.readouterr().out
+  assert "checkpoint 8 is not saved: the previous save is still in progress" in output
   assert (tmp_path / "checkpoints" / "20").is_dir() and {
     r["step"] for r in records if "loss" in r
   } == set(range(1, 21))
@@ -309,12 +312,12 @@ def test_f22_slow_storage_does_not_stop_the_steps(tmp_path, monkeypatch, capsys)
 
 def test_f25_nan_is_never_the_best(tmp_path):
   scores = {}
-  saving = Checkpoints(tmp_path, {}, keep=1, scores=scores)
+  checkpoints = Checkpoints(tmp_path, {}, keep=1, scores=scores)
   for step, score in ((1, 0.5), (2, 0.7), (3, float("nan")), (4, 0.6), (5, 0.6)):
-    saving.save(step, state_of(step), wait=True)
+    checkpoints.save(step, state_of(step), wait=True)
     if np.isfinite(score):  # as train.fit does, see below
       scores[step] = score
-  saving.close()
+  checkpoints.close()
   assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) == [
     2,
     5,
@@ -367,14 +370,15 @@ def test_f23_a_step_that_is_not_finite_changes_nothing():
   step = jax.jit(train.make_train_step(task, tx, schedule, 0))
   state = init_state(task, tx)
   dark, bright = ({"image": np.full((16, 32, 48, 3), value, np.uint8)} for value in (40, 200))
-  one, told = step(state, {}, dark)
-  two, bad = step(one, {}, bright)
-  assert (int(told["skipped"]), int(bad["skipped"]), int(two.step)) == (0, 1, 2)
+  state1, metrics = step(state, {}, dark)
+  state2, bad_metrics = step(state1, {}, bright)
+  assert (int(metrics["skipped"]), int(bad_metrics["skipped"]), int(state2.step)) == (0, 1, 2)
   assert equal(
-    (one.params, one.opt_state, one.mean_grad_norm), (two.params, two.opt_state, two.mean_grad_norm)
+    (state1.params, state1.opt_state, state1.mean_grad_norm),
+    (state2.params, state2.opt_state, state2.mean_grad_norm),
   )
-  three, _ = step(two, {}, dark)
-  assert not equal(two.params, three.params)
+  state3, _ = step(state2, {}, dark)
+  assert not equal(state2.params, state3.params)
 
 
 def test_f24_a_spike_may_be_left_out():
@@ -388,17 +392,17 @@ def test_f24_a_spike_may_be_left_out():
     )
     step = jax.jit(train.make_train_step(scaled, tx, schedule, 0, max_spike=max_spike))
     before, _ = step(state, {}, usual | {"scale": 1.0})
-    after, told = step(before, {}, usual | {"scale": 1e4})
-    assert int(told["skipped"]) == skipped and equal(before.params, after.params) == bool(skipped)
+    after, metrics = step(before, {}, usual | {"scale": 1e4})
+    assert int(metrics["skipped"]) == skipped and equal(before.params, after.params) == bool(
+      skipped
+    )
     assert "more than optim.max_spike times" in nonfinite.skip_reason(
-      {k: float(v) for k, v in told.items()}
+      {k: float(v) for k, v in metrics.items()}
     )
 
 
 def test_f23_a_run_that_is_lost_leaves_a_bundle_that_replays(tmp_path, monkeypatch, capsys):
-  """From step 10 on every loss is nan: after three the run ends, and replay gives the same numbers
-  in another process.
-  """
+  """Every loss becomes nan: after three the run ends, and replay gives the same numbers."""
 
   monkeypatch.chdir(ROOT)
   config = small.get_config()
@@ -412,14 +416,14 @@ def test_f23_a_run_that_is_lost_leaves_a_bundle_that_replays(tmp_path, monkeypat
   ) as error:
     train.fit(config, pretrain.make(config), tmp_path)
   bundle = Path(str(error.value).split("--bundle=")[1])
-  told = json.loads((bundle / "bundle.json").read_text())
-  said = capsys.readouterr().out
-  assert said.count("update skipped") >= 3 and told["step"] >= 3 and told["state"] == "saved"
-  assert not any((tmp_path / "checkpoints").glob(str(told["step"])))
+  record = json.loads((bundle / "bundle.json").read_text())
+  output = capsys.readouterr().out
+  assert output.count("update skipped") >= 3 and record["step"] >= 3 and record["state"] == "saved"
+  assert not any((tmp_path / "checkpoints").glob(str(record["step"])))
   assert run_command(["replay", f"--bundle={bundle}"]) == 0
-  printed = capsys.readouterr().out
-  assert "the same numbers, bit for bit" in printed and "not the same\n" not in printed, printed
-  assert "gradients that are not finite: " in printed and "encoder/" in printed
+  output = capsys.readouterr().out
+  assert "the same numbers, bit for bit" in output and "not the same\n" not in output, output
+  assert "gradients that are not finite: " in output and "encoder/" in output
   assert (
     run_command(["replay", f"--bundle={tmp_path}"]) == 2
     and "is not a bundle" in capsys.readouterr().err
@@ -429,8 +433,8 @@ def test_f23_a_run_that_is_lost_leaves_a_bundle_that_replays(tmp_path, monkeypat
 def test_f23_a_few_bad_batches_do_not_end_a_run(tmp_path, capsys):
   task = small.toy_task(lambda x: jnp.where((x * 1e4).astype(int) % 5 == 0, jnp.inf, 0.0))
   _, records = toy_run(tmp_path, task)
-  said = capsys.readouterr().out
-  count = said.count("update skipped")
+  output = capsys.readouterr().out
+  count = output.count("update skipped")
   assert 1 <= count < 15
   last = [r for r in records if "lr" in r][-1]
   assert last["step"] == 20 and last["skipped"] == count
@@ -438,10 +442,11 @@ def test_f23_a_few_bad_batches_do_not_end_a_run(tmp_path, capsys):
 
 
 def test_f26_what_was_trained_before_a_bad_image_is_saved(tmp_path, monkeypatch):
-  """The batch of step 8 cannot be read: 7 steps are saved, and with the image back the run is that
-  of one where it never failed.
+  """The batch of step 8 cannot be read: 7 steps are saved.
+
+  With the image back, the resumed run has the losses of a run without the fault.
   """
-  _, whole = toy_run(tmp_path / "whole")
+  _, reference = toy_run(tmp_path / "reference")
   batches = train.data.train_batches
 
   def failing(*args, **kwargs):
@@ -466,7 +471,7 @@ def test_f26_what_was_trained_before_a_bad_image_is_saved(tmp_path, monkeypatch)
   assert (tmp_path / "run" / "checkpoints" / "7").is_dir()
   _, records = toy_run(tmp_path / "run")
   losses = lambda rows: {r["step"]: r["loss"].hex() for r in rows if "loss" in r}
-  assert losses(records) == losses(whole) and len(losses(whole)) == 20
+  assert losses(records) == losses(reference) and len(losses(reference)) == 20
 
 
 def test_f38_a_logger_that_breaks_is_no_reason_to_stop(tmp_path, monkeypatch, capsys):
@@ -487,7 +492,7 @@ def test_f38_a_logger_that_breaks_is_no_reason_to_stop(tmp_path, monkeypatch, ca
 
 
 def test_f39_half_a_line_and_a_clock_that_jumps(tmp_path, monkeypatch):
-  toy_run(tmp_path / "whole")
+  toy_run(tmp_path / "reference")
   toy_run(tmp_path / "run", checkpoint_every=1000.0)
   shutil.rmtree(tmp_path / "run" / "checkpoints" / "20")  # step 1 is left
   with open(tmp_path / "run" / "metrics.jsonl", "a", encoding="utf-8") as file:
@@ -497,15 +502,15 @@ def test_f39_half_a_line_and_a_clock_that_jumps(tmp_path, monkeypatch):
   _, records = toy_run(tmp_path / "run", checkpoint_every=1000.0)
   losses = lambda rows: {r["step"]: r["loss"].hex() for r in rows if "loss" in r}
   assert (
-    losses(records) == losses(log.read_metrics(tmp_path / "whole")) and len(losses(records)) == 20
+    losses(records) == losses(read_metrics(tmp_path / "reference")) and len(losses(records)) == 20
   )
 
 
 def test_f21_two_runs_in_one_workdir(tmp_path):
   with workdir.lock_workdir(tmp_path) as note:
     assert note == ""
-    told = json.loads((tmp_path / "lock").read_text())
-    assert told["pid"] == os.getpid()
+    holder = json.loads((tmp_path / "lock").read_text())
+    assert holder["pid"] == os.getpid()
     with pytest.raises(WorkdirError, match=f"is in use by process {os.getpid()} on .* since 20"):
       with workdir.lock_workdir(tmp_path):
         pass
@@ -541,8 +546,8 @@ def test_f37_out_of_memory_says_what_to_turn():
 
   config = small.get_config()
   text = cli_train.out_of_memory(
-    "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes. Largest "
-    "program allocations: "
+    "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes. Largest program "
+    "allocations: "
     "1. Size: 4.00G shape: bf16[1024,784,384]{2,1,0} 2. f32[1024,3136,256]",
     config,
   )
@@ -556,19 +561,19 @@ def test_f37_out_of_memory_says_what_to_turn():
 
 @pytest.mark.slow
 def test_f42_a_long_run_does_not_grow(tmp_path):
-  """2,000 steps in a process of their own: resident memory at the end against that after 500."""
+  """Resident memory after 2,000 steps hardly exceeds that after 500."""
   code = f"""if True:
     from pathlib import Path
     from mrmae_jax import train
     from mrmae_jax.runs import supervision
     from tests.faults import small
     resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
-    seen, beat = [], supervision.beat
-    supervision.beat = lambda: (seen.append(resident()), beat())
+    sizes, beat = [], supervision.beat
+    supervision.beat = lambda: (sizes.append(resident()), beat())
     config = small.get_config()
     config.update(epochs=2000 * 16 / 1438, log_every=10, checkpoint_every=200 * 16 / 1438)
     train.fit(config, small.toy_task(), {str(tmp_path)!r})
-    print("MEMORY", len(seen), seen[499], seen[1999])
+    print("MEMORY", len(sizes), sizes[499], sizes[1999])
   """
   out = subprocess.run(
     [sys.executable, "-c", code],

@@ -1,6 +1,6 @@
-"""What becomes of runs whose processes are stopped, killed, stuck, or disagree.
+"""Runs whose processes are stopped, killed, stuck, or disagree.
 
-Whole programs, on a model of a few weights.
+Each test starts complete programs, on a model of a few weights.
 """
 
 import os
@@ -16,26 +16,27 @@ from pathlib import Path
 import pytest
 
 from mrmae_jax.errors import Interrupted
-from mrmae_jax.runs import log, supervision
+from mrmae_jax.runs import supervision
+from mrmae_jax.runs.metrics import read_metrics
 from tests.helpers.cli import run_command
 from tests.test_multihost import finish, free_port
 
 ROOT = Path(__file__).parent.parent.parent
-# Does what it is told at the end of a step, in a process that is otherwise that of a user.
+# Plants a fault at the end of a step, in a process that is otherwise that of a user.
 INJECT = """
 import os, signal, sys, time
 from mrmae_jax.runs import supervision
-what, index, step = {what!r}, {index}, {step}
-beat, seen = supervision.beat, [0]
+fault, index, step = {fault!r}, {index}, {step}
+beat, count = supervision.beat, [0]
 def injected():
-  seen[0] += 1
+  count[0] += 1
   time.sleep({pause})
-  if seen[0] == step:
-    if what == "raise":
+  if count[0] == step:
+    if fault == "raise":
       raise RuntimeError("planted in process %d" % index)
-    if what == "hang":
+    if fault == "hang":
       time.sleep(1000)
-    if what == "kill":
+    if fault == "kill":
       os.kill(os.getpid(), signal.SIGKILL)
   beat()
 supervision.beat = injected
@@ -52,15 +53,15 @@ def start(
   index=0,
   count=1,
   port=None,
-  what="",
+  fault="",
   step=0,
   pause=0.0,
   argument="",
   devices=2,
 ):
-  """A process of a run; alone with count 1.
+  """Starts a process of a run, alone with count 1.
 
-  `what` happens at the end of a step, each of which takes `pause` seconds longer.
+  `fault` happens at the end of `step`. Each step takes `pause` seconds longer.
   """
   env = dict(
     os.environ,
@@ -77,7 +78,7 @@ def start(
       f"--num_processes={count}",
       f"--process_id={index}",
     ]
-  code = INJECT.format(what=what, index=index, step=step, pause=pause, arguments=flags)
+  code = INJECT.format(fault=fault, index=index, step=step, pause=pause, arguments=flags)
   return subprocess.Popen(
     [sys.executable, "-c", code],
     cwd=ROOT,
@@ -88,8 +89,8 @@ def start(
   )
 
 
-def pair(folder, *arguments, what=("", ""), **options):
-  """Two processes of a run, and their logs."""
+def pair(folder, *arguments, faults=("", ""), **options):
+  """Starts two processes of a run; returns them and their logs."""
   port, logs = free_port(), [folder / f"{i}.log" for i in range(2)]
   return [
     start(
@@ -99,7 +100,7 @@ def pair(folder, *arguments, what=("", ""), **options):
       index=i,
       count=2,
       port=port,
-      what=what[i],
+      fault=faults[i],
       devices=1,
       **options,
     )
@@ -115,53 +116,55 @@ def wait_for(condition, process, log, timeout=120):
 
 
 def losses(workdir):
-  """{step: loss as a hexadecimal float}; a step logged twice is an error."""
-  records = [r for r in log.read_metrics(workdir) if "loss" in r]
+  """Returns {step: loss as a hexadecimal float}; a step must not be logged twice."""
+  records = [r for r in read_metrics(workdir) if "loss" in r]
   assert len({r["step"] for r in records}) == len(records)
   return {r["step"]: r["loss"].hex() for r in records}
 
 
-def reached(workdir):
-  return max((r["step"] for r in log.read_metrics(workdir)), default=0)
+def last_step(workdir):
+  return max((r["step"] for r in read_metrics(workdir)), default=0)
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-  """The losses of a run of one process that nothing happened to."""
-  folder = tmp_path_factory.mktemp("whole")
+def reference(tmp_path_factory):
+  """The losses of a run of one process without a fault."""
+  folder = tmp_path_factory.mktemp("reference")
   process = start(folder / "run", folder / "log")
   assert finish([process], 120) == [0], (folder / "log").read_text()[-3000:]
   return losses(folder / "run")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_f6_stopped_by_a_signal_and_continued(tmp_path, whole, number):
+def test_f6_stopped_by_a_signal_and_continued(tmp_path, reference, number):
   log = tmp_path / "log"
   process = start(tmp_path / "run", log, pause=0.1)
-  wait_for(lambda: reached(tmp_path / "run") >= 6, process, log)
+  wait_for(lambda: last_step(tmp_path / "run") >= 6, process, log)
   process.send_signal(number)
   began = time.monotonic()
   assert finish([process], 60) == [75], log.read_text()[-3000:]
   assert time.monotonic() - began < 30
-  said = re.search(
+  match = re.search(
     r"stopped after step (\d+) of 20, which is saved; run the same command to resume",
     log.read_text(),
   )
   assert (
-    said
-    and (tmp_path / "run" / "checkpoints" / said[1]).is_dir()
+    match
+    and (tmp_path / "run" / "checkpoints" / match[1]).is_dir()
     and "Traceback" not in log.read_text()
   )
   assert (tmp_path / "run" / "lock").read_text() == ""
   assert finish([start(tmp_path / "run", log)], 60) == [0]
-  assert losses(tmp_path / "run") == whole and f"continuing after step {said[1]}" in log.read_text()
+  assert (
+    losses(tmp_path / "run") == reference and f"resuming after step {match[1]}" in log.read_text()
+  )
   assert not list((tmp_path / "run" / "checkpoints").glob("*tmp*"))
 
 
 def test_f4_stopped_while_compiling_and_while_evaluating(tmp_path):
   log = tmp_path / "log"
   code = INJECT.format(
-    what="",
+    fault="",
     index=0,
     step=0,
     pause=0.05,
@@ -215,28 +218,29 @@ def test_f4_stopped_while_features_are_computed(tmp_path, monkeypatch, capsys):
   assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("whom", [(1,), (0, 1, 0)])
-def test_f3_both_stop_at_the_same_step(tmp_path, whole, whom):
+@pytest.mark.parametrize("victims", [(1,), (0, 1, 0)])
+def test_f3_both_stop_at_the_same_step(tmp_path, reference, victims):
   processes, logs = pair(tmp_path, pause=0.1)
-  wait_for(lambda: reached(tmp_path / "run") >= 6, processes[0], logs[0])
-  for index in whom:
+  wait_for(lambda: last_step(tmp_path / "run") >= 6, processes[0], logs[0])
+  for index in victims:
     processes[index].send_signal(signal.SIGTERM)
   assert finish(processes, 60) == [75, 75], (
     logs[0].read_text()[-3000:] + logs[1].read_text()[-3000:]
   )
-  said = re.search(r"stopped after step (\d+) of 20, which is saved", logs[0].read_text())
-  assert said and (tmp_path / "run" / "checkpoints" / said[1]).is_dir()
+  match = re.search(r"stopped after step (\d+) of 20, which is saved", logs[0].read_text())
+  assert match and (tmp_path / "run" / "checkpoints" / match[1]).is_dir()
   assert finish([start(tmp_path / "run", logs[0])], 60) == [
     0
   ]  # one process of two devices has the numbers of two of one
-  assert losses(tmp_path / "run").keys() == whole.keys()
+  assert losses(tmp_path / "run").keys() == reference.keys()
   assert all(
-    abs(float.fromhex(losses(tmp_path / "run")[i]) - float.fromhex(whole[i])) < 1e-5 for i in whole
+    abs(float.fromhex(losses(tmp_path / "run")[i]) - float.fromhex(reference[i])) < 1e-5
+    for i in reference
   )
 
 
 def test_f8_a_process_that_raises_ends_all(tmp_path):
-  processes, logs = pair(tmp_path, what=("", "raise"), step=6, pause=0.1)
+  processes, logs = pair(tmp_path, faults=("", "raise"), step=6, pause=0.1)
   assert finish([processes[1]], 120) == [1]
   began = time.monotonic()
   assert finish([processes[0]], 60) == [1] and time.monotonic() - began < 15
@@ -249,31 +253,31 @@ def test_f8_a_process_that_raises_ends_all(tmp_path):
 
 def test_f9_a_process_that_hangs_says_where(tmp_path):
   log = tmp_path / "log"
-  process = start(tmp_path / "run", log, "--config.hang_s=3", what="hang", step=6)
+  process = start(tmp_path / "run", log, "--config.hang_s=3", fault="hang", step=6)
   assert finish([process], 120) == [6]
-  said = log.read_text()
+  output = log.read_text()
   assert re.search(
-    r"error: nothing has happened for [3-9] s in phase 'step' \(after 5 beats\); the stacks of "
-    r"all threads:",
-    said,
+    r"error: nothing has happened for [3-9] s in phase 'step' \(after 5 beats\); "
+    "the stacks of all threads:",
+    output,
   )
-  assert "in injected" in said and said.count("Thread 0x") > 1
+  assert "in injected" in output and output.count("Thread 0x") > 1
 
 
 @pytest.mark.slow
-def test_f7_a_process_that_is_killed_ends_all(tmp_path, whole):
+def test_f7_a_process_that_is_killed_ends_all(tmp_path, reference):
   for victim in (1, 0):
     folder = tmp_path / str(victim)
     folder.mkdir()
     processes, logs = pair(
-      folder, what=("kill", "") if victim == 0 else ("", "kill"), step=10, pause=0.1
+      folder, faults=("kill", "") if victim == 0 else ("", "kill"), step=10, pause=0.1
     )
     assert finish([processes[victim]], 120) == [-signal.SIGKILL]
     began = time.monotonic()
     codes = finish([processes[1 - victim]], 60)
     assert codes[0] not in (0, None) and time.monotonic() - began < 35, codes
     assert finish([start(folder / "run", logs[0])], 60) == [0]
-    assert losses(folder / "run").keys() == whole.keys()
+    assert losses(folder / "run").keys() == reference.keys()
 
 
 def test_f5_stopped_before_the_others_have_come(tmp_path):
@@ -285,16 +289,16 @@ def test_f5_stopped_before_the_others_have_come(tmp_path):
   assert "error: process 0 of 2 waited 10 s for the others" in logs[0].read_text()
 
 
-def test_f21_a_second_run_in_the_same_workdir_is_refused(tmp_path, whole):
+def test_f21_a_second_run_in_the_same_workdir_is_refused(tmp_path, reference):
   logs = [tmp_path / "0", tmp_path / "1"]
   first = start(tmp_path / "run", logs[0], pause=0.2)
-  wait_for(lambda: reached(tmp_path / "run") >= 2, first, logs[0])
+  wait_for(lambda: last_step(tmp_path / "run") >= 2, first, logs[0])
   assert finish([start(tmp_path / "run", logs[1])], 60) == [2]
   assert f"is in use by process {first.pid} on " in logs[1].read_text()
-  assert finish([first], 60) == [0] and losses(tmp_path / "run") == whole
+  assert finish([first], 60) == [0] and losses(tmp_path / "run") == reference
 
 
-def test_f40_a_compilation_cache_full_of_rubbish(tmp_path, whole, monkeypatch):
+def test_f40_a_compilation_cache_full_of_rubbish(tmp_path, reference, monkeypatch):
   monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
   log = tmp_path / "log"
   assert finish([start(tmp_path / "one", log)], 60) == [0]
@@ -303,7 +307,7 @@ def test_f40_a_compilation_cache_full_of_rubbish(tmp_path, whole, monkeypatch):
   for path in entries:
     path.write_bytes(os.urandom(100))
   assert finish([start(tmp_path / "two", log)], 60) == [0], log.read_text()[-3000:]
-  assert losses(tmp_path / "two") == whole
+  assert losses(tmp_path / "two") == reference
 
 
 # A save every third of 60 steps, evaluations, an average of the parameters.
@@ -313,9 +317,7 @@ KILLED = ("--config.epochs=0.668", "--config.checkpoint_every=0.034", "--config.
 def killed_at_random(folder, count, kills, seed=0):
   """Kills a run of `count` processes again and again, lets it end, and compares every loss.
 
-  Most kills come in the middle of a save.
-
-  Returns how many kills came in the middle of a save.
+  Most kills come in the middle of a save; returns how many did.
   """
 
   def begin(name, pause):
@@ -335,23 +337,23 @@ def killed_at_random(folder, count, kills, seed=0):
       for i in range(count)
     ], logs[0]
 
-  processes, log = begin("whole", 0.0)
+  processes, log = begin("reference", 0.0)
   assert finish(processes, 120) == [0] * count, log.read_text()[-3000:]
-  expected, rng, torn = losses(folder / "whole"), random.Random(seed), 0
+  expected, rng, torn = losses(folder / "reference"), random.Random(seed), 0
   unfinished = lambda: [
     p for p in (folder / "run" / "checkpoints").glob("*") if not p.name.isdigit()
   ]
   for _ in range(kills):
-    if reached(folder / "run") > 50:  # nearly at its end: once more from the beginning
+    if last_step(folder / "run") > 50:  # nearly at its end: once more from the beginning
       shutil.rmtree(folder / "run")
     before = max(
       (int(p.name) for p in (folder / "run" / "checkpoints").glob("*") if p.name.isdigit()),
       default=-1,
     )
     processes, log = begin("run", 0.03)
-    wait_for(lambda: reached(folder / "run") > before + 1, processes[0], log)
-    end, inside = time.monotonic() + rng.uniform(0, 0.5), rng.random() < 0.8
-    while time.monotonic() < end or inside and not unfinished() and processes[0].poll() is None:
+    wait_for(lambda: last_step(folder / "run") > before + 1, processes[0], log)
+    end, in_save = time.monotonic() + rng.uniform(0, 0.5), rng.random() < 0.8
+    while time.monotonic() < end or in_save and not unfinished() and processes[0].poll() is None:
       time.sleep(0.001)
     for process in processes:
       process.send_signal(signal.SIGKILL)
@@ -379,14 +381,14 @@ def test_f1_killed_fifty_times(tmp_path, count, kills):
 
 @pytest.mark.slow
 def test_f41_many_starts_and_stops(tmp_path):
-  """20 starts, each stopped by a signal: no more files, no processes left, and the run ends as one
-  that was never stopped.
-  """
+  """Starts a run 20 times and stops it by a signal: no file and no process is left behind."""
   log, files = tmp_path / "log", []
   for _ in range(20):
     process = start(tmp_path / "run", log, pause=0.05)
-    before = reached(tmp_path / "run")
-    wait_for(lambda: reached(tmp_path / "run") > before or process.poll() is not None, process, log)
+    before = last_step(tmp_path / "run")
+    wait_for(
+      lambda: last_step(tmp_path / "run") > before or process.poll() is not None, process, log
+    )
     process.send_signal(signal.SIGTERM)
     assert finish([process], 60)[0] in (0, 75), log.read_text()[-2000:]
     files.append(
