@@ -1,11 +1,4 @@
-<<<<<<< ours
-"""The benchmarks: work is counted right, what is compared is equal, mistakes get one line.
-
-No test asserts a time.
-"""
-=======
 """Benchmarks: work is counted right, compared ways agree, mistakes get one line.
->>>>>>> theirs
 
 No test asserts a time.
 """
@@ -30,17 +23,6 @@ from tests.helpers.cli import run_command
 
 
 @pytest.fixture
-<<<<<<< ours
-def run(monkeypatch, capsys):
-  """Runs a sub-command; returns its exit code, what it printed and its errors.
-
-  Overrides are taken from sys.argv.
-  """
-
-  def call(*arguments):
-    monkeypatch.setattr(sys, "argv", ["bench", *arguments])
-    code = command.main()
-=======
 def run(capsys):
   """Runs `mrmae bench ...`, or a module of benchmarks/; returns (exit code, output, errors)."""
 
@@ -49,7 +31,6 @@ def run(capsys):
       code = importlib.import_module(f"benchmarks.{name}").main(list(arguments))
     else:
       code = run_command(["bench", *[name] * bool(name), *arguments])
->>>>>>> theirs
     return code, *capsys.readouterr()
 
   return call
@@ -81,15 +62,10 @@ def work(config):
 
 
 def test_work_of_mae_to_the_last_product():
-<<<<<<< ours
-  """Two for each of M N K, three times.
-
-  The embedding has no gradient of its input, and visible tokens end in the last block.
-=======
   """A product M N K is 2 M N K FLOPs, three times with its gradients.
 
-  The embedding has no gradient of its input, and the decoder's visible tokens end in the last block.
->>>>>>> theirs
+  The embedding has no gradient of its input, and the decoder's visible tokens end in the last
+  block.
   """
   block = lambda tokens, dim: 12 * dim**2 * tokens + 2 * tokens**2 * dim
   last = 512**2 * (147 + 2 * 197 + 147 + 8 * 147) + 2 * 147 * 197 * 512
@@ -106,14 +82,7 @@ def test_work_of_mae_to_the_last_product():
 
 
 def test_work_of_mr_mae():
-<<<<<<< ours
-  """GFLOP of an image as counted for the design of the project, by hand.
-
-  Visible tokens save 0.97 in the decoder's last block.
-  """
-=======
   """GFLOP of an image, counted by hand; visible tokens save 0.97 in the decoder's last block."""
->>>>>>> theirs
   config = mrmae.get_config("base,fusion=stages,masking=random")
   config.teacher.path = "random"
   expected = {
