@@ -130,11 +130,11 @@ BAD = [  # of 8 devices
     "--config.task=pretraining",
     "config.task='pretraining' is not one of pretrain, finetune, probe",
   ),
-  ("--epochs=3", "Unknown command line flag 'epochs'; did you mean --config.epochs=VALUE?"),
+  ("--epochs=3", "'--epochs=3' is not an option; did you mean --config.epochs=VALUE?"),
   ("blr=3", "'blr=3' is not an option; did you mean --config.optim.blr=VALUE?"),
   ("optim.blr=3", "'optim.blr=3' is not an option; did you mean --config.optim.blr=VALUE?"),
   ("train", "'train' is not an option"),
-  ("--check=maybe", "--check=maybe"),
+  ("--check=maybe", "argument --check: ignored explicit argument 'maybe'"),
   ("--num_processes=2", "--num_processes says where other processes are: add --multihost"),
   ("--num_processes=0", "num_processes"),
   ("--workdir=", "--workdir is missing"),
@@ -142,7 +142,7 @@ BAD = [  # of 8 devices
   ("--config=", "--config=: no such file"),
   ("--config.optim=3", "--config.optim=3"),
   ("--flagfile=/none", "/none"),
-  ("---config.epochs=3", "Unknown command line flag"),
+  ("---config.epochs=3", "is not an option; did you mean --config.epochs=3?"),
   ("--config.epochs", "Missing value for flag --config.epochs"),
 ]
 
