@@ -19,6 +19,7 @@ from etils.epath import backend
 from PIL import Image
 
 from mrmae_jax.data import open_source
+from mrmae_jax.errors import DataError
 from mrmae_jax.errors import DataError, WorkdirError
 from mrmae_jax.runs import paths
 from tests import fake_gcs
@@ -152,6 +153,7 @@ def test_images_in_a_bucket(server, tmp_path):
       server.objects["bucket", f"tfds/{path.relative_to(tmp_path)}"] = (1, path.read_bytes())
   (tmp_path / "c.py").write_text(f"""
 from mrmae_jax.data import open_source
+from mrmae_jax.errors import DataError
 from tests.helpers import images
 if __name__ == "__main__":
   open_it = lambda where: open_source("tfds:bucket_photos", "train", data_dir=where)

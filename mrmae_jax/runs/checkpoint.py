@@ -285,11 +285,14 @@ def read_config(workdir: str | Path) -> dict[str, Any]:
       f"{workdir} holds no run with a checkpoint: expected config.json and checkpoints/STEP there"
     )
   try:
-    return json.loads(path.read_text())
+    config = json.loads(path.read_text())
   except ValueError as error:
     raise WorkdirError(
       f"{path} cannot be read ({error}); a run writes it anew when it resumes"
     ) from None
+  if not isinstance(config, dict):
+    raise WorkdirError(f"{path} holds no run: expected the keys of a configuration")
+  return config
 
 
 class Stored(NamedTuple):
