@@ -9,7 +9,7 @@ Expected:  mimic loss 2.20 to 0.15, pixel loss 1.78 to 0.57, k-NN accuracy of th
            359 held-out digits 0.74 to 0.89
 
 The teacher in configs/demo_teacher was trained without labels on the training split by
-self-distillation: mrmae teacher --source=digits --out=configs/demo_teacher
+self-distillation: mrmae teacher --config=configs/teacher.py --workdir=DIR
 """
 
 from pathlib import Path

@@ -8,12 +8,11 @@ Expected:  top-1 0.96 on 359 held-out digits, 0.90 from random weights (one seed
 """
 
 from mrmae_jax import config
-
-DEMO = Path(__file__).with_name("demo.py")
+from mrmae_jax.configs import demo
 
 
 def get_config():
-  pretrained = runpy.run_path(str(DEMO))["get_config"]()
+  pretrained = demo.get_config()
   c = config.finetune()
   c.init_from = "/tmp/mrmae_demo"
   c.image_size = pretrained.image_size

@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
   Prints the text that the command returns, or one line per mistake that begins with "error: ".
   """
   argv = (sys.argv if argv is None else argv)[1:]
-  _let_configurations_import_their_neighbours()
+  _let_configurations_import_their_neighbors()
   debug = "--debug" in argv
   try:
     if HELP.intersection(argv):
@@ -84,7 +84,7 @@ def _help(argv: list[str]) -> str:
   return f"{text}\n{_module('configs').describe_keys(argv)}"
 
 
-def _let_configurations_import_their_neighbours() -> None:
+def _let_configurations_import_their_neighbors() -> None:
   """Puts the current folder on the path of imports, as `python -m` does."""
   if not {"", str(Path.cwd())}.intersection(sys.path):
     sys.path.insert(0, str(Path.cwd()))

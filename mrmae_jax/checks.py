@@ -284,9 +284,20 @@ def _check_distill(config, need) -> None:
     f"config.data.mean={config.data.mean}: self-distillation is for RGB, three channels",
   )
   need(config.batch_size >= 2, f"config.batch_size={config.batch_size} must be 2 or more")
+  need(
+    config.optim.accum_steps == 1,
+    f"config.optim.accum_steps={config.optim.accum_steps} must be 1: the projection head "
+    "normalizes over the batch",
+  )
+  fields = config.encoder
+  need(
+    fields.learned_positions and not fields.fuse_layers,
+    f"config.encoder.learned_positions={fields.learned_positions} and "
+    f"fuse_layers={tuple(fields.fuse_layers)} must be True and (), as in Hugging Face's ViT",
+  )
   patches = math.prod(side // token_size(config) for side in config.image_size)
   need(
-    patches * config.distill.visible >= 1,
+    int(patches * (1 - (1 - config.distill.visible))) >= 1,  # as `mrmae.sample_mask` rounds
     f"config.distill.visible={config.distill.visible} must leave one of {patches} patches",
   )
 
@@ -314,6 +325,13 @@ CHECKS: dict[str, dict[Callable, tuple[str, ...]]] = {
   },
   "self_distill": {
     _check_no_drop_path: ("encoder",),
-    _check_distill: ("encoder", "image_size", "data.mean", "batch_size", "distill"),
+    _check_distill: (
+      "encoder",
+      "image_size",
+      "data.mean",
+      "batch_size",
+      "optim.accum_steps",
+      "distill",
+    ),
   },
 }

@@ -24,6 +24,12 @@ class Steps(NamedTuple):
   total: int
 
 
+def count_steps(config, num_images: int) -> Steps:
+  """Returns the length of the training that a configuration describes, on `num_images` images."""
+  per_epoch = num_images / config.batch_size
+  return Steps(per_epoch, max(1, round(config.epochs * per_epoch)))
+
+
 def warmup_cosine(
   peak: float, min_lr: float, warmup_steps: float, total_steps: int
 ) -> optax.Schedule:

@@ -17,6 +17,7 @@ from mrmae_jax import mrmae
 from mrmae_jax.errors import WeightsError
 from mrmae_jax.models import encode, head_attention
 from mrmae_jax.models.layers import layer_norm
+from mrmae_jax.reconstruction import reconstruct
 from mrmae_jax.weights import model_files
 
 
@@ -245,9 +246,7 @@ class PretrainedModel:
     return x @ classifier["head"]["kernel"] + classifier["head"]["bias"]
 
   def _reconstructions(self, params, images, key, mask_ratio, norm_pix):
-    from mrmae_jax.tasks import pretrain  # features need nothing of training
-
     rows, columns = (side // self.network.encoder.patch_size for side in images.shape[1:3])
     noise = jax.random.uniform(key, (len(images), rows * columns))
     mask = mrmae.sample_mask(noise, mask_ratio)
-    return pretrain.reconstruct(self._model, params, images, mask, norm_pix)
+    return reconstruct(self._model, params, images, mask, norm_pix)

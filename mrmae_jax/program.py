@@ -1,8 +1,9 @@
-"""What a training step does, read off the program: FLOPs and bytes by component, what devices exchange.
+"""Reads off a program what a training step does: FLOPs and bytes by component, traffic.
 
-FLOPs are those of the matrix products, counted in JAX's own trace: exact for any configuration, loops included, whatever the
-compiler makes of it (the rest, element-wise work, is about 1 % of them). Bytes are read off the compiled program: what each of its
-kernels reads and writes, so they are those of the backend that it was compiled for.
+FLOPs are those of the matrix products, counted in JAX's own trace: exact for any configuration,
+loops included, whatever the compiler makes of it (the rest, element-wise work, is about 1 % of
+them). Bytes are read off the compiled program: what each of its kernels reads and writes, so they
+are those of the backend that it was compiled for.
 """
 
 import math
@@ -42,14 +43,17 @@ BYTES = {
 
 
 def component(name: str) -> str:
-  """The part of the model that an operation belongs to, by the path of modules that JAX keeps with it."""
+  """Returns the part of the model that an operation belongs to, by its path of modules."""
   return next(part for part, pattern in COMPONENTS.items() if re.search(pattern, name))
 
 
 def flops(function, *args) -> dict[str, float]:
-  """FLOPs of the matrix products of `function(*args)`, by component; the arguments may be ShapeDtypeStructs.
+  """Counts the FLOPs of the matrix products of `function(*args)`, by component.
 
-  A multiplication and an addition are two. A loop counts as often as it runs; of branches the dearest counts.
+  The arguments may be ShapeDtypeStructs.
+
+  A multiplication and an addition are two. A loop counts as often as it runs; of branches the
+  dearest counts.
   """
   totals = dict.fromkeys(COMPONENTS, 0.0)
 
@@ -93,10 +97,13 @@ def _sizes(shape: str) -> list[int]:
 
 
 def traffic(text: str) -> dict[str, float]:
-  """Of a compiled program's HLO: bytes that its kernels read and write, by component; loops counted once.
+  """Counts the bytes that the kernels of a compiled program read and write, by component.
 
-  Each instruction of the entry computation and of the bodies of loops is a kernel, whose operands and results pass through memory;
-  instructions inside a fusion do not. Views cost nothing, and of what is sliced only the slice is read.
+  `text` is the program's HLO. The body of a loop counts once.
+
+  Each instruction of the entry computation and of the bodies of loops is a kernel, whose operands
+  and results pass through memory; instructions inside a fusion do not. Views cost nothing, and of
+  what is sliced only the slice is read.
   """
   totals, inside_fusion = (
     dict.fromkeys(COMPONENTS, 0.0),
@@ -139,15 +146,18 @@ def traffic(text: str) -> dict[str, float]:
 
 
 def collectives(text: str) -> dict[str, dict[str, int]]:
-  """Of a compiled program's HLO: {kind: {"count", "bytes" that one chip receives}}, loops counted once."""
-  found = {}
+  """Returns {kind: {"count", "bytes"}} of the exchanges in a compiled program's HLO.
+
+  The bytes are those that one chip receives. The body of a loop counts once.
+  """
+  exchanges = {}
   for line in text.splitlines():
     match = re.match(rf"\s*(?:ROOT )?%?\S+ = (.+?) ({'|'.join(COLLECTIVES)})(-start)?\(", line)
     if not match:
       continue
     sizes = _sizes(match[1])
-    one = found.setdefault(match[2], {"count": 0, "bytes": 0})
-    one["count"] += 1
+    exchange = exchanges.setdefault(match[2], {"count": 0, "bytes": 0})
+    exchange["count"] += 1
     # The result of an asynchronous start holds operand and output.
-    one["bytes"] += max(sizes) if match[3] and match[2] != "all-reduce" else sum(sizes)
-  return found
+    exchange["bytes"] += max(sizes) if match[3] and match[2] != "all-reduce" else sum(sizes)
+  return exchanges

@@ -16,7 +16,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices=None) -> Mesh:
 
   Devices come by slice, host and number: the rows of a batch are then those of host 0, host 1, ...,
     as the loader cuts it, and the devices of an fsdp group, which exchange parameters in every
-    step, are neighbours and never in two slices. Sums over all devices, the rest of the traffic, do
+    step, are neighbors and never in two slices. Sums over all devices, the rest of the traffic, do
     not depend on the order.
 
   Axis types are Auto: under the Explicit default every gather of tokens would need an output

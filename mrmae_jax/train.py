@@ -4,6 +4,7 @@ them.
 Read `fit` first. What it delegates (log, checkpoints, evaluators, loader) is in `runs/run.py`.
 """
 
+import functools
 import hashlib
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -73,6 +74,7 @@ class Plan(NamedTuple):
     steps: length of the training.
     init: (key, task.pretrained) -> TrainState.
     step: (state, frozen, batch) -> (state, metrics), jitted, with the state donated.
+    open_loader: first step (from 0) -> iterator of this host's batches, numpy arrays.
     state, frozen, batch: arguments of `step` as `jax.ShapeDtypeStruct`s with shardings.
   """
 
@@ -80,6 +82,7 @@ class Plan(NamedTuple):
   steps: optim.Steps
   init: Callable
   step: Callable
+  open_loader: Callable
   state: Any
   frozen: Any
   batch: dict[str, jax.ShapeDtypeStruct]
@@ -141,9 +144,7 @@ def make_plan(config, task: Task, mesh, num_images: int | None = None) -> Plan:
     num_images: training images; None: those of the task's source.
   """
   source = task.source("train")
-  num_images = len(source) if num_images is None else num_images
-  per_epoch = num_images / config.batch_size
-  steps = optim.Steps(per_epoch, max(1, round(config.epochs * per_epoch)))
+  steps = optim.count_steps(config, len(source) if num_images is None else num_images)
   param_shapes, _ = jax.eval_shape(task.init, jax.random.key(config.seed))
   tx, schedule = task.optimizer(param_shapes, steps)
   tx = optim.skippable(tx)
@@ -174,7 +175,21 @@ def make_plan(config, task: Task, mesh, num_images: int | None = None) -> Plan:
   )
   state_shardings = jax.tree.map(lambda x: x.sharding, state)
   step = jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, sharding.replicated(mesh)))
-  return Plan(mesh, steps, init, step, state, frozen, batch)
+  open_loader = functools.partial(_open_loader, config, task)
+  return Plan(mesh, steps, init, step, open_loader, state, frozen, batch)
+
+
+def _open_loader(config, task: Task, first_step: int) -> data.Batches:
+  return data.train_batches(
+    task.source("train"),
+    task.views.train,
+    seed=config.seed,
+    batch_size=config.batch_size,
+    first_step=first_step,
+    shard=jax.process_index(),
+    num_shards=jax.process_count(),
+    options=data.loader_options(config.data),
+  )
 
 
 def make_train_step(

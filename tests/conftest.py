@@ -1,7 +1,8 @@
-"""Eight CPU devices in one process, so that sharding is tested everywhere; tests that need one device take the first.
+"""Eight CPU devices in one process, so that sharding is tested everywhere; tests that need one
+device take the first.
 
-Compiling is most of the time that small models take: LLVM's optimisations are off, and what one test or its subprocess has
-compiled the next one finds in a cache of this session.
+Compiling is most of the time that small models take: LLVM's optimisations are off, and what one
+  test or its subprocess has compiled the next one finds in a cache of this session.
 """
 
 import atexit

@@ -1,7 +1,8 @@
-"""Buckets on this machine: the part of Google Cloud Storage's JSON API that gcsfs, tensorstore and orbax speak.
+"""Buckets on this machine: the part of Google Cloud Storage's JSON API that gcsfs, tensorstore and
+orbax speak.
 
-Objects are kept in memory. Anybody may use a bucket, apart from those named "private", for which a request without a token is
-answered as Google does.
+Objects are kept in memory. Anybody may use a bucket, apart from those named "private", for which a
+request without a token is answered as Google does.
 """
 
 import http.server
@@ -96,7 +97,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     if bucket == "private" and "Authorization" not in self.headers:
       return self._error(
         401,
-        "Anonymous caller does not have storage.objects.get access to the Google Cloud Storage object.",
+        "Anonymous caller does not have storage.objects.get access to the Google Cloud Storage "
+        "object.",
       )
     if kind == "upload/":
       return self._upload(bucket, query, body)
@@ -159,7 +161,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     if kind == "resumable":
       number = str(next(self.server.numbers))
       self.server.uploads[number] = (bucket, name, b"")
-      where = f"{self.server.environment['STORAGE_EMULATOR_HOST']}/upload/storage/v1/b/{bucket}/o?uploadType=resumable"
+      host = self.server.environment["STORAGE_EMULATOR_HOST"]
+      where = f"{host}/upload/storage/v1/b/{bucket}/o?uploadType=resumable"
       return 200, {"Location": f"{where}&upload_id={number}"}, b""
     return self._json(self._store(bucket, name, body))
 
@@ -202,7 +205,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     return 200, {"Content-Type": "multipart/mixed; boundary=batch"}, b"".join(parts) + b"--batch--"
 
   def _precondition(self, found, query):
-    """The answer to a request that asks for another generation; None if there is nothing against it. 0: no such object."""
+    """The answer to a request that asks for another generation.
+
+    None if there is nothing against it. 0: no such object.
+    """
     wanted = query.get("ifGenerationMatch")
     if wanted is not None and int(wanted) != (found[0] if found else 0):
       return self._error(412, "At least one of the pre-conditions you specified did not hold.")

@@ -1,31 +1,36 @@
-"""The benchmarks: work is counted right, what is compared is equal, mistakes get one line. No test asserts a time."""
+"""Benchmarks: work is counted right, compared ways agree, mistakes get one line.
 
+No test asserts a time.
+"""
+
+import importlib
 import json
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import compare, guards
 from configs import convmae, mae, mrmae
 from mrmae_jax import program, sharding, train
 from mrmae_jax.cli import bench
-from mrmae_jax.cli.bench import SUBCOMMANDS
-from mrmae_jax.cli.bench import __main__ as command
 from mrmae_jax.cli.bench import step as bench_step
 from mrmae_jax.models.classifier import Classifier
 from mrmae_jax.models.vit import ViT
 from tests import tiny
+from tests.helpers.cli import run_command
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-  """Runs a sub-command; returns its exit code, what it printed and its errors. Overrides are taken from sys.argv."""
+def run(capsys):
+  """Runs `mrmae bench ...`, or a module of benchmarks/; returns (exit code, output, errors)."""
 
-  def call(*arguments):
-    monkeypatch.setattr(sys, "argv", ["bench", *arguments])
-    code = command.main()
+  def call(name="", *arguments):
+    if name in ("compare", "forms", "guards"):
+      code = importlib.import_module(f"benchmarks.{name}").main(list(arguments))
+    else:
+      code = run_command(["bench", *[name] * bool(name), *arguments])
     return code, *capsys.readouterr()
 
   return call
@@ -53,11 +58,15 @@ def test_flops_of_a_product_a_loop_and_a_gradient():
 
 def work(config):
   config.batch_size, config.data.source = 8, "digits"
-  return {part: flops / 1e9 for part, flops in bench_step.necessary(config).items()}
+  return {part: flops / 1e9 for part, flops in bench_step.necessary_flops(config).items()}
 
 
 def test_work_of_mae_to_the_last_product():
-  """Two for each of M N K, three times; the embedding has no gradient of its input, and visible tokens end in the last block."""
+  """A product M N K is 2 M N K FLOPs, three times with its gradients.
+
+  The embedding has no gradient of its input, and the decoder's visible tokens end in the last
+  block.
+  """
   block = lambda tokens, dim: 12 * dim**2 * tokens + 2 * tokens**2 * dim
   last = 512**2 * (147 + 2 * 197 + 147 + 8 * 147) + 2 * 147 * 197 * 512
   found = work(mae.get_config("base"))
@@ -73,7 +82,7 @@ def test_work_of_mae_to_the_last_product():
 
 
 def test_work_of_mr_mae():
-  """GFLOP of an image as counted for the design of the project, by hand; visible tokens save 0.97 in the decoder's last block."""
+  """GFLOP of an image, counted by hand; visible tokens save 0.97 in the decoder's last block."""
   config = mrmae.get_config("base,fusion=stages,masking=random")
   config.teacher.path = "random"
   expected = {
@@ -95,11 +104,11 @@ def test_dense_stages_cost_four_times_as_much_and_are_not_counted_as_necessary()
   config = convmae.get_config("small")
   config.batch_size, config.data.source = 8, "digits"
   config.encoder.sparse = False
-  task = bench_step.bench.make_task(config)
+  task = bench.make_task(config)
   plan = train.make_plan(config, task, sharding.make_mesh(), 100)
   dense, needed = (
     program.flops(plan.step, plan.state, plan.frozen, plan.batch),
-    bench_step.necessary(config),
+    bench_step.necessary_flops(config),
   )
   assert abs(dense["stage 1"] / 8 / needed["stage 1"] / 4 - 1) < 0.01
   assert dense["decoder"] / 8 == needed["decoder"]
@@ -191,17 +200,12 @@ def test_guards_measures_the_step_beside_one_without(run, config_file, tmp_path)
     "checksums",
     "watch",
   }
-  assert "left out if it is not finite" in out and "% with a save in" in out
-  config, metrics = tiny.get_config(), []
-  for safeguards in (True, False):
-    metrics.append(bench.make_step(config, safeguards=safeguards).run())
-  assert metrics[0].keys() - metrics[1].keys() == {
-    "skipped"
-  }  # one leaves updates out, the other does not
-  assert all(
-    float(metrics[0][name]) == pytest.approx(float(value), rel=1e-6)
-    for name, value in metrics[1].items()
-  )
+  assert "skipping what is not finite" in out and "% with a save in" in out
+  steps = guards.compile_steps(tiny.get_config())
+  guarded, bare = (steps[name].run() for name in ("guarded", "bare"))
+  assert guarded.keys() - bare.keys() == {"skipped"}  # one skips updates, the other does not
+  for name, value in bare.items():
+    assert float(guarded[name]) == pytest.approx(float(value), rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -247,10 +251,8 @@ def test_the_step_of_transformers(run, tmp_path):
 
 
 def test_ways_that_disagree_get_no_ratio(run, monkeypatch):
-  from benchmarks import compare
-
   ways = {"one": compare._Way(lambda: 1.0, 1), "other": compare._Way(lambda: 1.1, 1)}
-  monkeypatch.setattr(compare, "_remat", lambda options: (ways, True))
+  monkeypatch.setitem(compare.PAIRS, "remat", lambda options: (ways, True))
   code, out, err = run("compare", "--pair=remat")
   assert code == 2 and "do not agree" in err and "speed" not in out
 
@@ -275,15 +277,17 @@ def test_forms_agree(run, tmp_path, operation):
 @pytest.mark.parametrize(
   "arguments, message",
   [
-    ((), "'' is not one of step, loader"),
-    (("fast",), "'fast' is not one of"),
+    ((), "BENCHMARK is missing"),
+    (("fast",), "invalid choice: 'fast'"),
     (("compare",), "--pair is missing"),
+    (("compare", "--pair=remat", "--config.encodr=x"), "has no key 'encodr'"),
+    (("compare", "--pair=remat", "--ronds=3"), "'--ronds=3' is not an option"),
     (
       ("compare", "--pair=reference", "--reference=/none"),
       "must be a checkout of Alpha-VL/ConvMAE",
     ),
-    (("step", "--batch_sizes=many", "--config=tests/tiny.py"), "must be whole numbers"),
-    (("both", "--config=configs/photos.py"), "--config.data.source is missing"),
+    (("step", "--batch_sizes=many", "--config=tests/tiny.py"), "expected a whole number"),
+    (("both", "--config=photos"), "--config.data.source is missing"),
     (("forms", "--topology=v9:1"), "is not KIND:AxB"),
   ],
 )
@@ -292,9 +296,13 @@ def test_mistakes(run, arguments, message):
   assert code == 2 and message in err and err.count("error:") == 1
 
 
-def test_help_is_answered(run):
+def test_help_is_answered(run, capsys):
   code, out, _ = run("--help")
-  assert code == 0 and all(name in out for name in SUBCOMMANDS)
-  for name in SUBCOMMANDS:
+  assert code == 0 and all(name in out for name in ("step", "both", "loader"))
+  for name in ("step", "both", "loader"):
     code, out, _ = run(name, "--help")
     assert code == 0 and f"bench {name}" in out
+  for name in ("compare", "forms", "guards"):
+    with pytest.raises(SystemExit) as end:
+      run(name, "--help")
+    assert end.value.code == 0 and f"python -m benchmarks.{name}" in capsys.readouterr().out

@@ -1,25 +1,23 @@
-"""The loader's benchmark: what it compares is equal, and it says so."""
+"""The benchmark of the loader: what it compares is equal, and it says so."""
 
 import json
 
 import pytest
 
-from mrmae_jax.cli import command_line
 from mrmae_jax.cli.bench import loader
+from tests.helpers.cli import run_command
 from tests.helpers.images import write_images
 
 
 @pytest.fixture
 def bench(tmp_path):
-  """Runs the command on six images; returns its exit code and results."""
+  """Runs the command on six images; returns its exit code and its figures."""
   write_images(tmp_path / "photos", [f"{i}.jpg" for i in range(6)])
 
   def run(*options):
-    code = command_line(
-      loader.__doc__,
-      loader.define_flags(),
-      loader.run,
+    code = run_command(
       [
+        "bench",
         "loader",
         f"--source=folder:{tmp_path}/photos",
         "--image_size=16",
@@ -29,7 +27,7 @@ def bench(tmp_path):
         "--rounds=2",
         f"--json={tmp_path}/result.json",
         *options,
-      ],
+      ]
     )
     return code, json.loads((tmp_path / "result.json").read_text())
 
@@ -49,7 +47,7 @@ def test_table(bench, capsys):
 
 
 def test_no_ratio_without_equal_pixels(bench, monkeypatch, capsys):
-  monkeypatch.setattr(loader, "_same_pixels", lambda *_: False)
+  monkeypatch.setattr(loader, "_has_pixels_of_pil", lambda *_: False)
   code, result = bench()
   assert code == 0 and not result["equal"] and "DIFFERENT" in capsys.readouterr().out
   table = result["lines"][3:]

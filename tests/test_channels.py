@@ -568,7 +568,7 @@ def test_four_channels_pretrain(run, held_out_views):
 
 
 def test_four_channels_are_visualized(run, folder, tmp_path):
-  out, panels = tmp_path / "look", "reconstruction,attention,pca,cosine,neighbours"
+  out, panels = tmp_path / "look", "reconstruction,attention,pca,cosine,neighbors"
   command = ["visualize", f"--model={run}", "--count=2", f"--out={out}", f"--panels={panels}"]
   assert run_command(command) == 0
   picture = np.asarray(Image.open(out / "reconstruction.png"))

@@ -1,4 +1,6 @@
-"""mrmae compile: figures that belong to the program, the largest batch, a table that adds up; libtpu only where it is there."""
+"""mrmae compile: figures that belong to the program, the largest batch, a table that adds up;
+libtpu only where it is there.
+"""
 
 import dataclasses
 import importlib.util
@@ -23,7 +25,13 @@ from tests.helpers.cli import run_command
 from tests.test_stages import changed
 
 ROOT = Path(__file__).parent.parent
-CONFIG = "from tests import tiny\ndef get_config():\n  c = tiny.get_config()\n  c.batch_size = 32\n  return c\n"
+CONFIG = """
+from tests import tiny
+def get_config():
+  c = tiny.get_config()
+  c.batch_size = 32
+  return c
+"""
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +121,10 @@ print(json.dumps(found))
 
 
 def test_what_1_to_256_devices_hold_and_exchange():
-  """State falls as the rule says; what is exchanged are parameters, gradients and metrics, whatever the batch and the devices."""
+  """State falls as the rule says.
+
+  What is exchanged are parameters, gradients and metrics, whatever the batch and the devices.
+  """
   flags = "--xla_force_host_platform_device_count=256 --xla_backend_optimization_level=0"
   done = subprocess.run(
     [sys.executable, "-c", DIVIDED],
@@ -162,7 +173,8 @@ def test_collectives_of_a_program():
   }
   text = (
     "  %ag = (f32[4,8]{1,0}, f32[32,8]{1,0}) all-gather-start(f32[4,8]{1,0} %p), dimensions={0}\n"
-    "  ROOT %ar = (bf16[10]{0}, f32[2,3]{1,0}) all-reduce(bf16[10]{0} %a, f32[2,3]{1,0} %b), to_apply=%add\n"
+    "  ROOT %ar = (bf16[10]{0}, f32[2,3]{1,0}) all-reduce(bf16[10]{0} %a, f32[2,3]{1,0} %b), "
+    "to_apply=%add\n"
   )
   assert program_lib.collectives(text) == {
     "all-gather": {"count": 1, "bytes": 1024},

@@ -21,6 +21,7 @@ from mrmae_jax.errors import ConfigError
 from mrmae_jax.tasks import pretrain
 from mrmae_jax.weights.hub import PRESETS
 from tests import tiny
+from tests.helpers.cli import run_command
 
 ROOT = Path(__file__).parent.parent
 
@@ -414,8 +415,8 @@ def command(*arguments):
     ),
     (["--config.optm.blr=1"], "config has no key 'optm'; did you mean config.optim?"),
     (["config.seed=3"], "'config.seed=3' is not an option; did you mean --config.seed=3?"),
-    (["--config.batch_size=many"], "flag --config.batch_size=many: invalid literal for int()"),
-    (["--worrkdir=/tmp/x"], "Unknown command line flag 'worrkdir'. Did you mean: workdir"),
+    (["--config.batch_size=many"], "--config.batch_size=many: invalid literal for int()"),
+    (["--worrkdir=/tmp/x"], "'--worrkdir=/tmp/x' is not an option; did you mean --workdir?"),
     (["--config=configs/none.py"], "--config=configs/none.py: no such file"),
     (["--config=configs/mae.py:giant"], "size 'giant' is not one of small, base, large, huge"),
     (
@@ -424,29 +425,25 @@ def command(*arguments):
     ),
   ],
 )
-def test_mistyped_command_lines(arguments, message):
-  code, err = command("--config=configs/demo.py", "--workdir=/nonexistent", *arguments)
-  assert code == 2 and message in err and err.startswith("error: ") and err.count("\n") == 1
+def test_mistyped_command_lines(arguments, message, capsys, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  given = [] if arguments[0].startswith("--config=") else ["--config=configs/demo.py"]
+  assert run_command(["pretrain", *given, "--workdir=/nonexistent", *arguments]) == 2
+  err = capsys.readouterr().err
+  assert message in err and err.startswith("error: ") and err.count("\n") == 1
 
 
-def test_a_missing_flag_is_named():
-  code, err = command("--config=configs/demo.py")
-  assert code == 2 and "--workdir is missing" in err and err.count("\n") == 1
+def test_a_missing_flag_is_named(capsys):
+  assert run_command(["pretrain", "--config=configs/demo.py"]) == 2
+  err = capsys.readouterr().err
+  assert "--workdir is missing" in err and err.count("\n") == 1
 
 
-def test_help():
-  env = dict(os.environ, PYTHONPATH=str(ROOT))
-  out = subprocess.run(
-    [sys.executable, "-m", "mrmae_jax", "pretrain", "--help"],
-    cwd=ROOT,
-    env=env,
-    capture_output=True,
-    text=True,
-    check=True,
-  ).stdout
-  assert (
-    "mrmae pretrain --config=configs/demo.py" in out and "--check: " in out and "--workdir: " in out
-  )
+def test_help(capsys):
+  assert run_command(["pretrain", "--help"]) == 0
+  out = capsys.readouterr().out
+  assert all(word in out for word in ("usage: mrmae pretrain", "--check", "--workdir"))
+  assert "base learning rate; the peak is blr * batch_size / 256" in out
 
 
 def test_an_unreadable_image_is_named(tmp_path):

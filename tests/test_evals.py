@@ -1,4 +1,6 @@
-"""Evaluators: k-NN by its definition and the same on any devices, reconstructions in the right place and brightness."""
+"""Evaluators: k-NN by its definition and the same on any devices, reconstructions in the right
+place and brightness.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import pytest
 
 from mrmae_jax import mrmae, sharding
 from mrmae_jax.evals import knn
+from mrmae_jax.reconstruction import reconstruct
 from mrmae_jax.tasks import pretrain
 from mrmae_jax.viz import grid
 from tests import tiny
@@ -42,7 +45,7 @@ def test_knn_classify_by_its_definition():
 
 @pytest.mark.parametrize("count", [37, 5])
 @pytest.mark.parametrize("devices, fsdp", [(1, 1), (8, 2)])
-def test_neighbours_are_exact_in_any_blocks_on_any_devices(monkeypatch, count, devices, fsdp):
+def test_neighbors_are_exact_in_any_blocks_on_any_devices(monkeypatch, count, devices, fsdp):
   rng = np.random.default_rng(0)
   bank, queries = (
     rng.standard_normal((count, 6)).astype(np.float32),
@@ -135,7 +138,9 @@ def test_knn_without_labels_says_why_not(tmp_path):
 
 @pytest.mark.parametrize("norm_pix", [True, False])
 def test_a_perfect_prediction_is_drawn_as_the_original(monkeypatch, norm_pix):
-  """Un-normalising, un-patchifying and the colours are right: the decoder's targets come back as the image."""
+  """Un-normalising, un-patchifying and the colours are right: the decoder's targets come back as
+  the image.
+  """
   config = tiny.get_config()
   config.teacher.path = ""
   model = pretrain.make_model(config, {})
@@ -143,7 +148,7 @@ def test_a_perfect_prediction_is_drawn_as_the_original(monkeypatch, norm_pix):
   mask = mrmae.sample_mask(jax.random.uniform(jax.random.key(0), (2, 24)), 0.75)
   targets = lambda params, pixels, mask, model: (None, mrmae.pixel_targets(pixels, 8, norm_pix)[0])
   monkeypatch.setattr(mrmae, "encode_decode", targets)
-  drawn = pretrain.reconstruct(model, {}, images, mask, norm_pix)
+  drawn = reconstruct(model, {}, images, mask, norm_pix)
   original = np.asarray(images) / 255
   for name in ("original", "reconstruction", "pasted"):
     np.testing.assert_allclose(drawn[name], original, atol=1e-5, err_msg=name)
@@ -155,7 +160,7 @@ def test_a_perfect_prediction_is_drawn_as_the_original(monkeypatch, norm_pix):
     "encode_decode",
     lambda params, pixels, mask, model: (None, 0 * targets(0, pixels, mask, model)[1]),
   )
-  drawn = pretrain.reconstruct(model, {}, images, mask, norm_pix)
+  drawn = reconstruct(model, {}, images, mask, norm_pix)
   np.testing.assert_allclose(
     np.where(hidden, 0, drawn["pasted"]), np.where(hidden, 0, original), atol=1e-5
   )

@@ -1,4 +1,6 @@
-"""Fine-tuning: starts from pretrained weights or says why not, drops paths image by image, counts every image once."""
+"""Fine-tuning: starts from pretrained weights or says why not, drops paths image by image, counts
+every image once.
+"""
 
 import json
 import os
@@ -190,11 +192,15 @@ def test_accuracy_counts_every_image_once_on_any_devices():
 
 
 def test_a_run_from_start_to_end(tmp_path):
-  """Pre-trained weights in, held-out accuracy out; the same command continues; another start is refused."""
+  """Pre-trained weights in, held-out accuracy out.
+
+  The same command continues; another start is refused.
+  """
   finished_run(tmp_path / "pretrained")
   (tmp_path / "finetune.py").write_text(
     "from tests import test_finetune\ndef get_config():\n"
-    f"  return test_finetune.finetune_config(init_from={str(tmp_path / 'pretrained')!r}, optim__ema_decay=0.9)\n"
+    f"  return test_finetune.finetune_config(init_from={str(tmp_path / 'pretrained')!r}, "
+    "optim__ema_decay=0.9)\n"
   )
   env = dict(os.environ, PYTHONPATH=str(ROOT), XLA_FLAGS="--xla_backend_optimization_level=0")
 

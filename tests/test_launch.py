@@ -1,7 +1,7 @@
 """The launch scripts, run against stand-ins of gcloud, sbatch, kubectl and others on this machine.
 
-The stand-ins come first on PATH. Two folders play the hosts of a slice; the training is a small program that notes how it was
-started and ends as a plan tells it.
+The stand-ins come first on PATH. Two folders play the hosts of a slice; the training is a small
+program that notes how it was started and ends as a plan tells it.
 """
 
 import configparser
@@ -27,11 +27,13 @@ AWKWARD = [
   '--config.data.source=folder:/my images/it\'s "here" & $HOME; *',
   "--config.teacher.path=",
 ]
-# The training. A plan is one word per start: an exit code, "slow", "hang" (until SIGTERM, then 75), "preempt" (the slice is gone).
+# The training. A plan is one word per start: an exit code, "slow", "hang" (until SIGTERM, then 75),
+# "preempt" (the slice is gone).
 PAYLOAD = f"""#!{sys.executable}
 import json, os, pathlib, signal, sys, time
 cloud = pathlib.Path(os.environ["CLOUD"])
-host = os.environ.get("SLURM_PROCID") or os.environ.get("MRMAE_PROCESS_ID") or pathlib.Path.home().name
+number = os.environ.get("SLURM_PROCID") or os.environ.get("MRMAE_PROCESS_ID")
+host = number or pathlib.Path.home().name
 with open(cloud / "calls", "a") as calls:
   calls.write(json.dumps(dict(host=host, words=sys.argv[1:], env=dict(os.environ))) + "\\n")
 plan = cloud / f"plan-{{host}}"
@@ -64,7 +66,8 @@ with open(cloud / "log", "a") as log:
   print("gcloud", *words, file=log)
 assert words[:2] == ["compute", "tpus"] and "--zone=here-1a" in words, words
 group, verb, name = words[2:5]
-options = dict(word.removeprefix("--").split("=", 1) for word in words if word.startswith("--") and "=" in word)
+options = [word.removeprefix("--") for word in words if word.startswith("--") and "=" in word]
+options = dict(word.split("=", 1) for word in options)
 slice, hosts = cloud / "slice", [cloud / "hosts" / i for i in "01"]
 if verb == "create":
   assert group == "queued-resources" and not slice.exists() and options["node-id"] == name == "pod"
@@ -90,7 +93,8 @@ else:
     for host in chosen: shutil.copy(name, host)
   else:
     command, lost = options["command"], cloud / "lose connection"
-    start = lambda host: subprocess.Popen(["bash", "-c", command], cwd=host, env=os.environ | dict(HOME=str(host)))
+    env = lambda host: os.environ | dict(HOME=str(host))
+    start = lambda host: subprocess.Popen(["bash", "-c", command], cwd=host, env=env(host))
     processes = [start(host) for host in chosen]
     if "host.sh run" in command and lost.exists():
       while not (cloud / "calls").exists(): time.sleep(0.1)
@@ -112,8 +116,10 @@ last = int(options.get("array", "0-0").split("%")[0].split("-")[1])
 for task in range(last + 1):
   for restart in range(9):
     (cloud / "requeued").unlink(missing_ok=True)
-    env = os.environ | dict(SLURM_JOB_ID="7", SLURM_SUBMIT_DIR=os.getcwd(), SLURM_RESTART_COUNT=str(restart), SLURM_NNODES="1",
-                            SLURM_NTASKS=os.environ.get("tasks", "2"), SLURM_GPUS_ON_NODE="8", SLURM_ARRAY_TASK_ID=str(task))
+    env = os.environ | dict(
+      SLURM_JOB_ID="7", SLURM_SUBMIT_DIR=os.getcwd(), SLURM_RESTART_COUNT=str(restart),
+      SLURM_NNODES="1", SLURM_NTASKS=os.environ.get("tasks", "2"), SLURM_GPUS_ON_NODE="8",
+      SLURM_ARRAY_TASK_ID=str(task))
     process = subprocess.Popen(["bash", str(cloud / "copy"), *words], env=env, cwd="/")
     (cloud / "batch").write_text(str(process.pid))
     code = process.wait()
@@ -124,7 +130,8 @@ print(code)
 import os, signal, subprocess, sys
 assert sys.argv[1] == "--kill-on-bad-exit=1"
 numbers = range(int(os.environ["SLURM_NTASKS"]))
-tasks = [subprocess.Popen(sys.argv[2:], env=os.environ | dict(SLURM_PROCID=str(i))) for i in numbers]
+start = lambda i: subprocess.Popen(sys.argv[2:], env=os.environ | dict(SLURM_PROCID=str(i)))
+tasks = [start(i) for i in numbers]
 signal.signal(signal.SIGTERM, lambda *_: [task.terminate() for task in tasks])
 sys.exit(max(task.wait() for task in tasks))
 """,
@@ -146,9 +153,11 @@ if words == ["apply", "--filename=-"]:
   for start in range(spec["failurePolicy"]["maxRestarts"] + 1):
     codes = []
     for index in range(job["completions"]):
-      env = {{"MRMAE_PROCESS_ID": str(index)}} | {{e["name"]: e.get("value", str(index)) for e in container.get("env", [])}}
+      env = {{e["name"]: e.get("value", str(index)) for e in container.get("env", [])}}
+      env = {{"MRMAE_PROCESS_ID": str(index)}} | env
       expanded = [re.sub(r"\\$\\$", "$", word) for word in container["args"]]
-      codes.append(subprocess.call(["python", "-m", "mrmae_jax", *expanded], env=os.environ | env))
+      command = ["python", "-m", "mrmae_jax", *expanded]
+      codes.append(subprocess.call(command, env=os.environ | env))
     if not any(codes) or set(codes) & set(rule["onExitCodes"]["values"]): break
   print("ended with", max(codes))
 """,

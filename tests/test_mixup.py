@@ -1,4 +1,6 @@
-"""Mixing on the device against its definition: label mass, true areas, the laws of the draws, determinism."""
+"""Mixing on the device against its definition: label mass, true areas, the laws of the draws,
+determinism.
+"""
 
 import functools
 
@@ -21,7 +23,9 @@ def own_share(targets, smoothing):
 
 @functools.cache
 def draws(count=3000, **options):
-  """Results for `count` keys on images whose pixels are their own place in the batch: [count, B, H, W, 1], [count, B, K]."""
+  """Results for `count` keys on images whose pixels are their own place in the batch: [count, B, H,
+  W, 1], [count, B, K].
+  """
   images = jnp.broadcast_to(jnp.arange(B, dtype=jnp.float32)[:, None, None, None], (B, H, W, 1))
   fn = lambda key: mix(key, images, LABELS, CLASSES, **options)
   images, targets = jax.jit(jax.vmap(fn))(jax.random.split(jax.random.key(0), count))
@@ -55,7 +59,8 @@ def test_labels_keep_their_mass_and_images_their_share():
   np.testing.assert_allclose(targets.sum(-1), 1, atol=1e-6)
   lam = own_share(targets, 0.1)
   assert lam.min() > -1e-6 and lam.max() < 1 + 1e-6
-  # An image of one value each: its mean says how much is its own, and the targets say the same of the labels.
+  # An image of one value each: its mean says how much is its own, and the targets say the same of
+  # the labels.
   first, last = images[:, 0].mean((1, 2, 3)), images[:, -1].mean((1, 2, 3))
   np.testing.assert_allclose(first, (1 - lam) * (B - 1), atol=1e-4)
   np.testing.assert_allclose(last, lam * (B - 1), atol=1e-4)
@@ -89,7 +94,9 @@ def test_switch_and_laws():
 
 
 def test_boxes():
-  """Each box is a rectangle around a uniform place, with the image's aspect, of area 1 - lambda unless the border cuts it."""
+  """Each box is a rectangle around a uniform place, with the image's aspect, of area 1 - lambda
+  unless the border cuts it.
+  """
   images, targets = draws(mixup_alpha=0.0, cutmix_alpha=1.0)
   box = images[:, 0, :, :, 0] == B - 1
   lam = own_share(targets, 0.0)
@@ -106,7 +113,8 @@ def test_boxes():
   assert (
     np.abs(height / H - width / W) < 2 / H
   ).all()  # both sides are rounded down to an even number
-  # Centres are uniform: the middle row lies in the box more often than the border, and both halves equally often.
+  # Centres are uniform: the middle row lies in the box more often than the border, and both halves
+  # equally often.
   assert (
     abs(rows[:, : H // 2].sum() / rows.sum() - 0.5) < 0.03
     and abs(columns[:, : W // 2].sum() / columns.sum() - 0.5) < 0.03

@@ -1,4 +1,6 @@
-"""The method's claims, on tiny random models: what may influence what, and that the two forms of the encoder agree."""
+"""The method's claims, on tiny random models: what may influence what, and that the two forms of
+the encoder agree.
+"""
 
 import functools
 from types import SimpleNamespace
@@ -287,7 +289,10 @@ def test_depthwise_conv_equals_lax_conv(monkeypatch, shape):
 
 @pytest.mark.parametrize("cls, masks", [(False, 1), (True, 1), (False, 3)])
 def test_masked_tokens_alone_are_predicted_the_same(cls, masks):
-  """The last block and the prediction leave visible tokens out, which are still attended to; so do their gradients."""
+  """The last block and the prediction leave visible tokens out, which are still attended to.
+
+  So do their gradients.
+  """
   mask = mrmae.sample_mask(jax.random.uniform(jax.random.key(0), (2, 24)), 0.75, masks)
   decoder, tokens = (
     Decoder(12, dim=16, depth=2, num_heads=4),
@@ -340,7 +345,9 @@ def test_what_is_computed_again_is_the_same(encoder, remat):
 
 
 def test_attention_of_cudnn_is_asked_for_by_name(monkeypatch):
-  """Where it can be used: lowered for CUDA from here, it is a call of cuDNN's kernel forwards and backwards."""
+  """Where it can be used: lowered for CUDA from here, it is a call of cuDNN's kernel forwards and
+  backwards.
+  """
   assert not layers.has_fused_attention(jnp.bfloat16, 64)  # there is no GPU here
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   for capability, dtype, head_dim, usable in (
@@ -510,7 +517,9 @@ def test_gelu_is_the_exact_one():
 
 
 def test_initialisation_is_the_reference_one():
-  """As Alpha-VL/ConvMAE does it: xavier for Linear layers and the third embedding, torch's default for every other convolution."""
+  """As Alpha-VL/ConvMAE does it: xavier for Linear layers and the third embedding, torch's default
+  for every other convolution.
+  """
   encoder = ConvViT(embed_dims=(64, 96, 128), depths=(1, 1, 1), num_heads=4)
   p = jax.jit(encoder.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
 

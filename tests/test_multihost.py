@@ -110,7 +110,7 @@ def test_f12_one_run_on_any_hosts_and_after_a_kill(tmp_path):
         np.testing.assert_allclose(
           losses[step][key], reference[step][key], rtol=1e-5, err_msg=f"{name}, step {step}, {key}"
         )
-    # A neighbour that is nearly as near as the next one may change places with it.
+    # A neighbor that is nearly as near as the next one may change places with it.
     assert abs(evaluation[18]["knn/accuracy"] - evaluations[18]["knn/accuracy"]) < 2.1 / 359
 
 

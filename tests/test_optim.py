@@ -1,4 +1,6 @@
-"""Optimisers of fine-tuning and probe: every name's rate and decay as in the reference, LARS, averaged weights."""
+"""Optimisers of fine-tuning and probe: every name's rate and decay as in the reference, LARS,
+averaged weights.
+"""
 
 import json
 from pathlib import Path
@@ -128,7 +130,9 @@ def three_layers(seed):
 
 
 def test_three_steps_by_the_definition():
-  """AdamW (Loshchilov and Hutter 2019) with lr * scale in place of lr, for the step and for the decay."""
+  """AdamW (Loshchilov and Hutter 2019) with lr * scale in place of lr, for the step and for the
+  decay.
+  """
   as_jax = lambda tree: jax.tree.map(jnp.float32, tree)
   tx, expected = optimiser(), flat(three_layers(0))
   params = as_jax(three_layers(0))

@@ -1,4 +1,6 @@
-"""Linear probes: batch norm as in torch, heads that do not know of each other, cached features, what the result file says."""
+"""Linear probes: batch norm as in torch, heads that do not know of each other, cached features,
+what the result file says.
+"""
 
 import json
 import math
@@ -53,7 +55,9 @@ def run(task, config, steps):
 
 
 def test_heads_and_batch_norm_by_definition():
-  """Six steps written out: BatchNorm1d(affine=False) with momentum 0.1 and unbiased running variance, LARS at two rates."""
+  """Six steps written out: BatchNorm1d(affine=False) with momentum 0.1 and unbiased running
+  variance, LARS at two rates.
+  """
   config = probe_config(optim__warmup_epochs=0.2)
   task = probe.make(config)
   state, metrics = run(task, config, 6)
@@ -153,7 +157,10 @@ def test_accuracy_of_a_grid():
 
 
 def test_a_run_with_a_break(tmp_path):
-  """Through `fit`, from a pre-trained run; resumed from its checkpoint it says it is finished; it is no model to load."""
+  """Through `fit`, from a pre-trained run.
+
+  Resumed from its checkpoint it says it is finished; it is no model to load.
+  """
   finished_run(tmp_path / "pretrained")
   config = probe_config(init_from=str(tmp_path / "pretrained"))
   state = train.fit(config, probe.make(config), tmp_path / "run")
@@ -190,7 +197,10 @@ def test_mistakes_are_named(values, message):
 
 
 def test_cached_probe_finds_what_is_linear():
-  """Two informative directions among many: near the truth at good rates; every rate as if trained alone."""
+  """Two informative directions among many: near the truth at good rates.
+
+  Every rate as if trained alone.
+  """
   rng = np.random.default_rng(0)
   x = rng.standard_normal((600, 12)) * 3 + 5
   y = (x[:, 0] > 5).astype(int) + 2 * (x[:, 1] > 5)

@@ -1,9 +1,12 @@
-"""What a newcomer types: the notebook runs, the options of every command of the README exist, and (slow) every command runs.
+"""What a newcomer types: the notebook runs, the options of every command of the README exist, and
+(slow) every command runs.
 
-The README's code blocks are shell scripts; so are its tables of commands. They run here in order, in a folder that looks like a checkout.
-Places that the README leaves open (/path/to/photos, DIR, RUN) are filled in. A stand-in of `mrmae`, first on PATH, adds options to what
-would take hours or has no network, and checks the exit code; SHORTER below has them all. What is not for this machine (clouds,
-containers, installations) is answered by stand-ins that do nothing; tests/test_launch.py plays their part properly.
+The README's code blocks are shell scripts; so are its tables of commands. They run here in order,
+in a folder that looks like a checkout. Places that the README leaves open (/path/to/photos, DIR,
+RUN) are filled in. A stand-in of `mrmae`, first on PATH, adds options to what would take hours or
+has no network, and checks the exit code; SHORTER below has them all. What is not for this machine
+(clouds, containers, installations) is answered by stand-ins that do nothing; tests/test_launch.py
+plays their part properly.
 
   python -m pytest -m slow tests/test_readme.py
 """
@@ -24,23 +27,39 @@ from PIL import Image
 
 from mrmae_jax import __main__ as entry
 from mrmae_jax import config
+from mrmae_jax.cli import parser
 
 ROOT = Path(__file__).parent.parent
-TEACHER = "--config.teacher.name= --config.teacher.path=tests/goldens/teachers/hf_clip_full --config.teacher.dtype=float32"
-RUN = "--config.batch_size=8 --config.epochs=0.5 --config.optim.warmup_epochs=0.2 --config.dtype=float32"
-DIGITS = "--config.data.source=digits --config.data.holdout_every=5 --config.epochs=0.05 --config.optim.warmup_epochs=0.02"
+TEACHER = (
+  "--config.teacher.name= --config.teacher.path=tests/goldens/teachers/hf_clip_full "
+  "--config.teacher.dtype=float32"
+)
+RUN = (
+  "--config.batch_size=8 --config.epochs=0.5 --config.optim.warmup_epochs=0.2 "
+  "--config.dtype=float32"
+)
+DIGITS = (
+  "--config.data.source=digits --config.data.holdout_every=5 --config.epochs=0.05 "
+  "--config.optim.warmup_epochs=0.02"
+)
 CONVVIT = (
-  "--config.image_size=(32,32) --config.encoder.patch_sizes=(2,2,2) --config.encoder.embed_dims=(8,12,24) "
+  "--config.image_size=(32,32) --config.encoder.patch_sizes=(2,2,2) "
+  "--config.encoder.embed_dims=(8,12,24) "
   "--config.encoder.depths=(1,1,4) --config.encoder.num_heads=2"
 )
 VIT = (
-  "--config.image_size=(32,32) --config.encoder.patch_size=8 --config.encoder.dim=24 --config.encoder.depth=4 "
+  "--config.image_size=(32,32) --config.encoder.patch_size=8 --config.encoder.dim=24 "
+  "--config.encoder.depth=4 "
   "--config.encoder.num_heads=2 --config.encoder.mlp_dim=48"
 )
 DECODER = "--config.decoder.dim=16 --config.decoder.depth=1 --config.decoder.num_heads=2"
-NARROW = "--config.encoder.embed_dims=(8,12,24) --config.encoder.depths=(1,1,2) --config.encoder.num_heads=2"
+NARROW = (
+  "--config.encoder.embed_dims=(8,12,24) --config.encoder.depths=(1,1,2) "
+  "--config.encoder.num_heads=2"
+)
 FUSED = "--config.encoder.fuse_layers=(1,2)"
-SHORTER = [  # (commands that contain this, options in addition, exit code); all that match count, the last code
+# (commands that contain this, options in addition, exit code); all that match count, the last code.
+SHORTER = [
   (r"configs/demo\.py", "--config.epochs=0.2 --config.optim.warmup_epochs=0.1", 0),
   (r"configs/demo_finetune\.py", "--config.epochs=0.2 --config.optim.warmup_epochs=0.1", 0),
   (r"configs/photos\.py", f"{RUN} {NARROW} {DECODER} --config.teacher.dtype=float32", 0),
@@ -55,11 +74,16 @@ SHORTER = [  # (commands that contain this, options in addition, exit code); all
   (r"^mrmae ensemble", "--images=digits --holdout_every=5", 0),
   (r"^mrmae sweep .*mimic_weight", "--config.epochs=0.2 --config.optim.warmup_epochs=0.1", 0),
   (r"^mrmae sweep --config=configs/sweeps/lr\.py --workdir=\S*$", "--do=print", 0),
-  (r"^mrmae teacher", "--epochs=1 --batch_size=8", 0),
+  (
+    r"^mrmae teacher",
+    "--config.epochs=1 --config.batch_size=8 --config.optim.warmup_epochs=0.1",
+    0,
+  ),
+  (r"configs/teacher\.py:photos", f"{VIT} --config.dtype=float32", 0),
   (r"^mrmae visualize .*clip_vit_b16", "--teacher=tests/goldens/teachers/hf_clip_full", 0),
   (r"^mrmae knn --train=train", "--batch_size=16", 0),
   (r"^mrmae bench (step|both)", "--steps=2", 0),
-  (r"^mrmae bench (compare|guards)", "--rounds=1", 0),
+  (r"^python -m benchmarks", "--rounds=1", 0),
   (r"^mrmae bench loader", "--rounds=1 --images=32 --batch_size=8 --workers=0", 0),
   (r"memory_batches=1000", "--memory_batches=20", 0),
   (r"^mrmae pack .*--short_side=256", "--short_side=64", 0),
@@ -76,12 +100,14 @@ SHORTER = [  # (commands that contain this, options in addition, exit code); all
 ]
 STAND_IN = f"""#!{sys.executable}
 import json, os, re, subprocess, sys
-line, code = "mrmae " + " ".join(sys.argv[1:]), 0
+module = os.environ.get("MODULE", "mrmae_jax")
+program = "mrmae" if module == "mrmae_jax" else "python -m " + module
+line, code = program + " " + " ".join(sys.argv[1:]), 0
 words = sys.argv[1:]
 for pattern, options, then in json.load(open(os.environ["PLACE"] + "/shorter.json")):
   if re.search(pattern, line):
     words, code = words + options.split(), then
-command = [sys.executable, "-m", "mrmae_jax", *words]
+command = [sys.executable, "-m", module, *words]
 other = [word.replace("--process_id=0", "--process_id=1") for word in command]
 others = [subprocess.Popen(other)] if other != command else []
 got = [subprocess.run(command).returncode, *(other.wait() for other in others)]
@@ -90,6 +116,7 @@ if set(got) != {{code}}:
 """
 PYTHON = f"""#!/bin/sh
 case "$*" in
+  "-m benchmarks."*) module=$2; shift 2; MODULE=$module exec mrmae "$@" ;;
   "-m pytest"*|*"import tensorflow_datasets"*) ;;  # the tests; the download of ImageNet
   *) exec {sys.executable} "$@" ;;
 esac
@@ -117,7 +144,8 @@ def blocks():
         )
       elif text.startswith("--config."):  # options alone
         text = "".join(
-          f"mrmae doctor --nocompile --config=configs/photos.py --config.data.source=folder:/path/to/photos {line}\n"
+          "mrmae doctor --no-compile --config=configs/photos.py "
+          f"--config.data.source=folder:/path/to/photos {line}\n"
           for line in text.splitlines()
         )
       if text.strip():
@@ -129,15 +157,17 @@ BLOCKS = blocks()
 
 
 def commands():
-  """Every `mrmae` command of the README, as words."""
+  """Every command of `mrmae` and of the benchmarks in the README, as words."""
   for _, text in BLOCKS:
     for line in text.replace("\\\n", " ").splitlines():
-      if re.search(r"\bmrmae ", line):
+      if re.search(r"\bmrmae |python -m benchmarks", line):
         words = shlex.split(line, comments=True)
         words = words[
           next((i for i, word in enumerate(words) if "=" not in word), 0) :
         ]  # environment variables
-        if words and words[0] == "mrmae":
+        if words[:2] == ["python", "-m"]:
+          yield ["benchmarks", words[2].removeprefix("benchmarks."), *words[3:]]
+        elif words and words[0] == "mrmae":
           yield words
 
 
@@ -146,27 +176,38 @@ KEYS = {row[0] for schema in map(config.defaults, config.TASKS) for row in confi
 
 
 def test_there_are_commands_in_the_readme():
-  assert len(FOUND) > 60 and {words[1] for words in FOUND} >= set(entry.COMMANDS)
+  assert len(FOUND) > 60
+  assert {words[1] for words in FOUND if words[0] == "mrmae"} >= set(parser.COMMANDS)
 
 
 @pytest.mark.parametrize("words", FOUND, ids=[" ".join(words[1:3])[:60] for words in FOUND])
 def test_every_option_of_a_command_exists(words, capsys):
-  """The sub-command and its options are known; keys of the configuration are looked up in the schema."""
+  """The sub-command and its options are known.
+
+  Keys of the configuration are looked up in the schema.
+  """
   name, options = words[1], [word for word in words[2:] if word.startswith("--")]
-  assert name in entry.COMMANDS
-  extra = [words[2]] if name == "bench" else []
-  assert entry.main(["mrmae", name, *extra, "--help"]) == 0
-  text = capsys.readouterr().out
+  if words[0] == "benchmarks":
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--help"]
+    text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+  else:
+    assert name in parser.COMMANDS
+    extra = [words[2]] if name == "bench" else []
+    assert entry.main(["mrmae", name, *extra, "--help"]) == 0
+    text = capsys.readouterr().out
   for option in options:
     key = option[2:].split("=")[0]
     if key.startswith("config."):
       assert key.removeprefix("config.") in KEYS | {"encoder.dim", "encoder.mlp_dim"}, option
     else:
-      assert re.search(rf"--(\[no\])?{key.removeprefix('no')}\b", text), (option, text[:500])
+      assert re.search(rf"--{key}\b", text), (option, text[:500])
 
 
 def test_the_notebook_runs_as_it_stands(tmp_path):
-  """Its cells, one after another, in a fresh process; with fewer epochs, as its first cell offers."""
+  """Its cells, one after another, in a fresh process.
+
+  With fewer epochs, as its first cell offers.
+  """
   cells = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text())["cells"]
   code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
   assert not any(cell.get("outputs") for cell in cells)
@@ -186,7 +227,7 @@ def test_the_notebook_runs_as_it_stands(tmp_path):
   assert done.returncode == 0, done.stderr[-2000:]
   assert (
     re.search(r"mimic \(1, [\d.]+\) -> \(\d+, [\d.]+\)", done.stdout)
-    and "held-out digits have a nearest neighbour" in done.stdout
+    and "held-out digits have a nearest neighbor" in done.stdout
   )
 
 

@@ -1,4 +1,6 @@
-"""A task outside of the package trains, is evaluated, is killed and resumes, without a change to the package."""
+"""A task outside of the package trains, is evaluated, is killed and resumes, without a change to
+the package.
+"""
 
 import os
 import shutil

@@ -1,4 +1,6 @@
-"""The loop: the same numbers on any devices, one compilation, exact resumption, nothing saved that is not finite."""
+"""The loop: the same numbers on any devices, one compilation, exact resumption, nothing saved that
+is not finite.
+"""
 
 import json
 import logging
@@ -83,7 +85,8 @@ def test_f11_f14_five_steps_agree_on_any_devices(setup, reference, num_devices, 
 
   def compare(path, a, b):
     if path[-2:] == (jax.tree_util.DictKey("qkv"), jax.tree_util.DictKey("bias")):
-      # Softmax does not see a key bias: its gradient is zero but for rounding, which Adam blows up to full steps.
+      # Softmax does not see a key bias: its gradient is zero but for rounding, which Adam blows up
+      # to full steps.
       a, b = np.delete(a.reshape(3, -1), 1, axis=0), np.delete(b.reshape(3, -1), 1, axis=0)
     np.testing.assert_allclose(a, b, atol=1e-5, err_msg=jax.tree_util.keystr(path))
 
@@ -184,7 +187,8 @@ def run(workdir, *overrides, devices=1, wait=True):
     os.environ,
     JAX_PLATFORMS="cpu",
     PYTHONPATH=str(ROOT),
-    XLA_FLAGS=f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+    XLA_FLAGS=f"--xla_force_host_platform_device_count={devices} "
+    "--xla_backend_optimization_level=0",
   )
   command = [
     sys.executable,
@@ -224,7 +228,9 @@ def saved_steps(workdir):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-  """An uninterrupted run on 8 devices, and one that was killed between its first checkpoint and its end."""
+  """An uninterrupted run on 8 devices, and one that was killed between its first checkpoint and its
+  end.
+  """
   folder = tmp_path_factory.mktemp("runs")
   code, out, err = run(folder / "whole", *LONG, devices=8)
   assert code == 0, err
@@ -466,7 +472,8 @@ def test_logs_of_a_run_in_a_bucket(monkeypatch):
   [
     (
       "gs://bucket/run",
-      r"gs://bucket/run cannot be reached \(no credentials\); it needs pip install 'mrmae_jax\[gcs\]'",
+      r"gs://bucket/run cannot be reached \(no credentials\); it needs pip install "
+      r"'mrmae_jax\[gcs\]'",
     ),
     ("s3://bucket/run", "folders on disk and gs:// buckets are supported"),
   ],

@@ -1,4 +1,6 @@
-"""Focused mimicking, complementary masks, layer fusion, CLS, several teachers and every form of the mimic loss, by definition."""
+"""Focused mimicking, complementary masks, layer fusion, CLS, several teachers and every form of the
+mimic loss, by definition.
+"""
 
 import functools
 
@@ -195,7 +197,9 @@ def test_layer_fusion_by_definition():
 
 @pytest.mark.parametrize("encoder", ["sparse", "vit"])
 def test_fusion_takes_the_chosen_depths(encoder):
-  """With all weight on one depth, and its Linear the identity, that block's output goes straight to the last norm."""
+  """With all weight on one depth, and its Linear the identity, that block's output goes straight to
+  the last norm.
+  """
   depth = dict(depths=(1, 1, 4)) if encoder == "sparse" else dict(depth=4)
   model, params, images, noise, _ = setup(encoder, fuse_layers=(0, 2), **depth)
   stages = {} if encoder == "vit" else dict(fuse_stages=False)
@@ -220,7 +224,9 @@ def test_stage_fusion_can_be_left_out():
 
 @pytest.mark.parametrize("encoder", ["dense", "sparse"])
 def test_cls_of_the_convolutional_encoder(encoder):
-  """CLS has no position, gets nothing from the stages, comes first, and its attention is what it says."""
+  """CLS has no position, gets nothing from the stages, comes first, and its attention is what it
+  says.
+  """
   model, params, images, noise, _ = setup(encoder, cls_token=True)
   mask, pixels = mrmae.sample_mask(noise, 0.75), mrmae.normalize(images, model.mean, model.std)
   x, out = model.encoder.apply({"params": params["encoder"]}, pixels, mask)

@@ -16,6 +16,7 @@ from mrmae_jax import mrmae
 from mrmae_jax.cli import show_teacher, visualize
 from mrmae_jax.cli import subject as subjects
 from mrmae_jax.models import ConvViT, ViT, encode, head_attention
+from mrmae_jax.reconstruction import reconstruct
 from mrmae_jax.runs.checkpoint import Checkpoints
 from mrmae_jax.tasks import pretrain
 from mrmae_jax.train import TrainState
@@ -27,7 +28,7 @@ from tests.test_stages import changed
 from tests.test_weights import make
 
 SIZE, GRID = (32, 48), (4, 6)  # of tiny's images, 8-pixel patches
-PLAIN = ("--count=2", "--bank=9", "--neighbours=2")
+PLAIN = ("--count=2", "--bank=9", "--neighbors=2")
 
 
 def run_with_teacher(workdir, encoder="convvit", **values):
@@ -195,8 +196,7 @@ def test_reconstructions_show_what_their_titles_say(monkeypatch, norm_pix):
   mask = mrmae.sample_mask(jax.random.uniform(jax.random.key(0), (2, 24)), 0.75)
   monkeypatch.setattr(mrmae, "encode_decode", lambda *arguments: (None, jnp.asarray(output)))
   drawn = {
-    name: np.asarray(x)
-    for name, x in pretrain.reconstruct(model, {}, images, mask, norm_pix).items()
+    name: np.asarray(x) for name, x in reconstruct(model, {}, images, mask, norm_pix).items()
   }
   blocks = lambda x: x.reshape(2, 4, 8, 6, 8, 3).swapaxes(2, 3).reshape(2, 24, 8, 8, 3)
   removed, mean, std = np.asarray(mask.removed), np.float32(model.mean), np.float32(model.std)
@@ -421,16 +421,16 @@ def test_panels_that_cannot_be_drawn(run):
     visualize.focused(subject._replace(teacher_out=teacher_out))
 
 
-def test_neighbours(photos, run, command):
-  """Of two equal images each is the nearest of the other; no image is its own neighbour."""
+def test_neighbors(photos, run, command):
+  """Of two equal images each is the nearest of the other; no image is its own neighbor."""
   workdir, _, _ = run
   code, printed, out = command(
     f"--model={workdir}",
     f"--images={photos}",
     "--count=8",
     "--bank=0",
-    "--neighbours=3",
-    "--panels=neighbours",
+    "--neighbors=3",
+    "--panels=neighbors",
   )
   assert code == 0, printed.err
   content = (out / "index.html").read_text()
@@ -460,7 +460,7 @@ def test_neighbours(photos, run, command):
   np.testing.assert_array_equal(
     [row[1:] for row in files], np.argsort(-similarity, axis=1, kind="stable")[:, :3]
   )
-  picture = np.asarray(Image.open(out / "neighbours.png"))
+  picture = np.asarray(Image.open(out / "neighbors.png"))
   cell = lambda column, row: picture[
     20 + row * 100 : 20 + row * 100 + 96 : 3, 4 + column * 148 : 4 + column * 148 + 144 : 3
   ]

@@ -413,7 +413,7 @@ def test_a_file_that_lost_blocks_since_it_was_written_here(tmp_path):
   files.write_safetensors(
     path, load_file(path), {model_files.METADATA_KEY: '{"encoder": {"name": "swin"}}'}
   )
-  with pytest.raises(WeightsError, match="is damaged: what it notes of its model"):
+  with pytest.raises(WeightsError, match="is damaged: its notes about the model"):
     model_files.read_model(path)
   model_files.write_model(
     make(CONVVIT, None, classes=3)._replace(classes=("x", "y")), path, "convmae"

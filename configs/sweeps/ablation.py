@@ -8,9 +8,11 @@ Expected:  the paper prints such a table; its numbers were not available, and no
            here yet
 """
 
+from mrmae_jax.configs import mrmae
+
 
 def get_config(arguments: str = "base"):
-  c = runpy.run_path(str(MRMAE))["get_config"](arguments)
+  c = mrmae.get_config(arguments)
   c.epochs = 100.0
   c.optim.warmup_epochs = 10.0
   return c

@@ -9,16 +9,15 @@ Cost:      100 epochs of ImageNet-1k at the base size, about 1.3e19 FLOP for eac
 Expected:  both losses start near 1, so the best weight is probably near 1; not measured here yet
 """
 
+from mrmae_jax.configs import demo
+from mrmae_jax.configs.sweeps import ablation
 from mrmae_jax.sweep import grid
-
-DEMO = Path(__file__).parents[1] / "demo.py"
-ABLATION = Path(__file__).with_name("ablation.py")
 
 
 def get_config(argument: str = "base"):
   if argument == "demo":
-    return runpy.run_path(str(DEMO))["get_config"]()
-  return runpy.run_path(str(ABLATION))["get_config"](argument)
+    return demo.get_config()
+  return ablation.get_config(argument)
 
 
 def sweep():

@@ -1,13 +1,4 @@
-"""Compiles the training step for devices that are not there, and says what it would need and how fast it could be.
-
-  mrmae compile --config=configs/mrmae.py:base --config.teacher.path=random --topology=v5e:4x4
-
-The program is the one that training runs, compiled by XLA for every chip of the topology; libtpu (the tpu extra) does this on any
-machine. Topologies are written as Google Cloud does: v4:2x2x1, v5e:4x4, v5p:2x2x4, v6e:16x16; without --topology the devices that
-are present are taken. Of each chip: arguments, temporaries and peak against its memory, FLOPs, bytes, what is exchanged with the
-others. The time is a roofline, the larger of FLOPs over peak and bytes over bandwidth: a bound that no run beats, not a forecast.
---sweep_batch looks for the largest batch that fits.
-"""
+"""Compiles the training step for devices that need not be there, and prints what it needs."""
 
 import json
 import math
@@ -39,7 +30,8 @@ def find_devices(topology: str) -> list:
   kind, _, shape = topology.partition(":")
   if kind not in KINDS or not re.fullmatch(r"\d+x\d+(x\d+)?", shape):
     raise UsageError(
-      f"--topology={topology} is not KIND:AxB or KIND:AxBxC with KIND one of {', '.join(KINDS)}, e.g. v5e:4x4 or "
+      f"--topology={topology} is not KIND:AxB or KIND:AxBxC with KIND one of {', '.join(KINDS)}, "
+      "e.g. v5e:4x4 or "
       "v5p:2x2x4"
     )
 
@@ -52,7 +44,8 @@ def find_devices(topology: str) -> list:
     return list(topologies.get_topology_desc(topology, "tpu").devices)
   except Exception as error:  # jaxlib's own types, and a missing library
     raise UsageError(
-      f"--topology={topology}: {' '.join(str(error).split())[:300]}. It needs libtpu: pip install 'mrmae_jax[tpu]'; "
+      f"--topology={topology}: {' '.join(str(error).split())[:300]}. It needs libtpu: pip install "
+      "'mrmae_jax[tpu]'; "
       "sizes are those that Google Cloud rents"
     ) from None
 
@@ -127,10 +120,14 @@ def describe(result: dict[str, Any]) -> str:
     else ""
   )
   lines = [
-    f"{result['devices']} x {result.get('chip', result['kind'])}, mesh data={result['mesh']['data']} x "
-    f"fsdp={result['mesh']['fsdp']}, batch {result['batch_size']} ({result['batch_per_device']:g} a device, "
-    f"{result['accum_steps']} micro-batches), {result['dtype']}; compiled in {result['compile_s']:.0f} s",
-    f"memory a device: arguments {gib(result['arguments'])}, temporaries {gib(result['temporaries'])}, peak "
+    f"{result['devices']} x {result.get('chip', result['kind'])}, mesh "
+    f"data={result['mesh']['data']} x "
+    f"fsdp={result['mesh']['fsdp']}, batch {result['batch_size']} ({result['batch_per_device']:g} "
+    "a device, "
+    f"{result['accum_steps']} micro-batches), {result['dtype']}; compiled in "
+    f"{result['compile_s']:.0f} s",
+    f"memory a device: arguments {gib(result['arguments'])}, temporaries "
+    f"{gib(result['temporaries'])}, peak "
     f"{gib(result['peak'])}{share}",
     f"work a device and step: {result['flops'] / 1e12:.2f} TFLOP, {result['bytes'] / 1e9:.1f} GB",
   ]
@@ -144,7 +141,8 @@ def describe(result: dict[str, Any]) -> str:
       f"{result['images_per_s']:,.0f} images/s, {result['epochs_per_day']:.0f} epochs a day"
     )
   lines += [
-    f"  {row['part']:<24} {row['sharding']:<10} {row['arrays']:>5} arrays  {row['bytes'] / 2**20:>10.2f} MiB  "
+    f"  {row['part']:<24} {row['sharding']:<10} {row['arrays']:>5} arrays  "
+    f"{row['bytes'] / 2**20:>10.2f} MiB  "
     f"{row['bytes_per_device'] / 2**20:>10.2f} MiB a device"
     for row in result["shards"]
   ]
@@ -152,7 +150,10 @@ def describe(result: dict[str, Any]) -> str:
 
 
 def largest_batch(fits, start: int, unit: int) -> int:
-  """The largest multiple of `unit` for which `fits(batch)`, to within an eighth; 0 if `unit` itself does not fit."""
+  """The largest multiple of `unit` for which `fits(batch)`, to within an eighth.
+
+  0 if `unit` itself does not fit.
+  """
   low, high = 0, max(start // unit, 1)
   while fits(high * unit):
     low, high = high, 2 * high
@@ -166,7 +167,8 @@ def run(options) -> str:
   """Carries out `mrmae compile`; returns the figures for people.
 
   Raises:
-    UsageError, ConfigError, WeightsError: options or a configuration that do not fit, or a program too large for the chips.
+    UsageError, ConfigError, WeightsError: options or a configuration that do not fit, or a program
+      too large for the chips.
   """
   devices = find_devices(options.topology)
 
@@ -203,8 +205,10 @@ def run(options) -> str:
   result = attempt(config.batch_size)
   if result is None:
     raise UsageError(
-      f"batch {config.batch_size} does not fit the memory of {len(devices)} x {devices[0].device_kind}; raise "
-      "config.optim.accum_steps or config.mesh.fsdp, or lower config.batch_size (--sweep_batch finds the largest)"
+      f"batch {config.batch_size} does not fit the memory of {len(devices)} x "
+      f"{devices[0].device_kind}; raise "
+      "config.optim.accum_steps or config.mesh.fsdp, or lower config.batch_size (--sweep_batch "
+      "finds the largest)"
     )
   if options.json:
     with atomic_write(Path(options.json).expanduser()) as unfinished:

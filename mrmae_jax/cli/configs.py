@@ -8,12 +8,11 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-import mrmae_jax
 from mrmae_jax import config as config_lib
 from mrmae_jax.errors import UsageError
 
 # In a checkout configs/ lies beside the package; a wheel carries it inside.
-_PACKAGE = Path(mrmae_jax.__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
 
 

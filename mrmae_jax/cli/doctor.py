@@ -340,5 +340,6 @@ def time_step(config, task, plan: train.Plan, report: Report) -> None:
   report.ok(
     f"compiled in {compiled.compile_s:.0f} s; {peak / 2**30:.2f} GiB{limit} a device; "
     f"{seconds * 1e3:,.0f} ms a step, {config.batch_size / seconds:,.0f} images/s without loading: "
-    f"{timedelta(seconds=round(seconds * plan.steps.total))} for {plan.steps.total} steps, without evaluations"
+    f"{timedelta(seconds=round(seconds * plan.steps.total))} for {plan.steps.total} steps, "
+    "without evaluations"
   )

@@ -10,7 +10,7 @@ from typing import Callable, NoReturn
 from mrmae_jax.errors import UsageError
 
 IMAGES = "folder:/path, digits, tfds:NAME or packed:/path"
-PANELS = ("reconstruction", "ratios", "focused", "attention", "pca", "cosine", "neighbours")
+PANELS = ("reconstruction", "ratios", "focused", "attention", "pca", "cosine", "neighbors")
 COMMANDS = {
   "pretrain": "pre-train: MR-MAE, ConvMAE or MAE (--config=mrmae:base)",
   "finetune": "fine-tune a classifier (--config=finetune:base)",
@@ -58,6 +58,8 @@ class UnknownWord(UsageError):
     """Suggests the nearest of the `names` of options."""
     self.word, self.name = word, word.split("=")[0].lstrip("-")
     nearest = [self.name] if self.name in names else difflib.get_close_matches(self.name, names, 1)
+    if self.name.startswith("config."):  # an override that lacks its dashes
+      nearest = [word.lstrip("-")]
     hint = f"did you mean --{nearest[0]}?" if nearest else f"see mrmae {command} --help"
     super().__init__(f"{word!r} is not an option; {hint}")
 
@@ -189,6 +191,13 @@ signal and saved."""
 
 
 def _teacher(parser: Parser) -> None:
+  parser.epilog = """\
+  mrmae teacher --config=teacher --workdir=DIR
+
+trains a ViT without labels, in the manner of DINO or by contrast (config.distill.objective), and
+writes its folder, which config.teacher.path and transformers' ViTModel read. Labels serve the k-NN
+evaluation alone. Run the same command again to resume, or to write the folder again. Exit codes are
+those of mrmae pretrain."""
   _training(parser)
   parser.add_argument(
     "--out", metavar="DIR", help="folder for the teacher's files; default: WORKDIR/teacher"
@@ -276,9 +285,9 @@ published protocol, with random crops and LARS, is `mrmae probe`."""
     "--k",
     type=comma_list(integer(1)),
     default=(10, 20, 100, 200),
-    help="numbers of neighbours; empty: no k-NN",
+    help="numbers of neighbors; empty: no k-NN",
   )
-  parser.add_argument("--temperature", type=positive, default=0.07, help="of the neighbours' votes")
+  parser.add_argument("--temperature", type=positive, default=0.07, help="of the neighbors' votes")
   parser.add_argument(
     "--shots",
     type=comma_list(integer(1)),
@@ -347,7 +356,7 @@ Panels (all that can be drawn; the page says why others cannot):
   attention       what the model attends to, in each head of its last block
   pca             patch features as colors, beside the teacher's
   cosine          where a run's features, through its mimic head, are the teacher's and where not
-  neighbours      the most similar images of the source, by the mean of the patch features"""
+  neighbors      the most similar images of the source, by the mean of the patch features"""
   parser.add_argument("--model", required=True, help="workdir, weight file or ViTMAE folder")
   parser.add_argument(
     "--images", help=f"an image, a folder, or {IMAGES}; default: the run's held-out ones"
@@ -381,7 +390,7 @@ Panels (all that can be drawn; the page says why others cannot):
     metavar="ROW,COLUMN",
     help="of the patch, from 0, whose attention is drawn; default: CLS, else the mean",
   )
-  parser.add_argument("--neighbours", type=integer(1), default=5, help="neighbours of each image")
+  parser.add_argument("--neighbors", type=integer(1), default=5, help="neighbors of each image")
   parser.add_argument(
     "--bank",
     type=integer(0),

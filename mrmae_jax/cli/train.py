@@ -9,6 +9,7 @@ import jax
 
 from mrmae_jax import config as config_lib
 from mrmae_jax import preflight, train
+from mrmae_jax.cli.teacher import run_teacher
 from mrmae_jax.errors import Interrupted, LostError, OutOfMemoryError, UsageError, UserError
 from mrmae_jax.runs import distributed, supervision
 from mrmae_jax.runs.workdir import lock_workdir, prepare_workdir
@@ -104,6 +105,8 @@ def _train(options, config) -> int:
         distributed.agree("start", train.host_agreement(config, task))
       if options.check:
         train.check(config, task)
+      elif options.command == "teacher":
+        print(run_teacher(config, task, options.workdir, options.out), flush=True)
       else:
         train.fit(config, task, options.workdir)
   except Interrupted as error:  # the log has said what is saved

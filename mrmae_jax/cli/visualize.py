@@ -197,15 +197,15 @@ def _require_teacher(subject: Subject) -> None:
     raise MissingPanelError(subject.teacher)
 
 
-def neighbours(subject: Subject) -> Panel:
+def neighbors(subject: Subject) -> Panel:
   """Shows the most similar images of the source, by the mean of the patch features."""
   source = subject.source
   bank = spaced_indices(len(source), subject.options.bank)
   if len(bank) < 2:
-    raise MissingPanelError(f"the source has {len(source)} image; neighbours need more")
+    raise MissingPanelError(f"the source has {len(source)} image; neighbors need more")
   encode = lambda images: np.asarray(subject.model.encode(images)["pooled"])
   features = np.concatenate([encode(x) for x in read_images(source, bank, subject.images.shape)])
-  count = min(subject.options.neighbours, len(bank) - 1)
+  count = min(subject.options.neighbors, len(bank) - 1)
   similarity, ranks = knn.nearest(encode(subject.images), features, count + 1)
   nearest = []  # for each image [(index in the source, similarity)], without the image itself
   for i, index in enumerate(subject.indices):
@@ -214,7 +214,7 @@ def neighbours(subject: Subject) -> Panel:
   shown = sorted({index for pairs in nearest for index, _ in pairs})
   images = np.concatenate(list(read_images(source, shown, subject.images.shape)))
   images = dict(zip(shown, images[..., subject.bands] / np.float32(255)))
-  header = ["image", *(f"neighbour {j + 1}" for j in range(count))]
+  header = ["image", *(f"neighbor {j + 1}" for j in range(count))]
   columns = [subject.pixels]
   columns += [np.stack([images[pairs[j][0]] for pairs in nearest]) for j in range(count)]
   rows = []
@@ -237,7 +237,7 @@ PANELS = {
   "attention": ("Attention of each head", attention),
   "pca": ("Patch features as colors", pca),
   "cosine": ("Where the model mimics its teacher", cosine),
-  "neighbours": ("Nearest neighbours", neighbours),
+  "neighbors": ("Nearest neighbors", neighbors),
 }
 NEED_TEACHER = {"focused", "pca", "cosine"}
 

@@ -2,6 +2,7 @@
 
 from mrmae_jax.data.augment import resizer
 from mrmae_jax.data.loader import (
+  Batches,
   LoaderOptions,
   element_shapes,
   eval_batches,
@@ -9,11 +10,21 @@ from mrmae_jax.data.loader import (
   train_batches,
 )
 from mrmae_jax.data.sources import Source, open_source, open_split
-from mrmae_jax.data.views import ImageView, View, Views, center_view, image_views
+from mrmae_jax.data.views import (
+  ImageView,
+  PairView,
+  View,
+  Views,
+  center_view,
+  image_views,
+  pair_views,
+)
 
 __all__ = [
+  "Batches",
   "ImageView",
   "LoaderOptions",
+  "PairView",
   "Source",
   "View",
   "Views",
@@ -24,6 +35,7 @@ __all__ = [
   "loader_options",
   "open_source",
   "open_split",
+  "pair_views",
   "resizer",
   "train_batches",
 ]

@@ -83,6 +83,32 @@ def image_views(config) -> Views:
   )
 
 
+@dataclasses.dataclass(frozen=True)
+class PairView:
+  """Transforms an image twice, each time at random: {"image": uint8 [2, H, W, C], "label": int32}.
+
+  Attributes:
+    view: the view of a single image.
+  """
+
+  view: ImageView
+
+  def __call__(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
+    decoded = example | {"image": augment.pixels(example, self.view.channels)}
+    first, second = self.view(decoded, rng), self.view(decoded, rng)
+    return {"image": np.stack([first["image"], second["image"]]), "label": first["label"]}
+
+
+def pair_views(config) -> Views:
+  """Returns the views of tasks that compare two crops of an image; in evaluation there is one.
+
+  Raises:
+    DataError: a value that does not fit.
+  """
+  views = image_views(config)
+  return Views(PairView(views.train), views.eval)
+
+
 def center_view(image_size: tuple[int, int], crop_pct: float, channels: int = 3) -> ImageView:
   """Returns the view of evaluation, a central crop; see `augment.center_crop`.
 

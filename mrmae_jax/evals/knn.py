@@ -1,4 +1,4 @@
-"""k nearest neighbours: how well frozen features tell classes apart, without training anything.
+"""k nearest neighbors: how well frozen features tell classes apart, without training anything.
 
 The protocol of DINO (facebookresearch/dino, eval_knn.py): features of unit length, the k most
 similar training images vote for their class with weight exp(similarity / temperature). Few-shot is
@@ -44,7 +44,7 @@ class Evaluator:
 
     Args:
       task, frozen, config, mesh, workdir: of the run.
-      k: neighbours that vote.
+      k: neighbors that vote.
       temperature: of the weights.
       batch_size: images per forward pass, rounded up to a multiple of the devices.
       bank: most training images used, evenly spaced; 0: all.
@@ -106,14 +106,14 @@ class Evaluator:
 def knn_classify(
   queries, bank, labels, num_classes: int, ks: tuple[int, ...], temperature: float, mesh=None
 ) -> dict[int, np.ndarray]:
-  """Classifies by a weighted vote of the nearest neighbours.
+  """Classifies by a weighted vote of the nearest neighbors.
 
   Args:
     queries: [Q, D] features.
     bank: [M, D] features of known class.
     labels: int [M].
     num_classes: number of classes.
-    ks: numbers of neighbours that vote; all M vote for larger ones.
+    ks: numbers of neighbors that vote; all M vote for larger ones.
     temperature: > 0.
     mesh: devices among which the bank is divided; None: the first alone.
 

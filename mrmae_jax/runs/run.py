@@ -15,7 +15,7 @@ import jax
 from clu import parameter_overview
 
 from mrmae_jax import config as config_lib
-from mrmae_jax import data, optim, sharding
+from mrmae_jax import optim, sharding
 from mrmae_jax.errors import DataError, Interrupted, NonFiniteError, StorageError
 from mrmae_jax.runs import nonfinite, supervision
 from mrmae_jax.runs.checkpoint import Checkpoints
@@ -139,17 +139,7 @@ class Run:
 
   def first_batch(self, first_step: int) -> dict[str, jax.Array]:
     """Starts the loader at `first_step` and returns its first global batch."""
-    config, task = self._config, self._task
-    self._loader = data.train_batches(
-      task.source("train"),
-      task.views.train,
-      seed=config.seed,
-      batch_size=config.batch_size,
-      first_step=first_step,
-      shard=jax.process_index(),
-      num_shards=jax.process_count(),
-      options=data.loader_options(config.data),
-    )
+    self._loader = self._plan.open_loader(first_step)
     self._closing.callback(self._loader.close)
     return self._next_batch()
 

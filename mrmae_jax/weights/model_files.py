@@ -17,26 +17,32 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from mrmae_jax.constants import IMAGENET_MEAN, IMAGENET_STD
 from mrmae_jax.errors import StorageError, WeightsError, WorkdirError
-from mrmae_jax.models import ENCODERS, ConvViT, Decoder, ViT, make_decoder, make_encoder
+from mrmae_jax.models import ConvViT, Decoder, ViT, make_decoder, make_encoder
 from mrmae_jax.models.layers import Mask, sincos_2d
 from mrmae_jax.runs import checkpoint
 from mrmae_jax.runs.paths import atomic_write
 from mrmae_jax.weights import convmae, files, mae, positions
+from mrmae_jax.weights.model_sources import (
+  METADATA_KEY,
+  Description,
+  Hints,
+  check_description,
+  describe_source,
+  file_encoder,
+  input_statistics,
+  with_heads,
+)
 from mrmae_jax.weights.table import (
-  MAX_SIZE,
   Entry,
-  check_fields,
   convert,
-  decoder_fields,
   decoder_table,
   dense,
   export,
@@ -46,7 +52,6 @@ from mrmae_jax.weights.table import (
 )
 
 FORMATS = ("convmae", "timm", "hf")
-METADATA_KEY = "mrmae_jax"  # of a file's metadata: what `write_model` notes beside the tensors
 SAME_TABLE = 1e-5  # a stored position table that differs by less is the sine-cosine one
 
 
@@ -108,24 +113,6 @@ class LoadedModel(NamedTuple):
   classes: tuple[str, ...] = ()
 
 
-class Hints(NamedTuple):
-  """What a user states about a file that does not tell by itself.
-
-  Attributes:
-    num_heads: heads of the encoder. 0: 64 channels a head, or 16 heads at width 1280, as in all
-      published models.
-    decoder_heads: heads of the decoder. 0: 16 heads at width 512, as in all published models.
-    grid: (rows, columns) of the position tables; None: square.
-    mean, std: of the input, one number per channel; None: ImageNet's, for three channels.
-  """
-
-  num_heads: int = 0
-  decoder_heads: int = 0
-  grid: tuple[int, int] | None = None
-  mean: tuple[float, ...] | None = None
-  std: tuple[float, ...] | None = None
-
-
 def read_model(
   path: str | Path,
   *,
@@ -170,6 +157,11 @@ def _read_run(
         f"{path} probes {config['init_from'] or 'random weights'} and holds no encoder; load that "
         "instead"
       )
+    if config["task"] == "self_distill":
+      raise WeightsError(
+        f"{path} is a run of mrmae teacher; its teacher is the folder {path}/teacher, or that of "
+        "--out, for config.teacher.path and transformers' ViTModel"
+      )
     optional = ("decoder",) * with_decoder + ("mimic_heads",) * with_heads
     params, others, step, identity = checkpoint.read_params(
       path, "encoder", "fc_norm", "head", *optional
@@ -213,162 +205,6 @@ def _read_run(
   )
 
 
-class _Description(NamedTuple):
-  """What a file or folder states about its model, before any value is read.
-
-  Attributes:
-    naming: whose names its tensors have, for people.
-    rename: from an entry in ConvMAE's or MAE's names to these names.
-    encoder, decoder: fields of the modules; "name" of the encoder is a key of `models.ENCODERS`.
-    grid: (rows, columns) of the position tables; None: square.
-    mean, std, method, classes: see `LoadedModel`.
-  """
-
-  naming: str
-  rename: Callable[[Entry], Entry]
-  encoder: dict[str, Any]
-  decoder: dict[str, Any]
-  grid: tuple[int, int] | None
-  mean: tuple[float, ...] | None = None
-  std: tuple[float, ...] | None = None
-  method: dict[str, Any] = {"mask_ratio": 0.75, "norm_pix": True}
-  classes: tuple[str, ...] = ()
-
-  def their_name(self, name: str) -> str:
-    """Returns this source's name of the tensor that ConvMAE or MAE calls `name`."""
-    return self.rename(Entry("", (name,), same)).theirs[0]
-
-
-def _describe_source(path: Path, tensors: dict[str, files.Tensor]) -> _Description:
-  """Determines family and sizes of a source.
-
-  Names that no other family has tell the family; config.json, metadata or shapes tell the sizes.
-  """
-  source, shapes = str(path), {name: tensor.shape for name, tensor in tensors.items()}
-  if {"vit.embeddings.cls_token", "embeddings.cls_token"}.intersection(shapes):
-    return _describe_hf(path if path.is_dir() else path.parent, shapes)
-  for family, naming in ((convmae, "ConvMAE's names"), (mae, "MAE's names")):
-    if not shapes.keys() >= set(family.MARKERS):
-      continue
-    rename = lambda entry: entry
-    notes = files.read_metadata(path).get(METADATA_KEY)
-    if not notes:
-      encoder = family.encoder_fields(shapes, source)
-      return _Description(naming, rename, encoder, decoder_fields(shapes, source), None)
-    try:
-      return _Description(naming, rename, **json.loads(notes))
-    except (ValueError, TypeError, RecursionError):
-      raise _bad_metadata(source) from None
-  raise WeightsError(
-    f"{source} is not a model of this kind (found {', '.join(sorted(shapes)[:3])}); expected "
-    "ConvMAE or MAE in their authors' names, a ViTMAE folder or a run's workdir; CLIP, DINO and "
-    "the like load as teachers"
-  )
-
-
-def _describe_hf(folder: Path, shapes: dict[str, tuple[int, ...]]) -> _Description:
-  """Describes a ViTMAE folder by its config.json."""
-  path = folder / "config.json"
-  try:
-    config = files.read_json(path)
-  except WeightsError as error:
-    raise WeightsError(
-      f"{error}; transformers' names come with a config.json, which tells heads and eps: fetch it "
-      "from the same place"
-    ) from None
-  encoder, decoder, grid, method = mae.hf_fields(config, str(path))
-  mean, std = files.image_statistics(folder / "preprocessor_config.json", channels=None)
-  prefix = "vit." if "vit.embeddings.cls_token" in shapes else ""
-  blocks = next(
-    (b for b in mae.DECODER_BLOCKS if any(name.startswith(b) for name in shapes)),
-    mae.DECODER_BLOCKS[0],
-  )
-  rename = lambda entry: mae.to_hf(entry, prefix, blocks)
-  return _Description("transformers' names", rename, encoder, decoder, grid, mean, std, method)
-
-
-def _bad_metadata(source: str) -> WeightsError:
-  return WeightsError(
-    f"{source} is damaged: what it notes of its model cannot be read; write it again"
-  )
-
-
-def _check_description(description: _Description, num_tensors: int, source: str) -> None:
-  """WeightsError if a description does not fit a network, or holds a value of the wrong kind."""
-  try:
-    fields = dict(description.encoder)
-    check_fields(ENCODERS[fields.pop("name")], fields, source)
-    depth = sum(fields.get("depths", (fields.get("depth", 1),)))
-    if description.decoder:
-      check_fields(Decoder, dict(description.decoder), source)
-      depth += description.decoder["depth"]
-    if depth > num_tensors:  # the shapes of that many blocks alone take minutes
-      raise WeightsError(
-        f"{source} does not fit the model: {depth} blocks, of which it holds {num_tensors} tensors"
-      )
-    if (description.mean, description.std) != (None, None):
-      files.check_statistics(description.mean, description.std, source, channels=None)
-    grid = description.grid or (1, 1)
-    ratio, norm_pix = description.method["mask_ratio"], description.method["norm_pix"]
-    classes = description.classes
-    is_valid = (
-      ({"dim", "patch_size"} <= fields.keys() or {"embed_dims", "patch_sizes"} <= fields.keys())
-      and len(grid) == 2
-      and all(type(side) is int and 0 < side <= MAX_SIZE for side in grid)
-      and type(ratio) in (int, float)
-      and 0 <= ratio <= 1
-      and type(norm_pix) is bool
-      and type(classes) in (tuple, list)
-      and all(type(name) is str for name in classes)
-    )
-  except (ValueError, TypeError, KeyError):
-    is_valid = False
-  if not is_valid:
-    raise _bad_metadata(source)
-
-
-def _with_heads(
-  fields: dict[str, Any], width: int, num_heads: int, usual: int, option: str, source: str
-) -> dict[str, Any]:
-  """Completes a module's fields by its number of heads.
-
-  Args:
-    fields: of the module.
-    width: of its tokens.
-    num_heads: the user's number; 0: that of `fields`, else `usual`.
-    usual: the number in published models of this width; 0: there are none.
-    option: the option that sets it, for messages.
-    source: file or folder, for messages.
-  """
-  heads = num_heads or fields.get("num_heads") or usual
-  if not heads:
-    raise WeightsError(
-      f"{source} does not tell the number of heads for width {width}, which no published model "
-      f"has; give {option}"
-    )
-  if width % heads or width % 4:  # 4: of the sine-cosine table
-    advice = f"; check {option}" if width % heads else ", or not by 4"
-    raise WeightsError(f"{source}: width {width} does not divide into {heads} heads{advice}")
-  return fields | {"num_heads": heads}
-
-
-def _input_statistics(
-  hints: Hints, description: _Description, channels: int, source: str
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-  """Returns mean and deviation of the input: the user's, else the source's, else ImageNet's."""
-  usual = Hints(mean=IMAGENET_MEAN, std=IMAGENET_STD) if channels == 3 else Hints(mean=(), std=())
-  mean, std = (
-    tuple(next(x for x in (getattr(y, key) for y in (hints, description, usual)) if x is not None))
-    for key in ("mean", "std")
-  )
-  if not len(mean) == len(std) == channels:
-    raise WeightsError(
-      f"{source} takes images of {channels} channels and tells of mean {mean} and std {std}; give "
-      "both, a number for each channel: mrmae_jax.load(path, mean=(...), std=(...))"
-    )
-  return mean, std
-
-
 class _Inventory:
   """The tensors of a source that must still be used, and the lines of its report."""
 
@@ -391,16 +227,16 @@ def _read_files(
 ) -> LoadedModel:
   """Reads a file or folder of weights in foreign names."""
   source, inventory = str(path), _Inventory(files.open_weights(path))
-  description = _describe_source(path, inventory.tensors)
-  _check_description(description, len(inventory.tensors), source)
-  encoder = _file_encoder(description, hints, dtype, source)
+  description = describe_source(path, inventory.tensors)
+  check_description(description, len(inventory.tensors), source)
+  encoder = file_encoder(description, hints, dtype, source)
   decoder = _file_decoder(inventory, description, hints, with_decoder, dtype, source)
 
   is_vit, pos_embed = isinstance(encoder, ViT), description.their_name("pos_embed")
   grid = _find_grid(inventory.shapes, pos_embed, encoder, hints.grid or description.grid, source)
   patch_embed = description.their_name(f"patch_embed{'' if is_vit else 1}.proj.weight")
   channels = shape_of(inventory.shapes, patch_embed, 4, source)[1]
-  mean, std = _input_statistics(hints, description, channels, source)
+  mean, std = input_statistics(hints, description, channels, source)
   if not is_vit and encoder.cls_token and _fold_cls_row(inventory.tensors, grid):
     inventory.loaded.append("CLS's row of the position table (as a part of cls_token)")
   table = _Table(pos_embed, grid, is_vit, keep=learned_positions)
@@ -445,18 +281,9 @@ def _read_files(
   )
 
 
-def _file_encoder(description: _Description, hints: Hints, dtype, source: str) -> ConvViT | ViT:
-  """Returns the encoder that a file describes."""
-  fields = description.encoder
-  width = fields["dim"] if fields["name"] == "vit" else fields["embed_dims"][2]
-  usual = 16 if width == 1280 else 0 if width % 64 or width > 1024 else width // 64
-  fields = _with_heads(fields, width, hints.num_heads, usual, "num_heads", source)
-  return make_encoder(fields, dtype)
-
-
 def _file_decoder(
   inventory: _Inventory,
-  description: _Description,
+  description: Description,
   hints: Hints,
   with_decoder: bool,
   dtype,
@@ -483,12 +310,12 @@ def _file_decoder(
       f"{source} is damaged: it holds a decoder, of which it notes nothing; write it again"
     )
   usual = 16 if fields["dim"] == 512 else 0
-  fields = _with_heads(fields, fields["dim"], hints.decoder_heads, usual, "decoder_heads", source)
+  fields = with_heads(fields, fields["dim"], hints.decoder_heads, usual, "decoder_heads", source)
   return Decoder(**fields, dtype=dtype)
 
 
 def _find_classifier(
-  inventory: _Inventory, description: _Description, source: str
+  inventory: _Inventory, description: Description, source: str
 ) -> tuple[tuple[str, ...], int, bool]:
   """Finds the classifier of a fine-tuned model.
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from mrmae_jax.config import IMAGENET_MEAN, IMAGENET_STD
+from mrmae_jax.constants import IMAGENET_MEAN, IMAGENET_STD
 from mrmae_jax.errors import StorageError, WeightsError, WorkdirError
 from mrmae_jax.models import ViT, make_encoder
 from mrmae_jax.runs import checkpoint
@@ -146,6 +146,11 @@ def trained_encoder(workdir: str, dtype) -> Tower:
   path = Path(os.path.expanduser(workdir))
   try:
     config = checkpoint.read_config(path)
+    if config.get("task") == "self_distill":
+      raise WeightsError(
+        f"teacher.path=checkpoint:{path} is a run of mrmae teacher; give the folder that it wrote, "
+        f"--out or teacher.path={path}/teacher"
+      )
     return Tower(
       source=f"{path}",
       description=f"encoder of {path}",

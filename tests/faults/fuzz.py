@@ -640,7 +640,7 @@ def configs() -> Callable[[np.random.Generator], Case]:
       Image.new("RGB", (48, 48), (60 * i, 9, 9)).save(Path(home.name) / name / f"{i}.png")
 
   def base(task):
-    c = tiny.get_config()
+    c = tiny.get_config("vit" if task == "self_distill" else "convvit")
     if task != "pretrain":
       other = defaults(task)
       other.update(
@@ -652,6 +652,7 @@ def configs() -> Callable[[np.random.Generator], Case]:
       )
       if "init_from" in other:
         other.init_from = ""
+      other.encoder.learned_positions = task != "probe"
       c = other
     c.data.source = f"folder:{home.name}"
     return c

@@ -130,11 +130,11 @@ BAD = [  # of 8 devices
     "--config.task=pretraining",
     "config.task='pretraining' is not one of pretrain, finetune, probe",
   ),
-  ("--epochs=3", "Unknown command line flag 'epochs'; did you mean --config.epochs=VALUE?"),
+  ("--epochs=3", "'--epochs=3' is not an option; did you mean --config.epochs=VALUE?"),
   ("blr=3", "'blr=3' is not an option; did you mean --config.optim.blr=VALUE?"),
   ("optim.blr=3", "'optim.blr=3' is not an option; did you mean --config.optim.blr=VALUE?"),
   ("train", "'train' is not an option"),
-  ("--check=maybe", "--check=maybe"),
+  ("--check=maybe", "argument --check: ignored explicit argument 'maybe'"),
   ("--num_processes=2", "--num_processes says where other processes are: add --multihost"),
   ("--num_processes=0", "num_processes"),
   ("--workdir=", "--workdir is missing"),
@@ -142,7 +142,7 @@ BAD = [  # of 8 devices
   ("--config=", "--config=: no such file"),
   ("--config.optim=3", "--config.optim=3"),
   ("--flagfile=/none", "/none"),
-  ("---config.epochs=3", "Unknown command line flag"),
+  ("---config.epochs=3", "is not an option; did you mean --config.epochs=3?"),
   ("--config.epochs", "Missing value for flag --config.epochs"),
 ]
 
@@ -174,6 +174,7 @@ def valid(task, photos, encoder="convvit"):
     if "init_from" in other:
       other.init_from = ""
     other.encoder, other.evals.knn = c.encoder, c.evals.knn
+    other.encoder.learned_positions = task != "probe"
     c = other
   c.data.source = photos
   preflight.check(c, num_devices=8)
@@ -436,6 +437,8 @@ def test_f34_names_cannot_ask_for_a_billion_blocks(tmp_path, number):
     {"method": {"mask_ratio": 2.0, "norm_pix": True}},
     {"method": 3},
     {"encoder": {"name": "vit", "remat": "x", "dim": 8, "patch_size": 8}},
+    {"encoder": {"name": "vit", "activation": "x", "dim": 8, "patch_size": 8}},
+    {"encoder": {"name": "vit", "positions": "x", "dim": 8, "patch_size": 8}},
     {"encoder": [[]]},
     {"decoder": "abc"},
     {"surplus": 1},
@@ -466,8 +469,8 @@ def test_f34_notes_of_a_model_are_checked(tmp_path, notes):
   files.write_safetensors(path, tensors, {model_files.METADATA_KEY: json.dumps(good | notes)})
   with pytest.raises(
     WeightsError,
-    match="is damaged: what it notes|holds a size that is none|must hold equally many numbers|"
-    "does not fit",
+    match="is damaged: its notes about the model|holds a size that is none|"
+    "must hold equally many numbers|does not fit",
   ) as error:
     model_files.read_model(path, decoder=False)
   assert "\n" not in str(error.value)
