@@ -23,6 +23,7 @@ NOTICE_S = 20  # between two lines about processes that have not come
 LINGER_S = 10  # how long process 0 still answers after it gave up
 EXCHANGE_S = 25  # for the others to come to an exchange
 FAREWELL_S = 10  # for the others to report their errors before process 0 ends
+LAST_S = 1  # between the last report of the others and the end of process 0
 _LEAVING = "mrmae_jax/leaving"
 _rounds = itertools.count()
 _is_leaving = False
@@ -232,7 +233,7 @@ def leave(code: int, reason: str = "") -> None:
       logging.info("leaving: %s", error)
     if jax.process_index() == 0:
       _read_texts(_LEAVING, FAREWELL_S)
-      time.sleep(1)  # between the last report of the others and their end
+      time.sleep(LAST_S)
   os._exit(code)
 
 
