@@ -19,7 +19,6 @@ from etils.epath import backend
 from PIL import Image
 
 from mrmae_jax.data import open_source
-from mrmae_jax.errors import DataError
 from mrmae_jax.errors import DataError, WorkdirError
 from mrmae_jax.runs import paths
 from tests import fake_gcs
