@@ -19,7 +19,6 @@ from ml_collections import ConfigDict
 
 from mrmae_jax import data, preflight, train
 from mrmae_jax.cli import bench
-from mrmae_jax.cli.configs import load_config
 from mrmae_jax.errors import UsageError
 from mrmae_jax.runs.metrics import read_metrics
 
@@ -33,7 +32,7 @@ def run(options: argparse.Namespace) -> str:
     UsageError: the configuration has no source of images.
     ConfigError, WeightsError, DataError: a configuration or images that do not fit.
   """
-  config = load_config(options.config, options.overrides)
+  config = options.config
   if not config.data.source:
     raise UsageError("--config.data.source is missing, e.g. folder:/path/to/photos")
   machine = bench.describe_machine()

@@ -23,7 +23,6 @@ import jax
 
 from mrmae_jax import hardware, program
 from mrmae_jax.cli import bench
-from mrmae_jax.cli.configs import load_config
 
 PROFILED_STEPS = 3
 
@@ -34,7 +33,7 @@ def run(options: argparse.Namespace) -> str:
   Raises:
     ConfigError, WeightsError: mistakes in the configuration, or weights that do not load.
   """
-  config = load_config(options.config, options.overrides)
+  config = options.config
   sizes = options.batch_sizes or (config.batch_size,)
   machine, results = bench.describe_machine(), []
   print(json.dumps(machine), flush=True)
