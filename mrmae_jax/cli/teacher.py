@@ -15,7 +15,7 @@ from mrmae_jax import mrmae, teachers, train
 from mrmae_jax.errors import UsageError
 from mrmae_jax.models import ViT, make_encoder
 from mrmae_jax.tasks import self_distill
-from mrmae_jax.weights import families, files, table
+from mrmae_jax.weights import families, files, model_files, table
 
 FILES = ("config.json", "preprocessor_config.json", "model.safetensors")
 
@@ -114,17 +114,7 @@ def describe(encoder: ViT, config) -> tuple[dict, dict]:
     "hidden_dropout_prob": 0.0,
     "initializer_range": 0.02,
   }
-  preprocessor = {
-    "image_processor_type": "ViTImageProcessor",
-    "do_resize": True,
-    "resample": 3,
-    "size": {"height": height, "width": width},
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "image_mean": list(config.data.mean),
-    "image_std": list(config.data.std),
-  }
+  preprocessor = model_files.hf_preprocessor((height, width), config.data.mean, config.data.std)
   return model, preprocessor
 
 

@@ -590,20 +590,25 @@ def _check_form(model: LoadedModel, out: Path, form: str) -> None:
     )
 
 
-def _write_hf_configs(model: LoadedModel, folder: Path) -> None:
-  """Writes config.json and preprocessor_config.json of a ViTMAE folder."""
-  height, width = (side * model.encoder.patch_size for side in model.grid)
-  preprocessor = {
+def hf_preprocessor(size: tuple[int, int], mean, std) -> dict[str, Any]:
+  """Returns the content of a preprocessor_config.json for images of (height, width)."""
+  return {
     "image_processor_type": "ViTImageProcessor",
     "do_resize": True,
     "resample": 3,
-    "size": {"height": height, "width": width},
+    "size": {"height": size[0], "width": size[1]},
     "do_rescale": True,
     "rescale_factor": 1 / 255,
     "do_normalize": True,
-    "image_mean": model.mean,
-    "image_std": model.std,
+    "image_mean": list(mean),
+    "image_std": list(std),
   }
+
+
+def _write_hf_configs(model: LoadedModel, folder: Path) -> None:
+  """Writes config.json and preprocessor_config.json of a ViTMAE folder."""
+  height, width = (side * model.encoder.patch_size for side in model.grid)
+  preprocessor = hf_preprocessor((height, width), model.mean, model.std)
   config = mae.hf_config(model.encoder, model.decoder, model.grid, len(model.mean), model.method)
   for name, content in (("config", config), ("preprocessor_config", preprocessor)):
     with atomic_write(folder / f"{name}.json") as tmp:
