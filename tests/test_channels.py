@@ -491,13 +491,13 @@ def test_grey_images_train(tmp_path, capsys):
   assert params["encoder"]["patch_embed1"]["proj"]["kernel"].shape == (2 * 2 * 1, 8)
   assert params["decoder"]["pred"]["kernel"].shape == (16, 8 * 8 * 1)
   assert "skipped 0" in capsys.readouterr().out
-  seen = lambda params, frozen, batch, keys: dict.fromkeys(
+  predict = lambda params, extra, frozen, batch, keys: dict.fromkeys(
     reconstruct.COLUMNS, batch["image"] / 255
   )
   evaluator = reconstruct.Evaluator(
-    task._replace(predict=seen), {}, config, train.sharding.make_mesh(), tmp_path, images=2
+    task._replace(predict=predict), {}, config, train.sharding.make_mesh(), tmp_path, images=2
   )
-  ((path, picture),) = evaluator.run({}, 0)["pictures"].items()
+  ((path, picture),) = evaluator.run({}, (), 0)["pictures"].items()
   assert (
     path.is_file()
     and np.ptp(picture.astype(int), axis=2).max() == 0
