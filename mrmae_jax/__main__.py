@@ -13,7 +13,6 @@ from pathlib import Path
 from mrmae_jax.cli import parser
 from mrmae_jax.errors import DataError, Interrupted, UsageError, UserError
 
-TRAINING = ("pretrain", "finetune", "probe", "teacher")
 HELP = {"-h", "--help", "--helpfull"}
 
 
@@ -23,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
   Prints the text that the command returns, or one line per mistake that begins with "error: ".
   """
   argv = (sys.argv if argv is None else argv)[1:]
-  _let_configurations_import_their_neighbors()
+  _add_cwd_to_path()
   debug = "--debug" in argv
   try:
     if HELP.intersection(argv):
@@ -32,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     options = _parse(argv)
   except UsageError as error:
     return report_error(error, debug)
-  name = "train" if options.command in TRAINING else options.command.replace("-", "_")
+  name = "train" if options.command in parser.TASKS else options.command.replace("-", "_")
   try:
     result = _module(name).run(options)
   except Interrupted as error:
@@ -41,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
   except UserError as error:
     return report_error(error, debug)
   except OSError as error:
-    if options.command in TRAINING:  # whatever it was, the launch scripts try again
+    if options.command in parser.TASKS:  # whatever it was, the launch scripts try again
       raise
     return report_error(UsageError(" ".join(str(error).split())), debug)
   if isinstance(result, str):
@@ -69,7 +68,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
   try:
     options = parser.parse(argv)
   except parser.UnknownWord as error:
-    if argv[0] in (*TRAINING, "doctor"):
+    if argv[0] in (*parser.TASKS, "doctor"):
       _module("configs").suggest_key(error.name, argv, str(error))
     raise
   if hasattr(options, "overrides") and options.command != "sweep":
@@ -79,12 +78,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def _help(argv: list[str]) -> str:
   text = parser.help_text([word for word in argv if word not in HELP])
-  if argv[0] not in (*TRAINING, "doctor"):
+  if argv[0] not in (*parser.TASKS, "doctor"):
     return text
   return f"{text}\n{_module('configs').describe_keys(argv)}"
 
 
-def _let_configurations_import_their_neighbors() -> None:
+def _add_cwd_to_path() -> None:
   """Puts the current folder on the path of imports, as `python -m` does."""
   if not {"", str(Path.cwd())}.intersection(sys.path):
     sys.path.insert(0, str(Path.cwd()))

@@ -2,8 +2,9 @@
 
 A `Key` holds a default, its meaning, what a value must be, and whether a run that resumes may
 change it. Help, checks, departures from the recipe and the identity of a run follow from the keys.
-A new task is an entry of `TASKS`; `checks.py` compares keys with each other. Files in `configs/`
-start from `pretrain()`, `finetune()`, `probe()` or `self_distill()`. Nothing here imports jax.
+A new task needs an entry of `TASKS`, a module in `tasks/` and, as a command, an entry of
+`cli/parser.py`; `checks.py` compares keys with each other. Files in `configs/` start from
+`pretrain()`, `finetune()`, `probe()` or `self_distill()`. Nothing here imports jax.
 """
 
 import json
@@ -157,8 +158,8 @@ COMMON = dict(  # the keys of every task
   data=DATA,
   optim=OPTIM,
   mesh=dict(
-    data=Key(-1, "devices per axis of the batch; -1: all that are left", ANY, "free"),
-    fsdp=Key(1, "devices per axis of the parameters; -1: all that are left", ANY, "free"),
+    data=Key(-1, "devices that split the batch alone; -1: all that are left", ANY, "free"),
+    fsdp=Key(1, "devices that split batch and parameters; -1: all that are left", ANY, "free"),
   ),
   log_every=Key(50, "steps between two lines of the log", between(1, 10**9), "free"),
   eval_every=Key(20.0, "epochs between two evaluations", POSITIVE, "free"),
@@ -188,7 +189,7 @@ METHOD = dict(
   masking=Key("random", "draw of visible tokens; focused: by the teacher's attention", MASKING),
   attention_temperature=Key(1.0, "focused masking: p ~ attention^(1/temperature)", POSITIVE),
   attention_mix=Key(0.0, "share of uniform sampling mixed into p", SHARE),
-  complementary_masks=Key(1, "disjoint visible sets of an image; scale blr alike", ANY),
+  complementary_masks=Key(1, "disjoint visible sets per image; raise blr by this factor", ANY),
   norm_pix=Key(True, "reconstruct pixels normalized per patch"),
   pixel_weight=Key(1.0, "weight of the reconstruction loss; 0: none", NOT_NEGATIVE),
 )

@@ -26,9 +26,9 @@ class Mimic(NamedTuple):
   OpenDriveLab/maskalign, where that has one.
 
   Attributes:
-    name: of the loss term.
+    name: name of the loss term.
     head: module, student tokens -> [..., Dt].
-    weight: of the loss term.
+    weight: factor of the loss term.
     tokens: "visible", "visible+cls", or "masked": the decoder predicts features of masked tokens.
     source: "fused", or "last_block": before fusion and the last norm.
     target_norm: see `normalize_features`.
@@ -88,7 +88,7 @@ def pretrain_loss(
   norm_pix: bool = True,
   pixel_weight: float = 1.0,
 ):
-  """The training objective.
+  """Computes the training loss and its terms.
 
   Args:
     params: {"encoder": ..., "decoder": ..., "mimic_heads": {name: ...} with teachers}.
@@ -128,7 +128,7 @@ def pretrain_loss(
 
 
 def normalize(images: jax.Array, mean, std) -> jax.Array:
-  """uint8, or float in [0, 1] -> zero-mean, unit-variance float32, channel by channel."""
+  """Normalizes uint8, or float in [0, 1], to zero mean and unit variance per channel, float32."""
   if images.dtype == jnp.uint8:
     images = images.astype(jnp.float32) / 255
   return (images - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
@@ -144,10 +144,11 @@ def sample_mask(
 ) -> Mask:
   """Draws the V = int(N * (1 - mask_ratio)) visible tokens, for each of k masks.
 
-  Random masking (MAE, models_mae.py) keeps the tokens of least noise. Focused masking draws without
-  replacement with probabilities proportional to the attention (zejiangh/MILAN): with exponential
-  waiting times -log(1 - noise) / p the tokens arrive in that order, which is Gumbel-top-k; under
-  uniform attention it is random masking with the same noise. Complementary masks take the first V
+  Random masking (MAE, models_mae.py) keeps the tokens of least noise. Focused masking draws
+  tokens without replacement, with probability p proportional to the attention (zejiangh/MILAN).
+  Each token gets the exponential waiting time -log(1 - noise) / p, and the V earliest are visible.
+  This is Gumbel-top-k; under uniform attention it equals random masking with the same noise.
+  Complementary masks take the first V
   tokens of one shuffle, the next V, and so on (Alpha-VL/FastConvMAE).
 
   Args:
@@ -223,7 +224,7 @@ def pixel_targets(pixels: jax.Array, patch_size: int, norm_pix: bool):
 def pixel_loss(
   prediction: jax.Array, pixels: jax.Array, mask: Mask, patch_size: int, norm_pix: bool
 ) -> jax.Array:
-  """Mean squared error on the masked patches.
+  """Computes the mean squared error on the masked patches.
 
   Args:
     prediction: of the masked patches, [B * k, M, p*p*C].
@@ -243,7 +244,7 @@ def mimic_loss(
   mask: Mask,
   mimic: Mimic,
 ) -> jax.Array:
-  """Mean distance between one teacher's features and the student's tokens that mimic them.
+  """Computes the mean distance between a teacher's features and the tokens that mimic them.
 
   Args:
     head_params: parameters of `mimic.head`.
@@ -277,7 +278,7 @@ def mimic_loss(
 
 
 def normalize_features(x: jax.Array, how: str) -> jax.Array:
-  """Teacher features [B, ..., Dt] as targets, float32.
+  """Normalizes teacher features [B, ..., Dt] as targets, float32.
 
   "layer_norm": each token to zero mean and unit variance, without parameters
     (OpenDriveLab/maskalign): CLIP's residual stream has a few huge channels, which would otherwise

@@ -33,7 +33,8 @@ def count_steps(config, num_images: int) -> Steps:
 def warmup_cosine(
   peak: float, min_lr: float, warmup_steps: float, total_steps: int
 ) -> optax.Schedule:
-  """Linear from 0 over `warmup_steps`, then half a cosine from `peak` to `min_lr`.
+  """Returns the schedule: linear from 0 over `warmup_steps`, then half a cosine from `peak` to
+  `min_lr`.
 
   Source: MAE, util/lr_sched.py.
   """
@@ -187,7 +188,8 @@ def lars(
   momentum: float = 0.9,
   trust_coefficient: float = 0.001,
 ) -> optax.GradientTransformation:
-  """LARS as in the linear probe of MAE and MoCo v3: vectors are neither decayed nor rescaled.
+  """Returns LARS as in the linear probe of MAE and MoCo v3: vectors are neither decayed nor
+  rescaled.
 
   Source: MAE, util/lars.py. `optax.lars` puts the rate inside the momentum, which differs as soon
   as the rate changes: there a step of warm-up stays small for ever. Here, as in the reference, the

@@ -30,7 +30,7 @@ def check(config: ml_collections.ConfigDict, num_devices: int) -> None:
   The images and the weights themselves are read later.
 
   Args:
-    config: in the shape of `config.pretrain()`.
+    config: a configuration of any task.
     num_devices: number of devices of the run, over all hosts.
 
   Raises:
@@ -58,7 +58,7 @@ def open_task(config: ml_collections.ConfigDict) -> Task:
   """Returns the task of a configuration that passed `check`; reads its weights and its teachers.
 
   Raises:
-    ConfigError, WeightsError: weights that are damaged, or that do not fit the configuration.
+    DataError, WeightsError: images or weights that do not fit the configuration.
   """
   return importlib.import_module(f"mrmae_jax.tasks.{config.task}").make(config)
 

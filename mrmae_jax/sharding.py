@@ -46,7 +46,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices=None) -> Mesh:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """The leading axis over all devices."""
+  """Returns the sharding of the leading axis over all devices."""
   return NamedSharding(mesh, P(AXES))
 
 

@@ -167,8 +167,8 @@ def make_plan(config, task: Task, mesh, num_images: int | None = None) -> Plan:
     for name, (shape, dtype) in elements.items()
   }
   state, frozen = with_sharding(state), with_sharding(task.frozen)
-  # Arrays that fsdp divides are gathered where they are used. XLA left to itself divides the
-  # activations of small batches like the parameters, and exchanges those instead.
+  # Arrays that fsdp divides are gathered where they are used. Without this constraint XLA would
+  # also divide the activations of small batches, and exchange activations instead of parameters.
   gather = lambda tree: jax.lax.with_sharding_constraint(tree, sharding.replicated(mesh))
   step = make_train_step(
     task, tx, schedule, config.seed, config.optim.accum_steps, config.optim.max_spike, gather

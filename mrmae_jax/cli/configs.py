@@ -9,6 +9,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from mrmae_jax import config as config_lib
+from mrmae_jax.cli import parser
 from mrmae_jax.errors import UsageError
 
 # In a checkout configs/ lies beside the package; a wheel carries it inside.
@@ -116,7 +117,7 @@ def describe_keys(argv: list[str]) -> str:
   The values are those of `--config` if that is given and can be loaded, else the defaults of the
   command `argv[0]`.
   """
-  task = {"doctor": "pretrain", "teacher": "self_distill"}.get(argv[0], argv[0])
+  task = parser.TASKS.get(argv[0], "pretrain")
   title = "keys of the configuration (--config.KEY=VALUE), their defaults and meaning:"
   config = config_lib.defaults(task)
   names = [word.split("=", 1)[1] for word in argv if word.startswith("--config=")]

@@ -11,6 +11,13 @@ from mrmae_jax.errors import UsageError
 
 IMAGES = "folder:/path, digits, tfds:NAME or packed:/path"
 PANELS = ("reconstruction", "ratios", "focused", "attention", "pca", "cosine", "neighbors")
+# The training commands, and the tasks that they train.
+TASKS = {
+  "pretrain": "pretrain",
+  "finetune": "finetune",
+  "probe": "probe",
+  "teacher": "self_distill",
+}
 COMMANDS = {
   "pretrain": "pre-train: MR-MAE, ConvMAE or MAE (--config=mrmae:base)",
   "finetune": "fine-tune a classifier (--config=finetune:base)",
@@ -56,7 +63,7 @@ class UnknownWord(UsageError):
 
   def __init__(self, word: str, command: str, names):
     """Suggests the nearest of the `names` of options."""
-    self.word, self.name = word, word.split("=")[0].lstrip("-")
+    self.name = word.split("=")[0].lstrip("-")
     nearest = [self.name] if self.name in names else difflib.get_close_matches(self.name, names, 1)
     if self.name.startswith("config."):  # an override that lacks its dashes
       nearest = [word.lstrip("-")]
@@ -143,7 +150,7 @@ def _config(parser: Parser, default: str | None = None) -> None:
     help="configuration: a file, or the name of one that comes with the package, e.g. "
     "mrmae:base; --config.KEY=VALUE changes a key",
   )
-  parser.set_defaults(overrides=[], takes_overrides=True)
+  parser.set_defaults(overrides=[])
 
 
 def _training(parser: Parser) -> None:
@@ -703,7 +710,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     argv = ["--help"]
   _check_names(argv)
   options, rest = make_parser().parse_known_args(argv)
-  if getattr(options, "takes_overrides", False):
+  if hasattr(options, "overrides"):
     options.overrides = [word for word in rest if word.startswith("--config.")]
     rest = [word for word in rest if not word.startswith("--config.")]
   if rest:

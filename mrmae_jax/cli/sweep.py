@@ -21,6 +21,7 @@ from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mrmae_jax.cli import parser
 from mrmae_jax.cli.configs import find_config, load_config
 from mrmae_jax.errors import UsageError, UserError
 from mrmae_jax.runs.metrics import NOT_RESULTS, read_metrics
@@ -30,7 +31,7 @@ from mrmae_jax.viz.plot import line_plot
 
 MRMAE = (sys.executable, "-m", "mrmae_jax")
 SLURM_SCRIPT = Path("launch") / "slurm.sbatch"  # in the checkout where the job is submitted
-COMMANDS = {"self_distill": "teacher"}  # task -> command, where they differ
+COMMANDS = {task: command for command, task in parser.TASKS.items()}
 
 
 class Job(NamedTuple):
@@ -127,7 +128,7 @@ def make_jobs(config: str, workdir: str, overrides: list[str]) -> list[Job]:
       raise UsageError(f"--config={config}: two points are named {name}")
     folder = f"{workdir.rstrip('/')}/{name}"
     words = (f"--config={name_of_config}{suffix}", f"--workdir={folder}", *words)
-    jobs[name] = Job(name, point, folder, (COMMANDS.get(task, task), *words))
+    jobs[name] = Job(name, point, folder, (COMMANDS[task], *words))
   return list(jobs.values())
 
 

@@ -9,17 +9,11 @@ import jax
 
 from mrmae_jax import config as config_lib
 from mrmae_jax import preflight, train
+from mrmae_jax.cli import parser
 from mrmae_jax.cli.teacher import run_teacher
 from mrmae_jax.errors import Interrupted, LostError, OutOfMemoryError, UsageError, UserError
 from mrmae_jax.runs import distributed, supervision
 from mrmae_jax.runs.workdir import lock_workdir, prepare_workdir
-
-TASKS = {
-  "pretrain": "pretrain",
-  "finetune": "finetune",
-  "probe": "probe",
-  "teacher": "self_distill",
-}
 
 
 def run(options) -> int:
@@ -30,7 +24,7 @@ def run(options) -> int:
   Raises:
     UserError: of one process.
   """
-  config = load_training_config(options, TASKS[options.command])
+  config = load_training_config(options, parser.TASKS[options.command])
   try:
     code, reason = _train(options, config), ""
   except UserError as error:
@@ -41,10 +35,11 @@ def run(options) -> int:
     if not options.multihost:
       raise
     traceback.print_exc()
-    # The error of a collective says that another process is gone, and that one may have said why.
-    lost = distributed.who_left()
+    code = LostError.exit_code
     reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    code, reason = LostError.exit_code, f"{lost}; this process ends too" if lost else reason
+    # If another process failed first, its error is the cause of this one.
+    if cause := distributed.who_left():
+      reason = f"{cause}; this process ends too"
   if code and options.multihost:
     for line in reason.splitlines():
       print(f"error: {line}", file=sys.stderr, flush=True)

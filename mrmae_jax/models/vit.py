@@ -98,10 +98,9 @@ class ViT(nn.Module):
         row by row without a mask. With k sets for each image, B * k rows, those of one image side
         by side.
       out: "layers": `depth` times [B, T, D], the residual stream after each block;
-        "attention": float32 [B, V], the attention of CLS to the V visible patches in the last
-          block,
-        or that of the pooling head, averaged over the heads. Weights on CLS and registers are cut
-        off without renormalizing the rest. Absent without CLS and head;
+        "attention": float32 [B, V], from CLS, or the pooling head's query, to the V visible patches
+        in the last block; mean over the heads. Weights on CLS and registers are dropped, the rest
+        is not renormalized. Absent without CLS and head;
         "proj": [B, T, proj_dim], the projection of x, if proj_dim > 0;
         "pooled": [B, D], the output of the pooling head, if there is one.
     """

@@ -118,7 +118,7 @@ class Run:
     self._log.say(lines)
 
   def _description(self) -> str:
-    """The first lines of a run: devices, data, number of parameters, length."""
+    """Returns the first lines of the log: devices, data, number of parameters, length."""
     config, mesh = self._config, self._plan.mesh
     devices = mesh.devices.flatten()
     count = lambda tree: sum(x.size for x in jax.tree.leaves(tree)) / 1e6

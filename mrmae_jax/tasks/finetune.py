@@ -43,7 +43,7 @@ def make(config) -> Task:
 
   def loss(params, extra, frozen, batch, keys):
     del frozen
-    # One draw for the whole (micro-)batch, as in the reference: the mixing depends on their number.
+    # One draw per micro-batch, as in the reference; the mixing therefore depends on accum_steps.
     mix_key, drop_keys = jax.random.fold_in(keys[0], 0), jax.vmap(jax.random.fold_in, (0, None))
     images, targets = mix(
       mix_key, normalize(batch["image"]), batch["label"], num_classes, **config.mix
@@ -106,7 +106,7 @@ def identity(config, class_names, pretrained) -> dict[str, Any]:
 
 
 def read_pretrained(config, model: Classifier) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-  """Reads the encoder of `config.init_from`, if any, as parameters of `model`; and notes on it.
+  """Reads the encoder of `config.init_from`, if any, as parameters of `model`, and notes about it.
 
   Position tables are interpolated to the grid of `config.image_size`. The classifier of a
   fine-tuned model is not taken.
@@ -145,8 +145,8 @@ def _check_architecture(config, encoder, source) -> None:
   if len(source.mean) != len(config.data.mean):
     raise WeightsError(
       f"config.init_from={config.init_from} takes images of {len(source.mean)} channels, "
-      f"config.data.mean has {len(config.data.mean)}; weights of the one are not turned into "
-      "weights of the other: give images, mean and std of as many channels, or "
+      f"config.data.mean has {len(config.data.mean)}; weights cannot be converted "
+      "between numbers of channels: give images, mean and std of as many channels, or "
       "config.init_from= (empty) to start from random weights"
     )
   ours, theirs = (model_files.module_fields(module) for module in (encoder, source.encoder))

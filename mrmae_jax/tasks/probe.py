@@ -1,5 +1,4 @@
-"""Linear probing as a task: heads on frozen features, one per learning rate, trained at once.
-once.
+"""Linear probing as a task: one head per learning rate on frozen features, trained together.
 
 The protocol of MAE and ConvMAE (main_linprobe.py): features of a frozen encoder pass a BatchNorm
 without scale and shift and one linear layer; LARS, random crops and flips. Every head sees the same
@@ -37,8 +36,8 @@ def make(config) -> Task:
   source = functools.cache(functools.partial(data.open_split, config.data))
   class_names = finetune.read_class_names(source)
   grid, shape = tuple(config.optim.grid), (1, *config.image_size, len(config.data.mean))
-  # The features of fine-tuning before its first step: with pool="mean", fc_norm is a LayerNorm
-  # that has learnt nothing.
+  # Only the features are used, those of fine-tuning before its first step; one class is a filler.
+  # With pool="mean", fc_norm is a LayerNorm that has learnt nothing.
   model = finetune.make_model(config, 1)
   pretrained, notes = finetune.read_pretrained(config, model)
   init_model = jax.jit(lambda: model.init(jax.random.key(config.seed), jnp.zeros(shape))["params"])

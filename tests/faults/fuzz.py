@@ -3,10 +3,10 @@
   python -m tests.faults.fuzz --inputs=20000 --seed=0 --out=/tmp/fuzz
 
 Three targets: image files for `decode_image`; weight files and folders for `teachers.load` and
-`model_files.read` (PyTorch's where torch is installed); configurations and command lines for
-`preflight.check` and `train.parse`. Each target runs in a separate process, so that a crash belongs
-to an input. A finding is an exception of another kind, a message of several lines, more than 2 s of
-computing for one input, a crash, a hang, or memory that grows by more than 200 MB.
+  `model_files.read` (PyTorch's where torch is installed); configurations and command lines for
+  `preflight.check` and `cli.parser.parse`. Each target runs in a separate process, so that a crash
+  belongs to an input. A finding is an exception of another kind, a message of several lines, more
+  than 2 s of computing for one input, a crash, a hang, or memory that grows by more than 200 MB.
 
 An input is a function of its target and its number alone: --only=images:17 repeats that input.
 """
