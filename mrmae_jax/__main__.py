@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
   _add_cwd_to_path()
   debug = "--debug" in argv
   try:
-    if HELP.intersection(argv):
+    if not argv or HELP.intersection(argv):
       print(_help(argv))
       return 0
     options = _parse(argv)
@@ -78,7 +78,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def _help(argv: list[str]) -> str:
   text = parser.help_text([word for word in argv if word not in HELP])
-  if argv[0] not in (*parser.TASKS, "doctor"):
+  if not {*parser.TASKS, "doctor"}.intersection(argv[:1]):
     return text
   return f"{text}\n{_module('configs').describe_keys(argv)}"
 

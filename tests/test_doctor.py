@@ -44,7 +44,7 @@ def examine(tmp_path, capsys, monkeypatch):
     code = run_command(sys.argv)
     printed = capsys.readouterr()
     assert "Traceback" not in printed.err
-    return code, printed.out
+    return code, printed.out + printed.err
 
   return run
 

@@ -134,7 +134,7 @@ def test_reading_and_printing_a_sweep_imports_no_jax():
   code = (
     "import sys; from mrmae_jax.__main__ import main\n"
     "argv = ['mrmae', 'sweep', '--config=sweeps/lr', '--workdir=/out', '--do=print']\n"
-    "assert run_command(argv) == 0 and 'jax' not in sys.modules"
+    "assert main(argv) == 0 and 'jax' not in sys.modules"
   )
   subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 

@@ -26,6 +26,7 @@ from mrmae_jax import data, hardware, optim, preflight, sharding, train
 from mrmae_jax.errors import WorkdirError
 from mrmae_jax.runs import log
 from mrmae_jax.runs.checkpoint import Checkpoints
+from mrmae_jax.runs.run import is_due
 from mrmae_jax.tasks import pretrain
 from tests import tiny
 from tests.helpers.tasks import init_state, make_tx
@@ -158,7 +159,7 @@ def test_adamw_equals_torch():
 
 def test_weight_decay_spares_vectors_only():
   config = tiny.get_config("vit")
-  params = jax.eval_shape(pretrain.make(config).init, jax.random.key(0))
+  params, _ = jax.eval_shape(pretrain.make(config).init, jax.random.key(0))
   decayed = {
     "/".join(k.key for k in path): d
     for path, d in jax.tree_util.tree_leaves_with_path(optim.decay_mask(params))
@@ -167,7 +168,7 @@ def test_weight_decay_spares_vectors_only():
   assert all(
     d for name, d in decayed.items() if name.endswith(("kernel", "cls_token", "mask_token"))
   )
-  conv = jax.eval_shape(pretrain.make(tiny.get_config()).init, jax.random.key(0))["encoder"][
+  conv = jax.eval_shape(pretrain.make(tiny.get_config()).init, jax.random.key(0))[0]["encoder"][
     "blocks1_0"
   ]
   decayed = optim.decay_mask(conv)
@@ -175,8 +176,8 @@ def test_weight_decay_spares_vectors_only():
 
 
 def test_due():
-  assert [s for s in range(1, 11) if train.due(s, 4, 10)] == [4, 8, 10]
-  assert [s for s in range(1, 11) if train.due(s, 2.5, 10)] == [3, 5, 8, 10]
+  assert [s for s in range(1, 11) if is_due(s, 4, 10)] == [4, 8, 10]
+  assert [s for s in range(1, 11) if is_due(s, 2.5, 10)] == [3, 5, 8, 10]
 
 
 # --- whole runs, in processes of their own ---

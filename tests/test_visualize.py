@@ -558,7 +558,7 @@ def test_refusals(tmp_path, run, photos, command):
       2,
       "--image_size=32,50 is not a multiple of the model's token size 8; nearest: 32,48",
     ),
-    ([model, "--image_size=a"], 2, "--image_size=a"),
+    ([model, "--image_size=a"], 2, "argument --image_size: 'a' given; expected a whole number"),
     ([model, "--image_size=0"], 2, "not a multiple"),
     ([model, "--image_size=8,8,8"], 2, "must be HEIGHT,WIDTH"),
     (
@@ -566,7 +566,11 @@ def test_refusals(tmp_path, run, photos, command):
       2,
       "--query=4,0 is none of the 4 rows and 6 columns",
     ),
-    ([model, "--panels=attention", "--query=1", *PLAIN], 2, "--query=1 must be ROW,COLUMN"),
+    (
+      [model, "--panels=attention", "--query=1", *PLAIN],
+      2,
+      "argument --query: '1' given; expected 2 values",
+    ),
     ([model, "--panels=what"], 2, "'what' is not one of reconstruction"),
     ([model, "--count=0"], 2, "--count=0 must be 1 or more"),
     ([model, "--images=/no/such.jpg"], 3, "/no/such.jpg"),

@@ -106,7 +106,7 @@ def comma_list(item: Callable = str, count: tuple[int, ...] = ()) -> Callable[[s
 
   def parse(text: str) -> tuple:
     values = tuple(item(part.strip()) for part in text.split(",") if part.strip())
-    if count and len(values) not in count:
+    if count and values and len(values) not in count:
       raise argparse.ArgumentTypeError(
         f"{text!r} given; expected {' or '.join(map(str, count))} values separated by commas"
       )
@@ -706,8 +706,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     nearest = difflib.get_close_matches(argv[0], COMMANDS, 1)
     hint = f"did you mean {nearest[0]}?" if nearest else "mrmae --help lists them"
     raise UsageError(f"{argv[0]!r} is not a command; {hint}")
-  if not argv:
-    argv = ["--help"]
   _check_names(argv)
   options, rest = make_parser().parse_known_args(argv)
   if hasattr(options, "overrides"):
