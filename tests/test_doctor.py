@@ -144,7 +144,8 @@ def test_planted_settings(examine, arguments, code, message):
   exit_code, out = examine(*arguments)
   assert exit_code == code and message in out, out
   assert out.endswith("the run would start\n") == (code == 0) and any(
-    message in line and line.startswith("stop" if code else "warn") for line in out.splitlines()
+    message in line and line.startswith(("stop", "error: ") if code else "warn")
+    for line in out.splitlines()
   )
 
 
@@ -215,7 +216,7 @@ def test_planted_teachers(examine, tmp_path):
 def test_every_command_answers_help(capsys):
   assert entry.main(["mrmae"]) == 0
   listing = capsys.readouterr().out
-  assert all(f"    {name} " in listing for name in parser.COMMANDS)
+  assert all(f"\n    {name}" in listing for name in parser.COMMANDS)
   for name in parser.COMMANDS:
     assert entry.main(["mrmae", name, "--help"]) == 0, name
     assert len(capsys.readouterr().out) > 200, name
