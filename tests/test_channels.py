@@ -474,8 +474,8 @@ def test_weights_for_rgb_do_not_start_a_run_on_four_channels(folder, tmp_path):
   for task in (finetune, probe):
     with pytest.raises(
       WeightsError,
-      match="takes images of 3 channels, config.data.mean has 4; weights of the one"
-      " are not turned into",
+      match="takes images of 3 channels, config.data.mean has 4; weights cannot"
+      " be converted between numbers of channels",
     ):
       task.make(changed(config, optim__grid=(1.0,)) if task is probe else config)
 

@@ -258,4 +258,4 @@ def test_every_key_has_a_meaning():
   values = {name: (value, meaning) for name, value, meaning in schema.describe(schema.pretrain())}
   assert values["optim.blr"] == (1.5e-4, "base learning rate; the peak is blr * batch_size / 256")
   assert values["encoder.remat"][1].endswith("(none, dots, full)")
-  assert values["mesh.fsdp"][1].startswith("devices per axis")
+  assert values["mesh.fsdp"][1].startswith("devices that split batch and parameters")
