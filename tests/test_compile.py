@@ -70,7 +70,7 @@ def test_figures_of_the_devices_that_are_here(config_file, tmp_path, monkeypatch
     "state/step",
     "state/params",
     "state/opt_state",
-    "state/usual_norm",
+    "state/mean_grad_norm",
     "frozen/mimic",
   }
 

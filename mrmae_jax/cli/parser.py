@@ -708,6 +708,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     raise UsageError(f"{argv[0]!r} is not a command; {hint}")
   _check_names(argv)
   options, rest = make_parser().parse_known_args(argv)
+  for action in _find_parser(argv)._actions:  # --x= counts as missing
+    if action.required and getattr(options, action.dest) == "":
+      raise UsageError(f"--{action.dest} is missing; see mrmae {options.command} --help")
   if hasattr(options, "overrides"):
     options.overrides = [word for word in rest if word.startswith("--config.")]
     rest = [word for word in rest if not word.startswith("--config.")]
