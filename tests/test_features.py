@@ -233,7 +233,7 @@ def test_errors_leave_no_file(paths, folder, tmp_path, capsys):
     ({"model": tmp_path / "none"}, 2, "no such file or folder"),
     ({"images": "folder:/none"}, 3, "does not exist"),
     ({"size": 3}, 2, "size"),
-    ({"batch_size": 0}, 3, "batch size 0"),
+    ({"batch_size": 0}, 2, "'0' given"),
     ({"images": f"folder:{tmp_path}/photos"}, 3, "b.png"),
     (
       {"images": f"folder:{tmp_path}/photos", "out": tmp_path / "x.parquet", "batch_size": 1},
