@@ -48,6 +48,11 @@ def warmup_cosine(
   return schedule
 
 
+def peak_rate(config, batch_size: int) -> float:
+  """Returns the largest learning rate of a schedule: blr * batch_size / 256."""
+  return config.blr * batch_size / 256
+
+
 def make_schedule(config, batch_size: int, steps: Steps) -> optax.Schedule:
   """Returns step -> learning rate, for the section `optim` of a configuration.
 
@@ -56,7 +61,7 @@ def make_schedule(config, batch_size: int, steps: Steps) -> optax.Schedule:
     batch_size: images per update; the peak rate is blr * batch_size / 256.
     steps: length of the training.
   """
-  peak = config.blr * batch_size / 256
+  peak = peak_rate(config, batch_size)
   return warmup_cosine(peak, config.min_lr, config.warmup_epochs * steps.per_epoch, steps.total)
 
 

@@ -15,13 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from mrmae_jax.config import LAYERS
 from mrmae_jax.config import token_size as student_token_size
 from mrmae_jax.errors import WeightsError
 from mrmae_jax.models.layers import ACTIVATIONS
 from mrmae_jax.mrmae import TeacherOutput, normalize, normalize_features
 from mrmae_jax.weights import hub, tower_params, towers
-
-LAYERS = ("raw", "normed", "proj")
 
 
 class TeacherOptions(NamedTuple):

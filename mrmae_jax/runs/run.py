@@ -124,7 +124,7 @@ class Run:
     count = lambda tree: sum(x.size for x in jax.tree.leaves(tree)) / 1e6
     params = self._plan.state.params
     sizes = ", ".join(f"{name} {count(part):.2f} M" for name, part in params.items())
-    peak = config.optim.blr * config.batch_size / 256
+    peak = optim.peak_rate(config.optim, config.batch_size)
     resumed = f"; resuming after step {self._first_step}" if self._first_step else ""
     return "\n".join(
       [
