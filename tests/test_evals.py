@@ -130,8 +130,10 @@ def test_knn_without_labels_says_why_not(tmp_path):
     Image.new("RGB", (32, 32), (i, i, i)).save(tmp_path / f"{i}.png")
   config = tiny.get_config()
   config.data.source = f"folder:{tmp_path}"
+  config.teacher.path = ""
+  task, mesh = pretrain.make(config), sharding.make_mesh()
   evaluator = knn.Evaluator(
-    None, {}, config, sharding.make_mesh(), None, k=1, temperature=0.07, batch_size=8, bank=8
+    task, {}, config, mesh, None, k=1, temperature=0.07, batch_size=8, bank=8
   )
   assert "the images have no labels" in evaluator.note and evaluator.run({}, (), 0) == {}
 

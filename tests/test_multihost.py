@@ -28,14 +28,22 @@ def free_port():
 
 
 def start(
-  index, count, devices, log, *arguments, config="tests/tiny.py", port=None, environment=None
+  index,
+  count,
+  devices,
+  log,
+  *arguments,
+  task="pretrain",
+  config="tests/tiny.py",
+  port=None,
+  environment=None,
 ):
   """Starts a process of a run, alone with count 1; its output goes to `log`."""
   flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
   env = dict(
     os.environ, PYTHONPATH=str(ROOT), XLA_FLAGS=flags, PYTHONUNBUFFERED="1", **environment or {}
   )
-  command = [sys.executable, "-m", "mrmae_jax", "pretrain", f"--config={config}"]
+  command = [sys.executable, "-m", "mrmae_jax", task, f"--config={config}"]
   if count > 1:
     command += [
       "--multihost",
@@ -114,16 +122,22 @@ def test_f12_one_run_on_any_hosts_and_after_a_kill(tmp_path):
     assert abs(evaluation[18]["knn/accuracy"] - evaluations[18]["knn/accuracy"]) < 2.1 / 359
 
 
-@pytest.mark.parametrize("kind", ["finetune", "probe"])
-def test_evaluation_counts_the_same_images(tmp_path, kind):
+@pytest.mark.parametrize("task", ["finetune", "probe"])
+def test_evaluation_counts_the_same_images(tmp_path, task):
   """Weights that hardly move have the same held-out accuracy on 1 and on 2 processes."""
   (tmp_path / "c.py").write_text(
-    f"from tests import test_{kind}\ndef get_config():\n"
-    f"  return test_{kind}.{kind}_config(optim__blr=1e-3)\n"
+    f"from tests import test_{task}\ndef get_config():\n"
+    f"  return test_{task}.{task}_config(optim__blr=1e-3)\n"
   )
   results = [
     run(
-      tmp_path, f"run{count}", count, 2 // count, "--config.epochs=0.03", config=tmp_path / "c.py"
+      tmp_path,
+      f"run{count}",
+      count,
+      2 // count,
+      "--config.epochs=0.03",
+      task=task,
+      config=tmp_path / "c.py",
     )[1][3]
     for count in (1, 2)
   ]

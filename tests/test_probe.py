@@ -288,7 +288,7 @@ def test_the_tools_from_images_to_a_result(photos, tmp_path, options, capsys):
     and about["feature"] == "pooled"
     and about["untrained"] == ("--untrained" in options)
   )
-  assert "BatchNorm" in result["linear"]["normalisation"] and result["eval"]["crop"] == 0.875
+  assert "BatchNorm" in result["linear"]["normalization"] and result["eval"]["crop"] == 0.875
 
 
 def test_untrained_is_the_same_encoder_with_other_weights(photos, tmp_path):
@@ -323,12 +323,12 @@ def test_mistakes_of_the_tool(photos, tmp_path, capsys):
     ({"eval": tmp_path / "text.npz"}, "cannot be read as features"),
     ({"eval": tmp_path / "unlabelled.npz"}, "has no labels"),
     ({"eval": tmp_path / "nan.npz"}, "not finite"),
-    ({"k": "10,x"}, "--k=10,x must hold numbers"),
-    ({"shots": "0"}, "--shots=0"),
+    ({"k": "10,x"}, "argument --k: 'x' given; expected a whole number"),
+    ({"shots": "0"}, "argument --shots: '0' given"),
     ({"eval": tmp_path / "turned.npz"}, "classes dark, light and light, dark"),
-    ({"blr": "nan"}, "--blr=nan"),
+    ({"blr": "nan"}, "argument --blr: 'nan' given"),
     ({"eval": tmp_path / "other" / "eval.npz"}, "image_size [8, 8] and [16, 16]"),
-    ({"epochs": 0}, "--epochs=0 must be positive"),
+    ({"epochs": 0}, "argument --epochs: '0' given"),
     ({"batch_size": 100}, "--batch_size=100 is more than the 80 training images"),
   ):
     assert (

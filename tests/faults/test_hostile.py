@@ -139,7 +139,7 @@ BAD = [  # of 8 devices
   ("--num_processes=0", "num_processes"),
   ("--workdir=", "--workdir is missing"),
   ("--workdir=~no_such_user/run", "~no_such_user/run: "),
-  ("--config=", "--config=: no such file"),
+  ("--config=", "--config is missing"),
   ("--config.optim=3", "--config.optim=3"),
   ("--flagfile=/none", "/none"),
   ("---config.epochs=3", "is not an option; did you mean --config.epochs=3?"),
