@@ -1,23 +1,41 @@
 """Eight CPU devices in one process, so that sharding is tested everywhere; tests that need one
 device take the first.
 
-Compiling is most of the time that small models take: LLVM's optimisations are off, and what one
-  test or its subprocess has compiled the next one finds in a cache of this session.
+Compiling is most of the time that small models take: what one test or its program has compiled
+the next one finds in a cache of this session.
 """
 
 import atexit
 import os
 import shutil
 import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.programs import xla_flags
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "")
-  + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-)
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}".strip()
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
-if (
-  "PYTEST_XDIST_WORKER" not in os.environ
-):  # the workers share the cache of the process that starts them
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the cache of their parent
   os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="mrmae_jax_cache")
   atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
+@pytest.fixture
+def examine(tmp_path, capsys, monkeypatch):
+  """Runs doctor on the tiny configuration with overrides: exit code, and its lines."""
+  from tests.helpers.cli import run_command  # imports jax, which reads the environment above
+
+  monkeypatch.chdir(Path(__file__).parent.parent)
+
+  def run(*arguments, workdir=tmp_path / "run"):
+    words = ["--config=tests/tiny.py", *([f"--workdir={workdir}"] if workdir else [])]
+    words += [f"--config.{w}" if "=" in w and not w.startswith("--") else w for w in arguments]
+    code = run_command(["doctor", "--no-compile", *words])
+    printed = capsys.readouterr()
+    assert "Traceback" not in printed.err
+    return code, printed.out + printed.err
+
+  return run

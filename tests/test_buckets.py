@@ -6,10 +6,7 @@ gcsfs, orbax, tensorstore and array_record are the real ones.
 import importlib.util
 import io
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -23,8 +20,9 @@ from mrmae_jax.errors import DataError, WorkdirError
 from mrmae_jax.runs import paths
 from tests import fake_gcs
 from tests.helpers import images
+from tests.helpers.hosts import run, start
+from tests.helpers.programs import finish, free_port, run_program
 from tests.helpers.tfds import prepare_tfds
-from tests.test_multihost import ROOT, finish, free_port, run, start
 
 needs_gcsfs = pytest.mark.skipif(
   importlib.util.find_spec("gcsfs") is None, reason="needs gcsfs (the gcs extra)"
@@ -56,10 +54,7 @@ def config(tmp_path_factory):
 
 def python(code, environment):
   """Returns what `code` prints in another process with these environment variables."""
-  environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
-  done = subprocess.run(
-    [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
-  )
+  done = run_program(["-c", code], env=environment)
   assert done.returncode == 0, done.stderr[-3000:]
   return done.stdout
 
@@ -77,7 +72,7 @@ def test_a_run_in_a_bucket_is_killed_and_continues(server, config, tmp_path):
       workdir,
       config=config,
       port=port,
-      environment=server.environment,
+      env=server.environment,
     )
     for i in range(2)
   ]
@@ -97,7 +92,7 @@ def test_a_run_in_a_bucket_is_killed_and_continues(server, config, tmp_path):
     server.objects.pop(("bucket", f"run/checkpoints/{step}/commit_success.txt"), None)
 
   log = tmp_path / "again.log"
-  again = start(0, 1, 4, log, workdir, config=config, environment=server.environment)
+  again = start(0, 1, 4, log, workdir, config=config, env=server.environment)
   assert finish([again]) == [0], log.read_text()[-3000:]
   assert (
     "resuming after step 5" in log.read_text()
@@ -202,7 +197,7 @@ def test_every_host_says_that_a_bucket_cannot_be_used(server, config, tmp_path, 
       f"--workdir=gs://{bucket}/run",
       config=config,
       port=port,
-      environment=server.environment,
+      env=server.environment,
     )
     for i in range(2)
   ]

@@ -23,8 +23,7 @@ from mrmae_jax.weights import files, model_files
 from tests import tiny
 from tests.helpers.cli import run_command
 from tests.helpers.images import eval_loader, photo, train_steps
-from tests.test_doctor import examine  # noqa: F401 (a fixture)
-from tests.test_stages import changed, finished_run
+from tests.helpers.runs import finished_run
 
 MEAN, STD = (0.1, 0.3, 0.5, 0.7), (0.2, 0.25, 0.3, 0.15)
 BANDS = (2, 1, 0)
@@ -49,7 +48,7 @@ def folder(tmp_path_factory):
 
 def bands_config(folder, **values):
   """Pre-training on them with an RGB teacher: 10 x 14 tokens of 16 pixels."""
-  c = changed(
+  c = tiny.changed(
     tiny.get_config("vit"),
     image_size=(160, 224),
     batch_size=8,
@@ -61,7 +60,7 @@ def bands_config(folder, **values):
     data__mean=MEAN,
     data__std=STD,
   )
-  return changed(c, **values)
+  return tiny.changed(c, **values)
 
 
 # Decoding.
@@ -338,7 +337,7 @@ def test_a_teacher_sees_three_channels_of_many():
   images = np.random.default_rng(0).integers(0, 256, (2, 32, 48, 4), np.uint8)
   rgb, four = (
     tiny.get_config(),
-    changed(tiny.get_config(), data__mean=MEAN, data__std=STD, teacher__bands=(3, 1, 0)),
+    tiny.changed(tiny.get_config(), data__mean=MEAN, data__std=STD, teacher__bands=(3, 1, 0)),
   )
   seen = np.ascontiguousarray(images[..., [3, 1, 0]])
   np.testing.assert_array_equal(look(four, images), look(rgb, seen))
@@ -352,7 +351,7 @@ def test_a_teacher_sees_three_channels_of_many():
 
 def test_a_teacher_sees_grey_in_each_of_its_channels():
   images = np.random.default_rng(0).integers(0, 256, (2, 32, 48, 1), np.uint8)
-  gray = changed(tiny.get_config(), data__mean=(0.4,), data__std=(0.3,))
+  gray = tiny.changed(tiny.get_config(), data__mean=(0.4,), data__std=(0.3,))
   np.testing.assert_array_equal(look(gray, images), look(tiny.get_config(), images.repeat(3, 3)))
   assert (
     "channels"
@@ -363,7 +362,7 @@ def test_a_teacher_sees_grey_in_each_of_its_channels():
 def test_an_encoder_of_four_channels_is_a_teacher_for_four(tmp_path):
   model, params = finished_run(tmp_path, "vit", data__mean=MEAN, data__std=STD)
   images = np.random.default_rng(0).integers(0, 256, (2, 32, 48, 4), np.uint8)
-  config = changed(
+  config = tiny.changed(
     tiny.get_config(),
     data__mean=MEAN,
     data__std=STD,
@@ -477,14 +476,14 @@ def test_weights_for_rgb_do_not_start_a_run_on_four_channels(folder, tmp_path):
       match="takes images of 3 channels, config.data.mean has 4; weights cannot"
       " be converted between numbers of channels",
     ):
-      task.make(changed(config, optim__grid=(1.0,)) if task is probe else config)
+      task.make(tiny.changed(config, optim__grid=(1.0,)) if task is probe else config)
 
 
 # Whole runs.
 
 
 def test_grey_images_train(tmp_path, capsys):
-  config = changed(tiny.get_config(), data__mean=(0.3,), data__std=(0.35,))
+  config = tiny.changed(tiny.get_config(), data__mean=(0.3,), data__std=(0.35,))
   preflight.check(config, 8)
   task = pretrain.make(config)
   params = train.check(config, task).params
@@ -517,7 +516,7 @@ def test_grey_images_train(tmp_path, capsys):
   ],
 )
 def test_channels_that_are_shown(channels, bands, expected, caption):
-  config = changed(tiny.get_config(), data__mean=(0.5,) * channels, teacher__bands=bands)
+  config = tiny.changed(tiny.get_config(), data__mean=(0.5,) * channels, teacher__bands=bands)
   assert reconstruct.bands_shown(config) == (expected, caption)
 
 
@@ -582,7 +581,7 @@ def test_four_channels_are_visualized(run, folder, tmp_path):
 def test_four_channels_finetune(run, held_out_views, tmp_path):
   config = config_lib.finetune()
   config_lib.start_from(config, str(run))
-  changed(
+  tiny.changed(
     config,
     batch_size=8,
     epochs=1.0,
@@ -617,7 +616,7 @@ def test_four_channels_exported(run, exported, held_out_views, folder, tmp_path)
   assert archive["features"].shape == (6, 24)
 
 
-def test_doctor_and_show_teacher_on_four_channels(folder, tmp_path, examine):  # noqa: F811
+def test_doctor_and_show_teacher_on_four_channels(folder, tmp_path, examine):
   code, out = examine(
     "image_size=(160, 224)",
     "batch_size=8",

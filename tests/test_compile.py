@@ -5,9 +5,6 @@ libtpu only where it is there.
 import dataclasses
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +19,7 @@ from mrmae_jax.cli import compile as tool
 from mrmae_jax.tasks import pretrain
 from tests import tiny
 from tests.helpers.cli import run_command
-from tests.test_stages import changed
+from tests.helpers.programs import run_program
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """
@@ -77,7 +74,7 @@ def test_figures_of_the_devices_that_are_here(config_file, tmp_path, monkeypatch
 
 def test_memory_a_device_falls_as_the_rule_says():
   """Every array that the fsdp axis divides and that is large enough is divided; the rest is not."""
-  config = changed(tiny.get_config(), teacher__path="")
+  config = tiny.changed(tiny.get_config(), teacher__path="")
   task = pretrain.make(config)
   shapes, _ = jax.eval_shape(task.init, jax.random.key(0))
   for fsdp in (1, 2, 4, 8):
@@ -125,14 +122,7 @@ def test_what_1_to_256_devices_hold_and_exchange():
 
   What is exchanged are parameters, gradients and metrics, whatever the batch and the devices.
   """
-  flags = "--xla_force_host_platform_device_count=256 --xla_backend_optimization_level=0"
-  done = subprocess.run(
-    [sys.executable, "-c", DIVIDED],
-    cwd=ROOT,
-    env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
-    capture_output=True,
-    text=True,
-  )
+  done = run_program(["-c", DIVIDED], devices=256)
   assert done.returncode == 0, done.stderr[-3000:]
   for one in json.loads(done.stdout.splitlines()[-1]):
     rows, fsdp, exchanged = one["shards"], one["fsdp"], one["collectives"]

@@ -22,6 +22,7 @@ from mrmae_jax.tasks import pretrain
 from mrmae_jax.weights.hub import PRESETS
 from tests import tiny
 from tests.helpers.cli import run_command
+from tests.helpers.programs import run_program
 
 ROOT = Path(__file__).parent.parent
 
@@ -390,19 +391,7 @@ def test_validation_comes_before_compilation(tmp_path):
 
 
 def command(*arguments):
-  env = dict(
-    os.environ,
-    JAX_PLATFORMS="cpu",
-    PYTHONPATH=str(ROOT),
-    XLA_FLAGS="--xla_backend_optimization_level=0",
-  )
-  done = subprocess.run(
-    [sys.executable, "-m", "mrmae_jax", "pretrain", *arguments],
-    cwd=ROOT,
-    env=env,
-    capture_output=True,
-    text=True,
-  )
+  done = run_program(["-m", "mrmae_jax", "pretrain", *arguments])
   return done.returncode, done.stderr
 
 

@@ -20,35 +20,6 @@ from tests.helpers.cli import run_command
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture
-def examine(tmp_path, capsys, monkeypatch):
-  """Runs doctor on the tiny configuration with overrides: exit code, and its lines."""
-  monkeypatch.chdir(ROOT)
-
-  def run(*arguments, workdir=tmp_path / "run"):
-    words = [
-      f"--config.{word}" if "=" in word and not word.startswith("--") else word
-      for word in arguments
-    ]
-    monkeypatch.setattr(
-      sys,
-      "argv",
-      [
-        "doctor",
-        "--config=tests/tiny.py",
-        *([f"--workdir={workdir}"] if workdir else []),
-        "--no-compile",
-        *words,
-      ],
-    )
-    code = run_command(sys.argv)
-    printed = capsys.readouterr()
-    assert "Traceback" not in printed.err
-    return code, printed.out + printed.err
-
-  return run
-
-
 def folder_of_images(path, count=20, size=(40, 56), value=None, classes=2):
   rng = np.random.default_rng(0)
   for i in range(count):

@@ -14,7 +14,7 @@ from mrmae_jax.cli import ensemble
 from mrmae_jax.models import ViT
 from mrmae_jax.weights import model_files
 from tests.helpers.cli import run_command
-from tests.test_weights import make
+from tests.helpers.models import make_student
 
 
 def test_averages_by_definition():
@@ -44,7 +44,7 @@ def models(tmp_path_factory):
   """
   root, rng = tmp_path_factory.mktemp("ensemble"), np.random.default_rng(0)
   for seed, (name, classes, patch) in enumerate((("a", 3, 4), ("b", 3, 8), ("five", 5, 4))):
-    student = make(
+    student = make_student(
       ViT(patch, 16, 1, 2, 32, learned_positions=True),
       None,
       classes=classes,
@@ -54,7 +54,7 @@ def models(tmp_path_factory):
     model_files.write_model(
       student._replace(classes=tuple("xyzuv"[:classes])), root / f"{name}.safetensors", "timm"
     )
-  order = make(
+  order = make_student(
     ViT(4, 16, 1, 2, 32, learned_positions=True), None, classes=3, has_norm=False
   )._replace(classes=("x", "z", "y"))
   model_files.write_model(order, root / "order.safetensors", "timm")

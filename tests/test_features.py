@@ -13,7 +13,7 @@ from mrmae_jax import data
 from mrmae_jax.models import ConvViT, ViT
 from mrmae_jax.weights import model_files
 from tests.helpers.cli import run_command
-from tests.test_weights import make
+from tests.helpers.models import make_student
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +30,9 @@ def paths(tmp_path_factory):
   )
   paths = {}
   for name, student, form in (
-    ("convvit", make(convvit, None), "convmae"),
-    ("vit", make(vit, None), "timm"),
-    ("finetuned", make(vit, None, classes=3, has_norm=False), "timm"),
+    ("convvit", make_student(convvit, None), "convmae"),
+    ("vit", make_student(vit, None), "timm"),
+    ("finetuned", make_student(vit, None, classes=3, has_norm=False), "timm"),
   ):
     paths[name] = folder / f"{name}.safetensors"
     model_files.write_model(student, paths[name], form)

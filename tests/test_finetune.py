@@ -3,9 +3,6 @@ every image once.
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -15,7 +12,6 @@ import pytest
 from PIL import Image
 
 import mrmae_jax
-from mrmae_jax import config as config_lib
 from mrmae_jax import data, preflight, sharding
 from mrmae_jax.errors import ConfigError, DataError, WeightsError
 from mrmae_jax.evals import accuracy as evaluator
@@ -23,24 +19,11 @@ from mrmae_jax.models.layers import DropPath, drop_paths
 from mrmae_jax.runs.checkpoint import read_params
 from mrmae_jax.tasks import finetune
 from tests import tiny
+from tests.helpers.programs import run_program
+from tests.helpers.runs import finished_run
 from tests.helpers.tasks import predicting_task
-from tests.test_stages import changed, finished_run
 
 ROOT = Path(__file__).parent.parent
-
-
-def finetune_config(encoder="convvit", **values):
-  """Fine-tuning of what `tiny` pre-trains."""
-  pretrained, c = tiny.get_config(encoder), config_lib.finetune()
-  c.encoder = pretrained.encoder
-  c.encoder.update(drop_path=0.2, learned_positions=True)
-  for key in ("image_size", "batch_size", "epochs", "dtype", "log_every", "checkpoint_every"):
-    c[key] = pretrained[key]
-  c.data.update(source="digits", holdout_every=5, flip=False)
-  c.optim.warmup_epochs = 0.02
-  c.evals.accuracy.batch_size = 64
-  c.init_from = ""
-  return changed(c, **values)
 
 
 def test_drop_path_drops_whole_images_and_keeps_the_mean():
@@ -61,7 +44,7 @@ def test_drop_path_drops_whole_images_and_keeps_the_mean():
 
 @pytest.mark.parametrize("encoder", ["convvit", "vit"])
 def test_dropping_needs_keys(encoder):
-  config = finetune_config(encoder)
+  config = tiny.finetune_config(encoder)
   model = finetune.make_model(config, 10)
   images = jax.random.normal(jax.random.key(0), (6, 32, 48, 3))
   params = jax.jit(model.init)(jax.random.key(1), images)["params"]
@@ -83,7 +66,7 @@ def test_dropping_needs_keys(encoder):
 def test_it_starts_from_a_run(tmp_path, encoder, values):
   own = {key: value for key, value in values.items() if key != "pool"}
   _, params = finished_run(tmp_path, encoder, **own)
-  config = finetune_config(encoder, init_from=str(tmp_path), **values)
+  config = tiny.finetune_config(encoder, init_from=str(tmp_path), **values)
   preflight.check(config, num_devices=8)
   task = finetune.make(config)
   fresh = jax.jit(task.init)(jax.random.key(0))[0]
@@ -103,13 +86,13 @@ def test_it_starts_from_a_run(tmp_path, encoder, values):
   assert (
     "starting from" in task.notes[0]
     and task.identity["start"]
-    != finetune.make(finetune_config(encoder, **values)).identity["start"]
+    != finetune.make(tiny.finetune_config(encoder, **values)).identity["start"]
   )
 
 
 def test_positions_are_interpolated_to_another_image_size(tmp_path):
   finished_run(tmp_path)
-  task = finetune.make(finetune_config(init_from=str(tmp_path), image_size=(48, 48)))
+  task = finetune.make(tiny.finetune_config(init_from=str(tmp_path), image_size=(48, 48)))
   assert task.pretrained["encoder/pos_embed"].shape == (1, 36, 24)
   assert "position table 4x6 interpolated to 6x6" in task.notes[0]
 
@@ -119,9 +102,9 @@ def test_another_architecture_is_refused(tmp_path):
   with pytest.raises(
     WeightsError, match=r"another architecture: depths .*\(1, 1, 2\).* there, .*\(1, 1, 3\).* here"
   ):
-    finetune.make(finetune_config(init_from=str(tmp_path), encoder__depths=(1, 1, 3)))
+    finetune.make(tiny.finetune_config(init_from=str(tmp_path), encoder__depths=(1, 1, 3)))
   with pytest.raises(WeightsError, match="no such file or folder"):
-    finetune.make(finetune_config(init_from=str(tmp_path / "absent")))
+    finetune.make(tiny.finetune_config(init_from=str(tmp_path / "absent")))
 
 
 @pytest.mark.parametrize(
@@ -139,7 +122,7 @@ def test_another_architecture_is_refused(tmp_path):
 )
 def test_mistakes_are_named(values, message):
   with pytest.raises(ConfigError, match=message) as error:
-    preflight.check(finetune_config(**values), num_devices=8)
+    preflight.check(tiny.finetune_config(**values), num_devices=8)
   assert len(str(error.value).splitlines()) == 1
 
 
@@ -147,7 +130,7 @@ def test_images_without_classes_are_refused(tmp_path):
   for i in range(20):
     Image.new("RGB", (32, 48), (i, i, i)).save(tmp_path / f"{i}.png")
   with pytest.raises(DataError, match="no labels to train on"):
-    finetune.make(finetune_config(data__source=f"folder:{tmp_path}"))
+    finetune.make(tiny.finetune_config(data__source=f"folder:{tmp_path}"))
 
 
 def test_other_classes_to_evaluate_are_found_before_anything_starts(tmp_path):
@@ -155,13 +138,15 @@ def test_other_classes_to_evaluate_are_found_before_anything_starts(tmp_path):
     for name in names:
       (tmp_path / split / name).mkdir(parents=True)
       Image.new("RGB", (48, 32)).save(tmp_path / split / name / "x.png")
-  config = finetune_config(data__source=f"folder:{tmp_path}")
+  config = tiny.finetune_config(data__source=f"folder:{tmp_path}")
   with pytest.raises(ConfigError, match=r"must agree; only in training: c; only in evaluation: d"):
     preflight.check(config, num_devices=8)
 
 
 def test_accuracy_counts_every_image_once_on_any_devices():
-  config = finetune_config(data__holdout_every=9)  # 199 held-out images: no multiple of any batch
+  config = tiny.finetune_config(
+    data__holdout_every=9
+  )  # 199 held-out images: no multiple of any batch
 
   def predict(
     params, extra, frozen, batch, keys
@@ -198,23 +183,14 @@ def test_a_run_from_start_to_end(tmp_path):
   """
   finished_run(tmp_path / "pretrained")
   (tmp_path / "finetune.py").write_text(
-    "from tests import test_finetune\ndef get_config():\n"
-    f"  return test_finetune.finetune_config(init_from={str(tmp_path / 'pretrained')!r}, "
+    "from tests import tiny\ndef get_config():\n"
+    f"  return tiny.finetune_config(init_from={str(tmp_path / 'pretrained')!r}, "
     "optim__ema_decay=0.9)\n"
   )
-  env = dict(os.environ, PYTHONPATH=str(ROOT), XLA_FLAGS="--xla_backend_optimization_level=0")
 
   def main(*arguments):
-    command = [
-      sys.executable,
-      "-m",
-      "mrmae_jax",
-      "finetune",
-      f"--config={tmp_path}/finetune.py",
-      f"--workdir={tmp_path}/run",
-      *arguments,
-    ]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    options = [f"--config={tmp_path}/finetune.py", f"--workdir={tmp_path}/run", *arguments]
+    return run_program(["-m", "mrmae_jax", "finetune", *options])
 
   done = main()
   assert done.returncode == 0, done.stderr
@@ -231,7 +207,7 @@ def test_a_run_from_start_to_end(tmp_path):
   model = mrmae_jax.load(tmp_path / "run")  # logits as the task gives them
   assert model.class_names == tuple("0123456789")
   images = np.random.default_rng(0).integers(0, 256, (3, 32, 48, 3), np.uint8)
-  config = finetune_config()
+  config = tiny.finetune_config()
   own = read_params(tmp_path / "run", "encoder", "fc_norm", "head").params
   expected = finetune.make(config).predict(own, (), {}, {"image": jnp.asarray(images)}, None)[
     "logits"

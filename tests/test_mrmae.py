@@ -13,7 +13,7 @@ import pytest
 from mrmae_jax import mrmae
 from mrmae_jax.models import layers
 from mrmae_jax.models.convvit import ConvViT
-from mrmae_jax.models.decoder import Decoder, MimicHead
+from mrmae_jax.models.decoder import Decoder
 from mrmae_jax.models.layers import (
   depthwise_conv,
   from_blocks,
@@ -24,70 +24,7 @@ from mrmae_jax.models.layers import (
   take_visible,
   to_blocks,
 )
-from mrmae_jax.models.vit import ViT
-from mrmae_jax.tasks import pretrain
-
-HEIGHT, WIDTH, TEACHER_DIM = 48, 64, 20
-OPTIONS = dict(mask_ratio=0.75, norm_pix=True, pixel_weight=0.7)
-
-
-def tiny(encoder, dtype=jnp.float32, mimic=None, **fields):
-  if encoder == "vit":
-    encoder = ViT(
-      **(dict(patch_size=8, dim=24, depth=2, num_heads=3, mlp_dim=40) | fields), dtype=dtype
-    )
-  else:
-    fields = (
-      dict(
-        patch_sizes=(2, 2, 2),
-        embed_dims=(8, 12, 24),
-        depths=(2, 1, 2),
-        num_heads=3,
-        mlp_ratios=(2, 3, 2),
-      )
-      | fields
-    )
-    encoder = ConvViT(**fields, sparse=encoder == "sparse", dtype=dtype)
-  return mrmae.Model(
-    encoder,
-    Decoder(encoder.patch_size**2 * 3, 16, 2, 2, dtype=dtype),
-    (mrmae.Mimic("mimic", MimicHead(TEACHER_DIM, dtype=dtype), 1.3, **(mimic or {})),),
-    (0.4, 0.5, 0.6),
-    (0.2, 0.3, 0.25),
-  )
-
-
-def setup(encoder, seed=0, batch=3, size=(HEIGHT, WIDTH), mask_ratio=0.75, **kwargs):
-  """Model, parameters with every bias and gain randomised, images, noise, teacher features."""
-  model = tiny(encoder, **kwargs)
-  rng = np.random.default_rng(seed)
-  images = jnp.asarray(rng.integers(0, 256, (batch, *size, 3), np.uint8))
-  grid = tuple(s // model.encoder.patch_size for s in size)
-  noise = jnp.asarray(rng.random((batch, grid[0] * grid[1]), np.float32))
-
-  def fill(path, leaf):  # by hand: compiling an initialisation takes longer than the test
-    values = rng.standard_normal(leaf.shape).astype(np.float32)
-    if path[-1].key == "scale":
-      return jnp.asarray(1 + 0.1 * values)
-    return jnp.asarray(
-      0.1 * values if len(leaf.shape) == 1 else values * np.prod(leaf.shape[:-1]) ** -0.5
-    )
-
-  params = jax.tree_util.tree_map_with_path(
-    fill,
-    jax.eval_shape(
-      functools.partial(pretrain.init_params, model, size, mask_ratio), jax.random.key(0)
-    ),
-  )
-  features = jnp.asarray(
-    rng.standard_normal((batch, noise.shape[1], TEACHER_DIM), np.float32) * 3 + 1
-  )
-  return model, params, images, noise, features
-
-
-def seen(features):
-  """A teacher's output with these features; CLS and attention follow from them."""
-  return mrmae.TeacherOutput(features, features.mean(1) * 2, jax.nn.softmax(features[..., 0]))
+from tests.helpers.models import HEIGHT, OPTIONS, WIDTH, loss_of, mimic_alone, seen, setup
 
 
 def repeat(removed, patch):  # bool [B, gh, gw] -> [B, H, W]
@@ -120,12 +57,6 @@ def test_masked_pixels_never_reach_a_visible_feature(encoder):
   static_argnums=0,
   static_argnames=("mask_ratio", "masking", "complementary_masks", "pixel_weight"),
 )
-def loss_of(model, params, images, noise, features, **options):
-  return mrmae.pretrain_loss(
-    params, images, noise, model, {"mimic": lambda _: seen(features)}, **(OPTIONS | options)
-  )
-
-
 @pytest.mark.parametrize("norm_pix", [True, False])
 def test_pixel_targets_of_visible_patches_do_not_count(norm_pix):
   model, params, images, noise, _ = setup("sparse")
@@ -161,24 +92,6 @@ def test_no_gradient_reaches_the_teacher():
 
   assert abs(loss(1.0) - loss(2.0)) > 1e-3  # the teacher matters,
   assert jax.grad(loss)(1.0) == 0  # and is not trained
-
-
-class Same:
-  """A head that changes nothing, so that losses can be computed by hand."""
-
-  def apply(self, variables, x):
-    del variables
-    return x
-
-
-def mimic_alone(student, output, mask, **options):
-  return mrmae.mimic_loss(
-    {},
-    {"fused": student, "last_block": -student, "decoder": student},
-    output,
-    mask,
-    mrmae.Mimic("mimic", Same(), **options),
-  )
 
 
 def test_losses_by_hand():

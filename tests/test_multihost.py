@@ -3,89 +3,17 @@
 They give the same numbers as one process, and name mistakes in time.
 """
 
-import json
-import os
 import signal
-import socket
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mrmae_jax.errors import DistributedError
 from mrmae_jax.runs import distributed
-
-ROOT = Path(__file__).parent.parent
-
-
-def free_port():
-  with socket.socket() as s:
-    s.bind(("localhost", 0))
-    return s.getsockname()[1]
-
-
-def start(
-  index,
-  count,
-  devices,
-  log,
-  *arguments,
-  task="pretrain",
-  config="tests/tiny.py",
-  port=None,
-  environment=None,
-):
-  """Starts a process of a run, alone with count 1; its output goes to `log`."""
-  flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-  env = dict(
-    os.environ, PYTHONPATH=str(ROOT), XLA_FLAGS=flags, PYTHONUNBUFFERED="1", **environment or {}
-  )
-  command = [sys.executable, "-m", "mrmae_jax", task, f"--config={config}"]
-  if count > 1:
-    command += [
-      "--multihost",
-      f"--coordinator_address=localhost:{port}",
-      f"--num_processes={count}",
-      f"--process_id={index}",
-    ]
-  return subprocess.Popen(
-    [*command, *arguments], cwd=ROOT, env=env, stdout=open(log, "w"), stderr=subprocess.STDOUT
-  )
-
-
-def finish(processes, timeout=400):
-  """Returns the exit codes; kills the processes that are left after the timeout."""
-  end = time.monotonic() + timeout
-  try:
-    return [p.wait(max(0.1, end - time.monotonic())) for p in processes]
-  finally:
-    for p in processes:
-      p.kill()
-
-
-def run(tmp_path, name, count, devices, *arguments, **options):
-  """Runs `count` processes to their end; returns the metrics."""
-  port, logs = free_port(), [tmp_path / f"{name}_{i}.log" for i in range(count)]
-  processes = [
-    start(
-      i, count, devices, logs[i], f"--workdir={tmp_path / name}", *arguments, port=port, **options
-    )
-    for i in range(count)
-  ]
-  codes = finish(processes)
-  assert codes == [0] * count, "\n".join(log.read_text()[-2000:] for log in logs)
-  return metrics(tmp_path / name)
-
-
-def metrics(workdir):
-  """Returns {step: record of the losses}, {step: record of the evaluation}."""
-  rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-  return {row["step"]: row for row in rows if "loss" in row}, {
-    row["step"]: row for row in rows if "loss" not in row
-  }
+from tests.helpers.programs import finish, free_port
+from tests.helpers.runs import run, start
 
 
 def test_f12_one_run_on_any_hosts_and_after_a_kill(tmp_path):
@@ -126,8 +54,7 @@ def test_f12_one_run_on_any_hosts_and_after_a_kill(tmp_path):
 def test_evaluation_counts_the_same_images(tmp_path, task):
   """Weights that hardly move have the same held-out accuracy on 1 and on 2 processes."""
   (tmp_path / "c.py").write_text(
-    f"from tests import test_{task}\ndef get_config():\n"
-    f"  return test_{task}.{task}_config(optim__blr=1e-3)\n"
+    f"from tests import tiny\ndef get_config():\n  return tiny.{task}_config(optim__blr=1e-3)\n"
   )
   results = [
     run(

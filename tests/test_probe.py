@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 
 import mrmae_jax
-from mrmae_jax import config as config_lib
 from mrmae_jax import data, optim, preflight, sharding, train
 from mrmae_jax.errors import ConfigError, WeightsError
 from mrmae_jax.evals import accuracy as evaluator
@@ -20,21 +19,8 @@ from mrmae_jax.runs.checkpoint import Checkpoints
 from mrmae_jax.tasks import finetune, probe
 from tests import tiny
 from tests.helpers.cli import run_command
+from tests.helpers.runs import finished_run
 from tests.helpers.tasks import init_state, make_tx, predicting_task
-from tests.test_stages import changed, finished_run
-
-
-def probe_config(encoder="convvit", **values):
-  """Probing of what `tiny` pre-trains."""
-  pretrained, c = tiny.get_config(encoder), config_lib.probe()
-  c.encoder = pretrained.encoder
-  for key in ("image_size", "batch_size", "epochs", "dtype", "log_every", "checkpoint_every"):
-    c[key] = pretrained[key]
-  c.data.update(source="digits", holdout_every=5, flip=False)
-  c.optim.update(warmup_epochs=0.02, grid=(0.5, 4.0))
-  c.evals.accuracy.batch_size = 64
-  c.init_from = ""
-  return changed(c, **values)
 
 
 def batch_of(count, seed=0):
@@ -58,7 +44,7 @@ def test_heads_and_batch_norm_by_definition():
   """Six steps written out: BatchNorm1d(affine=False) with momentum 0.1 and unbiased running
   variance, LARS at two rates.
   """
-  config = probe_config(optim__warmup_epochs=0.2)
+  config = tiny.probe_config(optim__warmup_epochs=0.2)
   task = probe.make(config)
   state, metrics = run(task, config, 6)
   assert state.params.keys() == {"head"}  # the encoder is no parameter
@@ -98,7 +84,7 @@ def test_heads_and_batch_norm_by_definition():
 def test_features_are_those_of_the_frozen_encoder(tmp_path, encoder, pool):
   """A LayerNorm that has learnt nothing on the mean token, or the CLS token after the last norm."""
   finished_run(tmp_path, encoder)
-  config = probe_config(encoder, init_from=str(tmp_path), pool=pool)
+  config = tiny.probe_config(encoder, init_from=str(tmp_path), pool=pool)
   preflight.check(config, num_devices=8)
   task, batch = probe.make(config), batch_of(3)
   found = task.predict(*task.init(jax.random.key(1)), task.frozen, batch, None)["features"]
@@ -124,7 +110,7 @@ def test_features_are_those_of_the_frozen_encoder(tmp_path, encoder, pool):
 
 def test_accuracy_of_a_grid():
   """The best head is reported, with its rate; counts are exact on any devices."""
-  config = probe_config(data__holdout_every=9)
+  config = tiny.probe_config(data__holdout_every=9)
 
   def predict(
     params, extra, frozen, batch, keys
@@ -162,7 +148,7 @@ def test_a_run_with_a_break(tmp_path):
   Resumed from its checkpoint it says it is finished; it is no model to load.
   """
   finished_run(tmp_path / "pretrained")
-  config = probe_config(init_from=str(tmp_path / "pretrained"))
+  config = tiny.probe_config(init_from=str(tmp_path / "pretrained"))
   state = train.fit(config, probe.make(config), tmp_path / "run")
   again = train.fit(config, probe.make(config), tmp_path / "run")
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(again))
@@ -193,7 +179,7 @@ def test_a_run_with_a_break(tmp_path):
 )
 def test_mistakes_are_named(values, message):
   with pytest.raises(ConfigError, match=message):
-    preflight.check(probe_config(**values), num_devices=8)
+    preflight.check(tiny.probe_config(**values), num_devices=8)
 
 
 def test_cached_probe_finds_what_is_linear():
@@ -341,7 +327,7 @@ def test_mistakes_of_the_tool(photos, tmp_path, capsys):
 
 def test_averaged_weights_are_the_ones_that_are_loaded(tmp_path):
   """What fit evaluates is what others read of it."""
-  config = changed(tiny.get_config(), teacher__path="", optim__ema_decay=0.9)
+  config = tiny.changed(tiny.get_config(), teacher__path="", optim__ema_decay=0.9)
   _, params = finished_run(tmp_path / "plain")
   tx, _ = optim.make_optimizer(config.optim, 16, optim.Steps(10, 10))
   average = jax.tree.map(lambda x: x + 0.5, params)

@@ -13,34 +13,11 @@ from mrmae_jax import config as config_lib
 from mrmae_jax import mrmae, preflight, teachers
 from mrmae_jax.cli import show_teacher
 from mrmae_jax.errors import ConfigError
-from mrmae_jax.runs.checkpoint import Checkpoints
 from mrmae_jax.tasks import pretrain
-from mrmae_jax.train import TrainState
 from mrmae_jax.viz import grid
 from tests import tiny
 from tests.helpers.cli import run_command
-
-
-def changed(config, **values):
-  with config.unlocked():
-    config.update_from_flattened_dict(
-      {key.replace("__", "."): value for key, value in values.items()}
-    )
-  return config
-
-
-def finished_run(workdir, encoder="convvit", **values):
-  """What a run leaves: its configuration and a checkpoint. Returns its model and parameters."""
-  config = changed(tiny.get_config(encoder), teacher__path="", **values)
-  model = pretrain.make_model(config, {})
-  params = jax.jit(lambda key: pretrain.init_params(model, tuple(config.image_size), 0.75, key))(
-    jax.random.key(3)
-  )
-  saving = Checkpoints(workdir, {})
-  saving.save(7, TrainState(jnp.int32(7), params, (), (jnp.zeros(3),), jnp.float32(0)))
-  saving.close()
-  (workdir / "config.json").write_text(config.to_json())
-  return model, params
+from tests.helpers.runs import finished_run
 
 
 @pytest.mark.parametrize(
@@ -49,7 +26,7 @@ def finished_run(workdir, encoder="convvit", **values):
 @pytest.mark.parametrize("layer, last_k", [("raw", 1), ("normed", 1), ("raw", 2)])
 def test_a_trained_encoder_is_a_teacher(tmp_path, encoder, values, layer, last_k):
   model, params = finished_run(tmp_path, encoder, **values)
-  config = changed(
+  config = tiny.changed(
     tiny.get_config(),
     teacher__path=f"checkpoint:{tmp_path}",
     teacher__layer=layer,
@@ -86,7 +63,7 @@ def test_a_trained_encoder_is_a_teacher(tmp_path, encoder, values, layer, last_k
 
 def test_the_second_stage_learns_from_it(tmp_path):
   finished_run(tmp_path)
-  config = changed(tiny.get_config("vit"), teacher__path=f"checkpoint:{tmp_path}")
+  config = tiny.changed(tiny.get_config("vit"), teacher__path=f"checkpoint:{tmp_path}")
   task = pretrain.make(config)
   params, extra = jax.jit(task.init)(jax.random.key(0))
   images = np.random.default_rng(0).integers(0, 256, (2, 32, 48, 3), np.uint8)
@@ -96,7 +73,7 @@ def test_the_second_stage_learns_from_it(tmp_path):
   (tmp_path / "other").mkdir()
   finished_run(tmp_path / "other", encoder__embed_dims=(8, 12, 20))
   other = pretrain.make(
-    changed(tiny.get_config("vit"), teacher__path=f"checkpoint:{tmp_path}/other")
+    tiny.changed(tiny.get_config("vit"), teacher__path=f"checkpoint:{tmp_path}/other")
   )
   assert task.identity != other.identity  # a workdir is refused when its teacher changes
 
@@ -151,7 +128,7 @@ def test_several_teachers_of_a_configuration(tmp_path):
 )
 def test_what_such_a_teacher_cannot_do(tmp_path, values, message):
   finished_run(tmp_path)
-  config = changed(tiny.get_config(), **dict(teacher__path=f"checkpoint:{tmp_path}") | values)
+  config = tiny.changed(tiny.get_config(), **dict(teacher__path=f"checkpoint:{tmp_path}") | values)
   with pytest.raises(ConfigError, match=message) as error:
     preflight.check(config, num_devices=8)
   assert len(str(error.value).splitlines()) == 1

@@ -2,11 +2,7 @@
 the package.
 """
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +13,7 @@ from mrmae_jax import optim, sharding, train
 from mrmae_jax.runs import log
 from mrmae_jax.runs.checkpoint import Checkpoints
 from tests import regression
+from tests.helpers.programs import Program
 from tests.helpers.tasks import init_state, make_tx
 
 ROOT = Path(__file__).parent.parent
@@ -30,8 +27,7 @@ train.fit(config, regression.make(config), sys.argv[1])
 
 
 def start(workdir):
-  env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
-  return subprocess.Popen([sys.executable, "-c", FIT, str(workdir)], cwd=ROOT, env=env)
+  return Program(["-c", FIT, workdir], f"{workdir}.log")
 
 
 def records(workdir, key):
@@ -62,7 +58,7 @@ def test_a_task_of_a_user_trains_is_killed_and_resumes_bit_for_bit(tmp_path):
   while len(list((tmp_path / "killed" / "checkpoints").glob("[1-9]*"))) < 2:
     assert process.poll() is None and time.monotonic() < deadline
     time.sleep(0.01)
-  process.send_signal(signal.SIGKILL)
+  process.kill()
   process.wait()
   shutil.copytree(tmp_path / "killed", tmp_path / "resumed")
   assert start(tmp_path / "resumed").wait(300) == 0

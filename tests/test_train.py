@@ -4,13 +4,8 @@ is not finite.
 
 import json
 import logging
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import jax
@@ -29,6 +24,7 @@ from mrmae_jax.runs.checkpoint import Checkpoints
 from mrmae_jax.runs.run import is_due
 from mrmae_jax.tasks import pretrain
 from tests import tiny
+from tests.helpers.programs import Program, run_program, wait_for
 from tests.helpers.tasks import init_state, make_tx
 
 ROOT = Path(__file__).parent.parent
@@ -183,16 +179,8 @@ def test_due():
 # --- whole runs, in processes of their own ---
 
 
-def run(workdir, *overrides, devices=1, wait=True):
-  env = dict(
-    os.environ,
-    JAX_PLATFORMS="cpu",
-    PYTHONPATH=str(ROOT),
-    XLA_FLAGS=f"--xla_force_host_platform_device_count={devices} "
-    "--xla_backend_optimization_level=0",
-  )
-  command = [
-    sys.executable,
+def command(workdir, *overrides):
+  return [
     "-m",
     "mrmae_jax",
     "pretrain",
@@ -200,13 +188,10 @@ def run(workdir, *overrides, devices=1, wait=True):
     f"--workdir={workdir}",
     *(f"--config.{o}" if not o.startswith("--") else o for o in overrides),
   ]
-  process = subprocess.Popen(
-    command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-  )
-  if not wait:
-    return process
-  out, err = process.communicate(timeout=300)
-  return process.returncode, out, err
+
+
+def run(workdir, *overrides, devices=1):
+  return run_program(command(workdir, *overrides), devices=devices)
 
 
 def losses(workdir):
@@ -235,16 +220,15 @@ def runs(tmp_path_factory):
   folder = tmp_path_factory.mktemp("runs")
   code, out, err = run(folder / "whole", *LONG, devices=8)
   assert code == 0, err
-  process = run(folder / "killed", *LONG, *SLOW, devices=8, wait=False)
-  deadline = time.monotonic() + 240
-  while (
-    not saved_steps(folder / "killed")
-    or max(losses(folder / "killed"), default=0) < saved_steps(folder / "killed")[-1] + 2
-  ):
-    assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-    time.sleep(0.02)
-  process.send_signal(signal.SIGKILL)
-  process.communicate()
+  killed = folder / "killed"
+  process = Program(command(killed, *LONG, *SLOW), folder / "log", devices=8)
+  wait_for(
+    lambda: saved_steps(killed) and max(losses(killed), default=0) >= saved_steps(killed)[-1] + 2,
+    process,
+    folder / "log",
+  )
+  process.kill()
+  process.wait()
   assert max(losses(folder / "killed")) < 20
   return folder, out
 

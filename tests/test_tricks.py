@@ -12,7 +12,7 @@ import pytest
 from mrmae_jax import mrmae
 from mrmae_jax.models.decoder import MimicHead
 from mrmae_jax.models.layers import LayerFusion, put_visible, take_visible
-from tests.test_mrmae import OPTIONS, TEACHER_DIM, loss_of, mimic_alone, seen, setup
+from tests.helpers.models import OPTIONS, TEACHER_DIM, loss_of, mimic_alone, seen, setup
 
 TRICKS = [
   ("dense", dict(cls_token=True, fuse_layers=(0,))),

@@ -24,8 +24,7 @@ from mrmae_jax.viz import grid, page, panels
 from mrmae_jax.weights import model_files
 from tests import tiny
 from tests.helpers.cli import parse_options, run_command
-from tests.test_stages import changed
-from tests.test_weights import make
+from tests.helpers.models import make_student
 
 SIZE, GRID = (32, 48), (4, 6)  # of tiny's images, 8-pixel patches
 PLAIN = ("--count=2", "--bank=9", "--neighbors=2")
@@ -33,7 +32,7 @@ PLAIN = ("--count=2", "--bank=9", "--neighbors=2")
 
 def run_with_teacher(workdir, encoder="convvit", **values):
   """Writes the workdir of a run with a teacher; returns its configuration and parameters."""
-  config = changed(tiny.get_config(encoder), **values)
+  config = tiny.changed(tiny.get_config(encoder), **values)
   model = pretrain.make_model(config, {"mimic": 48})
   params = jax.jit(lambda key: pretrain.init_params(model, SIZE, 0.75, key))(jax.random.key(3))
   checkpoints = Checkpoints(workdir, {})
@@ -187,7 +186,7 @@ def test_reconstructions_show_what_their_titles_say(monkeypatch, norm_pix):
 
   Hidden ones have the statistics of the visible ones around them.
   """
-  config = changed(tiny.get_config(), teacher__path="")
+  config = tiny.changed(tiny.get_config(), teacher__path="")
   model, rng = pretrain.make_model(config, {}), np.random.default_rng(0)
   images, output = (
     rng.integers(0, 256, (2, *SIZE, 3), np.uint8),
@@ -348,7 +347,7 @@ def test_queries(run, monkeypatch):
     picture = panel.picture[20:116:3, 4:148:3]
     red = (picture == [255, 0, 0]).all(-1)
     assert red.sum() == (28 if query else 0) and (not query or (red[16:24, 40:].sum() == 28))
-  vit = model_files.LoadedModel(*make(ViT(8, 16, 1, 2, 32), None))
+  vit = model_files.LoadedModel(*make_student(ViT(8, 16, 1, 2, 32), None))
   subject = subject._replace(
     model=mrmae_jax.pretrained.PretrainedModel(
       vit._replace(report=model_files.Report("x", "", (), (), ()))
@@ -409,7 +408,7 @@ def test_panels_that_cannot_be_drawn(run):
   workdir, config, _ = run
   subject = subject_of(workdir, config)
   teacher_out = mrmae.TeacherOutput(np.zeros((2, 24, 7), np.float32), None, None)
-  masked = changed(config.copy_and_resolve_references(), teacher__tokens="masked")
+  masked = tiny.changed(config.copy_and_resolve_references(), teacher__tokens="masked")
   for changes, message in (
     ({}, "a teacher"),
     (dict(teacher_out=teacher_out), "gives 48 channels; a teacher has 7"),
@@ -484,7 +483,9 @@ def test_one_image_of_any_size_on_published_weights(tmp_path, photos, command):
 
   The grid is not the file's.
   """
-  model_files.write_model(make(ViT(8, 16, 1, 2, 32), None), tmp_path / "vit.safetensors", "timm")
+  model_files.write_model(
+    make_student(ViT(8, 16, 1, 2, 32), None), tmp_path / "vit.safetensors", "timm"
+  )
   code, printed, out = command(
     f"--model={tmp_path}/vit.safetensors", f"--images={photos}/3.png", "--image_size=40"
   )
@@ -526,7 +527,7 @@ def test_a_preset_by_name_and_a_teacher_that_has_gone(tmp_path, run, monkeypatch
   assert (
     subjects._make_config(flags("--teacher=clip/"), model, SIZE, stored).teacher.path == "clip/"
   )
-  gone = changed(config.copy_and_resolve_references(), teacher__path=str(tmp_path / "gone"))
+  gone = tiny.changed(config.copy_and_resolve_references(), teacher__path=str(tmp_path / "gone"))
   teacher_out, reason = subjects._run_teacher(flags(), gone, np.zeros((1, *SIZE, 3), np.uint8))
   assert teacher_out is None
   assert "the run's teacher cannot be loaded" in reason and "gone" in reason
@@ -536,7 +537,9 @@ def test_a_preset_by_name_and_a_teacher_that_has_gone(tmp_path, run, monkeypatch
 
 def test_refusals(tmp_path, run, photos, command):
   workdir, _, _ = run
-  model_files.write_model(make(ViT(8, 16, 1, 2, 32), None), tmp_path / "vit.safetensors", "timm")
+  model_files.write_model(
+    make_student(ViT(8, 16, 1, 2, 32), None), tmp_path / "vit.safetensors", "timm"
+  )
   model, vit = f"--model={workdir}", f"--model={tmp_path}/vit.safetensors"
   for arguments, code, message in (
     ([], 2, "--model is missing"),

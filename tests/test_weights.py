@@ -21,33 +21,7 @@ from mrmae_jax.weights import files, model_files, positions
 from mrmae_jax.weights.table import mlp_ratio
 from tests import tiny
 from tests.helpers.cli import run_command
-
-CONVVIT = ConvViT((2, 2, 2), (8, 12, 16), (1, 2, 2), 2, (2.0, 3.0, 2.5))
-VIT = ViT(8, 16, 2, 2, 36)
-DECODER = Decoder(192, 12, 2, 3, 2)
-GRID = (3, 5)  # not square: rows and columns cannot be confused, and it must be noted somewhere
-
-
-def make(encoder, decoder=DECODER, classes=0, fc_norm=True, has_norm=True, seed=0):
-  """A student with no parameter at its start: swapped norms and lost biases show."""
-  rng = np.random.default_rng(seed)
-  classifier = (("fc_norm", "head") if fc_norm else ("head",)) if classes else ()
-  shapes = model_files.param_shapes(encoder, decoder, GRID, classifier, classes)
-  params = jax.tree.map(
-    lambda x: rng.standard_normal(x.shape).astype(np.float32) * 0.3 + 0.1, shapes
-  )
-  return model_files.LoadedModel(
-    encoder,
-    decoder,
-    params,
-    GRID,
-    (0.1, 0.2, 0.3),
-    (0.4, 0.5, 0.6),
-    {"mask_ratio": 0.6, "norm_pix": False},
-    has_norm,
-    None,
-    tuple("zyxwvut"[:classes]),
-  )
+from tests.helpers.models import CONVVIT, DECODER, GRID, VIT, make_student
 
 
 def same(actual, expected):
@@ -80,7 +54,7 @@ STUDENTS = {
 @pytest.mark.parametrize("name", STUDENTS)
 def test_round_trip_of_files(tmp_path, name):
   encoder, options = STUDENTS[name]
-  student, path = make(encoder, **options), tmp_path / "x.safetensors"
+  student, path = make_student(encoder, **options), tmp_path / "x.safetensors"
   model_files.write_model(student, path, "timm" if isinstance(encoder, ViT) else "convmae")
   assert [p.name for p in tmp_path.iterdir()] == [
     "x.safetensors"
@@ -97,7 +71,9 @@ def test_round_trip_of_files(tmp_path, name):
 
 @pytest.mark.parametrize("encoder", [CONVVIT, VIT], ids=["convvit", "vit"])
 def test_fine_tuned_encoder_without_its_last_norm(tmp_path, encoder):
-  student = make(encoder.clone(learned_positions=True), decoder=None, classes=3, has_norm=False)
+  student = make_student(
+    encoder.clone(learned_positions=True), decoder=None, classes=3, has_norm=False
+  )
   path = tmp_path / "x.safetensors"
   model_files.write_model(student, path, "timm" if encoder is VIT else "convmae")
   assert not [name for name in load_file(path) if name.startswith("norm.")]
@@ -118,7 +94,7 @@ def test_fine_tuned_encoder_without_its_last_norm(tmp_path, encoder):
   ids=["whole", "encoder", "learned"],
 )
 def test_round_trip_of_hf_folders(tmp_path, decoder):
-  student = make(VIT.clone(learned_positions=decoder is not DECODER), decoder)
+  student = make_student(VIT.clone(learned_positions=decoder is not DECODER), decoder)
   model_files.write_model(student, tmp_path / "hf", "hf")
   assert sorted(p.name for p in (tmp_path / "hf").iterdir()) == [
     "config.json",
@@ -138,7 +114,7 @@ def test_round_trip_of_hf_folders(tmp_path, decoder):
 
 
 def test_the_tool_converts_there_and_back(tmp_path, capsys):
-  student = make(VIT)
+  student = make_student(VIT)
   model_files.write_model(student, tmp_path / "a.safetensors", "timm")
   steps = (("a.safetensors", "hf", "hf"), ("hf", "b.safetensors", "timm"))
   for model, out, form in steps:
@@ -188,10 +164,10 @@ def test_the_tool_converts_there_and_back(tmp_path, capsys):
 @pytest.mark.parametrize(
   "student, form, message",
   [
-    (make(VIT, None, classes=2), "hf", "no place for a classifier"),
-    (make(VIT.clone(fuse_layers=(0,))), "hf", "fused layers"),
-    (make(CONVVIT), "hf", "use convmae"),
-    (make(CONVVIT), "torch", "not one of convmae, timm, hf"),
+    (make_student(VIT, None, classes=2), "hf", "no place for a classifier"),
+    (make_student(VIT.clone(fuse_layers=(0,))), "hf", "fused layers"),
+    (make_student(CONVVIT), "hf", "use convmae"),
+    (make_student(CONVVIT), "torch", "not one of convmae, timm, hf"),
   ],
 )
 def test_forms_that_a_student_cannot_take(tmp_path, student, form, message):
@@ -207,7 +183,7 @@ def published(
   tmp_path, encoder=CONVVIT, decoder=DECODER, change=lambda tensors: tensors, grid=(4, 4), **options
 ):
   """A student's tensors in a file without notes, after a change; and the student."""
-  student = make(encoder, decoder, **options)._replace(grid=grid)
+  student = make_student(encoder, decoder, **options)._replace(grid=grid)
   path = tmp_path / "published.safetensors"
   model_files.write_model(student, path, "timm" if isinstance(encoder, ViT) else "convmae")
   tensors = load_file(path)
@@ -406,7 +382,7 @@ def test_heads_that_no_file_tells(tmp_path):
 
 def test_a_file_that_lost_blocks_since_it_was_written_here(tmp_path):
   path = tmp_path / "x.safetensors"
-  model_files.write_model(make(CONVVIT), path, "convmae")
+  model_files.write_model(make_student(CONVVIT), path, "convmae")
   files.write_safetensors(path, remove("blocks3.1.")(load_file(path)), files.read_metadata(path))
   with pytest.raises(WeightsError, match="missing: blocks3.1.*another depth"):
     model_files.read_model(path)
@@ -416,7 +392,7 @@ def test_a_file_that_lost_blocks_since_it_was_written_here(tmp_path):
   with pytest.raises(WeightsError, match="is damaged: its notes about the model"):
     model_files.read_model(path)
   model_files.write_model(
-    make(CONVVIT, None, classes=3)._replace(classes=("x", "y")), path, "convmae"
+    make_student(CONVVIT, None, classes=3)._replace(classes=("x", "y")), path, "convmae"
   )
   with pytest.raises(WeightsError, match="is damaged: it names 2 classes and holds 3"):
     model_files.read_model(path)
@@ -434,7 +410,7 @@ def test_a_file_that_lost_blocks_since_it_was_written_here(tmp_path):
   ],
 )
 def test_hf_folders_that_do_not_fit(tmp_path, change, message):
-  model_files.write_model(make(VIT), tmp_path, "hf")
+  model_files.write_model(make_student(VIT), tmp_path, "hf")
   config = tmp_path / "config.json"
   config.write_text(json.dumps(json.loads(config.read_text()) | change))
   with pytest.raises(WeightsError, match=message):
@@ -540,7 +516,7 @@ def test_learned_positions_start_as_the_constant(encoder):
 
 
 def test_params_at_another_grid():
-  student = make(VIT.clone(learned_positions=True))
+  student = make_student(VIT.clone(learned_positions=True))
   moved = model_files.params_at(student, (6, 4))
   table = student.params["encoder"]["pos_embed"]
   np.testing.assert_array_equal(

@@ -31,3 +31,39 @@ def get_config(encoder: str = "convvit"):
   c.evals.reconstruct.images = 2
   c.evals.knn.update(bank=64)
   return c
+
+
+def finetune_config(encoder="convvit", **values):
+  """Fine-tuning of what `tiny` pre-trains."""
+  pretrained, c = get_config(encoder), config.finetune()
+  c.encoder = pretrained.encoder
+  c.encoder.update(drop_path=0.2, learned_positions=True)
+  for key in ("image_size", "batch_size", "epochs", "dtype", "log_every", "checkpoint_every"):
+    c[key] = pretrained[key]
+  c.data.update(source="digits", holdout_every=5, flip=False)
+  c.optim.warmup_epochs = 0.02
+  c.evals.accuracy.batch_size = 64
+  c.init_from = ""
+  return changed(c, **values)
+
+
+def probe_config(encoder="convvit", **values):
+  """Probing of what `tiny` pre-trains."""
+  pretrained, c = get_config(encoder), config.probe()
+  c.encoder = pretrained.encoder
+  for key in ("image_size", "batch_size", "epochs", "dtype", "log_every", "checkpoint_every"):
+    c[key] = pretrained[key]
+  c.data.update(source="digits", holdout_every=5, flip=False)
+  c.optim.update(warmup_epochs=0.02, grid=(0.5, 4.0))
+  c.evals.accuracy.batch_size = 64
+  c.init_from = ""
+  return changed(c, **values)
+
+
+def changed(config, **values):
+  """Returns `config` with optim__blr=... in the place of config.optim.blr=..."""
+  with config.unlocked():
+    config.update_from_flattened_dict(
+      {key.replace("__", "."): value for key, value in values.items()}
+    )
+  return config

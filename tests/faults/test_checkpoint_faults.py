@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from mrmae_jax.runs.checkpoint import Checkpoints
 from mrmae_jax.runs.metrics import read_metrics
 from tests.faults import small
 from tests.helpers.cli import run_command
+from tests.helpers.programs import run_program
 from tests.helpers.tasks import init_state, make_tx
 
 # Nothing awaits the tasks that orbax leaves behind after a failed read.
@@ -249,15 +249,7 @@ def test_f19_a_save_that_fails_leaves_the_one_before(tmp_path):
     arguments = ["--config=tests/faults/small.py", "--workdir=WORKDIR"]
     sys.exit(entry.main(["mrmae", "pretrain", *arguments]))
   """.replace("WORKDIR", str(tmp_path))
-  done = subprocess.run(
-    [sys.executable, "-c", code],
-    cwd=ROOT,
-    env=dict(os.environ, PYTHONPATH=str(ROOT)),
-    capture_output=True,
-    text=True,
-    timeout=120,
-    check=False,
-  )
+  done = run_program(["-c", code], timeout=120)
   assert done.returncode == 5, done.stderr[-2000:]
   assert "\nerror: checkpoint 20 could not be saved: " in done.stderr
   assert "warning: checkpoint 8 is not saved" in done.stdout and "step 20/20" in done.stdout
@@ -536,7 +528,7 @@ def test_f21_a_lock_ends_with_its_process(tmp_path):
     "from mrmae_jax.runs import workdir\nimport os\n"
     f"with workdir.lock_workdir({str(tmp_path)!r}):\n  os._exit(9)"
   )
-  assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 9
+  assert run_program(["-c", code]).returncode == 9
   with workdir.lock_workdir(tmp_path) as note:
     assert "the previous run (process " in note and "did not shut down cleanly" in note
 
@@ -575,15 +567,7 @@ def test_f42_a_long_run_does_not_grow(tmp_path):
     train.fit(config, small.toy_task(), {str(tmp_path)!r})
     print("MEMORY", len(sizes), sizes[499], sizes[1999])
   """
-  out = subprocess.run(
-    [sys.executable, "-c", code],
-    cwd=ROOT,
-    env=dict(os.environ, PYTHONPATH=str(ROOT)),
-    capture_output=True,
-    text=True,
-    timeout=600,
-    check=True,
-  ).stdout
+  out = run_program(["-c", code], timeout=600).stdout
   count, early, late = map(float, out.split("MEMORY ")[1].split())
   print(f"{early:.1f} MB after 500 steps, {late:.1f} MB after 2,000")
   assert count == 2000 and late - early < 20

@@ -41,6 +41,7 @@ from tests.helpers.images import (
   train_steps,
   write_images,
 )
+from tests.helpers.programs import Program
 
 ROOT = pathlib.Path(__file__).parents[2]
 needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc")
@@ -682,14 +683,7 @@ def test_f30_the_first_image_too():
 
 def start_run(tmp_path, *arguments):
   """Starts a training run in another process, on one device."""
-  env = dict(
-    os.environ,
-    PYTHONPATH=str(ROOT),
-    PYTHONUNBUFFERED="1",
-    XLA_FLAGS="--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",
-  )
-  command = [
-    sys.executable,
+  words = [
     "-m",
     "mrmae_jax",
     "pretrain",
@@ -701,9 +695,7 @@ def start_run(tmp_path, *arguments):
     "--config.optim.warmup_epochs=0",
     *arguments,
   ]
-  return subprocess.Popen(
-    command, cwd=ROOT, env=env, stdout=open(tmp_path / "log", "w"), stderr=subprocess.STDOUT
-  )
+  return Program(words, tmp_path / "log")
 
 
 def test_f30_a_run_ends_although_a_thread_waits_for_ever(tmp_path):

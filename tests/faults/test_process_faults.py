@@ -9,7 +9,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from mrmae_jax.errors import Interrupted
 from mrmae_jax.runs import supervision
 from mrmae_jax.runs.metrics import read_metrics
 from tests.helpers.cli import run_command
-from tests.test_multihost import finish, free_port
+from tests.helpers.programs import Program, finish, free_port, host_flags, wait_for
 
 ROOT = Path(__file__).parent.parent.parent
 # Plants a fault at the end of a step, in a process that is otherwise that of a user.
@@ -63,30 +62,10 @@ def start(
 
   `fault` happens at the end of `step`. Each step takes `pause` seconds longer.
   """
-  env = dict(
-    os.environ,
-    PYTHONPATH=str(ROOT),
-    PYTHONUNBUFFERED="1",
-    XLA_FLAGS=f"--xla_force_host_platform_device_count={devices} "
-    "--xla_backend_optimization_level=0",
-  )
   flags = [f"--config=tests/faults/small.py{argument}", f"--workdir={workdir}", *arguments]
-  if count > 1:
-    flags += [
-      "--multihost",
-      f"--coordinator_address=localhost:{port}",
-      f"--num_processes={count}",
-      f"--process_id={index}",
-    ]
+  flags += host_flags(index, count, port)
   code = INJECT.format(fault=fault, index=index, step=step, pause=pause, arguments=flags)
-  return subprocess.Popen(
-    [sys.executable, "-c", code],
-    cwd=ROOT,
-    env=env,
-    stdout=open(log, "w"),
-    stderr=subprocess.STDOUT,
-    start_new_session=True,
-  )
+  return Program(["-c", code], log, devices=devices)
 
 
 def pair(folder, *arguments, faults=("", ""), **options):
@@ -106,13 +85,6 @@ def pair(folder, *arguments, faults=("", ""), **options):
     )
     for i in range(2)
   ], logs
-
-
-def wait_for(condition, process, log, timeout=120):
-  end = time.monotonic() + timeout
-  while not condition():
-    assert process.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
-    time.sleep(0.02)
 
 
 def losses(workdir):
@@ -170,24 +142,13 @@ def test_f4_stopped_while_compiling_and_while_evaluating(tmp_path):
     pause=0.05,
     arguments=["--config=tests/tiny.py", f"--workdir={tmp_path}/run"],
   )
-  env = dict(
-    os.environ, PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1", JAX_ENABLE_COMPILATION_CACHE="false"
-  )
-  process = subprocess.Popen(
-    [sys.executable, "-c", code], cwd=ROOT, env=env, stdout=open(log, "w"), stderr=subprocess.STDOUT
-  )
+  process = Program(["-c", code], log, env={"JAX_ENABLE_COMPILATION_CACHE": "false"})
   wait_for(lambda: "parameters: " in log.read_text(), process, log)
   time.sleep(0.3)  # it compiles for seconds now
   process.send_signal(signal.SIGTERM)
   assert finish([process], 60) == [75], log.read_text()[-3000:]
   assert "stopped during compile: nothing is lost" in log.read_text()
-  process = subprocess.Popen(
-    [sys.executable, "-c", code],
-    cwd=ROOT,
-    env=dict(os.environ, PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1"),
-    stdout=open(log, "w"),
-    stderr=subprocess.STDOUT,
-  )
+  process = Program(["-c", code], log)
   wait_for(lambda: "compiled the training step" in log.read_text(), process, log)
   time.sleep(0.5)  # the first evaluation
   process.send_signal(signal.SIGTERM)
