@@ -18,10 +18,9 @@ from PIL import Image
 from mrmae_jax.data import open_source
 from mrmae_jax.errors import DataError, WorkdirError
 from mrmae_jax.runs import paths
-from tests import fake_gcs
-from tests.helpers import images
-from tests.helpers.hosts import run, start
+from tests.helpers import fake_gcs, images
 from tests.helpers.programs import finish, free_port, run_program
+from tests.helpers.runs import run, start
 from tests.helpers.tfds import prepare_tfds
 
 needs_gcsfs = pytest.mark.skipif(

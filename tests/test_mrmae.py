@@ -52,11 +52,6 @@ def test_masked_pixels_never_reach_a_visible_feature(encoder):
   )  # every visible pixel was changed: so were features
 
 
-@functools.partial(
-  jax.jit,
-  static_argnums=0,
-  static_argnames=("mask_ratio", "masking", "complementary_masks", "pixel_weight"),
-)
 @pytest.mark.parametrize("norm_pix", [True, False])
 def test_pixel_targets_of_visible_patches_do_not_count(norm_pix):
   model, params, images, noise, _ = setup("sparse")

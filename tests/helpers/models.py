@@ -86,6 +86,11 @@ def seen(features):
   return mrmae.TeacherOutput(features, features.mean(1) * 2, jax.nn.softmax(features[..., 0]))
 
 
+@functools.partial(
+  jax.jit,
+  static_argnums=0,
+  static_argnames=("mask_ratio", "masking", "complementary_masks", "pixel_weight"),
+)
 def loss_of(model, params, images, noise, features, **options):
   return mrmae.pretrain_loss(
     params, images, noise, model, {"mimic": lambda _: seen(features)}, **(OPTIONS | options)
