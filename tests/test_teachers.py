@@ -114,7 +114,7 @@ def test_openai_in_mixed_precision(tmp_path):
     tmp_path / "x.safetensors",
   )
   spec, teacher = open_teacher(tmp_path / "x.safetensors", layer="proj")
-  _, out = spec.module.apply({"params": teacher.params}, INPUTS["32x32"])
+  _, out = jax.jit(spec.module.apply)({"params": teacher.params}, INPUTS["32x32"])
   expected = np.load(GOLDENS / "openai_clip.expected.npz")["32x32/image_embeds"]
   np.testing.assert_allclose(out["proj"][:, 0], expected, atol=5e-3)
   assert not np.allclose(out["proj"][:, 0], expected, atol=1e-5)
@@ -147,19 +147,21 @@ def test_what_training_sees(layer, key):
 def test_several_layers_are_a_mean_of_normalised_ones():
   spec, teacher = open_teacher(GOLDENS / "hf_clip_full", last_k=2)
   images = np.random.default_rng(0).random((2, 32, 32, 3), np.float32)
-  _, out = spec.module.apply({"params": teacher.params}, normalize(images, spec.mean, spec.std))
+  _, out = jax.jit(spec.module.apply)(
+    {"params": teacher.params}, normalize(images, spec.mean, spec.std)
+  )
   means = [
     (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
     for x in map(np.asarray, out["layers"][-2:])
   ]
-  output = teacher.forward(teacher.params, images)
+  output = jax.jit(teacher.forward)(teacher.params, images)
   np.testing.assert_allclose(output.features, (means[0] + means[1])[:, 1:] / 2, atol=1e-5)
   np.testing.assert_allclose(output.cls, (means[0] + means[1])[:, 0] / 2, atol=1e-5)
 
 
 def teacher_output(path, images, **options):
   _, teacher = open_teacher(path, images.shape[1:3], **options)
-  return teacher.forward(teacher.params, images)
+  return jax.jit(teacher.forward)(teacher.params, images)
 
 
 def test_finer_grids_are_pooled():
@@ -183,7 +185,7 @@ def test_other_patches_see_resized_images():
   smaller = np.clip(jax.image.resize(images, (2, 16, 24, 3), "cubic"), 0, 1)
   assert np.abs(smaller).max() <= 1
   output, expected = (
-    teacher.forward(teacher.params, images),
+    jax.jit(teacher.forward)(teacher.params, images),
     teacher_output(GOLDENS / "hf_dino", smaller),
   )
   np.testing.assert_allclose(output.features, expected.features, atol=1e-5)
@@ -201,7 +203,9 @@ def test_resolution():
   expected = jax.image.resize(
     direct.features.reshape(2, 6, 9, -1), (2, 4, 6, 48), "linear"
   ).reshape(2, 24, 48)
-  np.testing.assert_allclose(teacher.forward(teacher.params, images).features, expected, atol=1e-5)
+  np.testing.assert_allclose(
+    jax.jit(teacher.forward)(teacher.params, images).features, expected, atol=1e-5
+  )
   assert teacher_output(GOLDENS / "hf_dino", images, resolution=64).features.shape == (
     2,
     24,
@@ -274,7 +278,7 @@ def test_bf16_compute_stays_close():
   assert rounded.params["blocks_0"]["fc1"]["kernel"].dtype == jnp.bfloat16
   assert rounded.params["norm"]["scale"].dtype == rounded.params["pos_embed"].dtype == jnp.float32
   assert rounded.digest == exact.digest
-  a, b = (jax.tree.map(np.asarray, t.forward(t.params, images)) for t in (exact, rounded))
+  a, b = (jax.tree.map(np.asarray, jax.jit(t.forward)(t.params, images)) for t in (exact, rounded))
   assert b.features.dtype == b.cls.dtype == b.attention.dtype == np.float32
   assert np.linalg.norm(a.features - b.features) / np.linalg.norm(a.features) < 2e-2
   np.testing.assert_allclose(a.attention, b.attention, rtol=5e-2)
@@ -284,7 +288,7 @@ def test_the_first_row_of_attention_is_that_of_the_full_map():
   x = np.random.default_rng(0).standard_normal((2, 7, 12)).astype(np.float32)
   module = Attention(3)
   params = module.init(jax.random.key(0), x)
-  _, first = module.apply(params, x)
+  _, first = jax.jit(module.apply)(params, x)
   q, k, _ = np.split(x @ np.asarray(params["params"]["qkv"]["kernel"]), 3, axis=-1)
   q, k = (z.reshape(2, 7, 3, 4).transpose(0, 2, 1, 3) for z in (q, k))
   full = np.asarray(jax.nn.softmax(q @ k.swapaxes(2, 3) / 2, axis=-1))
@@ -353,7 +357,7 @@ def test_a_stand_in_with_random_weights(monkeypatch):
       name="dino_vit_b16", path="random", image_size=(32, 48), token_size=8, dtype="float32"
     )
   )
-  output = teacher.forward(
+  output = jax.jit(teacher.forward)(
     teacher.params, jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 32, 48, 3), np.uint8))
   )
   assert (

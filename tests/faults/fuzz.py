@@ -923,9 +923,13 @@ def run(
 
 
 def _lines(process: subprocess.Popen, patience: float):
-  """Yields the lines of a process until it ends, or is silent for `patience` seconds."""
-  buffer = b""
-  while select.select([process.stdout], [], [], patience)[0]:
+  """Yields the lines of a process until it ends, or is silent for `patience` seconds.
+
+  Its first line may take HANG_S: it imports before.
+  """
+  buffer, wait_s = b"", HANG_S
+  while select.select([process.stdout], [], [], wait_s)[0]:
+    wait_s = patience
     chunk = os.read(process.stdout.fileno(), 1 << 16)
     if not chunk:
       process.wait()

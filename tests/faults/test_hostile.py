@@ -864,7 +864,7 @@ def test_the_fuzzer_finds(tmp_path):
     if fuzz.make_case(make, number).files["kind"] in (b"result", b"refused")
   ][: fuzz.WARM_UP]
   order = [*first, *(numbers[kind] for kind in ("raises", "two lines", "dies", "is slow", "hangs"))]
-  outcome = fuzz.run("itself", order, tmp_path, hang_s=20)
+  outcome = fuzz.run("itself", order, tmp_path, hang_s=10)
   reasons = {
     kind: outcome.findings.pop(numbers[kind])
     for kind in ("raises", "two lines", "dies", "is slow", "hangs")
@@ -879,7 +879,7 @@ def test_the_fuzzer_finds(tmp_path):
     and "several lines" in reasons["two lines"]
     and "died with -6" in reasons["dies"]
   )
-  assert "s of computing" in reasons["is slow"] and "no answer for 20 s" in reasons["hangs"]
+  assert "s of computing" in reasons["is slow"] and "no answer for 10 s" in reasons["hangs"]
   assert (tmp_path / f"itself-{numbers['dies']}" / "kind").read_bytes() == b"dies"
   outcome = fuzz.run("itself", [*first, numbers["takes memory"]], tmp_path)
   assert (
@@ -897,8 +897,8 @@ def assert_nothing_found(target, inputs):
 
 
 @pytest.mark.parametrize("target", fuzz.SHARES)
-def test_f34_a_thousand_damaged_inputs(target):
-  assert_nothing_found(target, 1000)
+def test_f34_damaged_inputs(target):
+  assert_nothing_found(target, 300)
 
 
 @pytest.mark.slow
