@@ -8,6 +8,7 @@ the next one finds in a cache of this session.
 import atexit
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -21,6 +22,14 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the cache of their parent
   os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="mrmae_jax_cache")
   atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_compiled_programs():
+  """Keeps the memory of a worker flat: what one module compiled, the next one rarely needs."""
+  yield
+  if "jax" in sys.modules:
+    sys.modules["jax"].clear_caches()
 
 
 @pytest.fixture

@@ -206,9 +206,11 @@ def test_masked_tokens_alone_are_predicted_the_same(cls, masks):
     Decoder(12, dim=16, depth=2, num_heads=4),
     jax.random.normal(jax.random.key(1), (2 * masks, 6 + cls, 8)),
   )
-  params = decoder.init(jax.random.key(2), tokens, mask, (4, 6))
+  params = jax.jit(decoder.init, static_argnums=3)(jax.random.key(2), tokens, mask, (4, 6))
   weights = jax.random.normal(jax.random.key(3), (2 * masks, 18, 12))
 
+  @functools.partial(jax.jit, static_argnums=2)
+  @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
   def masked(params, tokens, everywhere):
     prediction, out = decoder.apply(params, tokens, mask, (4, 6), everywhere)
     prediction, read = (
@@ -216,8 +218,8 @@ def test_masked_tokens_alone_are_predicted_the_same(cls, masks):
     )
     return jnp.sum(prediction * weights), (prediction, read)
 
-  (_, ours), grads = jax.value_and_grad(masked, (0, 1), has_aux=True)(params, tokens, False)
-  (_, oracle), wanted = jax.value_and_grad(masked, (0, 1), has_aux=True)(params, tokens, True)
+  (_, ours), grads = masked(params, tokens, False)
+  (_, oracle), wanted = masked(params, tokens, True)
   for a, b in zip(jax.tree.leaves((ours, grads)), jax.tree.leaves((oracle, wanted))):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
   np.testing.assert_array_equal(
@@ -226,8 +228,18 @@ def test_masked_tokens_alone_are_predicted_the_same(cls, masks):
   )
 
 
-@pytest.mark.parametrize("encoder", ["dense", "sparse", "vit"])
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize(
+  "encoder, remat",
+  [
+    ("dense", "full"),
+    ("sparse", "dots"),
+    ("vit", "full"),
+    *(
+      pytest.param(*other, marks=pytest.mark.slow)
+      for other in (("dense", "dots"), ("sparse", "full"), ("vit", "dots"))
+    ),
+  ],
+)
 def test_what_is_computed_again_is_the_same(encoder, remat):
   results = []
   for kept in ("none", remat):
@@ -300,7 +312,9 @@ def test_padding_to_even_numbers_of_tokens_changes_nothing(queries, keys):
   weights = jax.random.normal(jax.random.key(9), q.shape)
   fused = functools.partial(layers.fused_attention, implementation="xla")
   results = [
-    jax.value_and_grad(lambda *x, form=form: (form(*x) * weights).sum(), (0, 1, 2))(q, k, v)
+    jax.jit(jax.value_and_grad(lambda *x, form=form: (form(*x) * weights).sum(), (0, 1, 2)))(
+      q, k, v
+    )
     for form in (layers.attend, fused)
   ]
   for a, b in zip(*map(jax.tree.leaves, results)):
@@ -336,17 +350,25 @@ def test_position_table():
     sincos_2d(6, (2, 2))
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
-@pytest.mark.parametrize("masking", ["random", "focused"])
-@pytest.mark.parametrize(
-  "fields, size, ratio",
-  [
-    ({}, (48, 64), 0.75),
-    (dict(patch_sizes=(4, 2, 2)), (64, 96), 0.6),
-    (dict(patch_sizes=(1, 2, 2)), (20, 12), 0.5),
-  ],
-)
-def test_sparse_equals_dense(fields, size, ratio, masking, dtype, tolerance):
+FORMS = [
+  pytest.param(
+    fields, size, ratio, masking, dtype, marks=[pytest.mark.slow] if (i + j + k) % 2 else []
+  )
+  for i, (fields, size, ratio) in enumerate(
+    [
+      ({}, (48, 64), 0.75),
+      (dict(patch_sizes=(4, 2, 2)), (64, 96), 0.6),
+      (dict(patch_sizes=(1, 2, 2)), (20, 12), 0.5),
+    ]
+  )
+  for j, masking in enumerate(["random", "focused"])
+  for k, dtype in enumerate([jnp.float32, jnp.bfloat16])
+]
+
+
+@pytest.mark.parametrize("fields, size, ratio, masking, dtype", FORMS)
+def test_sparse_equals_dense(fields, size, ratio, masking, dtype):
+  tolerance = 1e-6 if dtype == jnp.float32 else 1e-2
   results = []
   for form in ("dense", "sparse"):
     model, params, images, noise, features = setup(

@@ -117,9 +117,9 @@ def test_folder_gives_the_features_of_the_trained_model(trained):
   spec = read_spec(path=folder, image_size=(16, 16), token_size=8, dtype="float32")
   teacher = teachers.load(spec)
   images = np.random.default_rng(1).integers(0, 256, (3, 16, 16, 3), np.uint8)
-  _, out = spec.module.apply({"params": params}, normalize(images, (0.5,) * 3, (0.5,) * 3))
+  _, out = jax.jit(spec.module.apply)({"params": params}, normalize(images, (0.5,) * 3, (0.5,) * 3))
   np.testing.assert_allclose(
-    teacher.forward(teacher.params, images).features, out["layers"][-1][:, 1:], atol=1e-5
+    jax.jit(teacher.forward)(teacher.params, images).features, out["layers"][-1][:, 1:], atol=1e-5
   )
 
 
@@ -128,7 +128,7 @@ def test_tokens_are_centered_and_nothing_else_changes(trained):
   centered = self_distill.center_tokens(config, task, state)
   extra = {"teacher": {"encoder": centered}}
   images = np.stack([task.views.eval(task.source("train")[i], None)["image"] for i in range(1438)])
-  features = task.predict((), extra, (), {"image": images}, None)["features"]
+  features = jax.jit(task.predict)((), extra, (), {"image": images}, None)["features"]
   np.testing.assert_allclose(features.mean(0), 0, atol=1e-4)
   before = state.extra["teacher"]["encoder"]
   changed = jax.tree.map(lambda a, b: not np.array_equal(a, b), before, centered)

@@ -68,15 +68,16 @@ def test_the_focus_reaches_the_loss(masking):
   mask = mrmae.sample_mask(
     noise, 0.75, attention=seen(features).attention if masking == "focused" else None
   )
-  streams, prediction = mrmae.encode_decode(
-    params, mrmae.normalize(images, model.mean, model.std), mask, model, everywhere=False
-  )
-  mimic = mrmae.mimic_loss(
-    params["mimic_heads"]["mimic"], streams, seen(features), mask, model.mimics[0]
-  )
-  pixel = mrmae.pixel_loss(
-    prediction, mrmae.normalize(images, model.mean, model.std), mask, 8, True
-  )
+
+  @jax.jit
+  def expected(params, mask):
+    pixels = mrmae.normalize(images, model.mean, model.std)
+    streams, prediction = mrmae.encode_decode(params, pixels, mask, model, everywhere=False)
+    head = params["mimic_heads"]["mimic"]
+    mimic = mrmae.mimic_loss(head, streams, seen(features), mask, model.mimics[0])
+    return mrmae.pixel_loss(prediction, pixels, mask, 8, True), mimic
+
+  pixel, mimic = expected(params, mask)
   np.testing.assert_allclose(loss, 0.7 * pixel + 1.3 * mimic, rtol=1e-5)
 
 
@@ -105,15 +106,19 @@ def test_complementary_masks_are_disjoint(tokens, ratio, k):
 )
 def test_complementary_masks_are_the_mean_of_separate_runs(encoder, fields):
   model, params, images, noise, features = setup(encoder, **fields)
-  together = jax.value_and_grad(
-    lambda p: loss_of(model, p, images, noise, features, complementary_masks=4)[0]
+  together = jax.jit(
+    jax.value_and_grad(
+      lambda p: loss_of(model, p, images, noise, features, complementary_masks=4)[0]
+    )
   )(params)
 
+  @jax.jit
+  @jax.value_and_grad
   def alone(p, i):  # the noise of a run in which set i comes first
     place = jnp.argsort(jnp.argsort(noise, axis=1), axis=1)
     return loss_of(model, p, images, ((place - 12 * i) % 48) / 48.0, features)[0]
 
-  separate = [jax.value_and_grad(alone)(params, i) for i in range(4)]
+  separate = [alone(params, i) for i in range(4)]
   mean = jax.tree.map(lambda *x: sum(x) / 4, *separate)
   np.testing.assert_allclose(together[0], mean[0], rtol=1e-6)
   jax.tree.map(
@@ -210,11 +215,12 @@ def test_fusion_takes_the_chosen_depths(encoder):
     "depth_1": {"kernel": jnp.eye(24), "bias": jnp.zeros(24)},
     "weights": jnp.float32([0, 99, 0]),
   }
-  fused, _ = model.encoder.apply({"params": p}, pixels, mask)
+  fused, _ = jax.jit(model.encoder.apply)({"params": p}, pixels, mask)
   cut = model.encoder.clone(
     fuse_layers=(), **({"depth": 3} if encoder == "vit" else {"depths": (1, 1, 3)})
   )
-  np.testing.assert_allclose(fused, cut.apply({"params": p}, pixels, mask)[0], atol=1e-5)
+  expected, _ = jax.jit(cut.apply)({"params": p}, pixels, mask)
+  np.testing.assert_allclose(fused, expected, atol=1e-5)
 
 
 def test_stage_fusion_can_be_left_out():
@@ -229,7 +235,8 @@ def test_cls_of_the_convolutional_encoder(encoder):
   """
   model, params, images, noise, _ = setup(encoder, cls_token=True)
   mask, pixels = mrmae.sample_mask(noise, 0.75), mrmae.normalize(images, model.mean, model.std)
-  x, out = model.encoder.apply({"params": params["encoder"]}, pixels, mask)
+  encode = jax.jit(lambda params: model.encoder.apply({"params": params}, pixels, mask))
+  x, out = encode(params["encoder"])
   assert (
     x.shape == (3, 13, 24)
     and out["layers"][-1].shape == (3, 13, 24)
@@ -245,7 +252,7 @@ def test_cls_of_the_convolutional_encoder(encoder):
   )
   other = jax.tree.map(lambda v: v, params["encoder"])
   other["cls_token"] = other["cls_token"] + 1
-  changed, _ = model.encoder.apply({"params": other}, pixels, mask)
+  changed, _ = encode(other)
   assert np.abs(np.asarray(changed - x)).max(-1).min() > 0  # every token sees CLS
 
 
@@ -347,17 +354,18 @@ def test_the_decoder_mimics_masked_tokens(arrays):
 
 def test_without_pixels_the_decoder_gets_no_gradient():
   model, params, images, noise, features = setup("sparse")
-  loss, terms = loss_of(model, params, images, noise, features, pixel_weight=0.0)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  @functools.partial(jax.value_and_grad, argnums=1, has_aux=True)
+  def loss_without_pixels(model, params):
+    return loss_of(model, params, images, noise, features, pixel_weight=0.0)
+
+  (loss, terms), grads = loss_without_pixels(model, params)
   assert set(terms) == {"mimic"}
   np.testing.assert_allclose(loss, 1.3 * terms["mimic"], rtol=1e-6)
-  grads = jax.grad(lambda p: loss_of(model, p, images, noise, features, pixel_weight=0.0)[0])(
-    params
-  )
   assert not any(np.asarray(x).any() for x in jax.tree.leaves(grads["decoder"]))
   masked, params, *_ = setup("sparse", mimic=dict(tokens="masked"))
-  grads = jax.grad(lambda p: loss_of(masked, p, images, noise, features, pixel_weight=0.0)[0])(
-    params
-  )
+  _, grads = loss_without_pixels(masked, params)
   assert (
     np.asarray(grads["decoder"]["mask_token"]).any()
     and not np.asarray(grads["decoder"]["pred"]["kernel"]).any()

@@ -27,6 +27,13 @@ from mrmae_jax.runs.paths import is_bucket, open_folder
 
 FORMAT = 2  # of the record
 FREE_SPACE = 1.2  # free space on the disk that a save needs, in sizes of the state
+# Devices share the writing of a replicated array. Each share of each shape is compiled: small arrays,
+# nearly all of them, would cost seconds in the first save and save nothing.
+ocp.type_handlers.register_type_handler(
+  jax.Array,
+  ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20),
+  override=True,
+)
 SAVE_TIMEOUT_S = 300  # orbax waits 1200 s by default, on a full disk in vain
 
 
