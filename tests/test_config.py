@@ -30,9 +30,12 @@ ROOT = Path(__file__).parent.parent
 def shapes(config, teacher_dims=None):
   """The parameter shapes of a configuration's student, without computing anything."""
   model = pretrain.make_model(config, teacher_dims or {})
-  init = functools.partial(
-    pretrain.init_params, model, tuple(config.image_size), config.method.mask_ratio
-  )
+  return shapes_of(model, tuple(config.image_size), config.method.mask_ratio)
+
+
+@functools.cache
+def shapes_of(model, image_size, mask_ratio):
+  init = functools.partial(pretrain.init_params, model, image_size, mask_ratio)
   return jax.eval_shape(init, jax.random.key(0))
 
 
