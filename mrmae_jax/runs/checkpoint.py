@@ -27,13 +27,9 @@ from mrmae_jax.runs.paths import is_bucket, open_folder
 
 FORMAT = 2  # of the record
 FREE_SPACE = 1.2  # free space on the disk that a save needs, in sizes of the state
-# Devices share the writing of a replicated array. Each share of each shape is compiled: small arrays,
-# nearly all of them, would cost seconds in the first save and save nothing.
-ocp.type_handlers.register_type_handler(
-  jax.Array,
-  ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20),
-  override=True,
-)
+# Devices share the writing of a replicated array, but orbax compiles each share of each shape: for
+# smaller arrays that costs seconds in the first save and gains nothing.
+SHARED_BYTES = 2**20
 SAVE_TIMEOUT_S = 300  # orbax waits 1200 s by default, on a full disk in vain
 
 
@@ -78,7 +74,7 @@ class Checkpoints:
     self.identity = identity
     self._manager = _open_manager(
       self.directory,
-      ocp.StandardCheckpointHandler(),
+      _state_handler(),
       preservation_policy=_NewestAndBest(keep, {} if scores is None else scores),
       cleanup_tmp_directories=True,
       async_options=ocp.AsyncOptions(timeout_secs=SAVE_TIMEOUT_S),
@@ -126,7 +122,7 @@ class Checkpoints:
     self._check_identity(record["identity"])
     self._check_arrays(step, record["arrays"], shapes)
     try:
-      args = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
+      args = ocp.args.Composite(state=_restore_args(shapes))
       state = self._manager.restore(step, args=args)["state"]
     except Exception as error:  # damage raises any type
       problem = f"it cannot be read ({one_line(error)})"
@@ -212,7 +208,7 @@ class Checkpoints:
       return reports[0]["space"]
     record = self._make_record(state)
     args = ocp.args.Composite(
-      state=ocp.args.StandardSave(state),
+      state=ocp.args.PyTreeSave(state),
       run=ocp.args.JsonSave({"record": record, "sha256": _digest(record)}),
     )
     try:
@@ -370,6 +366,16 @@ def _read_params(manager, step: int, entries: tuple[str, ...], is_averaged: bool
   params = arrays["opt_state"][-1]["average"] if is_averaged else arrays["params"]
   others = tuple(name for name in stored if name not in names)
   return Stored({name: params[name] for name in names}, others, step, record["identity"])
+
+
+def _state_handler() -> ocp.PyTreeCheckpointHandler:
+  arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SHARED_BYTES)
+  registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+  return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+
+
+def _restore_args(shapes) -> ocp.args.PyTreeRestore:
+  return ocp.args.PyTreeRestore(shapes, ocp.checkpoint_utils.construct_restore_args(shapes))
 
 
 def _open_manager(directory, state_handler, **options) -> ocp.CheckpointManager:
