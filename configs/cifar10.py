@@ -3,8 +3,7 @@
 Command:   mrmae pretrain --config=configs/cifar10.py:mrmae --workdir=DIR \\
                --config.data.source=folder:/path/to/cifar10 --config.teacher.path=TEACHER
            The folder has train/ and test/ with a sub-folder per class. The teacher is trained on
-           train/ without labels: the section "CIFAR-10" of README.md has every command and the
-           results.
+           train/ without labels: docs/cifar10.md has every command and the results.
 Arguments: configs/cifar10.py:METHOD,epochs=2
            METHOD is mae, convmae or mrmae; epochs are those of ConvMAE that the budget pays for
 Hardware:  2 CPU cores
