@@ -5,6 +5,7 @@ to another page, or to any file of the repository, which the site then offers fo
 """
 
 import configparser
+import re
 import sys
 from pathlib import Path
 
@@ -24,16 +25,33 @@ nitpicky = False  # types in signatures are those of jax, numpy, optax and flax,
 myst_heading_anchors = 3
 myst_links_external_new_tab = False
 
-# Docstrings. `x` is code there, as in the comments.
+# Docstrings. `x` is code there, and the fields of a class are listed under "Attributes".
 default_role = "code"
-autodoc_member_order = "bysource"
-autodoc_typehints = "signature"
+smartquotes = False
+autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
-napoleon_use_ivar = True
-napoleon_use_rtype = False
+napoleon_custom_sections = [("Attributes", "params_style")]
+maximum_signature_line_length = 90
 
 html_theme = "furo"
 html_title = f"{project} {release}"
 html_copy_source = False
 html_show_copyright = False
+
+
+def clean_signature(app, what, name, obj, options, signature, return_annotation):
+  """Shortens what jax and Linen add to signatures."""
+  shorter = [
+    (r", parent: .*?, name: str \| None = None", ""),  # every Linen module has these two
+    (r"<class '([\w.]+)'>", r"\1"),
+    (r"(~\w+\.)*Array \| [^\[\]]*? \| complex", "ArrayLike"),
+  ]
+  texts = [signature or "", return_annotation or ""]
+  for pattern, short in shorter:
+    texts = [re.sub(pattern, short, text) for text in texts]
+  return texts[0] or None, texts[1] or None
+
+
+def setup(app):
+  app.connect("autodoc-process-signature", clean_signature)
