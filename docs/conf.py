@@ -27,7 +27,8 @@ myst_links_external_new_tab = False
 
 # Docstrings. `x` is code there, and the fields of a class are listed under "Attributes".
 default_role = "code"
-smartquotes = False
+smartquotes_action = "D"  # dashes, no quotes
+autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
@@ -36,6 +37,8 @@ maximum_signature_line_length = 90
 
 html_theme = "furo"
 html_title = f"{project} {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_copy_source = False
 html_show_copyright = False
 
