@@ -284,6 +284,31 @@ def test_the_readme_is_a_page():
   assert len((ROOT / "README.md").read_text().splitlines()) <= 200
 
 
+@functools.cache
+def program_text():
+  """Returns the sources of package and launch scripts, texts over several lines joined."""
+  files = [*ROOT.glob("mrmae_jax/**/*.py"), *ROOT.glob("launch/**/*.sh")]
+  return re.sub(r'"\s*\n\s*f?"', "", "".join(path.read_text() for path in files))
+
+
+OTHERS = ("Missing value for flag", "must hold two numbers")  # absl's; a number in words
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_messages_are_those_of_the_program(name):
+  """Three words in a row of each message in a table of causes, as numbers and names vary."""
+  for table in re.findall(r"((?:^\|[^\n]*\|\n)+)", (ROOT / name).read_text(), re.M):
+    head, _, *rows = [re.split(r"(?<!\\)\|", line)[1:] for line in table.splitlines()]
+    if head[0].strip() not in ("message", "what you see", "symptom"):
+      continue
+    for message in (text for row in rows for text in re.findall(r"`([^`]*)`", row[0])):
+      parts = [part.split() for part in re.split(r"\.\.\.|\d\S*|'[^']*'", message)]
+      runs = [part[i : i + 3] for part in parts for i in range(max(1, len(part) - 2))]
+      texts = [" ".join(run) for run in runs if len(run) > 1 or len(runs) == 1]
+      known = any(text in program_text() for text in texts)
+      assert known or message.startswith(OTHERS), message
+
+
 def test_the_page_of_all_keys_is_up_to_date():
   """If this fails: python docs/make_configuration.py."""
   script = runpy.run_path(str(ROOT / "docs" / "make_configuration.py"))
