@@ -10,7 +10,7 @@ import optax
 
 
 def smooth_one_hot(labels: jax.Array, num_classes: int, smoothing: float = 0.0) -> jax.Array:
-  """int [B] in [0, num_classes) -> float32 [B, num_classes], rows of sum 1.
+  """Returns targets float32 [B, num_classes], rows of sum 1, of labels [B] in [0, num_classes).
 
   Each class has smoothing / num_classes; the rest is on the label.
   """

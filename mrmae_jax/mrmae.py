@@ -105,7 +105,8 @@ def pretrain_loss(
     pixel_weight: of the reconstruction loss; 0 leaves it out, and the decoder's work with it.
 
   Returns:
-    loss, and its unweighted terms {"pixel", and the name of each mimic}: float32 scalars.
+    The loss, and its unweighted terms by their names, "pixel" and those of the mimics; float32
+    scalars.
   """
   pixels = normalize(images, model.mean, model.std)
   # Teachers see the whole image.
@@ -148,8 +149,8 @@ def sample_mask(
   tokens without replacement, with probability p proportional to the attention (zejiangh/MILAN).
   Each token gets the exponential waiting time -log(1 - noise) / p, and the V earliest are visible.
   This is Gumbel-top-k; under uniform attention it equals random masking with the same noise.
-  Complementary masks take the first V
-  tokens of one shuffle, the next V, and so on (Alpha-VL/FastConvMAE).
+  Complementary masks take the first V tokens of one shuffle, the next V, and so on
+  (Alpha-VL/FastConvMAE).
 
   Args:
     noise: float32 [B, N], uniform in [0, 1).
@@ -184,9 +185,12 @@ def encode_decode(params, pixels: jax.Array, mask: Mask, model: Model, everywher
   The decoder predicts all tokens, or with everywhere=False the M = N - V masked ones alone.
 
   Returns:
-    streams: tokens that can mimic. [B * k, V (+1 with CLS), D] "fused", the encoder's output, which
-      the decoder reads, and "last_block", before fusion; [B * k, N or M, decoder width] "decoder".
-    prediction: [B * k, N or M, p*p*C], row by row, or in the order of `mask.masked`.
+    A pair (streams, prediction).
+
+    - streams: tokens that can mimic. [B * k, V (+1 with CLS), D] "fused", the encoder's output,
+      which the decoder reads, and "last_block", before fusion; [B * k, N or M, decoder width]
+      "decoder".
+    - prediction: [B * k, N or M, p*p*C], row by row, or in the order of `mask.masked`.
   """
   grid = tuple(side // model.encoder.patch_size for side in pixels.shape[1:3])
   tokens, encoded = model.encoder.apply({"params": params["encoder"]}, pixels, mask)
@@ -230,7 +234,7 @@ def pixel_loss(
     prediction: of the masked patches, [B * k, M, p*p*C].
     pixels: normalized images [B, H, W, C].
     mask: [B * k, ...].
-    patch_size: p.
+    patch_size: side of a patch in pixels, p.
     norm_pix: see `pixel_targets`.
   """
   targets, _, _ = pixel_targets(pixels, patch_size, norm_pix)

@@ -90,11 +90,13 @@ class PretrainedModel:
     """Returns sizes and input statistics of the model.
 
     Returns:
-      "encoder", "decoder": fields of the modules; None without a decoder.
-      "grid": (rows, columns) of tokens in training.
-      "image_size": (height, width) in training.
-      "mean", "std": of the input, one number per channel.
-      "classes": number of classes, 0 without a classifier.
+      A dictionary.
+
+      - "encoder", "decoder": fields of the modules; None without a decoder.
+      - "grid": (rows, columns) of tokens in training.
+      - "image_size": (height, width) in training.
+      - "mean", "std": of the input, one number per channel.
+      - "classes": number of classes, 0 without a classifier.
     """
     network, classifier = self.network, self.network.params.get("classifier")
     return {
@@ -114,13 +116,15 @@ class PretrainedModel:
       images: [B, H, W, C], uint8 or float in [0, 1].
 
     Returns:
-      "tokens" [B, N, D], row by row, N = (H / patch_size) * (W / patch_size). A ConvViT gives its
+      A dictionary.
+
+      - "tokens" [B, N, D], row by row, N = (H / patch_size) * (W / patch_size). A ConvViT gives its
         last block's output, before fusion and the last norm, which fine-tuning drops too. A ViT
         gives its output after the norm, or after the last block if it was fine-tuned without the
         norm.
-      "pooled" [B, D], the mean of the tokens.
-      "cls" [B, D], if the model has a CLS token.
-      "stage1" [B, H/4, W/4, D1], "stage2" [B, H/8, W/8, D2], the feature maps of a ConvViT.
+      - "pooled" [B, D], the mean of the tokens.
+      - "cls" [B, D], if the model has a CLS token.
+      - "stage1" [B, H/4, W/4, D1], "stage2" [B, H/8, W/8, D2], the feature maps of a ConvViT.
 
     Raises:
       ValueError: the images have another shape, type or range.
@@ -173,12 +177,13 @@ class PretrainedModel:
       seed: of the mask. Patches that are visible at a high ratio are visible at a lower one too.
 
     Returns:
-      float32 [B, H, W, C] in [0, 1]:
-      "original".
-      "masked": hidden patches are gray.
-      "reconstruction": every patch as predicted.
-      "pasted": predictions in the hidden places, the original elsewhere.
-      "reconstruction_blind", "pasted_blind": brightness and contrast of predictions are guessed
+      A dictionary of images, float32 [B, H, W, C] in [0, 1].
+
+      - "original": the images.
+      - "masked": hidden patches are gray.
+      - "reconstruction": every patch as predicted.
+      - "pasted": predictions in the hidden places, the original elsewhere.
+      - "reconstruction_blind", "pasted_blind": brightness and contrast of predictions are guessed
         from the visible patches instead of taken from the hidden ones.
 
     Raises:

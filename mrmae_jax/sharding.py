@@ -12,15 +12,15 @@ AXES = ("data", "fsdp")
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, devices=None) -> Mesh:
-  """A (data, fsdp) mesh over all devices; -1 takes what the other axis leaves.
+  """Returns a (data, fsdp) mesh over all devices; -1 takes what the other axis leaves.
 
-  Devices come by slice, host and number: the rows of a batch are then those of host 0, host 1, ...,
-    as the loader cuts it, and the devices of an fsdp group, which exchange parameters in every
-    step, are neighbors and never in two slices. Sums over all devices, the rest of the traffic, do
-    not depend on the order.
+  Devices are ordered by slice, host and number. The rows of a batch are then those of host 0, host
+  1, ..., as the loader cuts it. The devices of an fsdp group, which exchange parameters in every
+  step, are neighbors and never in two slices. The rest of the traffic, sums over all devices, does
+  not depend on the order.
 
   Axis types are Auto: under the Explicit default every gather of tokens would need an output
-    sharding by hand.
+  sharding by hand.
 
   Raises:
     ValueError: the product is not the number of devices, or an fsdp group does not fit into a
@@ -51,12 +51,14 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of an array that every device holds whole."""
   return NamedSharding(mesh, P())
 
 
 def fsdp_shardings(tree, mesh: Mesh, min_size: int = 2**14):
-  """Shardings for a tree of arrays or shapes: the largest axis that the fsdp axis divides; small
-  arrays replicated.
+  """Returns a sharding for each leaf of a tree of arrays or shapes.
+
+  Its largest axis that the fsdp axis divides is sharded; small arrays are replicated.
 
   Args:
     tree: leaves with a `shape`.
@@ -101,7 +103,7 @@ def table(trees: dict[str, Any], depth: int = 2) -> list[dict[str, Any]]:
 
 
 def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-  """This host's rows -> arrays of the global batch, hosts in order of their index."""
+  """Returns arrays of the global batch from this host's rows, hosts in order of their index."""
   sharding = batch_sharding(mesh)
   return {
     name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()

@@ -75,7 +75,7 @@ class Plan(NamedTuple):
     init: (key, task.pretrained) -> TrainState.
     step: (state, frozen, batch) -> (state, metrics), jitted, with the state donated.
     open_loader: first step (from 0) -> iterator of this host's batches, numpy arrays.
-    state, frozen, batch: arguments of `step` as `jax.ShapeDtypeStruct`s with shardings.
+    state, frozen, batch: arguments of `step`, each a `jax.ShapeDtypeStruct` with a sharding.
   """
 
   mesh: jax.sharding.Mesh

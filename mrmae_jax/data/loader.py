@@ -91,7 +91,8 @@ def train_batches(
       cannot be read.
 
   Returns:
-    Iterator of {name: [b, ...]} with the names of the view and b = batch_size / num_shards.
+    An iterator of batches, dictionaries of arrays [b, ...] with the names of the view, where
+    b = batch_size / num_shards.
 
   Raises:
     DataError: at once for arguments that do not fit; from next() as `Batches` says.
@@ -142,9 +143,9 @@ def eval_batches(
       is not valid. Nothing takes its place, because an image must not count twice.
 
   Returns:
-    Iterator of {name: [b, ...]} with the names of the view and "valid" (bool [b]), where
-    b = batch_size / num_shards. Rows of zeros that are not valid fill the last global batch, so
-    that all shards get the same number of batches.
+    An iterator of batches, dictionaries of arrays [b, ...] with the names of the view and "valid"
+    (bool [b]), where b = batch_size / num_shards. Rows of zeros that are not valid fill the last
+    global batch, so that all shards get the same number of batches.
 
   Raises:
     DataError: as in `train_batches`.

@@ -3,8 +3,7 @@
 `read_model` takes any of them and is strict: every tensor is used exactly once, or is listed in the
 report as left out by design. Sizes come from what the source states (config.json, a run's
 configuration, the metadata in files written here), else from the shapes of its tensors.
-`write_model`
-is the way back: reading a written model gives its parameters bit for bit.
+`write_model` is the way back: reading a written model gives its parameters bit for bit.
 
 A ConvViT has the names of Alpha-VL/ConvMAE; a ViT has those of facebookresearch/mae (timm) or
 transformers. Fused layers, which no published model has, are called "fusion.". Mimic heads stay
