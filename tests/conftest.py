@@ -48,7 +48,7 @@ def examine(tmp_path, capsys, monkeypatch):
   monkeypatch.chdir(Path(__file__).parent.parent)
 
   def run(*arguments, workdir=tmp_path / "run"):
-    words = ["--config=tests/tiny.py", *([f"--workdir={workdir}"] if workdir else [])]
+    words = ["--config=tests/tiny.py:vit", *([f"--workdir={workdir}"] if workdir else [])]
     words += [f"--config.{w}" if "=" in w and not w.startswith("--") else w for w in arguments]
     code = run_command(["doctor", "--no-compile", *words])
     printed = capsys.readouterr()

@@ -103,7 +103,8 @@ def test_work_of_mr_mae():
 def test_dense_stages_cost_four_times_as_much_and_are_not_counted_as_necessary():
   config = convmae.get_config("small")
   config.batch_size, config.data.source = 8, "digits"
-  config.encoder.sparse = False
+  config.encoder.update(sparse=False, depths=(1, 1, 2))
+  config.decoder.depth = 1
   task = bench.make_task(config)
   plan = train.make_plan(config, task, sharding.make_mesh(), 100)
   dense, needed = (

@@ -352,7 +352,7 @@ def test_position_table():
 
 FORMS = [
   pytest.param(
-    fields, size, ratio, masking, dtype, marks=[pytest.mark.slow] if (i + j + k) % 2 else []
+    fields, size, ratio, masking, dtype, marks=[] if i % 2 == j == k else [pytest.mark.slow]
   )
   for i, (fields, size, ratio) in enumerate(
     [
