@@ -454,21 +454,22 @@ def furnished(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def place(request, furnished, tmp_path_factory):
-  """A folder for a page."""
-  path = tmp_path_factory.mktemp("page") / "folder"
-  shutil.copytree(furnished, path, symlinks=True)
-  return Place(path)
+def place_of(furnished, tmp_path_factory):
+  """A function: page -> its folder, one for all of its blocks."""
+
+  @functools.cache
+  def make(page):
+    path = tmp_path_factory.mktemp("page") / "folder"
+    shutil.copytree(furnished, path, symlinks=True)
+    return Place(path)
+
+  return make
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  "place, block",
-  [(block.page, block) for block in BLOCKS],
-  ids=[block.name for block in BLOCKS],
-  indirect=["place"],
-)
-def test_it_runs(place, block):
+@pytest.mark.parametrize("block", BLOCKS, ids=[block.name for block in BLOCKS])
+def test_it_runs(place_of, block):
+  place = place_of(block.page)
   for pattern, text in BEFORE:
     if re.search(pattern, block.text):
       place.run(text)
