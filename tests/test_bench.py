@@ -39,7 +39,7 @@ def run(capsys):
 @pytest.fixture
 def config_file(tmp_path):
   path = tmp_path / "c.py"
-  path.write_text("from tests import tiny\ndef get_config():\n  return tiny.get_config()\n")
+  path.write_text("from tests.tiny import get_config\n")
   return path
 
 
@@ -180,7 +180,9 @@ def test_step(run, config_file, tmp_path):
 
 
 def test_both_is_the_real_loop(run, config_file, tmp_path):
-  code, out, _ = run("both", f"--config={config_file}", "--steps=3", f"--json={tmp_path}/x.json")
+  code, out, _ = run(
+    "both", f"--config={config_file}:vit", "--steps=3", f"--json={tmp_path}/x.json"
+  )
   found = json.loads((tmp_path / "x.json").read_text())
   assert (
     code == 0
@@ -192,7 +194,7 @@ def test_both_is_the_real_loop(run, config_file, tmp_path):
 
 def test_guards_measures_the_step_beside_one_without(run, config_file, tmp_path):
   code, out, err = run(
-    "guards", f"--config={config_file}", "--rounds=1", f"--json={tmp_path}/x.json"
+    "guards", f"--config={config_file}:vit", "--rounds=1", f"--json={tmp_path}/x.json"
   )
   assert code == 0, err
   assert set(json.loads((tmp_path / "x.json").read_text())["seconds"]) == {
@@ -202,7 +204,7 @@ def test_guards_measures_the_step_beside_one_without(run, config_file, tmp_path)
     "watch",
   }
   assert "skipping what is not finite" in out and "% with a save in" in out
-  steps = guards.compile_steps(tiny.get_config())
+  steps = guards.compile_steps(tiny.get_config("vit"))
   guarded, bare = (steps[name].run() for name in ("guarded", "bare"))
   assert guarded.keys() - bare.keys() == {"skipped"}  # one skips updates, the other does not
   for name, value in bare.items():
@@ -210,14 +212,17 @@ def test_guards_measures_the_step_beside_one_without(run, config_file, tmp_path)
 
 
 @pytest.mark.parametrize(
-  "pair, ways",
-  [("visible", ["visible blocks", "dense"]), ("views", ["4 masks an image", "1 mask an image"])],
+  "pair, encoder, ways",
+  [
+    ("visible", "convvit", ["visible blocks", "dense"]),
+    ("views", "vit", ["4 masks an image", "1 mask an image"]),
+  ],
 )
-def test_compared_are_ways_that_agree(run, config_file, tmp_path, pair, ways):
+def test_compared_are_ways_that_agree(run, config_file, tmp_path, pair, encoder, ways):
   code, out, err = run(
     "compare",
     f"--pair={pair}",
-    f"--config={config_file}",
+    f"--config={config_file}:{encoder}",
     "--config.teacher.path=",
     "--config.batch_size=8",
     "--rounds=1",

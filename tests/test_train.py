@@ -362,7 +362,7 @@ def test_check_writes_nothing(tmp_path):
 
 
 def test_one_compilation(tmp_path, caplog):
-  config = tiny.get_config()
+  config = tiny.get_config("vit")
   preflight.check(config, jax.device_count())
   jax.config.update("jax_log_compiles", True)
   try:
