@@ -15,7 +15,8 @@ class Source(Protocol):
 
   Attributes:
     class_names: one name per label; empty when the images have no labels.
-    description: one line for the log.
+    description: one line for the log. A source may have an attribute `left_out`, a part of it:
+      the files that are not read, "" if there are none.
     fingerprint: identifies the images by number and name. It is the same on every host that has
       the same images, wherever they lie.
   """
@@ -70,9 +71,10 @@ def hold_out(count: int, split: str, every: int, description: str) -> np.ndarray
   held_out = np.arange(count) % every == every - 1
   indices = np.flatnonzero(held_out if split == "eval" else ~held_out)
   if not indices.size:
+    advice = f"set holdout_every to at most {count}, or" if count > 1 else "one is for training:"
     raise DataError(
-      f"{description} has {count} images; holding out one in {every} leaves none for {split!r};"
-      f" set holdout_every to at most {count}"
+      f"{description} has {count} image{'s' * (count > 1)}; holding out one in {every} leaves none"
+      f" for {split!r}; {advice} add images"
     )
   return indices
 
