@@ -85,12 +85,18 @@ def read_class_names(source) -> tuple[str, ...]:
   """Returns the classes of the training images of `source`, a field of a Task.
 
   Raises:
-    DataError: they have none.
+    DataError: they have none, or the images to measure on have others.
   """
   images = source("train")
   if not images.class_names:
     raise DataError(
       f"{images.description}: no labels to train on; put each class into a sub-folder of its own"
+    )
+  evaluation = source("eval")
+  if evaluation.class_names != images.class_names:
+    raise DataError(
+      f"{evaluation.description}: no classes to measure; put each image into a sub-folder named as"
+      " its class of the training images, or name another folder with eval_split"
     )
   return images.class_names
 

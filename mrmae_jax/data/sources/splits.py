@@ -97,7 +97,7 @@ def find_splits(root: str, rules: SplitRules) -> Splits:
     f"{name}/" for name in others if name != evaluation and has_images(os.path.join(root, name))
   ]
   if loose := loose_images(root):
-    others.append(f"{len(loose)} images beside them")
+    others.append(f"{len(loose)} image{'s' * (len(loose) > 1)} beside them")
   if others and not evaluation and rules.train_split == "train":
     _check_no_class(root, train, others)
   eval_note = f"{evaluation}/" if evaluation else f"held out of {train}/"
