@@ -7,7 +7,9 @@ import pytest
 from PIL import Image
 
 from mrmae_jax import sharding
-from mrmae_jax.data import augment, open_source
+from mrmae_jax.cli import doctor
+from mrmae_jax.cli.subject import read_all
+from mrmae_jax.data import LoaderOptions, augment, open_source
 from mrmae_jax.data.sources.splits import split_kind
 from mrmae_jax.errors import DataError
 from mrmae_jax.runs.run import make_evaluators
@@ -209,7 +211,8 @@ def test_pretraining_needs_no_images_to_measure_on(tmp_path):
     open_source(f"folder:{tmp_path}/only", "eval")
 
 
-def test_doctor_names_the_evaluations_that_are_left_out(tmp_path, examine):
+def test_doctor_names_the_evaluations_that_are_left_out(tmp_path, examine, monkeypatch):
+  monkeypatch.setattr(doctor, "describe_plan", lambda *_: None)  # traces the step
   pictures(tmp_path / "x", "train/a/", "train/b/", "val/1.png", "val/2.png")
   code, out = examine("teacher.path=", f"data.source=folder:{tmp_path}/x", workdir=None)
   assert code == 0 and "warn  no k-NN evaluation, the images have no labels: " in out, out
@@ -229,3 +232,42 @@ def test_images_of_unknown_classes_are_refused_by_finetuning(tmp_path):
   pictures(tmp_path, "train/a/", "train/b/", "val/A/", "val/b/")
   with pytest.raises(DataError, match="A is not among the classes of .*train: a, b.*no classes to"):
     finetune.make(tiny.finetune_config("vit", data__source=f"folder:{tmp_path}"))
+
+
+# Images that cannot be read, in the tools.
+
+
+@pytest.fixture
+def one_bad(tmp_path):
+  pictures(tmp_path / "x", "cats/", "dogs/")
+  (tmp_path / "x/cats/1.png").write_text("not a picture")
+  (tmp_path / "list.json").write_text('{"train": ["cats/1.png"]}')
+  return tmp_path
+
+
+@pytest.mark.parametrize("options", [["--on_error=skip", "--max_skipped=0.2"], ["--quarantine"]])
+def test_features_leave_out_what_cannot_be_read(one_bad, options, capsys):
+  options = [word.replace("quarantine", f"quarantine={one_bad}/list.json") for word in options]
+  words = ["--model=pixels", f"--images=folder:{one_bad}/x", f"--out={one_bad}/x.npz"]
+  assert run_command(["features", *words]) == 3
+  assert run_command(["features", *words, *options, "--batch_size=4"]) == 0
+  assert "features of 5 images" in capsys.readouterr().out
+  with np.load(one_bad / "x.npz") as file:
+    names = [os.path.relpath(name, one_bad / "x") for name in file["names"]]
+    assert names == ["cats/0.png", "cats/2.png", "dogs/0.png", "dogs/1.png", "dogs/2.png"]
+    np.testing.assert_array_equal(file["labels"], [0, 0, 1, 1, 1])
+    assert len(file["features"]) == 5
+
+
+def test_pack_leaves_out_what_is_in_quarantine(one_bad):
+  words = [f"--source=folder:{one_bad}/x", "--holdout_every=0", "--splits=train"]
+  words += [f"--out={one_bad}/packed", f"--quarantine={one_bad}/list.json"]
+  assert run_command(["pack", *words]) == 0
+  assert len(open_source(f"packed:{one_bad}/packed", "train")) == 5
+
+
+def test_pictures_leave_out_what_cannot_be_read(one_bad):
+  source = open_source(f"folder:{one_bad}/x", "train", holdout_every=0)
+  skip = LoaderOptions(on_error="skip", max_skipped=1.0)
+  indices, images = read_all(source, [0, 1, 2, 5], (8, 8, 3), skip)
+  assert indices == [0, 2, 5] and images.shape == (3, 8, 8, 3)

@@ -100,7 +100,9 @@ def examine(config, workdir: str | None, report: Report, out: str, should_compil
     return
   if config.task == "pretrain":
     view = data.center_view(config.image_size, 1.0, len(config.data.mean))
-    first = next(iter(data.eval_batches(source, view, batch_size=COUNT, limit=COUNT)))
+    loader = data.loader_options(config.data)._replace(workers=0)
+    batches = data.eval_batches(source, view, batch_size=COUNT, limit=COUNT, options=loader)
+    first = next(iter(batches))
     check_teachers(config, first["image"][first["valid"]], report)
   mesh = sharding.make_mesh(**config.mesh)
   try:
@@ -159,7 +161,17 @@ def decode_images(config, source, report: Report) -> list[np.ndarray]:
   """Decodes images from all over the source, as arrays [H, W, C]."""
   report.ok(f"train: {source.description}")
   places = np.linspace(0, len(source) - 1, min(COUNT, len(source))).astype(int)
-  return [augment.pixels(source[int(i)], len(config.data.mean)) for i in places]
+  images = []
+  for i in places:
+    try:
+      images.append(augment.pixels(source[int(i)], len(config.data.mean)))
+    except DataError as error:
+      if config.data.on_error != "skip":
+        raise
+      report.warn(f"skipped: {error}")
+  if not images:
+    raise DataError(f"{source.description}: none of {len(places)} images can be read; replace them")
+  return images
 
 
 def make_batch(config, source) -> np.ndarray:
