@@ -92,12 +92,7 @@ def read_class_names(source) -> tuple[str, ...]:
     raise DataError(
       f"{images.description}: no labels to train on; put each class into a sub-folder of its own"
     )
-  evaluation = source("eval")
-  if evaluation.class_names != images.class_names:
-    raise DataError(
-      f"{evaluation.description}: no classes to measure; put each image into a sub-folder named as"
-      " its class of the training images, or name another folder with eval_split"
-    )
+  data.check_same_classes(images, source("eval"))
   return images.class_names
 
 

@@ -59,6 +59,15 @@ def describe_classes(class_names: tuple[str, ...]) -> str:
   return f"{len(class_names)} classes" if class_names else "no labels"
 
 
+def check_same_classes(train: Source, evaluation: Source) -> None:
+  """Raises DataError unless images to measure on have the classes of the training images."""
+  if evaluation.class_names != train.class_names:
+    raise DataError(
+      f"{evaluation.description}: no classes to measure; put each image into a sub-folder named as"
+      " its class of the training images, or name another folder with eval_split"
+    )
+
+
 def hold_out(count: int, split: str, every: int, description: str) -> np.ndarray:
   """Returns the indices (int64, sorted) of `split` among `count` images without splits."""
   if not every:
