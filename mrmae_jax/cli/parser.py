@@ -121,7 +121,9 @@ def comma_list(item: Callable = str, count: tuple[int, ...] = ()) -> Callable[[s
 def _splits(parser: Parser, holdout_every: int) -> None:
   parser.add_argument("--data_dir", default="", help="where tfds looks for prepared data sets")
   parser.add_argument(
-    "--train_split", default="train", help="sub-folder or tfds split for training"
+    "--train_split",
+    default="train",
+    help="sub-folder or tfds split for training; .: all sub-folders are classes",
   )
   parser.add_argument("--eval_split", default="validation", help="the same for evaluation")
   parser.add_argument(
