@@ -113,7 +113,7 @@ ENCODERS = {
 }
 DATA = dict(
   source=Key(None, "digits, folder:/path/to/images, tfds:NAME or packed:/path"),
-  train_split=Key("train", "split of tfds, or sub-folder, to train on"),
+  train_split=Key("train", "split of tfds, or sub-folder, to train on; .: the whole folder"),
   eval_split=Key("validation", "split of tfds, or sub-folder, for the evaluators"),
   data_dir=Key("", "where tfds looks for prepared data sets; empty: tfds' default", resume="local"),
   holdout_every=Key(10, "without an eval split, hold out every k-th image; 0: none", HOLDOUT),

@@ -87,15 +87,17 @@ def _check_devices(config, num_devices: int, mistakes: Mistakes) -> None:
 
 
 def _check_source(config, mistakes: Mistakes) -> None:
-  """Opens the splits that the task needs."""
+  """Opens the splits that the task needs, and compares their classes."""
   if not mistakes.need(
     config.data.source,
     "config.data.source is not set; use digits, folder:/path/to/images, tfds:name or packed:/path",
   ):
     return
+  sources = []
   for split in TASKS[config.task].splits:
     try:
-      data.open_split(config.data, split)
+      sources.append(data.open_split(config.data, split))
+      data.check_same_classes(sources[0], sources[-1])
     except DataError as error:
       mistakes.need(False, f"config.data: {error}")
 

@@ -121,6 +121,7 @@ def check(config, task: Task) -> TrainState:
     batch = run.first_batch(0)
     seconds = run.compile(state, batch)
     state, metrics = run.train_step(state, batch)
+    run.open_evaluators()
   finally:
     run.close()
   metrics = jax.device_get(metrics)

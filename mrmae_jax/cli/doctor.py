@@ -29,6 +29,7 @@ from mrmae_jax.errors import (
 )
 from mrmae_jax.evals.reconstruct import bands_shown
 from mrmae_jax.runs.paths import open_folder
+from mrmae_jax.runs.run import make_evaluators
 from mrmae_jax.viz.grid import draw_grid
 
 COUNT = 16  # images that doctor decodes
@@ -99,9 +100,18 @@ def examine(config, workdir: str | None, report: Report, out: str, should_compil
     return
   if config.task == "pretrain":
     view = data.center_view(config.image_size, 1.0, len(config.data.mean))
-    first = next(iter(data.eval_batches(source, view, batch_size=COUNT, limit=COUNT)))
+    loader = data.loader_options(config.data)._replace(workers=0)
+    batches = data.eval_batches(source, view, batch_size=COUNT, limit=COUNT, options=loader)
+    first = next(iter(batches))
     check_teachers(config, first["image"][first["valid"]], report)
-  plan = train.make_plan(config, task, sharding.make_mesh(**config.mesh))
+  mesh = sharding.make_mesh(**config.mesh)
+  try:
+    for note in make_evaluators(config, task, task.frozen, mesh, None)[1]:
+      report.warn(note)
+  except UserError as error:
+    report.stop(str(error), error.exit_code)
+    return
+  plan = train.make_plan(config, task, mesh)
   describe_plan(config, plan, report)
   if workdir and "://" not in workdir:
     check_disk(config, plan, Path(workdir).expanduser().absolute(), report)
@@ -151,7 +161,17 @@ def decode_images(config, source, report: Report) -> list[np.ndarray]:
   """Decodes images from all over the source, as arrays [H, W, C]."""
   report.ok(f"train: {source.description}")
   places = np.linspace(0, len(source) - 1, min(COUNT, len(source))).astype(int)
-  return [augment.pixels(source[int(i)], len(config.data.mean)) for i in places]
+  images = []
+  for i in places:
+    try:
+      images.append(augment.pixels(source[int(i)], len(config.data.mean)))
+    except DataError as error:
+      if config.data.on_error != "skip":
+        raise
+      report.warn(f"skipped: {error}")
+  if not images:
+    raise DataError(f"{source.description}: none of {len(places)} images can be read; replace them")
+  return images
 
 
 def make_batch(config, source) -> np.ndarray:
@@ -197,8 +217,6 @@ def check_images(config, source, images, batch: np.ndarray, report: Report) -> N
     report.ok(f"eval: {data.open_split(config.data, 'eval').description}")
   except DataError as error:
     report.warn(f"nothing is held out, so evaluations are left out or use training images: {error}")
-  if "knn" in config.evals and not source.class_names:
-    report.warn("no k-NN evaluation: the images have no labels (folders as classes)")
 
 
 def draw_batch(config, batch: np.ndarray, path: str, report: Report) -> None:

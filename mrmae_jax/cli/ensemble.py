@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mrmae_jax import data, pretrained
-from mrmae_jax.cli.features import extract
+from mrmae_jax.cli.features import extract, skip_options
 from mrmae_jax.errors import DataError, UsageError
 from mrmae_jax.runs.paths import atomic_write
 
@@ -29,6 +29,7 @@ def run(options) -> str:
     eval_split=options.eval_split,
     data_dir=options.data_dir,
     holdout_every=options.holdout_every,
+    quarantine=options.quarantine,
   )
   if not source.class_names:
     raise DataError(
@@ -80,6 +81,7 @@ def _classify(path: str, model, source, options) -> tuple[np.ndarray, np.ndarray
     crop=options.crop,
     batch_size=options.batch_size,
     channels=len(model.network.mean),
+    loader=skip_options(options),
   )
   labels, logits = [], []
   with tqdm(total=len(source), unit="image", desc=path, smoothing=0.05) as progress:

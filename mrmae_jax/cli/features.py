@@ -1,5 +1,6 @@
 """Features of images, for search, clustering or a classifier of your own."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple
@@ -44,6 +45,7 @@ def run(options) -> str:
     eval_split=options.eval_split,
     data_dir=options.data_dir,
     holdout_every=options.holdout_every,
+    quarantine=options.quarantine,
   )
   encoder = load_encoder(options)
   print(f"{encoder.report}\n{source.description}", flush=True)
@@ -54,6 +56,7 @@ def run(options) -> str:
     crop=options.crop,
     batch_size=options.batch_size,
     channels=encoder.channels,
+    loader=skip_options(options),
   )
   about = {
     "model": options.model,
@@ -66,12 +69,25 @@ def run(options) -> str:
     "images": source.description,
   }
   out = Path(options.out).expanduser()
+  batches, sizes = show_progress(batches, len(source)), []
   with supervision.supervised(hang_s=0), atomic_write(out) as temporary:
-    write(temporary, show_progress(batches, len(source)), source.class_names, about)
+    write(temporary, _count_rows(batches, sizes), source.class_names, about)
   height, width = encoder.image_size
   return (
-    f"wrote {options.out}: {options.feature} features of {len(source)} images at {height}x{width}"
+    f"wrote {options.out}: {options.feature} features of {sum(sizes)} images at {height}x{width}"
   )
+
+
+def skip_options(options) -> data.LoaderOptions:
+  """Returns the loader's options of --on_error and --max_skipped."""
+  return data.LoaderOptions(on_error=options.on_error, max_skipped=options.max_skipped)
+
+
+def _count_rows(batches, sizes: list[int]):
+  """Yields the batches, and appends their numbers of images to `sizes`."""
+  for batch in batches:
+    sizes.append(len(batch[0]))
+    yield batch
 
 
 def find_writer(out: str) -> Callable:
@@ -142,7 +158,14 @@ class _NamedSource:
 
 
 def extract(
-  encode, source, *, image_size: tuple[int, int], crop: float, batch_size: int, channels: int = 3
+  encode,
+  source,
+  *,
+  image_size: tuple[int, int],
+  crop: float,
+  batch_size: int,
+  channels: int = 3,
+  loader: data.LoaderOptions = data.LoaderOptions(),
 ) -> Iterator[tuple[list[str], np.ndarray, np.ndarray]]:
   """Yields (names, labels int32 [B], features float32 [B, D]) of all images, in order, each once.
 
@@ -153,21 +176,22 @@ def extract(
     crop: see `data.augment.center_crop`.
     batch_size: images at a time; the last batch holds what is left.
     channels: C.
+    loader: with on_error="skip" images that cannot be read are left out.
 
   Raises:
     DataError: an image cannot be read.
   """
-  named_source, count = _NamedSource(source), 0
+  named_source, begin = _NamedSource(source), 0
   # In threads of this process: the source keeps the names here.
   view = data.center_view(image_size, crop, channels)
-  batches = data.eval_batches(named_source, view, batch_size=batch_size)
+  batches = data.eval_batches(named_source, view, batch_size=batch_size, options=loader)
   try:
     for batch in batches:
       valid = batch["valid"]
       features = np.asarray(encode(batch["image"]))[valid]
-      names = named_source.names[count : count + len(features)]
-      yield names, batch["label"][valid], features
-      count += len(features)
+      names = itertools.compress(named_source.names[begin : begin + len(valid)], valid)
+      yield list(names), batch["label"][valid], features
+      begin += len(valid)
   finally:
     batches.close()
 

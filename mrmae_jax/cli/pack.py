@@ -29,7 +29,7 @@ def run(options) -> str:
   out = Path(options.out).expanduser()
   if out.exists():
     raise UsageError(f"--out={options.out} exists; give another name or remove it")
-  sources = open_splits(options)
+  sources = open_splits(options, options.quarantine)
   print(*(source.description for source in sources.values()), sep="\n", flush=True)
   names = ("source", *SOURCE_OPTIONS, "short_side", "quality")
   index_options = {name: getattr(options, name) for name in names}
@@ -51,8 +51,8 @@ def run(options) -> str:
   )
 
 
-def open_splits(options) -> dict[str, data.Source]:
-  """Opens the splits that --splits names.
+def open_splits(options, quarantine: str = "") -> dict[str, data.Source]:
+  """Opens the splits that --splits names, without the images in the file `quarantine`.
 
   Raises:
     UsageError: --splits names something else.
@@ -61,4 +61,7 @@ def open_splits(options) -> dict[str, data.Source]:
   if not options.splits or not set(options.splits) <= set(SPLITS):
     raise UsageError(f"--splits={','.join(options.splits)} must be train, eval or both")
   rules = {name: getattr(options, name) for name in SOURCE_OPTIONS}
-  return {split: data.open_source(options.source, split, **rules) for split in options.splits}
+  return {
+    split: data.open_source(options.source, split, quarantine=quarantine, **rules)
+    for split in options.splits
+  }

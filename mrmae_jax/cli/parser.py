@@ -121,7 +121,9 @@ def comma_list(item: Callable = str, count: tuple[int, ...] = ()) -> Callable[[s
 def _splits(parser: Parser, holdout_every: int) -> None:
   parser.add_argument("--data_dir", default="", help="where tfds looks for prepared data sets")
   parser.add_argument(
-    "--train_split", default="train", help="sub-folder or tfds split for training"
+    "--train_split",
+    default="train",
+    help="sub-folder or tfds split for training; .: all sub-folders are classes",
   )
   parser.add_argument("--eval_split", default="validation", help="the same for evaluation")
   parser.add_argument(
@@ -129,6 +131,28 @@ def _splits(parser: Parser, holdout_every: int) -> None:
     type=integer(0),
     default=holdout_every,
     help="images without splits: every k-th is for evaluation, as in a run; 0: none",
+  )
+
+
+def _quarantine(parser: Parser) -> None:
+  parser.add_argument(
+    "--quarantine", default="", help="list of images to leave out, written by mrmae verify"
+  )
+
+
+def _bad_images(parser: Parser, max_skipped: float = 0.01) -> None:
+  _quarantine(parser)
+  parser.add_argument(
+    "--on_error",
+    choices=("raise", "skip"),
+    default="raise",
+    help="for unreadable images; skip: they are named and left out",
+  )
+  parser.add_argument(
+    "--max_skipped",
+    type=float,
+    default=max_skipped,
+    help="largest share of the images that --on_error=skip may skip",
   )
 
 
@@ -248,6 +272,7 @@ appears whole or not at all. `mrmae knn` measures what .npz files are worth."""
   )
   parser.add_argument("--images", required=True, help=IMAGES)
   _splits(parser, holdout_every=0)
+  _bad_images(parser)
   parser.add_argument("--split", choices=("train", "eval"), default="train", help="which images")
   parser.add_argument("--out", required=True, help="the file, .npz or .parquet")
   parser.add_argument(
@@ -341,6 +366,7 @@ order; a file without class names is compared by their number alone."""
     default=10,
     help="images without such a split: every k-th, as in the runs",
   )
+  _bad_images(parser)
   parser.add_argument(
     "--average", choices=("probabilities", "logits"), default="probabilities", help="of what"
   )
@@ -371,6 +397,7 @@ Panels (all that can be drawn; the page says why others cannot):
   parser.add_argument(
     "--split", choices=("train", "eval"), default="train", help="of --images with splits"
   )
+  _bad_images(parser, max_skipped=1.0)  # a few images are shown
   parser.add_argument("--data_dir", default="", help="where tfds looks for prepared data sets")
   parser.add_argument(
     "--out", required=True, metavar="DIR", help="folder for index.html and a PNG per panel"
@@ -505,6 +532,7 @@ the folder appears whole or not at all."""
     "--splits", type=comma_list(), default=("train", "eval"), help="which to write"
   )
   _splits(parser, holdout_every=10)
+  _quarantine(parser)
   parser.add_argument(
     "--short_side",
     type=integer(0),

@@ -101,6 +101,7 @@ def run(options) -> str:
     data.center_view(config.image_size, config.data.eval_crop, len(config.data.mean)),
     batch_size=count,
     limit=count,
+    options=data.loader_options(config.data),
   )
   batch = next(batches)
   batches.close()

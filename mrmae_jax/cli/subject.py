@@ -1,5 +1,6 @@
 """Opens the model, the images and the teacher that `mrmae visualize` shows."""
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from ml_collections import ConfigDict
 from mrmae_jax import config as config_lib
 from mrmae_jax import data, pretrained
 from mrmae_jax.cli import show_teacher
+from mrmae_jax.cli.features import skip_options
 from mrmae_jax.data.sources.folder import FolderSource
 from mrmae_jax.errors import UsageError, WeightsError, WorkdirError
 from mrmae_jax.evals.reconstruct import bands_shown
@@ -100,7 +102,7 @@ def open_subject(options, needs_teacher: bool) -> Subject:
   source = _open_source(options, run_config)
   indices = spaced_indices(len(source), options.count)
   shape = (*size, len(model.network.mean))
-  images = np.concatenate(list(read_images(source, indices, shape)))
+  indices, images = read_all(source, indices, shape, skip_options(options))
   config = _make_config(options, model, size, run_config)
   print(f"{model.report}\n{source.description}", flush=True)
   teacher_out, teacher = None, ""
@@ -126,20 +128,41 @@ class _Subset:
     return self._source[self._indices[index]]
 
 
-def read_images(source, indices: list[int], shape: tuple[int, ...]) -> Iterator[np.ndarray]:
-  """Yields the images at `indices` in batches uint8 [b, H, W, C]; `shape` is [..., H, W, C]."""
+def read_images(
+  source, indices: list[int], shape: tuple[int, ...], loader: data.LoaderOptions
+) -> Iterator[tuple[list[int], np.ndarray]]:
+  """Yields the images at `indices` in batches: (their indices, uint8 [b, H, W, C]).
+
+  Args:
+    source: the images.
+    indices: which of them.
+    shape: [..., H, W, C].
+    loader: with on_error="skip" images that cannot be read are left out.
+  """
   *_, height, width, channels = shape
   batches = data.eval_batches(
     _Subset(source, indices),
     data.center_view((height, width), 1.0, channels),
     batch_size=min(BATCH_SIZE, len(indices)),
+    options=loader,
   )
+  begin = 0
   try:
     for batch in batches:
       supervision.beat()
-      yield batch["image"][batch["valid"]]
+      valid = batch["valid"]
+      yield list(itertools.compress(indices[begin:], valid)), batch["image"][valid]
+      begin += len(valid)
   finally:
     batches.close()
+
+
+def read_all(
+  source, indices: list[int], shape: tuple[int, ...], loader: data.LoaderOptions
+) -> tuple[list[int], np.ndarray]:
+  """Returns all that `read_images` yields: indices, uint8 [B, H, W, C]."""
+  parts, images = zip(*read_images(source, indices, shape, loader))
+  return sum(parts, []), np.concatenate(images)
 
 
 def spaced_indices(total: int, limit: int) -> list[int]:
@@ -176,12 +199,19 @@ def _open_source(options, run_config: dict[str, Any]):
         f"--images is missing: {options.model} is not a run, which would know its own images"
       )
     run_data = ConfigDict(run_config["data"])
+    run_data.quarantine = options.quarantine or run_data.quarantine
     return data.open_split(run_data, "eval" if run_data.holdout_every else "train")
   path = Path(options.images).expanduser()
   if path.is_file():
     return FolderSource(str(path.parent.absolute()), [path.name], (), f"{path}: one image")
   spec = f"folder:{path}" if path.is_dir() else options.images
-  return data.open_source(spec, options.split, data_dir=options.data_dir, holdout_every=0)
+  return data.open_source(
+    spec,
+    options.split,
+    data_dir=options.data_dir,
+    holdout_every=0,
+    quarantine=options.quarantine,
+  )
 
 
 def _make_config(options, model, size: tuple[int, int], run_config: dict[str, Any]) -> ConfigDict:

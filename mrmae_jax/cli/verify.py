@@ -6,6 +6,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import sys
 from collections.abc import Iterable
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
@@ -164,6 +165,8 @@ def run(options) -> str:
     UsageError, DataError: options that do not fit; bad images, after the files are written.
   """
   sources = open_splits(options)
+  for split, source in sources.items():
+    print(f"{split}: {source.description}", file=sys.stderr, flush=True)
   total = sum(map(len, sources.values()))
   workers = options.workers or os.cpu_count() or 1
   with tqdm(total=total, unit="image", smoothing=0.05) as bar:  # shows rate and time left
@@ -173,6 +176,8 @@ def run(options) -> str:
     }
   report = {split: summarize(statistics[split], len(sources[split])) for split in sources}
   report = {"source": options.source, **report}
+  for split, source in sources.items():
+    report[split]["description"] = source.description
   print(json.dumps(report, indent=2), flush=True)
   quarantine = {split: value.bad for split, value in statistics.items()}
   for path, content in ((options.json, report), (options.quarantine, quarantine)):
@@ -190,4 +195,5 @@ def run(options) -> str:
       f"{len(bad)} of {total} images are bad, the first: {bad[0]}; leave them out with {advice} "
       "in a run, or repair them"
     )
-  return f"all {total} images are good"
+  left_out = dict.fromkeys(getattr(source, "left_out", "") for source in sources.values())
+  return "; ".join([f"all {total} images are good", *filter(None, left_out)])

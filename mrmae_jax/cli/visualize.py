@@ -7,10 +7,12 @@ import numpy as np
 
 from mrmae_jax import mrmae
 from mrmae_jax.cli import show_teacher
+from mrmae_jax.cli.features import skip_options
 from mrmae_jax.cli.subject import (
   Subject,
   image_name,
   open_subject,
+  read_all,
   read_images,
   spaced_indices,
 )
@@ -204,7 +206,10 @@ def neighbors(subject: Subject) -> Panel:
   if len(bank) < 2:
     raise MissingPanelError(f"the source has {len(source)} image; neighbors need more")
   encode = lambda images: np.asarray(subject.model.encode(images)["pooled"])
-  features = np.concatenate([encode(x) for x in read_images(source, bank, subject.images.shape)])
+  loader = skip_options(subject.options)
+  batches = read_images(source, bank, subject.images.shape, loader)
+  parts, features = zip(*((indices, encode(images)) for indices, images in batches))
+  bank, features = sum(parts, []), np.concatenate(features)
   count = min(subject.options.neighbors, len(bank) - 1)
   similarity, ranks = knn.nearest(encode(subject.images), features, count + 1)
   nearest = []  # for each image [(index in the source, similarity)], without the image itself
@@ -212,7 +217,7 @@ def neighbors(subject: Subject) -> Panel:
     pairs = [(bank[rank], value) for rank, value in zip(ranks[i], similarity[i])]
     nearest.append([pair for pair in pairs if pair[0] != index][:count])
   shown = sorted({index for pairs in nearest for index, _ in pairs})
-  images = np.concatenate(list(read_images(source, shown, subject.images.shape)))
+  shown, images = read_all(source, shown, subject.images.shape, loader)
   images = dict(zip(shown, images[..., subject.bands] / np.float32(255)))
   header = ["image", *(f"neighbor {j + 1}" for j in range(count))]
   columns = [subject.pixels]

@@ -9,7 +9,7 @@ from mrmae_jax.data.loader import (
   loader_options,
   train_batches,
 )
-from mrmae_jax.data.sources import Source, open_source, open_split
+from mrmae_jax.data.sources import Source, check_same_classes, open_source, open_split
 from mrmae_jax.data.views import (
   ImageView,
   PairView,
@@ -28,6 +28,7 @@ __all__ = [
   "Source",
   "View",
   "Views",
+  "check_same_classes",
   "center_view",
   "element_shapes",
   "eval_batches",

@@ -59,10 +59,10 @@ class Evaluator:
     except DataError as error:
       self.note = f"no k-NN evaluation: {error}"
       return
-    if not self._bank.class_names:
-      description = self._bank.description
-      self.note = f"no k-NN evaluation, the images have no labels ({description})"
-      return
+    for source in (self._bank, self._queries):
+      if not source.class_names:
+        self.note = f"no k-NN evaluation, the images have no labels: {source.description}"
+        return
     # Features do not depend on the keys.
     keys = jax.random.split(jax.random.key(0), self._batch_size)
 

@@ -6,6 +6,7 @@ import jax
 from PIL import Image
 
 from mrmae_jax import evals, sharding
+from mrmae_jax.errors import DataError
 from mrmae_jax.viz.grid import draw_grid
 
 COLUMNS = {
@@ -18,7 +19,10 @@ NOTE = "* drawn with the mean and contrast of each true patch, which normalized 
 
 
 class Evaluator:
-  """Reconstructions of the first held-out images, always with the same masks."""
+  """Reconstructions of the first held-out images, always with the same masks.
+
+  Without held-out images they are of training images.
+  """
 
   def __init__(self, task, frozen, config, mesh, workdir, *, images: int):
     """Reads the images.
@@ -31,7 +35,12 @@ class Evaluator:
     self._bands, bands_caption = bands_shown(config)
     norm_caption = NOTE if config.method.norm_pix else ""
     self._caption = "; ".join(filter(None, (bands_caption, norm_caption)))
-    source = task.source("eval" if config.data.holdout_every else "train")
+    self.note = ""
+    try:
+      source = task.source("eval" if config.data.holdout_every else "train")
+    except DataError as error:
+      source = task.source("train")
+      self.note = f"the reconstructions are of training images: {error}"
     count = evals.padded_batch_size(images, mesh)
     batches = evals.global_batches(source, task.views.eval, config, mesh, count, limit=images)
     self._batch = next(batches)

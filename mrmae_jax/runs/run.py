@@ -126,11 +126,17 @@ class Run:
     sizes = ", ".join(f"{name} {count(part):.2f} M" for name, part in params.items())
     peak = optim.peak_rate(config.optim, config.batch_size)
     resumed = f"; resuming after step {self._first_step}" if self._first_step else ""
+    eval_line = []
+    if config.evals:
+      # Without such images the evaluators say what they do.
+      with contextlib.suppress(DataError):
+        eval_line = [f"eval: {self._task.source('eval').description}"]
     return "\n".join(
       [
         f"process {jax.process_index()} of {jax.process_count()}: {len(devices)} x "
         f"{devices[0].device_kind}, mesh data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}",
         f"data: {self._task.source('train').description}",
+        *eval_line,
         f"parameters: {count(params):.2f} M ({sizes})",
         f"batch {config.batch_size}, learning rate {peak:.3g} at its peak, "
         f"{config.epochs:g} epochs = {self._total} steps{resumed}",
@@ -154,17 +160,15 @@ class Run:
       self._program = self._plan.step.lower(state, self._frozen, batch).compile()
     return time.monotonic() - began
 
-  def _open_evaluators(self) -> None:
-    config, options = self._config, self._config.evals
+  def open_evaluators(self) -> None:
+    """Opens the evaluators of the configuration, and says which can not measure anything."""
     with supervision.phase("evaluation"):
-      for name in options:
-        module = importlib.import_module(f"mrmae_jax.evals.{name}")
-        evaluator = module.Evaluator(
-          self._task, self._frozen, config, self._plan.mesh, self._workdir, **options[name]
-        )
-        self._evaluators[name] = evaluator
-        if note := getattr(evaluator, "note", ""):
-          self._log.say(note)
+      self._evaluators, notes = make_evaluators(
+        self._config, self._task, self._frozen, self._plan.mesh, self._workdir
+      )
+    say = self._log.say if self._log else print
+    for note in notes:
+      say(note)
 
   # The steps.
 
@@ -185,7 +189,7 @@ class Run:
       return
     self._batch = self.first_batch(first)
     self._log.say(f"compiled the training step in {self.compile(state, self._batch):.1f} s")
-    self._open_evaluators()
+    self.open_evaluators()
     for record in records:
       self._score(record["step"], record)
     self._skips = nonfinite.Skips(self._config.optim.max_skips)
@@ -336,6 +340,27 @@ class Run:
         ]
       )
     )
+
+
+def make_evaluators(config, task, frozen, mesh, workdir) -> tuple[dict[str, Any], list[str]]:
+  """Returns the evaluators of a configuration by name, and their notes.
+
+  Args:
+    config: validated configuration.
+    task: a `train.Task`.
+    frozen: its frozen arrays.
+    mesh: of the run.
+    workdir: folder of the run; None: the evaluators are not run.
+
+  Raises:
+    DataError: images that an evaluator cannot do without are absent or cannot be read.
+  """
+  evaluators = {}
+  for name, options in config.evals.items():
+    module = importlib.import_module(f"mrmae_jax.evals.{name}")
+    evaluators[name] = module.Evaluator(task, frozen, config, mesh, workdir or Path(), **options)
+  notes = (getattr(evaluator, "note", "") for evaluator in evaluators.values())
+  return evaluators, list(filter(None, notes))
 
 
 def is_due(step: int, every: float, total: int) -> bool:

@@ -85,13 +85,14 @@ def read_class_names(source) -> tuple[str, ...]:
   """Returns the classes of the training images of `source`, a field of a Task.
 
   Raises:
-    DataError: they have none.
+    DataError: they have none, or the images to measure on have others.
   """
   images = source("train")
   if not images.class_names:
     raise DataError(
       f"{images.description}: no labels to train on; put each class into a sub-folder of its own"
     )
+  data.check_same_classes(images, source("eval"))
   return images.class_names
 
 

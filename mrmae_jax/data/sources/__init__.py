@@ -6,11 +6,11 @@ is listed in KINDS.
 
 import importlib
 
-from mrmae_jax.data.sources.base import Source, SplitRules
+from mrmae_jax.data.sources.base import Source, SplitRules, check_same_classes
 from mrmae_jax.data.sources.quarantine import FilteredSource
 from mrmae_jax.errors import DataError
 
-__all__ = ["Source", "open_source", "open_split"]
+__all__ = ["Source", "check_same_classes", "open_source", "open_split"]
 
 KINDS = {  # kind -> how it is written
   "digits": "digits",
@@ -54,9 +54,10 @@ def open_source(
     spec: `digits`, `folder:/path`, `tfds:name[/config][:version]`, or `packed:/path`, the output
       of `mrmae pack`, which fixed its splits.
     split: "train" or "eval".
-    train_split: sub-folder or tfds split (slicing allowed) behind "train".
-    eval_split: the same for "eval". A folder dataset without it falls back to val, validation,
-      test, and then to held-out training images.
+    train_split: sub-folder or tfds split (slicing allowed) behind "train". A folder dataset may
+      spell it in another way, see `splits.split_kind`; "." makes the folder one tree of classes.
+    eval_split: the same for "eval". A folder dataset without it falls back to validation images,
+      test images, and then to held-out training images.
     data_dir: tfds only: where datasets were prepared, or the directory of one prepared dataset
       (the one with dataset_info.json), on disk or gs://; "" is tfds' default.
     holdout_every: where the data has no splits, every k-th image (index % k == k - 1 in sorted

@@ -15,7 +15,8 @@ class Source(Protocol):
 
   Attributes:
     class_names: one name per label; empty when the images have no labels.
-    description: one line for the log.
+    description: one line for the log. A source may have an attribute `left_out`, a part of it:
+      the files that are not read, "" if there are none.
     fingerprint: identifies the images by number and name. It is the same on every host that has
       the same images, wherever they lie.
   """
@@ -58,6 +59,15 @@ def describe_classes(class_names: tuple[str, ...]) -> str:
   return f"{len(class_names)} classes" if class_names else "no labels"
 
 
+def check_same_classes(train: Source, evaluation: Source) -> None:
+  """Raises DataError unless images to measure on have the classes of the training images."""
+  if evaluation.class_names != train.class_names:
+    raise DataError(
+      f"{evaluation.description}: no classes to measure; put each image into a sub-folder named as"
+      " its class of the training images, or name another folder with eval_split"
+    )
+
+
 def hold_out(count: int, split: str, every: int, description: str) -> np.ndarray:
   """Returns the indices (int64, sorted) of `split` among `count` images without splits."""
   if not every:
@@ -70,9 +80,10 @@ def hold_out(count: int, split: str, every: int, description: str) -> np.ndarray
   held_out = np.arange(count) % every == every - 1
   indices = np.flatnonzero(held_out if split == "eval" else ~held_out)
   if not indices.size:
+    advice = f"set holdout_every to at most {count}, or" if count > 1 else "one is for training:"
     raise DataError(
-      f"{description} has {count} images; holding out one in {every} leaves none for {split!r};"
-      f" set holdout_every to at most {count}"
+      f"{description} has {count} image{'s' * (count > 1)}; holding out one in {every} leaves none"
+      f" for {split!r}; {advice} add images"
     )
   return indices
 

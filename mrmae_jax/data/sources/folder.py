@@ -1,7 +1,5 @@
 """Image files in a folder: photographs, and .npy files of any number of channels."""
 
-import collections
-import functools
 import hashlib
 import math
 import os
@@ -16,12 +14,11 @@ from mrmae_jax.data.sources.base import (
   hold_out,
   holdout_note,
 )
+from mrmae_jax.data.sources.listing import ARRAY_SUFFIX, Listing, first_names, list_images
+from mrmae_jax.data.sources.splits import find_splits
 from mrmae_jax.errors import DataError
 
-ARRAY_SUFFIX = ".npy"
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ARRAY_SUFFIX, ".png", ".webp")
 MAX_ARRAY_BYTES = 512 * 2**20  # of pixels in a .npy file, as many as the largest RGB image takes
-EVAL_FOLDERS = ("val", "validation", "test")  # in this order, where eval_split is absent
 
 
 class FolderSource:
@@ -30,8 +27,23 @@ class FolderSource:
   The examples of .npy files hold pixels, those of other files encoded bytes.
   """
 
-  def __init__(self, root: str, paths: list[str], class_names: tuple[str, ...], description: str):
-    """`paths` are relative to `root`; if there are classes, each starts with one."""
+  def __init__(
+    self,
+    root: str,
+    paths: list[str],
+    class_names: tuple[str, ...],
+    description: str,
+    left_out: str = "",
+  ):
+    """Describes the files without reading them.
+
+    Args:
+      root: directory.
+      paths: of the files, relative to `root`; if there are classes, each starts with one.
+      class_names: the classes, or ().
+      description: one line for the log.
+      left_out: what of `root` is not among `paths` and not held out, a part of the description.
+    """
     self._root = root
     self._paths = paths
     label_of = {name: label for label, name in enumerate(class_names)}
@@ -40,6 +52,7 @@ class FolderSource:
     )
     self.class_names = class_names
     self.description = description
+    self.left_out = left_out
 
   @property
   def fingerprint(self) -> str:
@@ -68,38 +81,94 @@ class FolderSource:
 
 def make_source(address: str, split: str, rules: SplitRules) -> FolderSource:
   """Applies the split rules of `open_source` to one directory."""
-  root, train_split = _check_root(address, rules), rules.train_split
-  eval_folders = [
-    name
-    for name in dict.fromkeys((rules.eval_split, *EVAL_FOLDERS))
-    if name and name != train_split and os.path.isdir(os.path.join(root, name))
-  ]
-  train_root = os.path.join(root, train_split)
-  if not train_split or not os.path.isdir(train_root):
-    if eval_folders:
-      # Read as one tree, the splits would pass for classes, or mix.
-      raise DataError(
-        f"folder:{root}: has {eval_folders[0]!r} but no {train_split!r}; name the training"
-        " sub-folder with train_split"
-      )
-    train_root = root
-  paths, class_names = _list_images(train_root)
-
-  if not eval_folders:
-    indices = hold_out(len(paths), split, rules.holdout_every, f"folder:{train_root}")
-    paths = [paths[i] for i in indices]
+  splits = find_splits(_check_root(address, rules), rules)
+  train = list_images(splits.train_root)
+  class_names = _class_names(train.paths)
+  if splits.eval_root is None:
+    indices = hold_out(len(train.paths), split, rules.holdout_every, f"folder:{splits.train_root}")
+    paths = [train.paths[i] for i in indices]
     note = holdout_note(split, rules.holdout_every)
-    description = f"{_describe(train_root, paths, class_names)}; {note}"
-    return FolderSource(train_root, paths, class_names, description)
+    return _make_source(
+      splits.train_root, paths, class_names, train, _no_labels(train.paths), note, splits.note
+    )
   if split == "train":
-    return FolderSource(train_root, paths, class_names, _describe(train_root, paths, class_names))
-  eval_root = os.path.join(root, eval_folders[0])
-  eval_paths, eval_classes = _list_images(eval_root)
-  if eval_classes != class_names:
-    raise DataError(_class_difference(train_root, class_names, eval_root, eval_classes))
-  return FolderSource(
-    eval_root, eval_paths, eval_classes, _describe(eval_root, eval_paths, eval_classes)
+    return _make_source(
+      splits.train_root, train.paths, class_names, train, _no_labels(train.paths), splits.note
+    )
+  evaluation = list_images(splits.eval_root)
+  problem, note = "", ""
+  if not class_names:
+    problem = "the training images have none"
+  elif problem := _unknown_classes(evaluation.paths, class_names, splits.train_root):
+    class_names = ()
+  else:
+    folders = set(map(_first_folder, evaluation.paths))
+    if missing := [name for name in class_names if name not in folders]:
+      note = f"no images of {len(missing)} of its classes: {first_names(missing)}"
+  return _make_source(
+    splits.eval_root, evaluation.paths, class_names, evaluation, problem, note, splits.note
   )
+
+
+def _make_source(
+  root: str, paths: list[str], class_names, listing: Listing, problem: str, *notes: str
+) -> FolderSource:
+  """Returns a source of `paths` below `root`.
+
+  Args:
+    root, paths, class_names: as in `FolderSource`.
+    listing: of `root`.
+    problem: why there are no classes.
+    *notes: parts of the description.
+  """
+  classes = describe_classes(class_names) + (f" ({problem})" if problem and not class_names else "")
+  left_out = f"left out: {listing.left_out}" if listing.left_out else ""
+  head = f"folder:{root}: {len(paths)} images, {classes}"
+  description = "; ".join(filter(None, (head, *notes, left_out)))
+  return FolderSource(root, paths, class_names, description, left_out)
+
+
+def _class_names(paths: list[str]) -> tuple[str, ...]:
+  """Returns the classes of a tree.
+
+  They are the first-level directories that hold images, provided that every image lies in one and
+  that there are at least two; otherwise the images have no labels.
+  """
+  names = tuple(sorted(set(map(_first_folder, paths))))
+  return names if len(names) > 1 and "" not in names else ()
+
+
+def _no_labels(paths: list[str]) -> str:
+  """Returns why a tree has no classes, "" if it has some, or if nothing looks like classes."""
+  folders = set(map(_first_folder, paths))
+  if folders == {""} or len(folders) > 1 and "" not in folders:
+    return ""
+  if "" not in folders:
+    return f"all in one folder, {folders.pop()}/"
+  loose = [path for path in paths if not _first_folder(path)]
+  names = first_names(f"{name}/" for name in folders if name)
+  verb = "lies" if len(loose) == 1 else "lie"
+  return f"{first_names(loose)} {verb} outside of the folders {names}"
+
+
+def _unknown_classes(paths: list[str], class_names: tuple[str, ...], train_root: str) -> str:
+  """Returns which folders of evaluation images are no class of the training images, or ""."""
+  folders = set(map(_first_folder, paths))
+  unknown = folders - set(class_names)
+  if not unknown:
+    return ""
+  if "" in unknown:
+    count = sum(not _first_folder(path) for path in paths)
+    return f"{count} lie outside of class folders as {first_names(class_names)} of {train_root} are"
+  return (
+    f"{first_names(unknown)} {'is' if len(unknown) == 1 else 'are'} not among the classes of"
+    f" {train_root}: {first_names(class_names)}"
+  )
+
+
+def _first_folder(path: str) -> str:
+  """Returns the first-level directory of a path, "" for a file beside the directories."""
+  return path.split(os.sep, 1)[0] if os.sep in path else ""
 
 
 def _check_root(address: str, rules: SplitRules) -> str:
@@ -118,72 +187,6 @@ def _check_root(address: str, rules: SplitRules) -> str:
       f" {rules.train_split!r} and {rules.eval_split!r}"
     )
   return root
-
-
-@functools.lru_cache(maxsize=4)  # a run asks half a dozen times
-def _list_images(root: str) -> tuple[list[str], tuple[str, ...]]:
-  """Returns sorted relative image paths and the class names; lists a folder once a process.
-
-  The classes are the first-level directories that hold images, provided that every image lies in
-  one and that there are at least two; otherwise the images have no labels. Hidden files and
-  directories are skipped. Symbolic links are followed; a directory reached twice is read once, so
-  that links cannot loop.
-  """
-
-  def refuse(error: OSError):
-    # Skipping a folder that cannot be listed would quietly train on less data.
-    raise DataError(
-      f"{error.filename}: cannot be listed ({error.strerror}); make it readable or move it out of"
-      " the dataset"
-    )
-
-  paths, other_suffixes, visited = [], collections.Counter(), set()
-  for directory, subdirectories, files in os.walk(root, followlinks=True, onerror=refuse):
-    real = os.path.realpath(directory)
-    if real in visited:
-      subdirectories.clear()
-      continue
-    visited.add(real)
-    relative = os.path.relpath(directory, root)
-    subdirectories[:] = sorted(name for name in subdirectories if not name.startswith("."))
-    for name in files:
-      if name.startswith("."):
-        continue
-      suffix = os.path.splitext(name)[1].lower()
-      if suffix in IMAGE_SUFFIXES:
-        paths.append(name if relative == "." else os.path.join(relative, name))
-      else:
-        other_suffixes[suffix or "no suffix"] += 1
-  if not paths:
-    others = ", ".join(f"{count} {suffix}" for suffix, count in other_suffixes.most_common(5))
-    raise DataError(
-      f"folder:{root}: no images; looked for {', '.join(IMAGE_SUFFIXES)} at any depth, found"
-      f" {others or 'no files'}; point at the images or convert them"
-    )
-  paths.sort()
-  is_nested = all(os.sep in path for path in paths)
-  names = tuple(sorted({path.split(os.sep, 1)[0] for path in paths}))
-  return paths, names if is_nested and len(names) > 1 else ()
-
-
-def _describe(root: str, paths: list[str], class_names: tuple[str, ...]) -> str:
-  return f"folder:{root}: {len(paths)} images, {describe_classes(class_names)}"
-
-
-def _class_difference(train_root, train_classes, eval_root, eval_classes) -> str:
-  """Returns the message about splits whose class folders differ."""
-
-  def first_names(names):
-    names = sorted(names)
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more if names else "none"
-
-  return (
-    f"the classes of {train_root} ({len(train_classes)}) and {eval_root} ({len(eval_classes)}) must"
-    f" agree; only in training: {first_names(set(train_classes) - set(eval_classes))}; only in"
-    f" evaluation: {first_names(set(eval_classes) - set(train_classes))}; make the class folders"
-    " equal or choose another folder with eval_split"
-  )
 
 
 def _read_bytes(path: str) -> bytes:

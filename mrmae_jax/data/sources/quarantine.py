@@ -44,6 +44,7 @@ class FilteredSource:
     self._indices = np.delete(np.arange(len(source)), list(excluded.values()))
     self.class_names = source.class_names
     self.description = f"{source.description}; without {len(excluded)} of these in quarantine"
+    self.left_out = getattr(source, "left_out", "")
     digest = hashlib.sha256("\0".join(excluded).encode(errors="surrogateescape"))
     self.fingerprint = (
       f"{source.fingerprint}, without {len(excluded)}, names {digest.hexdigest()[:12]}"
