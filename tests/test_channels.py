@@ -627,6 +627,7 @@ def test_doctor_and_show_teacher_on_four_channels(folder, tmp_path, examine):
     f"data.std={STD}",
     f"teacher.bands={BANDS}",
     f"--out={tmp_path}/views.png",
+    config="tests/tiny.py",
   )
   assert code == 0 and "of channels 2, 1, 0" in out and "deviation" not in out, out
   config = bands_config(folder)

@@ -893,7 +893,7 @@ def assert_nothing_found(target, inputs):
   assert not outcome.findings, "\n".join(
     f"{target}:{number}: {what[-500:]}" for number, what in outcome.findings.items()
   )
-  assert outcome.results > inputs * fuzz.SHARES[target] / 40 and outcome.refused  # both happen
+  assert outcome.results >= int(inputs * fuzz.SHARES[target] / 40) > 0 and outcome.refused
 
 
 @pytest.mark.parametrize("target", fuzz.SHARES)
