@@ -55,6 +55,8 @@ class Program:
   def __init__(self, words, log, *, errors=None, devices=1, env=None, cwd=ROOT):
     env = os.environ | {"XLA_FLAGS": xla_flags(devices)} | (env or {})
     files = [str(log), str(errors or log)]
+    for file in files:
+      Path(file).write_text("")  # there from the start, for whoever watches it
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*IMPORTED, __name__])
     arguments = ([str(word) for word in words], files, env, str(cwd))
@@ -142,7 +144,7 @@ def _become(words: list[str], files: list[str], env: dict[str, str], cwd: str) -
     if number == 2 and name == files[0]:
       os.dup2(1, 2)
     else:
-      os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), number)
+      os.dup2(os.open(name, os.O_WRONLY | os.O_APPEND), number)
   sys.stdout.reconfigure(line_buffering=True)
   signal.signal(signal.SIGINT, signal.default_int_handler)  # the parent ignores it
   _set_environment(env)
