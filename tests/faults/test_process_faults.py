@@ -214,11 +214,11 @@ def test_f8_a_process_that_raises_ends_all(tmp_path):
 
 def test_f9_a_process_that_hangs_says_where(tmp_path):
   log = tmp_path / "log"
-  process = start(tmp_path / "run", log, "--config.hang_s=3", fault="hang", step=6)
+  process = start(tmp_path / "run", log, "--config.hang_s=12", fault="hang", step=6)
   assert finish([process], 120) == [6]
   output = log.read_text()
   assert re.search(
-    r"error: nothing has happened for [3-9] s in phase 'step' \(after 5 beats\); "
+    r"error: nothing has happened for [1-9][0-9] s in phase 'step' \(after 5 beats\); "
     "the stacks of all threads:",
     output,
   )
@@ -243,7 +243,6 @@ def test_f7_a_process_that_is_killed_ends_all(tmp_path, reference):
 
 def test_f5_stopped_before_the_others_have_come(tmp_path):
   processes, logs = pair(tmp_path, "--init_timeout=10")
-  time.sleep(0.3)
   processes[1].send_signal(signal.SIGTERM)
   codes = finish(processes, 60)
   assert codes[1] == -signal.SIGTERM and codes[0] == 1
