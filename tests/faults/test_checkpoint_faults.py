@@ -298,7 +298,7 @@ def test_f20_a_workdir_that_vanishes(tmp_path, monkeypatch, capsys):
 
 def test_f22_slow_storage_does_not_stop_the_steps(tmp_path, monkeypatch, capsys):
   """Each save takes longer than four steps: saves in between are skipped, the last one waits."""
-  saver = checkpoint.ocp.StandardCheckpointHandler
+  saver = checkpoint.ocp.PyTreeCheckpointHandler
   finalize = saver.finalize
   monkeypatch.setattr(
     saver, "finalize", lambda self, directory: (time.sleep(1.5), finalize(self, directory))[1]
