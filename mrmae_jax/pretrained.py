@@ -41,7 +41,8 @@ def load(
     learned_positions: keep the position table as a parameter even if it is the sine-cosine one.
     dtype: of the computation, "float32" or "bfloat16". Parameters and results are float32.
     **hints: facts for files that do not tell: num_heads, decoder_heads, grid (rows, columns of
-      tokens in training), mean and std of the input (one number per channel, of pixels in [0, 1]).
+      tokens in training), mean and std of the input (one number per channel, of pixels in [0, 1]);
+      weights, the one to take of several networks in a file, e.g. "ema".
 
   Returns:
     The model, ready to use. Its `report` lists what was loaded and what was not.

@@ -1,19 +1,24 @@
-"""Folders of images as people have them: split names, suffixes, leftovers of file managers."""
+"""Folders of images and files of weights as people have them."""
 
 import os
+import pathlib
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from mrmae_jax import sharding
 from mrmae_jax.cli import doctor
 from mrmae_jax.cli.subject import read_all
 from mrmae_jax.data import LoaderOptions, augment, open_source
 from mrmae_jax.data.sources.splits import split_kind
-from mrmae_jax.errors import DataError
+from mrmae_jax.errors import DataError, WeightsError
 from mrmae_jax.runs.run import make_evaluators
 from mrmae_jax.tasks import finetune, pretrain
+from mrmae_jax.weights import model_files, networks
 from tests import tiny
 from tests.helpers.cli import run_command
 
@@ -271,3 +276,106 @@ def test_pictures_leave_out_what_cannot_be_read(one_bad):
   skip = LoaderOptions(on_error="skip", max_skipped=1.0)
   indices, images = read_all(source, [0, 1, 2, 5], (8, 8, 3), skip)
   assert indices == [0, 2, 5] and images.shape == (3, 8, 8, 3)
+
+
+# Weight files, as trainers write them.
+
+
+@pytest.fixture(scope="module")
+def mae_tensors():
+  """The tensors of a small MAE in its authors' names."""
+  stored = load_file(Path(__file__).parent / "goldens" / "mae_pretrain.safetensors")
+  return {name[6:]: x for name, x in stored.items() if name.startswith("param.")}
+
+
+def read(path, **hints):
+  return model_files.read_model(path, num_heads=3, decoder_heads=4, **hints)
+
+
+def check_same(model, tensors):
+  np.testing.assert_array_equal(
+    model.params["encoder"]["blocks_2"]["fc2"]["bias"], tensors["blocks.2.mlp.fc2.bias"]
+  )
+  assert model.params.keys() == {"encoder", "decoder"}
+
+
+def test_weights_behind_the_words_of_trainers_load(tmp_path, mae_tensors):
+  words = "module. _orig_mod. model. backbone. encoder. net. student. model.module._orig_mod."
+  for prefix in f"{words} _fsdp_wrapped_module. _forward_module.model. learner.vit.".split():
+    save_file({prefix + name: x for name, x in mae_tensors.items()}, tmp_path / "x.safetensors")
+    network = networks.open_network(tmp_path / "x.safetensors")
+    assert network.tensors.keys() == mae_tensors.keys()
+    assert (network.wrapper, network.left_out) == (prefix, ())
+  model = read(tmp_path / "x.safetensors")
+  check_same(model, mae_tensors)
+  assert "MAE's names behind 'learner.vit.'" in str(model.report)
+
+
+def test_weights_of_wrapped_blocks_load(tmp_path, mae_tensors):
+  wrap = lambda name: re.sub(r"(blocks\.\d+)\.", r"\1._checkpoint_wrapped_module._orig_mod.", name)
+  save_file({wrap(name): x for name, x in mae_tensors.items()}, tmp_path / "x.safetensors")
+  check_same(read(tmp_path / "x.safetensors"), mae_tensors)
+  double = mae_tensors | {"module.norm.bias": mae_tensors["norm.bias"]}
+  save_file(double, tmp_path / "x.safetensors")
+  with pytest.raises(WeightsError, match="two tensors for norm.bias: .*module.norm"):
+    read(tmp_path / "x.safetensors")
+
+
+def test_of_two_networks_the_report_names_both(tmp_path, mae_tensors):
+  path = tmp_path / "x.safetensors"
+  ema = {f"model_ema.module.{name}": x * np.float32(1.5) for name, x in mae_tensors.items()}
+  model = {f"model.{name}": x for name, x in mae_tensors.items()}
+  save_file(model | ema | {"criterion.weight": np.ones(3, np.float32)}, path)
+  report = str(read(path).report)
+  assert "behind 'model.'" in report and "criterion (1 tensor)" in report
+  assert "model_ema (74 tensors; another network, --weights=model_ema takes it)" in report
+  for word in ("ema", "model_ema"):
+    taken = read(path, weights=word)
+    assert "model (74 tensors; another network" in str(taken.report)
+    check_same(taken, {name: x * np.float32(1.5) for name, x in mae_tensors.items()})
+  with pytest.raises(WeightsError, match=r"2 networks \(model, model_ema\).*--weights=x fits 0"):
+    read(path, weights="x")
+  save_file({f"{part}.{n}": x for part in "qk" for n, x in mae_tensors.items()}, path)
+  with pytest.raises(WeightsError, match=r"2 networks \(k, q\), and none is usual; take one with"):
+    read(path)
+  words = [f"--model={path}", f"--out={tmp_path}/q.safetensors", "--weights=q", "--format=timm"]
+  assert run_command(["convert", *words, "--num_heads=3", "--decoder_heads=4"]) == 0
+  check_same(read(tmp_path / "q.safetensors"), mae_tensors)
+
+
+def test_a_linear_probe_of_mae_gives_its_encoder(tmp_path, mae_tensors):
+  encoder = {n: x for n, x in mae_tensors.items() if not n.startswith(("decoder", "mask_token"))}
+  head = {"head.0.running_mean": np.zeros(48), "head.0.running_var": np.ones(48)}
+  head |= {"head.0.num_batches_tracked": np.array(9), "head.1.weight": np.ones((10, 48))}
+  save_file(encoder | head | {"head.1.bias": np.zeros(10)}, tmp_path / "x.safetensors")
+  model = read(tmp_path / "x.safetensors")
+  assert model.params.keys() == {"encoder"}
+  assert "head (a linear probe behind BatchNorm)" in str(model.report)
+
+
+@pytest.mark.torch
+def test_checkpoints_of_trainers_load_without_running_code(tmp_path, mae_tensors):
+  torch = pytest.importorskip("torch")
+  state = {name: torch.from_numpy(x) for name, x in mae_tensors.items()}
+  optimizer = {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-3}]}
+  numbers = {"best": np.float64(0.8), "flag": np.bool_(True), "curve": np.arange(3)}
+  for content in (
+    {"module": state},
+    {"net": state, "epoch": 3},
+    {"model": state, **numbers},
+    {"state_dict": {f"model.{k}": x for k, x in state.items()}, "rng": torch.get_rng_state()},
+    {"model": state, "model_ema": state, "optimizer": optimizer},
+    {
+      "teacher": {f"backbone.{k}": x for k, x in state.items()},
+      "student": {"a": state["norm.bias"]},
+    },
+  ):
+    torch.save(content, tmp_path / "x.pth")
+    check_same(read(tmp_path / "x.pth"), mae_tensors)
+  nested = {"model": state}
+  nested["again"] = nested
+  torch.save(nested, tmp_path / "x.pth")
+  check_same(read(tmp_path / "x.pth"), mae_tensors)
+  torch.save({"model": state, "x": pathlib.PurePosixPath("x")}, tmp_path / "x.pth")
+  with pytest.raises(WeightsError, match="needs pickled class pathlib.*refusing"):
+    read(tmp_path / "x.pth")

@@ -21,7 +21,7 @@ from mrmae_jax.errors import WeightsError
 from mrmae_jax.models.layers import Attention
 from mrmae_jax.models.vit import ViT
 from mrmae_jax.mrmae import normalize
-from mrmae_jax.weights import files, hub, positions, towers
+from mrmae_jax.weights import files, hub, networks, positions, towers
 from tests.helpers.specs import read_spec
 
 GOLDENS = Path(
@@ -799,7 +799,6 @@ def test_torch_containers(tmp_path):
     rtol=1e-2,
   )
   for content, message in (
-    ({"student": tensors}, "holds only the student"),
     ([tensors], "holds a list; expected a state_dict"),
     ({"epoch": 3}, "holds no tensors by name"),
     ({"a": torch.zeros(3, dtype=torch.int8)}, "quantized"),
@@ -816,7 +815,7 @@ def test_torch_containers(tmp_path):
 def test_the_teacher_of_a_checkpoint_is_taken_not_the_student():
   torch = pytest.importorskip("torch")
   del torch
-  tensors = files.open_weights(GOLDENS / "dino_full_checkpoint.pth")
+  tensors = networks.open_network(GOLDENS / "dino_full_checkpoint.pth").tensors
   backbone = load_file(GOLDENS / "dino_backbone.safetensors")
   assert tensors.keys() == backbone.keys()
   np.testing.assert_array_equal(tensors["cls_token"].read(), backbone["cls_token"])

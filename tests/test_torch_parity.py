@@ -382,4 +382,4 @@ def test_old_dino_checkpoints_name_their_class(tmp_path):
       with pytest.raises(WeightsError, match="needs pickled class datetime.date; refusing"):
         files.open_weights(tmp_path / "x.pth")
     else:
-      assert list(files.open_weights(tmp_path / "x.pth")) == ["a"]
+      assert list(files.open_weights(tmp_path / "x.pth")) == ["teacher.backbone.a"]

@@ -13,6 +13,7 @@ def run(options) -> str:
   model = model_files.read_model(
     options.model,
     num_heads=options.num_heads,
+    weights=options.weights,
     decoder_heads=options.decoder_heads,
     decoder=keep_all,
   )

@@ -122,7 +122,11 @@ def load_encoder(options) -> Encoder:
     encode = lambda images: mrmae.normalize(images, mean, std).reshape(len(images), -1)
     return Encoder(encode, image_size if options.image_size else (32, 32), 3, "pixels, normalized")
   model = pretrained.load(
-    options.model, num_heads=options.num_heads, decoder=False, dtype=options.dtype
+    options.model,
+    num_heads=options.num_heads,
+    weights=options.weights,
+    decoder=False,
+    dtype=options.dtype,
   )
   report = str(model.report)
   if options.untrained:

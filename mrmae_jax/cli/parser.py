@@ -165,6 +165,14 @@ def _heads(parser: Parser, decoder: bool = True) -> None:
     )
 
 
+def _weights(parser: Parser) -> None:
+  parser.add_argument(
+    "--weights",
+    default="",
+    help="of a file with several networks, the one to take, e.g. ema; default: the report tells",
+  )
+
+
 def _config(parser: Parser, default: str | None = None) -> None:
   parser.add_argument(
     "--config",
@@ -298,6 +306,7 @@ appears whole or not at all. `mrmae knn` measures what .npz files are worth."""
     help="of the computation; features are float32",
   )
   _heads(parser, decoder=False)
+  _weights(parser)
 
 
 def _knn(parser: Parser) -> None:
@@ -439,6 +448,7 @@ Panels (all that can be drawn; the page says why others cannot):
   )
   parser.add_argument("--seed", type=integer(0), default=0, help="of the masks")
   _heads(parser)
+  _weights(parser)
 
 
 def _report(parser: Parser) -> None:
@@ -477,6 +487,7 @@ for bit, on the way and back. What is left out by design (mimic heads) is printe
     help="the whole model, or without decoder and classifier",
   )
   _heads(parser)
+  _weights(parser)
 
 
 def _verify(parser: Parser) -> None:

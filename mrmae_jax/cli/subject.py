@@ -91,6 +91,7 @@ def open_subject(options, needs_teacher: bool) -> Subject:
   model = pretrained.load(
     options.model,
     num_heads=options.num_heads,
+    weights=options.weights,
     decoder_heads=options.decoder_heads,
     mimic_heads=True,
   )

@@ -88,11 +88,12 @@ def _shards(folder: Path, index: str) -> list[Path]:
 def open_weights(path: Path) -> dict[str, Tensor]:
   """Returns all tensors of a file or folder by name.
 
-  Values of safetensors and PyTorch zip files stay on disk until they are read.
+  Values of safetensors and PyTorch zip files stay on disk until they are read. Dictionaries inside
+  dictionaries give names joined by ".".
 
   Raises:
-    WeightsError: there is no such file, it is not a weight file, it is damaged, its weights are
-      quantized, or it would have to execute code.
+    WeightsError: there is no such file, it is not a weight file, it is damaged, or it would have to
+      execute code.
   """
   tensors = {}
   for file in weight_files(path):
@@ -100,9 +101,19 @@ def open_weights(path: Path) -> dict[str, Tensor]:
       tensors |= _reader(file)(file)
     except OSError as error:
       raise WeightsError(f"{file} cannot be read: {error.strerror or error}") from None
-  for name, tensor in tensors.items():
+  for name in tensors:
     if not name.isprintable():  # a terminal would obey control characters
       raise WeightsError(f"{path} is damaged: a tensor is called {name[:80]!r}; fetch it again")
+  return tensors
+
+
+def check_tensors(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+  """Returns the tensors of a network.
+
+  Raises:
+    WeightsError: one of them holds nothing, or is quantized.
+  """
+  for name, tensor in tensors.items():
     if min(tensor.shape, default=1) < 1:
       raise WeightsError(f"{path} is damaged: {name} {tensor.shape} holds nothing; fetch it again")
     if tensor.dtype not in _TYPES + _SAFETENSORS_TYPES:

@@ -28,7 +28,7 @@ from mrmae_jax.models import ConvViT, Decoder, ViT, make_decoder, make_encoder
 from mrmae_jax.models.layers import Mask, sincos_2d
 from mrmae_jax.runs import checkpoint
 from mrmae_jax.runs.paths import atomic_write
-from mrmae_jax.weights import convmae, files, mae, positions
+from mrmae_jax.weights import convmae, files, mae, networks, positions
 from mrmae_jax.weights.model_sources import (
   METADATA_KEY,
   Description,
@@ -142,6 +142,8 @@ def read_model(
     path = Path(os.path.expanduser(path))
     if not os.path.isdir(path / "checkpoints"):
       return _read_files(path, Hints(**hints), decoder, learned_positions, jnp.dtype(dtype))
+  if hints.get("weights"):
+    raise WeightsError(f"--weights={hints['weights']}: {path} is a run, which holds one network")
   return _read_run(path, decoder, mimic_heads, learned_positions, jnp.dtype(dtype))
 
 
@@ -225,7 +227,9 @@ def _read_files(
   path: Path, hints: Hints, with_decoder: bool, learned_positions: bool, dtype
 ) -> LoadedModel:
   """Reads a file or folder of weights in foreign names."""
-  source, inventory = str(path), _Inventory(files.open_weights(path))
+  source, network = str(path), networks.open_network(path, hints.weights)
+  inventory = _Inventory(network.tensors)
+  inventory.dropped += network.left_out
   description = describe_source(path, inventory.tensors)
   check_description(description, len(inventory.tensors), source)
   encoder = file_encoder(description, hints, dtype, source)
@@ -261,7 +265,8 @@ def _read_files(
     inventory.new.append("norm (fine-tuning replaces the last norm by fc_norm)")
   report = Report(
     source,
-    f"{describe(encoder)}, {description.naming}",
+    f"{describe(encoder)}, {description.naming}"
+    + (f" behind {network.wrapper!r}" if network.wrapper else ""),
     (*_count_params(params), *inventory.loaded),
     tuple(inventory.new),
     tuple(inventory.dropped),
@@ -322,6 +327,9 @@ def _find_classifier(
     The names of its parts, () for none; its number of classes; whether the last norm exists.
   """
   tensors, classifier = inventory.tensors, ()
+  if "head.0.running_mean" in tensors:
+    names = [name for name in tensors if name.startswith("head.")]
+    inventory.drop(names, "head (a linear probe behind BatchNorm)")
   has_norm = "norm.weight" in tensors or "fc_norm.weight" not in tensors
   if "head.weight" in tensors:
     classifier = ("fc_norm", "head") if "fc_norm.weight" in tensors else ("head",)

@@ -22,6 +22,7 @@ class Hints(NamedTuple):
     decoder_heads: heads of the decoder. 0: 16 heads at width 512, as in all published models.
     grid: (rows, columns) of the position tables; None: square.
     mean, std: of the input, one number per channel; None: ImageNet's, for three channels.
+    weights: which of several networks in a file, see `networks.open_network`.
   """
 
   num_heads: int = 0
@@ -29,6 +30,7 @@ class Hints(NamedTuple):
   grid: tuple[int, int] | None = None
   mean: tuple[float, ...] | None = None
   std: tuple[float, ...] | None = None
+  weights: str = ""
 
 
 class Description(NamedTuple):

@@ -11,6 +11,7 @@ import pickle
 import re
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +28,28 @@ _STORAGES = {  # of TorchScript
   "ShortStorage": "int16",
   "BoolStorage": "bool",
 }
+
+# What numpy's scalars and arrays are pickled by. torch leaves it to the caller to allow them; here
+# they become nothing, so that numpy never reads a stranger's bytes.
+_NUMPY = (
+  "numpy.dtype",
+  "numpy.ndarray",
+  "numpy.core.multiarray.scalar",
+  "numpy.core.multiarray._reconstruct",
+  "numpy._core.multiarray.scalar",
+  "numpy._core.multiarray._reconstruct",
+)
+MAX_NESTING = 8  # dictionaries inside dictionaries
+
+
+class _Ignored:
+  """A value that is no weight, such as the accuracy of a checkpoint, in numpy's type."""
+
+  def __init__(self, *args):
+    del args
+
+  def __setstate__(self, state):
+    del state
 
 
 def read_torch(file: Path) -> dict[str, Tensor]:
@@ -46,8 +69,8 @@ def read_torch(file: Path) -> dict[str, Tensor]:
       f"{file} is a PyTorch archive; install the torch extra (pip install mrmae_jax[torch]) or "
       "convert it to safetensors first"
     ) from None
-  content = _load_state_dict(file, is_zip, torch)
-  tensors = {name: x for name, x in content.items() if isinstance(x, torch.Tensor)}
+  content = _load_content(file, is_zip, torch)
+  tensors = {name: x for name, x in _flatten(content).items() if isinstance(x, torch.Tensor)}
   if not tensors:
     raise WeightsError(f"{file} holds no tensors by name; expected a state_dict()")
   for name, x in tensors.items():  # strides of 0 make terabytes out of one number
@@ -68,14 +91,16 @@ def read_torch(file: Path) -> dict[str, Tensor]:
   return {name: tensor(x) for name, x in tensors.items()}
 
 
-def _load_state_dict(file: Path, is_zip: bool, torch) -> dict:
-  """Unpickles a file without executing it, and unwraps its state dictionary."""
+def _load_content(file: Path, is_zip: bool, torch) -> dict:
+  """Unpickles a file without executing it; returns its state dictionary, and all around that."""
   # torch would believe a file's name, which it does not know for a stream.
   mmap = is_zip and file.suffix != ".safetensors"
   try:
     with (
       open(file, "rb") as stream,
-      torch.serialization.safe_globals([argparse.Namespace]),  # of DINO's options
+      torch.serialization.safe_globals(
+        [argparse.Namespace, *((_Ignored, name) for name in _NUMPY)]  # options and results
+      ),
     ):
       source = file if mmap else stream
       content = torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
@@ -85,7 +110,9 @@ def _load_state_dict(file: Path, is_zip: bool, torch) -> dict:
     raise _refusal(file, name) from None
   except Exception as error:  # out of damaged bytes torch raises nearly everything
     raise _damage(file, error) from None
-  return _unwrap(content, file)
+  if not isinstance(content, dict):
+    raise WeightsError(f"{file} holds a {type(content).__name__}; expected a state_dict()")
+  return content
 
 
 def _refusal(file: Path, name: str) -> WeightsError:
@@ -101,32 +128,22 @@ def _damage(file: Path, error: Exception, name: str = "") -> WeightsError:
   return WeightsError(f"{file} is damaged or not a PyTorch archive: {first_line(error)}")
 
 
-def _unwrap(content, file: Path) -> dict:
-  """Returns the state dictionary inside {"model": ...}, {"state_dict": ...} or a DINO checkpoint.
+def _flatten(content: dict) -> dict[str, Any]:
+  """Returns what dictionaries in a dictionary hold, by names joined by "."."""
+  flat, visited = {}, set()  # a pickle can hold a dictionary many times, and in itself
 
-  A DINO checkpoint (main_dino.py) holds a student and a teacher; the teacher is taken.
-  """
-  if not isinstance(content, dict):
-    raise WeightsError(f"{file} holds a {type(content).__name__}; expected a state_dict()")
-  content = {name: value for name, value in content.items() if isinstance(name, str)}
-  if isinstance(content.get("teacher"), dict):
-    names = {
-      re.sub(r"^(module\.)?(backbone\.)?", "", name): name
-      for name in content["teacher"]
-      if isinstance(name, str)
-    }
-    return {
-      ours: content["teacher"][name] for ours, name in names.items() if not ours.startswith("head.")
-    }
-  if isinstance(content.get("student"), dict):
-    raise WeightsError(
-      f"{file} holds only the student of a checkpoint (keys: {', '.join(content)}); expected its "
-      "teacher: give the full checkpoint"
-    )
-  for key in ("state_dict", "model"):
-    if isinstance(content.get(key), dict):
-      return _unwrap(content[key], file)
-  return content
+  def walk(node, prefix, depth):
+    visited.add(id(node))
+    for name, value in node.items():
+      if not isinstance(name, str):  # numbers of an optimizer
+        continue
+      if not isinstance(value, dict):
+        flat[prefix + name] = value
+      elif id(value) not in visited and depth < MAX_NESTING:
+        walk(value, f"{prefix}{name}.", depth + 1)
+
+  walk(content, "", 0)
+  return flat
 
 
 def _is_torchscript(file: Path) -> bool:

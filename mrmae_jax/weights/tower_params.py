@@ -11,7 +11,7 @@ from absl import logging
 
 from mrmae_jax.errors import StorageError, WeightsError, WorkdirError
 from mrmae_jax.runs import checkpoint
-from mrmae_jax.weights import files, positions
+from mrmae_jax.weights import files, networks, positions
 from mrmae_jax.weights.families import name_table
 from mrmae_jax.weights.table import convert
 from mrmae_jax.weights.towers import Tower
@@ -57,7 +57,7 @@ def _random_params(tower: Tower, grid: tuple[int, int]):
 
 def _read_tower(tower: Tower, grid: tuple[int, int]) -> tuple[Any, str]:
   """Reads the parameters of a published tower, and the digest of its files."""
-  tensors = files.open_weights(tower.path)
+  tensors = networks.open_network(tower.path).tensors
   # A tower without a table has the same parameters at any grid.
   expected = _param_shapes(tower.module, tower.table_grid or (1, 1))
   entries = name_table(tower.family, tower.prefix, tower.module)

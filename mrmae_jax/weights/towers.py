@@ -15,7 +15,7 @@ from mrmae_jax.constants import IMAGENET_MEAN, IMAGENET_STD
 from mrmae_jax.errors import StorageError, WeightsError, WorkdirError
 from mrmae_jax.models import ViT, make_encoder
 from mrmae_jax.runs import checkpoint
-from mrmae_jax.weights import files, hub
+from mrmae_jax.weights import files, hub, networks
 from mrmae_jax.weights.families import (
   FAMILIES,
   HF_ACTIVATIONS,
@@ -200,7 +200,7 @@ def _stored_tower(weights: Path, folder: Path, name: str, overrides: Overrides):
   configured = None
   if "model_type" in config:
     configured = tower_config(config, str(folder / "config.json"))
-  shapes = {key: tensor.shape for key, tensor in files.open_weights(weights).items()}
+  shapes = {key: tensor.shape for key, tensor in networks.open_network(weights).tensors.items()}
   family, prefix, markers = identify(shapes, source)
   if name and family.name != hub.PRESETS[name].family:
     raise WeightsError(
