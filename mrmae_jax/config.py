@@ -218,6 +218,7 @@ MIX = dict(  # see mixup.mix
   smoothing=Key(0.1, "label smoothing", BELOW_1),
   groups=Key(1, "parts of the batch that are mixed by their own draw", between(1, 2**14)),
 )
+START = Key("", "workdir or file to train further; empty: random weights", resume="local")
 TRANSFER = dict(  # the keys of tasks that start from a pre-trained encoder
   init_from=Key(None, "workdir or file to start from; empty: random weights", resume="local"),
   pool=Key("mean", "mean of the patch tokens; cls: the CLS token", POOLS),
@@ -256,7 +257,9 @@ class TaskSchema(NamedTuple):
 
 TASKS = {  # modules of mrmae_jax.tasks
   "pretrain": TaskSchema(
-    sections=COMMON | dict(decoder=DECODER, method=METHOD, teacher=TEACHER, extra_teachers={}),
+    sections=COMMON
+    | dict(init_from=START)
+    | dict(decoder=DECODER, method=METHOD, teacher=TEACHER, extra_teachers={}),
     recipe={},
     evals=("reconstruct", "knn"),
   ),

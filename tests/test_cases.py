@@ -5,8 +5,11 @@ import pathlib
 import re
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -15,12 +18,15 @@ from mrmae_jax.cli import doctor
 from mrmae_jax.cli.subject import read_all
 from mrmae_jax.data import LoaderOptions, augment, open_source
 from mrmae_jax.data.sources.splits import split_kind
-from mrmae_jax.errors import DataError, WeightsError
+from mrmae_jax.errors import DataError, WeightsError, WorkdirError
+from mrmae_jax.runs.checkpoint import Checkpoints
 from mrmae_jax.runs.run import make_evaluators
 from mrmae_jax.tasks import finetune, pretrain
+from mrmae_jax.train import TrainState
 from mrmae_jax.weights import model_files, networks
 from tests import tiny
 from tests.helpers.cli import run_command
+from tests.helpers.runs import finished_run
 
 FORMS = {".jfif": "JPEG", ".jpe": "JPEG", ".dib": "BMP", ".pgm": "PPM", ".j2k": "JPEG2000"}
 
@@ -379,3 +385,90 @@ def test_checkpoints_of_trainers_load_without_running_code(tmp_path, mae_tensors
   torch.save({"model": state, "x": pathlib.PurePosixPath("x")}, tmp_path / "x.pth")
   with pytest.raises(WeightsError, match="needs pickled class pathlib.*refusing"):
     read(tmp_path / "x.pth")
+
+
+# Runs that start from weights.
+
+
+def start(tmp_path, encoder="convvit", **values):
+  """Pre-training of `tiny` from `tmp_path`/run, or from the file that `values` names."""
+  values = {"teacher__path": "", "init_from": f"{tmp_path}/run"} | values
+  return pretrain.make(tiny.changed(tiny.get_config(encoder), **values))
+
+
+@pytest.mark.parametrize("encoder", ["convvit", "vit"])
+def test_pretraining_goes_on_from_a_run(tmp_path, encoder):
+  _, params = finished_run(tmp_path / "run", encoder)
+  task = start(tmp_path, encoder)
+  expected = flatten_dict(params, sep="/")
+  assert task.pretrained.keys() == expected.keys()
+  for name, x in expected.items():
+    np.testing.assert_array_equal(task.pretrained[name], x)
+  [note] = task.notes
+  assert "starting from" in note and "new" not in note and "left out" not in note
+  assert "start" in task.identity and "start" not in start(tmp_path, encoder, init_from="").identity
+
+
+def test_what_starts_anew_in_pretraining_is_named(tmp_path):
+  finished_run(tmp_path / "run", encoder__fuse_layers=(0,))
+  task = start(tmp_path, decoder__num_heads=4, teacher__path=str(tiny.TEACHERS / "hf_clip_full"))
+  note = task.notes[-1]
+  assert "another decoder: num_heads 2 there, 4 here" in note
+  assert "left out: decoder, encoder fusion" in note
+  assert "new, with random weights: decoder, mimic head mimic" in note
+  assert {name.split("/")[0] for name in task.pretrained} == {"encoder"}
+  with pytest.raises(WeightsError, match="another architecture: depths"):
+    start(tmp_path, encoder__depths=(1, 1, 3))
+
+
+def test_pretraining_goes_on_from_published_files(tmp_path, mae_tensors):
+  sizes = dict(patch_size=16, dim=48, depth=3, num_heads=3, mlp_dim=192)
+  values = {f"encoder__{name}": x for name, x in sizes.items()}
+  values |= dict(decoder__dim=32, decoder__depth=2, decoder__num_heads=4)
+  file = tmp_path / "x.safetensors"
+  save_file({f"module.{name}": x for name, x in mae_tensors.items()}, file)
+  task = start(tmp_path, "vit", init_from=str(file), **values)
+  assert "behind 'module.'" in task.notes[0] and "new" not in task.notes[0]
+  assert len(task.pretrained) == 41 + 31
+  encoder = {n: x for n, x in mae_tensors.items() if not n.startswith(("decoder", "mask_token"))}
+  save_file(encoder, file)
+  task = start(tmp_path, "vit", init_from=str(file), **values)
+  assert "new, with random weights: decoder" in task.notes[0] and len(task.pretrained) == 41
+  beit = {n: x for n, x in encoder.items() if n != "pos_embed"}
+  save_file(beit | {"blocks.0.gamma_1": np.ones(48)}, file)
+  with pytest.raises(WeightsError, match="looks like BEiT .found blocks.0.gamma_1.*relative"):
+    start(tmp_path, "vit", init_from=str(file), **values)
+
+
+def test_more_epochs_are_refused_with_the_command_that_goes_on(tmp_path):
+  identity = {"task": "pretrain", "epochs": 3.0}
+  saving = Checkpoints(tmp_path, identity)
+  saving.save(1, {"x": jnp.zeros(2)}, wait=True)
+  saving.close()
+  opened = Checkpoints(tmp_path, identity | {"epochs": 6.0})
+  words = f"mrmae pretrain --workdir=NEW --config.init_from={tmp_path}"
+  with pytest.raises(WorkdirError, match=f"epochs: 3.0 in the checkpoint, 6.0 now.*{words}"):
+    opened.restore({"x": jnp.zeros(2)})
+  opened.close()
+  words = ["--config=tests/tiny.py", f"--workdir={tmp_path}", f"--config.init_from={tmp_path}/"]
+  assert run_command(["pretrain", *words]) == 2
+
+
+def test_a_classifier_goes_on_by_the_names_of_its_classes(tmp_path):
+  config = tiny.finetune_config("vit")
+  model = finetune.make_model(config, 2)
+  leaves = lambda: jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 48, 3)))
+  params = jax.tree.map(
+    lambda x: jnp.arange(x.size, dtype=jnp.float32).reshape(x.shape), leaves()["params"]
+  )
+  saving = Checkpoints(tmp_path, {"classes": ["b", "a"]})
+  saving.save(1, TrainState(jnp.int32(1), params, (), (), jnp.float32(0)), wait=True)
+  saving.close()
+  (tmp_path / "config.json").write_text(config.to_json())
+  config.init_from = str(tmp_path)
+  pretrained, notes = finetune.read_pretrained(config, model, ("a", "b"))
+  np.testing.assert_array_equal(pretrained["head/bias"], [1, 0])
+  np.testing.assert_array_equal(pretrained["head/kernel"], params["head"]["kernel"][:, ::-1])
+  assert "fc_norm/scale" in pretrained and "left out: its" not in notes[0]
+  pretrained, notes = finetune.read_pretrained(config, model, ("a", "c"))
+  assert "head/bias" not in pretrained and "left out: its classifier" in notes[0]

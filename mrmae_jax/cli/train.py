@@ -1,6 +1,7 @@
 """The training commands: pretrain, finetune, probe, teacher."""
 
 import contextlib
+import os
 import re
 import sys
 import traceback
@@ -67,6 +68,13 @@ def load_training_config(options, task: str | None):
     raise UsageError(
       f"--workdir is missing; see mrmae {options.command} --help. Example: "
       f"mrmae {options.command} --config=demo --workdir=/tmp/run"
+    )
+  start = config.get("init_from")
+  place = lambda path: os.path.realpath(os.path.expanduser(path))
+  if start and options.workdir and place(start) == place(options.workdir):
+    raise UsageError(
+      f"config.init_from={start} is the folder of --workdir: give another --workdir; to resume the "
+      "run that is there, repeat its settings"
     )
   places = ("coordinator_address", "num_processes", "process_id")
   given = [name for name in places if getattr(options, name) is not None]

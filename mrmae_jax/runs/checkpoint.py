@@ -138,9 +138,16 @@ class Checkpoints:
       if stored.get(key) != self.identity.get(key)
     ]
     if changed:
+      workdir, task = self.directory.parent, stored.get("task")
+      is_longer = stored.get("epochs") != self.identity.get("epochs")
+      hint = (
+        f". To train its weights further, with a schedule that starts anew: mrmae {task} "
+        f"--workdir=NEW --config.init_from={workdir}, with the other options as now"
+      )
       raise WorkdirError(
-        f"{self.directory.parent} holds a different run ({'; '.join(changed)}). Choose another "
-        "--workdir, or repeat the settings of the run that is there"
+        f"{workdir} holds a different run ({'; '.join(changed)}). Choose another --workdir, or "
+        "repeat the settings of the run that is there"
+        + (hint if is_longer and task in ("pretrain", "finetune") else "")
       )
 
   def _check_arrays(self, step: int, arrays: dict[str, list], shapes) -> None:

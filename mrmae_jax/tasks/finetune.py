@@ -1,7 +1,6 @@
 """Fine-tuning as a task: an encoder with a classification head, mixed images, soft targets."""
 
 import functools
-import hashlib
 from typing import Any
 
 import jax
@@ -10,17 +9,14 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from mrmae_jax import data, mrmae, optim
-from mrmae_jax.errors import DataError, WeightsError
+from mrmae_jax.errors import DataError
 from mrmae_jax.mixup import mix, soft_cross_entropy
 from mrmae_jax.models import make_encoder
 from mrmae_jax.models.classifier import Classifier
 from mrmae_jax.train import Task
-from mrmae_jax.weights import model_files
+from mrmae_jax.weights import init_from
 
-# Fields of an encoder that change no parameter which fine-tuning takes.
-FREE_FIELDS = {"sparse", "drop_path", "remat", "fuse_stages", "fuse_layers", "eps"}
-# Parameters of an encoder that serve pre-training alone.
-FUSION = ("stage1_output_decode", "stage2_output_decode", "fusion")
+CLASSIFIERS = {"mean": {"fc_norm", "head"}, "cls": {"head"}}  # parameters for each config.pool
 
 
 def make(config) -> Task:
@@ -36,7 +32,7 @@ def make(config) -> Task:
   model = make_model(config, num_classes)
   shape = (1, *config.image_size, len(config.data.mean))
   normalize = lambda images: mrmae.normalize(images, config.data.mean, config.data.std)
-  pretrained, notes = read_pretrained(config, model)
+  pretrained, notes = read_pretrained(config, model, class_names)
 
   def init(key):
     return model.init(key, jnp.zeros(shape))["params"], ()
@@ -98,19 +94,20 @@ def read_class_names(source) -> tuple[str, ...]:
 
 def identity(config, class_names, pretrained) -> dict[str, Any]:
   """Returns what tells a run with labels from others, beside its configuration."""
-  arrays = (np.ascontiguousarray(pretrained[name]).tobytes() for name in sorted(pretrained))
   return {
     "classes": list(class_names),
     "micro-batches": config.optim.accum_steps,
-    "start": hashlib.sha256(b"".join(arrays)).hexdigest(),
+    "start": init_from.digest(pretrained),
   }
 
 
-def read_pretrained(config, model: Classifier) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-  """Reads the encoder of `config.init_from`, if any, as parameters of `model`, and notes about it.
+def read_pretrained(
+  config, model: Classifier, class_names: tuple[str, ...] = ()
+) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+  """Reads the model of `config.init_from`, if any, as parameters of `model`, and notes about it.
 
   Position tables are interpolated to the grid of `config.image_size`. The classifier of a
-  fine-tuned model is not taken.
+  fine-tuned model is taken if its classes, by name, are `class_names`.
 
   Returns:
     {path joined by "/": array} and lines for the log.
@@ -120,44 +117,19 @@ def read_pretrained(config, model: Classifier) -> tuple[dict[str, np.ndarray], t
   """
   if not config.init_from:
     return {}, ("starting from random weights",)
-  source = model_files.read_model(
-    config.init_from,
-    num_heads=config.encoder.num_heads,
-    decoder=False,
-    learned_positions=model.encoder.learned_positions,
-  )
-  _check_architecture(config, model.encoder, source)
+  source = init_from.read_source(config, model.encoder, decoder=False)
   grid = tuple(side // model.encoder.patch_size for side in config.image_size)
-  params = flatten_dict(model_files.params_at(source, grid)["encoder"], sep="/")
-  fusion = {name for name in params if name.startswith(FUSION)}
-  notes = [f"starting from {source.report}"]
+  params, notes = init_from.encoder_params(source, grid)
+  fusion = {name for name in params if name.startswith(init_from.FUSION)}
   if fusion:
     names = sorted({name.split("/")[0] for name in fusion})
     notes.append(f"left out of fine-tuning: {', '.join(names)}")
-  if source.grid != grid and "pos_embed" in params:
-    size = lambda grid: f"{grid[0]}x{grid[1]}"
-    notes.append(f"position table {size(source.grid)} interpolated to {size(grid)}")
   pretrained = {f"encoder/{name}": x for name, x in params.items() if name not in fusion}
+  classifier = source.params.get("classifier", {})
+  if classifier.keys() == CLASSIFIERS[config.pool] and set(source.classes) == set(class_names):
+    order = [source.classes.index(name) for name in class_names]
+    head = {name: x[..., order] for name, x in classifier["head"].items()}
+    pretrained |= flatten_dict(classifier | {"head": head}, sep="/")
+  elif classifier:
+    notes.append("left out: its classifier, of other classes or another pooling")
   return pretrained, ("\n  ".join(notes),)
-
-
-def _check_architecture(config, encoder, source) -> None:
-  """Raises WeightsError unless the encoder of `source` has the parameters of `encoder`."""
-  if len(source.mean) != len(config.data.mean):
-    raise WeightsError(
-      f"config.init_from={config.init_from} takes images of {len(source.mean)} channels, "
-      f"config.data.mean has {len(config.data.mean)}; weights cannot be converted "
-      "between numbers of channels: give images, mean and std of as many channels, or "
-      "config.init_from= (empty) to start from random weights"
-    )
-  ours, theirs = (model_files.module_fields(module) for module in (encoder, source.encoder))
-  different = [
-    f"{key} {theirs.get(key)!r} there, {ours.get(key)!r} here"
-    for key in sorted((ours.keys() | theirs.keys()) - FREE_FIELDS)
-    if theirs.get(key) != ours.get(key)
-  ]
-  if different:
-    raise WeightsError(
-      f"config.init_from={config.init_from} is another architecture: {'; '.join(different)}. "
-      "Set config.encoder to that of the checkpoint"
-    )

@@ -11,6 +11,7 @@ from mrmae_jax.models import encode, make_decoder, make_encoder
 from mrmae_jax.models.decoder import MimicHead
 from mrmae_jax.reconstruction import reconstruct
 from mrmae_jax.train import Task
+from mrmae_jax.weights import init_from
 
 
 def make(config) -> Task:
@@ -18,7 +19,8 @@ def make(config) -> Task:
 
   Raises:
     DataError: there are no training images.
-    WeightsError: a teacher's weights do not load.
+    WeightsError: the weights of a teacher or of `config.init_from` do not load, or the latter is
+      another architecture.
   """
   specs = {
     name: teachers.configured_spec(options, config)
@@ -28,6 +30,11 @@ def make(config) -> Task:
   model = make_model(config, {name: teacher.dim for name, teacher in loaded.items()})
   image_size, method = tuple(config.image_size), dict(config.method)
   height, width = (side // model.encoder.patch_size for side in image_size)
+
+  shapes = jax.eval_shape(
+    functools.partial(init_params, model, image_size, method["mask_ratio"]), jax.random.key(0)
+  )
+  pretrained, start_notes = init_from.read_student(config, model, shapes)
 
   def noise(keys):
     return jax.vmap(lambda key: jax.random.uniform(key, (height * width,)))(keys)
@@ -58,11 +65,14 @@ def make(config) -> Task:
     source=functools.cache(functools.partial(data.open_split, config.data)),
     optimizer=lambda _, steps: optim.make_optimizer(config.optim, config.batch_size, steps),
     frozen={name: teacher.params for name, teacher in loaded.items()},
-    identity={f"teacher {name}": teacher.digest for name, teacher in loaded.items()},
+    identity={f"teacher {name}": teacher.digest for name, teacher in loaded.items()}
+    | ({"start": init_from.digest(pretrained)} if pretrained else {}),
     notes=tuple(
       f"{name}: teacher {spec.description}, sha256 {loaded[name].digest[:12]}"
       for name, spec in specs.items()
-    ),
+    )
+    + start_notes,
+    pretrained=pretrained,
   )
 
 

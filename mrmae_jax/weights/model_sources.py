@@ -1,6 +1,7 @@
 """Determines what a file or folder of weights states about its model, before any value is read."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
@@ -11,6 +12,9 @@ from mrmae_jax.weights import convmae, files, mae
 from mrmae_jax.weights.table import MAX_SIZE, Entry, check_fields, decoder_fields, same
 
 METADATA_KEY = "mrmae_jax"  # of a safetensors file's metadata, as `write_model` writes it
+
+# Tensors of BEiT and BEiT V2 in their authors' and transformers' names.
+_BEIT = r"^blocks\.\d+\.gamma_1$|\.lambda_1$|relative_position_bias_table$"
 
 
 class Hints(NamedTuple):
@@ -65,6 +69,11 @@ def describe_source(path: Path, tensors: dict[str, files.Tensor]) -> Description
   Names that no other family has tell the family; config.json, metadata or shapes tell the sizes.
   """
   source, shapes = str(path), {name: tensor.shape for name, tensor in tensors.items()}
+  if beit := next((name for name in shapes if re.search(_BEIT, name)), ""):
+    raise WeightsError(
+      f"{source} looks like BEiT (found {beit}): its blocks have gains and relative positions, for "
+      "which the encoders here have no place"
+    )
   if {"vit.embeddings.cls_token", "embeddings.cls_token"}.intersection(shapes):
     return _describe_hf(path if path.is_dir() else path.parent, shapes)
   for family, naming in ((convmae, "ConvMAE's names"), (mae, "MAE's names")):

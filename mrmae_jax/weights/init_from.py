@@ -1,0 +1,128 @@
+"""Reads the weights that a run starts from, `config.init_from`: a run, or a file of weights."""
+
+import hashlib
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from mrmae_jax.errors import WeightsError
+from mrmae_jax.models import ConvViT, ViT
+from mrmae_jax.weights import model_files
+
+# Fields of an encoder that change no parameter which other tasks take.
+FREE_FIELDS = {"sparse", "drop_path", "remat", "fuse_stages", "fuse_layers", "eps"}
+# Parameters of an encoder that serve pre-training alone.
+FUSION = ("stage1_output_decode", "stage2_output_decode", "fusion")
+
+
+def read_source(config, encoder: ConvViT | ViT, **options) -> model_files.LoadedModel:
+  """Reads the model of `config.init_from`, whose encoder must be `encoder`.
+
+  Args:
+    config: validated configuration.
+    encoder: that of the run.
+    **options: of `model_files.read_model`: decoder, mimic_heads, decoder_heads.
+
+  Raises:
+    WeightsError: it does not load, or is another architecture; every difference is named.
+  """
+  source = model_files.read_model(
+    config.init_from,
+    num_heads=config.encoder.num_heads,
+    learned_positions=encoder.learned_positions,
+    **options,
+  )
+  if len(source.mean) != len(config.data.mean):
+    raise WeightsError(
+      f"config.init_from={config.init_from} takes images of {len(source.mean)} channels, "
+      f"config.data.mean has {len(config.data.mean)}; weights cannot be converted "
+      "between numbers of channels: give images, mean and std of as many channels, or "
+      "config.init_from= (empty) to start from random weights"
+    )
+  if different := _differences(source.encoder, encoder, FREE_FIELDS):
+    raise WeightsError(
+      f"config.init_from={config.init_from} is another architecture: {'; '.join(different)}. "
+      "Set config.encoder to that of the checkpoint"
+    )
+  return source
+
+
+def _differences(theirs, ours, free: set[str]) -> list[str]:
+  """Returns one text for each field, but those in `free`, in which two modules differ."""
+  theirs, ours = (model_files.module_fields(module) for module in (theirs, ours))
+  return [
+    f"{key} {theirs.get(key)!r} there, {ours.get(key)!r} here"
+    for key in sorted((ours.keys() | theirs.keys()) - free)
+    if theirs.get(key) != ours.get(key)
+  ]
+
+
+def encoder_params(
+  source: model_files.LoadedModel, grid: tuple[int, int]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+  """Returns the encoder of a model for images of a grid, {path joined by "/": array}, and notes."""
+  params = flatten_dict(model_files.params_at(source, grid)["encoder"], sep="/")
+  notes = [f"starting from {source.report}"]
+  if source.grid != grid and "pos_embed" in params:
+    size = lambda grid: f"{grid[0]}x{grid[1]}"
+    notes.append(f"position table {size(source.grid)} interpolated to {size(grid)}")
+  return params, notes
+
+
+def read_student(config, model, shapes) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+  """Reads a student to pre-train further: its encoder, decoder and mimic heads, where they fit.
+
+  Args:
+    config: validated configuration of pre-training.
+    model: `mrmae.Model`, the student of the run.
+    shapes: of its parameters.
+
+  Returns:
+    {path joined by "/": array} and lines for the log, which name what starts anew.
+
+  Raises:
+    WeightsError: see `read_source`.
+  """
+  if not config.init_from:
+    return {}, ()
+  source = read_source(
+    config, model.encoder, mimic_heads=True, decoder_heads=config.decoder.num_heads
+  )
+  grid = tuple(side // model.encoder.patch_size for side in config.image_size)
+  _, notes = encoder_params(source, grid)
+  params = flatten_dict(model_files.params_at(source, grid), sep="/")
+  stale = ()  # of the same shape, but of another place in the network
+  if source.encoder.fuse_layers != model.encoder.fuse_layers:
+    stale += ("encoder/fusion/",)
+  if source.decoder is not None:
+    if different := _differences(source.decoder, model.decoder, {"remat", "eps"}):
+      notes.append(f"another decoder: {'; '.join(different)}")
+      stale += ("decoder/",)
+  expected = {name: x.shape for name, x in flatten_dict(shapes, sep="/").items()}
+  fitting = {
+    name: x
+    for name, x in params.items()
+    if x.shape == expected.get(name) and not name.startswith(stale)
+  }
+  for label, names in (
+    ("left out", params.keys() - fitting.keys()),
+    ("new, with random weights", expected.keys() - fitting.keys()),
+  ):
+    if names:
+      notes.append(f"{label}: {', '.join(sorted(set(map(_part, names))))}")
+  return fitting, ("\n  ".join(notes),)
+
+
+def _part(name: str) -> str:
+  """Returns the part of a student that a parameter belongs to, for people."""
+  part, *rest = name.split("/")
+  return (
+    part if part == "decoder" else " ".join((part.removesuffix("s").replace("_", " "), rest[0]))
+  )
+
+
+def digest(params: dict[str, Any]) -> str:
+  """Returns the sha256 of parameters, which tells runs with other starts apart."""
+  arrays = (np.ascontiguousarray(params[name]).tobytes() for name in sorted(params))
+  return hashlib.sha256(b"".join(arrays)).hexdigest()
