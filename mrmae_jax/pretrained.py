@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mrmae_jax import mrmae
 from mrmae_jax.errors import WeightsError
@@ -19,6 +21,8 @@ from mrmae_jax.models import encode, head_attention
 from mrmae_jax.models.layers import layer_norm
 from mrmae_jax.reconstruction import reconstruct
 from mrmae_jax.weights import model_files
+
+PLATFORMS = ("cpu", "cuda", "tpu")  # that an exported model runs on
 
 
 def load(
@@ -203,6 +207,32 @@ class PretrainedModel:
     norm_pix = method["norm_pix"] if norm_pix is None else norm_pix
     params, images = self._prepare(images)
     return self._reconstruct(params, images, jax.random.key(seed), mask_ratio, norm_pix)
+
+  def export(self, image_size: tuple[int, int], logits: bool) -> jax.export.Exported:
+    """Returns `classify` or `encode` as StableHLO, for CPUs, GPUs and TPUs and any batch size.
+
+    Args:
+      image_size: (height, width) in pixels, multiples of the token size.
+      logits: `classify`, as {"logits": float32 [B, classes]}; False: `encode`.
+
+    Returns:
+      (params, images uint8 [B, H, W, C]) -> the dictionary. `params` are those that `export_params`
+      gives for this size.
+    """
+    function = (lambda *args: {"logits": self._logits(*args)}) if logits else self._features
+    nested = lambda params, images: function(unflatten_dict(params, sep="/"), images)
+    shapes = {
+      name: jax.ShapeDtypeStruct(x.shape, x.dtype)
+      for name, x in self.export_params(image_size).items()
+    }
+    (batch,) = jax.export.symbolic_shape("batch")
+    images = jax.ShapeDtypeStruct((batch, *image_size, len(self.network.mean)), np.uint8)
+    return jax.export.export(jax.jit(nested), platforms=PLATFORMS)(shapes, images)
+
+  def export_params(self, image_size: tuple[int, int]) -> dict[str, np.ndarray]:
+    """Returns the parameters for images of (height, width), {path joined by "/": array}."""
+    grid = tuple(side // self.network.encoder.patch_size for side in image_size)
+    return flatten_dict(model_files.params_at(self.network, grid), sep="/")
 
   def _prepare(self, images):
     """Checks images; returns the parameters for their grid, and the images."""

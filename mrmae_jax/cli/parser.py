@@ -30,6 +30,7 @@ COMMANDS = {
   "visualize": "reconstructions, attention, features of a model, as pictures and a page",
   "report": "one page about a run or several: curves, throughput, pictures",
   "convert": "weights in the names of ConvMAE, timm or Hugging Face",
+  "export": "a model as StableHLO, to be called without this project",
   "verify": "decode every image of a data set, list those that cannot be read",
   "pack": "a data set in shards that are read faster",
   "show-teacher": "what a teacher has to teach",
@@ -490,6 +491,40 @@ for bit, on the way and back. What is left out by design (mimic heads) is printe
   _weights(parser)
 
 
+def _export(parser: Parser) -> None:
+  parser.epilog = """\
+  mrmae export --model=RUN --out=DIR
+
+Writes the encoder, or the classifier of a fine-tuned model, as StableHLO by jax.export, for CPUs,
+GPUs and TPUs and for any number of images: model.stablehlo, params.npz, call.py and a README.md
+that says how to call it. It takes uint8 images and normalizes them itself. Then call.py runs in a
+process without this project, and its numbers are compared. The folder appears whole or not at
+all."""
+  parser.add_argument("--model", required=True, help="workdir, weight file or ViTMAE folder")
+  parser.add_argument("--out", required=True, help="the folder to write; it may not exist")
+  parser.add_argument(
+    "--parts",
+    choices=("all", "encoder"),
+    default="all",
+    help="logits where there is a classifier, or the features all the same",
+  )
+  parser.add_argument(
+    "--image_size",
+    type=comma_list(integer(1), (1, 2)),
+    default=(),
+    metavar="SIZE or HEIGHT,WIDTH",
+    help="in pixels, multiples of the token size; default: as the model was trained",
+  )
+  parser.add_argument(
+    "--dtype",
+    choices=("float32", "bfloat16"),
+    default="float32",
+    help="of the computation; results are float32",
+  )
+  _heads(parser, decoder=False)
+  _weights(parser)
+
+
 def _verify(parser: Parser) -> None:
   parser.epilog = """\
   mrmae verify --source=folder:/my/photos --json=report.json --quarantine=bad.json
@@ -706,6 +741,7 @@ _ADD_OPTIONS = {
   "visualize": _visualize,
   "report": _report,
   "convert": _convert,
+  "export": _export,
   "verify": _verify,
   "pack": _pack,
   "show-teacher": _show_teacher,

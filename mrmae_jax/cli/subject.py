@@ -99,7 +99,7 @@ def open_subject(options, needs_teacher: bool) -> Subject:
     run_config = checkpoint.read_config(options.model)
   except WorkdirError:  # the model is not a run
     run_config = {}
-  size = _image_size(options, model)
+  size = choose_image_size(options.image_size, model)
   source = _open_source(options, run_config)
   indices = spaced_indices(len(source), options.count)
   shape = (*size, len(model.network.mean))
@@ -177,17 +177,17 @@ def image_name(source, index: int) -> str:
   return "/".join(source[index]["name"].split("/")[-2:])
 
 
-def _image_size(options, model) -> tuple[int, int]:
-  """Returns the (height, width) of the options, or else that of training."""
-  if not options.image_size:
+def choose_image_size(image_size: tuple[int, ...], model) -> tuple[int, int]:
+  """Returns the (height, width) of an option --image_size, or else that of training."""
+  if not image_size:
     return model.config["image_size"]
-  size = options.image_size * (2 if len(options.image_size) == 1 else 1)
+  size = image_size * (2 if len(image_size) == 1 else 1)
   patch = model.network.encoder.patch_size
   if any(side % patch for side in size):
     nearest = ",".join(str(max(1, round(side / patch)) * patch) for side in size)
     raise UsageError(
-      f"--image_size={','.join(map(str, options.image_size))} is not a multiple of the model's "
-      f"token size {patch}; nearest: {nearest}"
+      f"--image_size={','.join(map(str, image_size))} is not a multiple of the model's token size "
+      f"{patch}; nearest: {nearest}"
     )
   return tuple(size)
 

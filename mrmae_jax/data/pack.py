@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +19,7 @@ from mrmae_jax.data import augment
 from mrmae_jax.data.sources import Source
 from mrmae_jax.data.sources.packed import FORMAT, INDEX, file_sha256, packed_root
 from mrmae_jax.errors import DataError
+from mrmae_jax.runs.paths import atomic_folder
 
 SHARD_IMAGES = 10_000  # 1 GB of photographs at their usual size
 THREADS = 8
@@ -61,7 +61,7 @@ def write_packed(
       + ", ".join(f"{name} {len(source.class_names)}" for name, source in sources.items())
       + "; pack them one by one with --splits"
     )
-  with _atomic_folder(packed_root(root)) as folder:
+  with atomic_folder(packed_root(root)) as folder:
     splits = {}
     for split, source in sources.items():
       record = _Record(source, short_side, quality)
@@ -111,20 +111,6 @@ def _write_shard(
     writer.close()
   except RuntimeError as error:  # its C++ code reports a full disk so
     raise OSError(f"{path.parent} cannot be written: {error}") from error
-
-
-@contextlib.contextmanager
-def _atomic_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Gives a folder that becomes `path` when the block ends, and vanishes if the block raises."""
-  if path.exists():
-    raise FileExistsError(f"{path} exists; give another name or remove it")
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  temporary.mkdir(parents=True)
-  try:
-    yield temporary
-    temporary.rename(path)
-  finally:
-    shutil.rmtree(temporary, ignore_errors=True)
 
 
 @dataclasses.dataclass(frozen=True)

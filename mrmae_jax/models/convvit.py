@@ -241,7 +241,7 @@ class ConvViT(nn.Module):
         )
 
     x = PatchEmbed(self.patch_sizes[2], dim, xavier=True, dtype=self.dtype, name="patch_embed3")(x)
-    x, *skips = (y.reshape(len(y), -1, dim) for y in (x, *skips))
+    x, *skips = (y.reshape(y.shape[0], -1, dim) for y in (x, *skips))
     x = Dense(dim, dtype=self.dtype, name="patch_embed4")(x)
     pos = position_table(self, grid).astype(self.dtype)
     if sparse:
@@ -252,7 +252,7 @@ class ConvViT(nn.Module):
         x, *skips = (take_visible(y, mask) for y in (x, *skips))
     if self.cls_token:
       cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, dim)).astype(self.dtype)
-      x = jnp.concatenate([jnp.broadcast_to(cls, (len(x), 1, dim)), x], axis=1)
+      x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, dim)), x], axis=1)
       # The convolutional stages have nothing to add to CLS.
       skips = [jnp.pad(y, ((0, 0), (1, 0), (0, 0))) for y in skips]
 

@@ -148,7 +148,7 @@ class ViT(nn.Module):
       Tokens [B, CLS + registers + V, D], and the rotation of positions="rope", or None.
     """
     x = patchify(images.astype(self.dtype), self.patch_size)
-    x = x.reshape(len(images), grid[0] * grid[1], -1)
+    x = x.reshape(images.shape[0], grid[0] * grid[1], -1)
     if mask is not None:  # the embedding works patch by patch: embed the visible patches alone
       x = take_visible(x, mask)
     x = Dense(self.dim, use_bias=self.patch_bias, dtype=self.dtype, name="patch_embed")(x)
@@ -167,7 +167,7 @@ class ViT(nn.Module):
       prefix.append(cls + pos[:1] if self.positions == "table" else cls)
     if self.num_registers:
       prefix.append(self.param("registers", normal, (1, self.num_registers, self.dim)))
-    prefix = [jnp.broadcast_to(token, (len(x), *token.shape[1:])) for token in prefix]
+    prefix = [jnp.broadcast_to(token, (x.shape[0], *token.shape[1:])) for token in prefix]
     return jnp.concatenate([*prefix, x], axis=1).astype(self.dtype), rotate
 
 

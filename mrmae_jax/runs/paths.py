@@ -4,7 +4,9 @@ import contextlib
 import logging
 import os
 import queue
+import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from etils import epath
@@ -79,6 +81,24 @@ def atomic_write(path: str | Path):
     tmp.replace(path)
   finally:
     tmp.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+  """Yields a folder that becomes `path` when the block ends, and vanishes if the block raises.
+
+  Raises:
+    FileExistsError: `path` exists.
+  """
+  if path.exists():
+    raise FileExistsError(f"{path} exists; give another name or remove it")
+  tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  tmp.mkdir(parents=True)
+  try:
+    yield tmp
+    tmp.rename(path)
+  finally:
+    shutil.rmtree(tmp, ignore_errors=True)
 
 
 def write_text(path: epath.Path, text: str) -> None:
