@@ -11,6 +11,7 @@ from typing import Callable
 from ml_collections import ConfigDict
 
 from mrmae_jax.config import (
+  TOWER,
   Key,
   Rule,
   find_keys,
@@ -294,6 +295,11 @@ def _check_distill(config, need) -> None:
     fields.learned_positions and not fields.fuse_layers,
     f"config.encoder.learned_positions={fields.learned_positions} and "
     f"fuse_layers={tuple(fields.fuse_layers)} must be True and (), as in Hugging Face's ViT",
+  )
+  changed = [name for name, key in TOWER.items() if fields[name] != key.default]
+  need(
+    not changed,
+    f"config.encoder.{', '.join(changed)}: leave these as they are, as in Hugging Face's ViT",
   )
   patches = math.prod(side // token_size(config) for side in config.image_size)
   need(

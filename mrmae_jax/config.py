@@ -80,6 +80,7 @@ HEADS = ("linear", "norm_linear", "mlp")
 TARGET_NORMS = ("layer_norm", "batch", "l2", "none")
 LOSSES = ("mse", "smooth_l1", "cosine", "l1")
 POOLS = ("mean", "cls")
+ACTIVATIONS = ("gelu", "quick_gelu", "gelu_tanh", "silu")
 OBJECTIVES = ("dino", "contrast")
 
 ENCODER = dict(  # the keys of every encoder
@@ -87,6 +88,17 @@ ENCODER = dict(  # the keys of every encoder
   drop_path=Key(0.0, "stochastic depth of the last block, rising from 0; not in pretrain", BELOW_1),
   remat=Key("none", "recompute activations (dots) or blocks (full), for memory", REMAT, "free"),
   fuse_layers=Key((), "blocks, from 0, to fuse with the last one", between(0, 1000), many=int),
+)
+TOWER = dict(  # where the vision towers of others differ from MAE's ViT, whose values these are
+  eps=Key(1e-6, "epsilon of the LayerNorms: 1e-12 in transformers' ViT, 1e-5 in CLIP", POSITIVE),
+  activation=Key(
+    "gelu", "of the MLPs: quick_gelu in OpenAI's CLIP, silu in gated ones", ACTIVATIONS
+  ),
+  patch_bias=Key(True, "the patch embedding has a bias; CLIP's has none"),
+  norm_pre=Key(False, "a LayerNorm before the blocks, as in CLIP"),
+  layer_scale=Key(False, "learned gains on both branches of a block, as in DINOv2"),
+  gated=Key(False, "gated MLPs, as in DINOv2's largest size"),
+  num_registers=Key(0, "tokens that no output shows, 4 in DINOv2 with registers", between(0, 1000)),
 )
 ENCODERS = {
   "convvit": ENCODER
@@ -109,7 +121,8 @@ ENCODERS = {
     depth=Key(VIT["base"]["depth"], "blocks", BLOCKS),
     num_heads=Key(VIT["base"]["num_heads"], "attention heads, which divide the width", BLOCKS),
     mlp_dim=Key(VIT["base"]["mlp_dim"], "hidden width of the MLPs", WIDTH),
-  ),
+  )
+  | TOWER,
 }
 DATA = dict(
   source=Key(None, "digits, folder:/path/to/images, tfds:NAME or packed:/path"),
@@ -398,7 +411,9 @@ def start_from(config: ConfigDict, workdir: str) -> None:
   try:
     stored = json.loads(path.read_text(), object_hook=tuples)
     kept = {key: config.encoder[key] for key in ("drop_path", "learned_positions")}
-    config.encoder = ConfigDict(stored["encoder"] | kept)
+    name = stored["encoder"]["name"]
+    config.encoder = _make(ENCODERS[name])  # older runs lack keys
+    config.encoder.update(stored["encoder"] | kept)
     config.update({key: stored[key] for key in ("image_size", "dtype")})
     images = "source train_split eval_split data_dir holdout_every flip eval_crop mean std"
     config.data.update({key: stored["data"][key] for key in images.split()})
@@ -517,7 +532,10 @@ def identity(config: ConfigDict) -> dict[str, Any]:
 
   Teachers and pretrained weights count by their values, which the task names, not by their paths.
   """
-  return _without(config, "local", "free")
+  # Keys of TOWER count where they are set: runs that are older than these keys resume.
+  usual = {f"encoder.{name}": key.default for name, key in TOWER.items()}
+  values = _without(config, "local", "free")
+  return {name: x for name, x in values.items() if name not in usual or x != usual[name]}
 
 
 def _without(config: ConfigDict, *kinds: str) -> dict[str, Any]:

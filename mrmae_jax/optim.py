@@ -159,7 +159,7 @@ def layer_scales(params, layer_decay: float):
   head).
 
   With n transformer blocks the head, norms outside of blocks and whatever has no place below them
-  have the factor 1, and block i has layer_decay ** (n - i). Embeddings, positions, CLS and both
+  have the factor 1, and block i has layer_decay ** (n - i). All before the blocks and both
   convolutional stages share layer_decay ** (n + 1). Source: ConvMAE and MAE, util/lr_decay.py.
   `params` may nest the encoder at any depth; its names are those of models/.
   """
@@ -177,7 +177,7 @@ def layer_scales(params, layer_decay: float):
   def scale(path, _):
     if (block := block_of(path)) is not None:
       return layer_decay ** (num_blocks - block)
-    first = r"pos_embed|cls_token|patch_embed\d?|blocks[12]_\d+"
+    first = r"pos_embed|cls_token|registers|norm_pre|patch_embed\d?|blocks[12]_\d+"
     is_first = any(re.fullmatch(first, key) for key in keys_of(path))
     return layer_decay ** (num_blocks + 1) if is_first else 1.0
 

@@ -1,5 +1,7 @@
 """Folders of images and files of weights as people have them."""
 
+import ast
+import json
 import os
 import pathlib
 import re
@@ -13,17 +15,20 @@ from flax.traverse_util import flatten_dict
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from mrmae_jax import sharding
+import mrmae_jax
+from mrmae_jax import config as config_lib
+from mrmae_jax import mrmae, preflight, sharding, teachers
 from mrmae_jax.cli import doctor
 from mrmae_jax.cli.subject import read_all
 from mrmae_jax.data import LoaderOptions, augment, open_source
 from mrmae_jax.data.sources.splits import split_kind
 from mrmae_jax.errors import DataError, WeightsError, WorkdirError
+from mrmae_jax.pretrained import PretrainedModel
 from mrmae_jax.runs.checkpoint import Checkpoints
 from mrmae_jax.runs.run import make_evaluators
-from mrmae_jax.tasks import finetune, pretrain
+from mrmae_jax.tasks import finetune, pretrain, probe
 from mrmae_jax.train import TrainState
-from mrmae_jax.weights import model_files, networks
+from mrmae_jax.weights import families, model_files, networks, tower_params, towers
 from tests import tiny
 from tests.helpers.cli import run_command
 from tests.helpers.runs import finished_run
@@ -472,3 +477,149 @@ def test_a_classifier_goes_on_by_the_names_of_its_classes(tmp_path):
   assert "fc_norm/scale" in pretrained and "left out: its" not in notes[0]
   pretrained, notes = finetune.read_pretrained(config, model, ("a", "c"))
   assert "head/bias" not in pretrained and "left out: its classifier" in notes[0]
+
+
+# Vision towers of others, as students and as teachers.
+
+TOWERS = Path(__file__).parent / "goldens" / "teachers"
+CLIP = dict(
+  patch_size=8, dim=48, depth=3, num_heads=4, mlp_dim=72, eps=1e-5, learned_positions=True
+)
+CLIP |= dict(activation="quick_gelu", norm_pre=True, patch_bias=False)
+
+
+def tower_config(make, path, **fields):
+  values = {f"encoder__{name}": x for name, x in fields.items()}
+  config = make("vit", init_from=str(path), **values)
+  preflight.check(config, num_devices=8)
+  return config
+
+
+def test_a_tower_is_finetuned_and_probed_with_the_blocks_of_its_family():
+  path = TOWERS / "hf_clip_full"
+  with pytest.raises(WeightsError) as error:
+    finetune.make(tower_config(tiny.finetune_config, path))
+  options = str(error.value).split("checkpoint: ")[1].split()
+  config = tiny.finetune_config("vit", init_from=str(path))
+  for option in options:  # what the message says works
+    key, value = option.removeprefix("--config.").split("=")
+    value = value if value in ("quick_gelu",) else ast.literal_eval(value)
+    config = tiny.changed(config, **{key: value})
+  assert {key: config.encoder[key] for key in CLIP} == CLIP
+  task = finetune.make(config)
+  assert "starting from" in task.notes[0] and "CLIP's blocks" in task.notes[0]
+  assert "projection; text_model" in task.notes[0] and "eps" not in task.notes[0]
+  assert "position table 4x4 interpolated to 4x6" in task.notes[0]
+  assert "mean of its images was 0.481,0.458,0.408, config.data.mean is 0.485" in task.notes[0]
+
+  model = mrmae_jax.load(path)
+  config = tower_config(tiny.probe_config, path, **CLIP)
+  config.update(image_size=(32, 32), pool="cls")
+  task = probe.make(config)
+  images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+  network = model.network._replace(mean=config.data.mean, std=config.data.std)
+  expected = PretrainedModel(network).encode(images)["cls"]
+  encoder = finetune.make_model(config, 1).encoder
+  pixels = mrmae.normalize(images, network.mean, network.std)
+  x, _ = jax.jit(encoder.apply)({"params": task.frozen["encoder"]}, pixels)
+  np.testing.assert_allclose(x[:, 0], expected, atol=1e-5)
+
+
+def test_features_of_a_tower_are_those_of_the_teacher():
+  images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+  for name in ("hf_dino", "openai_clip.safetensors"):
+    model = mrmae_jax.load(TOWERS / name, num_heads=4 if name == "hf_dino" else 0)
+    options = teachers.TeacherOptions(path=str(TOWERS / name), layer="normed", dtype="float32")
+    teacher = teachers.load(teachers.read_spec(options, teachers.StudentImages((32, 32), 8)))
+    expected = jax.jit(teacher.forward)(teacher.params, images).features
+    np.testing.assert_allclose(model.encode(images)["tokens"], expected, atol=1e-5)
+  with pytest.raises(WeightsError, match="has no place in the format timm.*mrmae export"):
+    model_files.write_model(model.network, "x.safetensors", "timm")
+  with pytest.raises(WeightsError, match="SigLIP.*loads as a teacher alone"):
+    model_files.read_model(TOWERS / "reject_siglip")
+
+
+def test_a_vit_for_image_classification_brings_its_classes(tmp_path):
+  tensors = load_file(TOWERS / "hf_dino" / "model.safetensors")
+  bare = lambda name: name if name.startswith("vit.") else f"vit.{name}"
+  rng = np.random.default_rng(0)
+  head = {"classifier.weight": rng.standard_normal((3, 48), np.float32)}
+  head["classifier.bias"] = np.arange(3, dtype=np.float32)
+  tensors = {bare(name): x for name, x in tensors.items() if "pooler" not in name} | head
+  save_file(tensors, tmp_path / "model.safetensors")
+  config = json.loads((TOWERS / "hf_dino" / "config.json").read_text())
+  config["id2label"] = {"0": "cat", "1": "dog", "2": "emu"}
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  model = mrmae_jax.load(tmp_path)
+  assert model.class_names == ("cat", "dog", "emu")
+  images = rng.integers(0, 256, (2, 32, 32, 3), np.uint8)
+  cls = np.asarray(model.encode(images)["cls"])
+  expected = cls @ head["classifier.weight"].T + head["classifier.bias"]
+  np.testing.assert_allclose(model.classify(images), expected, atol=1e-4)
+
+
+def dinov2_in_other_names(naming):
+  """The tensors of a small DINOv2 of transformers in the names of its authors or of timm."""
+  tensors = load_file(TOWERS / "reject_dinov2" / "model.safetensors")
+  words = {"attention.output.dense": "attn.proj", "layer_scale": "ls", "lambda1": "gamma"}
+  words |= {"embeddings.patch_embeddings.projection": "patch_embed.proj", "layernorm": "norm"}
+  words |= {"embeddings.position_embeddings": "pos_embed", "encoder.layer": "blocks"}
+  words |= {"embeddings.": ""}
+  named = {}
+  for name, x in tensors.items():
+    for old, new in words.items():
+      name = name.replace(old, new)
+    named[name] = x
+  for i in range(2):
+    for kind in ("weight", "bias"):
+      parts = (f"blocks.{i}.attention.attention.{x}.{kind}" for x in ("query", "key", "value"))
+      named[f"blocks.{i}.attn.qkv.{kind}"] = np.concatenate([named.pop(x) for x in parts])
+  named["mask_token"] = named.pop("mask_token", np.zeros((1, 48), np.float32))
+  if naming != "authors":
+    del named["mask_token"]
+  return named
+
+
+@pytest.mark.parametrize("naming", ["authors", "timm", "registers", "timm registers"])
+def test_dinov2_in_the_names_of_its_authors_and_of_timm(tmp_path, naming):
+  tensors = dinov2_in_other_names(naming.split()[0])
+  registers = np.ones((1, 4, 48), np.float32)
+  table = tensors["pos_embed"]
+  if naming == "registers":
+    tensors |= {"register_tokens": registers, "mask_token": np.zeros((1, 48), np.float32)}
+  if naming == "timm registers":
+    cls = tensors["cls_token"] + table[:, :1]
+    tensors |= {"reg_token": registers, "cls_token": cls, "pos_embed": table[:, 1:]}
+  save_file({name: np.array(x) for name, x in tensors.items()}, tmp_path / "x.safetensors")
+  read = lambda path: tower_params.read_params(
+    towers.open_tower(path, "", towers.Overrides(num_heads=4), "float32"), (4, 4)
+  )[0]
+  params, expected = read(tmp_path / "x.safetensors"), read(TOWERS / "reject_dinov2")
+  rows = [x.pop("cls_token") + x["pos_embed"][:, :1] for x in (params, expected)]
+  np.testing.assert_array_equal(*rows)
+  np.testing.assert_array_equal(params.pop("pos_embed")[:, 1:], expected.pop("pos_embed")[:, 1:])
+  if "registers" in naming:
+    np.testing.assert_array_equal(params.pop("registers"), registers)
+  flat, expected = (flatten_dict(x, sep="/") for x in (params, expected))
+  assert flat.keys() == expected.keys()
+  for name, x in expected.items():
+    np.testing.assert_array_equal(flat[name], x)
+  model = model_files.read_model(tmp_path / "x.safetensors", num_heads=4)
+  assert model.encoder.layer_scale and model.encoder.num_registers == 4 * ("registers" in naming)
+
+
+def test_gated_mlps_of_dinov2_are_told_by_their_width():
+  family = families.find_family({"cls_token": (), "blocks.0.ls1.gamma": ()})[0]
+  shapes = {"blocks.0.mlp.fc2.weight": (8, 12), "patch_embed.proj.weight": (8, 3, 2, 2)}
+  shapes |= {"pos_embed": (1, 5, 8)}
+  for width, gated in ((24, True), (12, False)):
+    fc1 = {"blocks.0.mlp.fc1.weight": (width, 8)}
+    fields, _ = towers.tower_shapes(family, "", shapes | fc1, "x")
+    assert (fields["gated"], fields["mlp_dim"]) == (gated, 12)
+
+
+def test_runs_older_than_the_keys_of_towers_resume():
+  config = tiny.get_config("vit")
+  assert not config_lib.identity(config).keys() & {f"encoder.{x}" for x in config_lib.TOWER}
+  changed = tiny.changed(config, encoder__layer_scale=True)
+  assert config_lib.identity(changed)["encoder.layer_scale"] is True

@@ -481,7 +481,7 @@ def test_what_a_run_that_resumes_may_change():
     "data.timeout_s optim.accum_steps optim.max_skips log_every eval_every checkpoint_every "
     "keep_checkpoints keep_best hang_s wandb mesh.data mesh.fsdp evals.knn.k evals.knn.temperature "
     "evals.knn.batch_size evals.knn.bank evals.reconstruct.images teacher.name teacher.path "
-    "extra_teachers.dino.name extra_teachers.dino.path"
+    "extra_teachers.dino.name extra_teachers.dino.path init_from"
   )
   assert config_lib.flatten(config).keys() - before.keys() == set(free.split())
   local = {name for name in free.split() if config_lib.find_keys(config)[name].resume == "local"}
@@ -490,6 +490,7 @@ def test_what_a_run_that_resumes_may_change():
     "data.workers",
     "data.data_dir",
     "data.quarantine",
+    "init_from",
   }
   config.log_every, config.evals = 7, {}
   assert config_lib.identity(config) == before

@@ -588,7 +588,7 @@ def test_missing_and_damaged_files(tmp_path):
     ({"patch_embed1.proj.weight": (4, 3, 4, 4)}, "looks like ConvMAE"),
     (
       {"blocks.0.ls1.gamma": (4,), "cls_token": (1, 1, 4)},
-      "DINOv2 in its authors' names; take the Hugging Face folder",
+      "does not fit the model: missing: blocks.0.mlp.fc2.weight",
     ),
     ({"text_model.embeddings.token_embedding.weight": (9, 4)}, "contains only a text tower"),
     ({"fc.weight": (4, 4)}, "is of an unknown family .found fc.weight.; supported: CLIP"),

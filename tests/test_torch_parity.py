@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import mrmae_jax
 from mrmae_jax import mrmae, teachers
 from mrmae_jax.errors import WeightsError
 from mrmae_jax.models import encode
@@ -383,3 +384,38 @@ def test_old_dino_checkpoints_name_their_class(tmp_path):
         files.open_weights(tmp_path / "x.pth")
     else:
       assert list(files.open_weights(tmp_path / "x.pth")) == ["teacher.backbone.a"]
+
+
+@pytest.mark.parametrize("make, prefix", [(dino, 1), (dinov2, 1), (dinov2_with_registers, 5)])
+def test_towers_as_encoders(tmp_path, make, prefix):
+  """Tokens after the last norm, at another image size than the position table's."""
+  model = randomise(make(), 0)
+  model.save_pretrained(tmp_path)
+  encoder = mrmae_jax.load(tmp_path)
+  images = np.random.default_rng(0).integers(0, 256, (2, 24, 40, 3), np.uint8)
+  pixels = np.asarray(
+    mrmae.normalize(jnp.asarray(images), encoder.network.mean, encoder.network.std)
+  )
+  inputs = dict(pixel_values=torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()))
+  if make is dino:
+    inputs["interpolate_pos_encoding"] = True
+  with torch.no_grad():
+    hidden = model(**inputs).last_hidden_state.numpy()
+  features = encoder.encode(images)
+  np.testing.assert_allclose(features["tokens"], hidden[:, prefix:], atol=1e-5)
+  np.testing.assert_allclose(features["cls"], hidden[:, 0], atol=1e-5)
+
+
+def test_a_classifier_of_transformers(tmp_path):
+  from transformers.models.vit import ViTConfig, ViTForImageClassification
+
+  names = {0: "cat", 1: "dog", 2: "emu"}
+  model = randomise(ViTForImageClassification(ViTConfig(**WIDE, id2label=names)), 0)
+  model.save_pretrained(tmp_path)
+  ours = mrmae_jax.load(tmp_path)
+  assert ours.class_names == ("cat", "dog", "emu")
+  images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+  pixels = np.asarray(mrmae.normalize(jnp.asarray(images), ours.network.mean, ours.network.std))
+  with torch.no_grad():
+    logits = model(torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())).logits.numpy()
+  np.testing.assert_allclose(ours.classify(images), logits, atol=1e-5)

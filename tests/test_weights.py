@@ -419,12 +419,10 @@ def test_hf_folders_that_do_not_fit(tmp_path, change, message):
     model_files.read_model(tmp_path)
 
 
-@pytest.mark.parametrize(
-  "name", ["hf_clip_full", "hf_dino", "timm_clip.safetensors", "openai_clip.safetensors"]
-)
-def test_teachers_are_no_students(name):
-  with pytest.raises(WeightsError, match="is not a model|expected 'vit_mae'|unknown: ") as error:
-    model_files.read_model(Path(__file__).parent / "goldens" / "teachers" / name, num_heads=4)
+def test_a_tower_that_is_no_student():
+  with pytest.raises(WeightsError, match="unknown: ") as error:
+    path = Path(__file__).parent / "goldens" / "teachers" / "timm_clip.safetensors"
+    model_files.read_model(path, num_heads=4)
   assert "\n" not in str(error.value)
 
 

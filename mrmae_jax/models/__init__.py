@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mrmae_jax.models.convvit import ConvViT
 from mrmae_jax.models.decoder import Decoder
@@ -72,7 +73,7 @@ def head_attention(encoder, params, pixels: jax.Array) -> jax.Array:
 
   Returns:
     float32 [B, heads, T, T]. Rows (queries) sum to 1. T counts the N tokens row by row, after CLS
-    where there is one.
+    where there is one; registers are left out.
   """
   block = f"{'blocks' if isinstance(encoder, ViT) else 'blocks3'}_{encoder.depth - 1}"
   is_qkv = lambda module, _: module.path == (block, "attn", "qkv")
@@ -84,4 +85,10 @@ def head_attention(encoder, params, pixels: jax.Array) -> jax.Array:
     y.reshape(*y.shape[:2], encoder.num_heads, -1).swapaxes(1, 2)
     for y in jnp.split(qkv, 3, axis=-1)
   )
-  return attention_weights(q, k)
+  weights = attention_weights(q, k)
+  if registers := getattr(encoder, "num_registers", 0):
+    first = int(encoder.cls_token)
+    kept = np.r_[:first, first + registers : weights.shape[-1]]
+    weights = weights[:, :, kept][..., kept]
+    weights /= weights.sum(-1, keepdims=True)
+  return weights

@@ -118,8 +118,7 @@ def read_pretrained(
   if not config.init_from:
     return {}, ("starting from random weights",)
   source = init_from.read_source(config, model.encoder, decoder=False)
-  grid = tuple(side // model.encoder.patch_size for side in config.image_size)
-  params, notes = init_from.encoder_params(source, grid)
+  params, notes = init_from.encoder_params(config, source, model.encoder)
   fusion = {name for name in params if name.startswith(init_from.FUSION)}
   if fusion:
     names = sorted({name.split("/")[0] for name in fusion})

@@ -66,6 +66,7 @@ class Family(NamedTuple):
       files in this naming come without config.json, and shapes give the sizes.
     gated_fc1, gated_fc2: names of the MLP's tensors where it is gated.
     key_bias: keys have a bias.
+    cls_position: the position table has a row for CLS; without one it is zero.
     patch_rank: rank of the patch embedding's weight; 4: a convolution (D, 3, p, p), 2: a linear
       layer (D, p * p * 3).
   """
@@ -81,6 +82,7 @@ class Family(NamedTuple):
   gated_fc1: tuple[str, ...] = ()
   gated_fc2: str = ""
   key_bias: bool = True
+  cls_position: bool = True
   patch_rank: int = 4
 
 
@@ -159,6 +161,7 @@ _TIMM_NAMES = Names(
   ("mlp.fc1",),
   "mlp.fc2",
 )
+_DINOV2_TIMM_NAMES = _TIMM_NAMES._replace(scale1="ls1.gamma", scale2="ls2.gamma")
 _OPENAI_NAMES = Names(
   "conv1",
   "class_embedding",
@@ -211,6 +214,15 @@ HF_ACTIVATIONS = {  # words of config.json -> keys of layers.ACTIVATIONS
   "silu": "silu",
 }
 _DINOV2 = dict(gated_fc1=("mlp.weights_in",), gated_fc2="mlp.weights_out")
+# In the names of its authors and of timm, which come without config.json.
+_DINOV2_FILES = dict(
+  prefixes=("",),
+  ignore=(r"head\..*", "mask_token"),
+  fields=_SCALED | dict(eps=1e-6, activation="gelu"),
+)
+_DINOV2_AUTHORS = _DINOV2_FILES | dict(gated_fc1=("mlp.w12",), gated_fc2="mlp.w3")
+_DINOV2_TIMM = _DINOV2_FILES | dict(gated_fc1=("mlp.fc1",), gated_fc2="mlp.fc2")
+_DINOV2_MARKERS = ("cls_token", "blocks.0.ls1.gamma")
 _DINOV3_BASE = _BASE | dict(
   hidden_size=384,
   num_attention_heads=6,
@@ -311,6 +323,35 @@ FAMILIES = (
     {"vit": _VIT_BASE},
   ),
   Family(
+    "DINOv2 with registers",
+    _DINOV2_TIMM_NAMES._replace(registers="register_tokens"),
+    (*_DINOV2_MARKERS, "register_tokens"),
+    rule=positions.BICUBIC_ANTIALIAS,
+    **_DINOV2_AUTHORS,
+  ),
+  Family(
+    "DINOv2 with registers",
+    _DINOV2_TIMM_NAMES._replace(registers="reg_token"),
+    (*_DINOV2_MARKERS, "reg_token"),
+    rule=positions.BICUBIC_ANTIALIAS,
+    cls_position=False,
+    **_DINOV2_TIMM,
+  ),
+  Family(
+    "DINOv2",
+    _DINOV2_TIMM_NAMES,
+    (*_DINOV2_MARKERS, "mask_token"),
+    rule=positions.DINO,
+    **_DINOV2_AUTHORS,
+  ),
+  Family(
+    "DINOv2",
+    _DINOV2_TIMM_NAMES,
+    _DINOV2_MARKERS,
+    rule=positions.BICUBIC_ANTIALIAS,
+    **_DINOV2_TIMM,
+  ),
+  Family(
     "CLIP",
     _TIMM_NAMES._replace(norm_pre="norm_pre", proj="head.weight"),
     ("cls_token", "norm_pre.weight"),
@@ -351,20 +392,28 @@ FAMILIES = (
 # A type that two namings share gets the last one, that of files.
 MODEL_TYPES = {kind: family for family in FAMILIES for kind in family.model_types}
 SUPPORTED = (
-  "CLIP, DINO, DINOv2, DINOv2 with registers, DINOv3, SigLIP and SigLIP 2 from Hugging Face; DINO "
-  "and CLIP in timm's and their authors' names"
+  "CLIP, DINO, DINOv2, DINOv2 with registers, DINOv3, SigLIP and SigLIP 2 from Hugging Face; DINO, "
+  "DINOv2 and CLIP in timm's and their authors' names"
 )
 
 _UNSUPPORTED = (  # regular expression (full match) of one tensor -> its model
   (r"visual\.layer1\.0\.conv1\.weight", "a CLIP ResNet"),
   (r"patch_embed1\.proj\.weight", "ConvMAE"),
   (r"(decoder\.)?decoder_embed\.weight", "MAE"),
-  (
-    r"blocks\.(0\.)?0\.ls1\.gamma",
-    "DINOv2 in its authors' names; take the Hugging Face folder, e.g. facebook/dinov2-base",
-  ),
 )
 _TEXT = r"text_model\..*|(embeddings\.)?token_embedding\.weight|transformer\.resblocks\.0\..*"
+
+
+def find_family(shapes: dict[str, tuple[int, ...]]) -> tuple[Family, str] | None:
+  """Returns the first family that fits tensors, and the prefix of its names; None if none fits."""
+  for family in FAMILIES:
+    for prefix in family.prefixes:
+      rank = len(shapes.get(f"{prefix}{family.names.patch_embed}.weight", ()))
+      if rank in (0, family.patch_rank) and all(
+        prefix + marker in shapes for marker in family.markers
+      ):
+        return family, prefix
+  return None
 
 
 def identify(shapes: dict[str, tuple[int, ...]], source: str) -> tuple[Family, str, str]:
@@ -377,13 +426,9 @@ def identify(shapes: dict[str, tuple[int, ...]], source: str) -> tuple[Family, s
     marker = next((name for name in shapes if re.fullmatch(pattern, name)), None)
     if marker:
       raise WeightsError(f"{source} looks like {model} (found {marker}); supported: {SUPPORTED}")
-  for family in FAMILIES:
-    for prefix in family.prefixes:
-      rank = len(shapes.get(f"{prefix}{family.names.patch_embed}.weight", ()))
-      if rank in (0, family.patch_rank) and all(
-        prefix + marker in shapes for marker in family.markers
-      ):
-        return family, prefix, ", ".join(family.markers)
+  if found := find_family(shapes):
+    family, prefix = found
+    return family, prefix, ", ".join(family.markers)
   if any(re.fullmatch(_TEXT, name) for name in shapes):
     raise WeightsError(f"{source} contains only a text tower; a teacher needs the vision tower")
   raise WeightsError(
@@ -416,7 +461,8 @@ def name_table(family: Family, prefix: str, tower: ViT) -> list[Entry]:
     ("registers", names.registers if tower.num_registers else ""),
   ):
     if theirs:
-      table.append(Entry(ours, (at(theirs),), tokens))
+      has_cls_row = ours != "pos_embed" or family.cls_position
+      table.append(Entry(ours, (at(theirs),), tokens if has_cls_row else _patch_positions))
   if names.norm_pre:
     table += norm("norm_pre", at(names.norm_pre))
   if tower.proj_dim:
@@ -454,6 +500,12 @@ def name_table(family: Family, prefix: str, tower: ViT) -> list[Entry]:
       *dense("head/fc2", f"{theirs}.mlp.fc2"),
     ]
   return table
+
+
+# A table without a row for CLS, whose row is then zero.
+_patch_positions = Layout(
+  lambda x: np.concatenate([np.zeros_like(x[:, :1]), x], axis=1), lambda x, parts: [x[:, 1:]]
+)
 
 
 def _packed_qkv(family: Family, ours: str, block: str) -> list[Entry]:

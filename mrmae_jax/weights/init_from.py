@@ -43,7 +43,7 @@ def read_source(config, encoder: ConvViT | ViT, **options) -> model_files.Loaded
   if different := _differences(source.encoder, encoder, FREE_FIELDS):
     raise WeightsError(
       f"config.init_from={config.init_from} is another architecture: {'; '.join(different)}. "
-      "Set config.encoder to that of the checkpoint"
+      f"Set config.encoder to that of the checkpoint{_options(source.encoder, config.encoder)}"
     )
   return source
 
@@ -58,16 +58,45 @@ def _differences(theirs, ours, free: set[str]) -> list[str]:
   ]
 
 
+def _options(encoder, section) -> str:
+  """Returns the options that make a configuration's `encoder` that of a checkpoint, if any do."""
+  fields = model_files.module_fields(encoder)
+  if fields["name"] != section.name:
+    return f": a configuration with encoder={fields['name']}"
+  words = [
+    f"--config.encoder.{key}={str(value).replace(' ', '')}"
+    for key, value in fields.items()
+    if key in section and key not in FREE_FIELDS - {"eps"} and section[key] != value
+  ]
+  return f": {' '.join(words)}" if words else ""
+
+
 def encoder_params(
-  source: model_files.LoadedModel, grid: tuple[int, int]
+  config, source: model_files.LoadedModel, encoder: ConvViT | ViT
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-  """Returns the encoder of a model for images of a grid, {path joined by "/": array}, and notes."""
+  """Returns a model's parameters of `encoder` for the images of a run, and notes for the log.
+
+  The parameters are {path joined by "/": array}.
+  """
+  grid = _grid(config, encoder)
   params = flatten_dict(model_files.params_at(source, grid)["encoder"], sep="/")
   notes = [f"starting from {source.report}"]
+  if source.encoder.eps != encoder.eps:
+    notes.append(f"eps of its norms was {source.encoder.eps:g}, here it is {encoder.eps:g}")
+  for name in ("mean", "std"):
+    theirs, ours = getattr(source, name), tuple(config.data[name])
+    if not np.allclose(theirs, ours, atol=1e-3):
+      text = lambda values: ",".join(f"{value:.3g}" for value in values)
+      notes.append(f"{name} of its images was {text(theirs)}, config.data.{name} is {text(ours)}")
   if source.grid != grid and "pos_embed" in params:
     size = lambda grid: f"{grid[0]}x{grid[1]}"
     notes.append(f"position table {size(source.grid)} interpolated to {size(grid)}")
   return params, notes
+
+
+def _grid(config, encoder) -> tuple[int, int]:
+  height, width = config.image_size
+  return height // encoder.patch_size, width // encoder.patch_size
 
 
 def read_student(config, model, shapes) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
@@ -89,9 +118,8 @@ def read_student(config, model, shapes) -> tuple[dict[str, np.ndarray], tuple[st
   source = read_source(
     config, model.encoder, mimic_heads=True, decoder_heads=config.decoder.num_heads
   )
-  grid = tuple(side // model.encoder.patch_size for side in config.image_size)
-  _, notes = encoder_params(source, grid)
-  params = flatten_dict(model_files.params_at(source, grid), sep="/")
+  _, notes = encoder_params(config, source, model.encoder)
+  params = flatten_dict(model_files.params_at(source, _grid(config, model.encoder)), sep="/")
   stale = ()  # of the same shape, but of another place in the network
   if source.encoder.fuse_layers != model.encoder.fuse_layers:
     stale += ("encoder/fusion/",)

@@ -1,5 +1,7 @@
 """Reads and writes trained models: ConvMAE's, MAE's, transformers' ViTMAE and this project's.
 
+Vision towers of other families (transformers' ViT, DINO, DINOv2, CLIP) are read too, not written.
+
 `read_model` takes any of them and is strict: every tensor is used exactly once, or is listed in the
 report as left out by design. Sizes come from what the source states (config.json, a run's
 configuration, the metadata in files written here), else from the shapes of its tensors.
@@ -15,6 +17,7 @@ import dataclasses
 import json
 import math
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,9 +31,19 @@ from mrmae_jax.models import ConvViT, Decoder, ViT, make_decoder, make_encoder
 from mrmae_jax.models.layers import Mask, sincos_2d
 from mrmae_jax.runs import checkpoint
 from mrmae_jax.runs.paths import atomic_write
-from mrmae_jax.weights import convmae, files, mae, networks, positions
+from mrmae_jax.weights import (
+  convmae,
+  families,
+  files,
+  mae,
+  networks,
+  positions,
+  tower_params,
+  towers,
+)
 from mrmae_jax.weights.model_sources import (
   METADATA_KEY,
+  METHOD,
   Description,
   Hints,
   check_description,
@@ -51,6 +64,10 @@ from mrmae_jax.weights.table import (
 )
 
 FORMATS = ("convmae", "timm", "hf")
+STUDENTS = ("DINO", "DINOv2", "DINOv2 with registers", "CLIP")  # families that are encoders too
+NO_DECODER = "no decoder (the source is encoder-only and cannot reconstruct)"
+# Fields in which towers differ from MAE's ViT, whose formats have no place for them.
+TOWER_FIELDS = ("activation", "patch_bias", "norm_pre", "layer_scale", "gated", "num_registers")
 SAME_TABLE = 1e-5  # a stored position table that differs by less is the sine-cosine one
 
 
@@ -98,6 +115,7 @@ class LoadedModel(NamedTuple):
     report: what was loaded, and what was not.
     classes: names of the classifier's classes in the order of the logits; () where the source does
       not tell.
+    rule: how its encoder's learned positions are interpolated.
   """
 
   encoder: ConvViT | ViT
@@ -110,6 +128,7 @@ class LoadedModel(NamedTuple):
   has_norm: bool
   report: Report | None
   classes: tuple[str, ...] = ()
+  rule: positions.Rule = positions.BICUBIC
 
 
 def read_model(
@@ -125,7 +144,7 @@ def read_model(
 
   Args:
     path: the workdir of a run; a file of weights in ConvMAE's or MAE's names (.safetensors, .pth);
-      a ViTMAE folder.
+      a ViTMAE folder; a folder or file of a vision tower.
     decoder: read the decoder too, if there is one.
     mimic_heads: read the mimic heads of a run too: {name of the loss: parameters}.
     learned_positions: keep the encoder's position table as a parameter, e.g. to train it, even if
@@ -228,6 +247,8 @@ def _read_files(
 ) -> LoadedModel:
   """Reads a file or folder of weights in foreign names."""
   source, network = str(path), networks.open_network(path, hints.weights)
+  if family := _find_tower(path, network.tensors):
+    return _read_tower(path, network, family, hints, dtype)
   inventory = _Inventory(network.tensors)
   inventory.dropped += network.left_out
   description = describe_source(path, inventory.tensors)
@@ -285,6 +306,87 @@ def _read_files(
   )
 
 
+def _find_tower(path: Path, tensors: dict[str, files.Tensor]) -> families.Family | None:
+  """Returns the family of a vision tower; None for MAE, ViTMAE, ConvMAE and what is unknown."""
+  found = families.find_family({name: tensor.shape for name, tensor in tensors.items()})
+  if not found or {"decoder_embed.weight", "decoder.decoder_embed.weight"} & tensors.keys():
+    return None
+  family, _ = found
+  if family.names.block == "blocks.{}" and not family.names.scale1:
+    return None  # MAE has timm's names too
+  config = _folder(path) / "config.json"
+  is_vit_mae = config.is_file() and files.read_json(config).get("model_type") == "vit_mae"
+  return None if is_vit_mae else family
+
+
+def _folder(path: Path) -> Path:
+  return path if path.is_dir() else path.parent
+
+
+def _read_tower(
+  path: Path, network: networks.Network, family: families.Family, hints: Hints, dtype
+) -> LoadedModel:
+  """Reads a vision tower as an encoder, with the classifier of a ViTForImageClassification."""
+  source, has_config = str(path), bool(family.model_types)
+  overrides = towers.Overrides(0 if has_config else hints.num_heads)
+  tower = towers.open_tower(path, "", overrides, dtype, hints.weights)
+  if family.name not in STUDENTS:
+    raise WeightsError(
+      f"{source} is {tower.description}, which loads as a teacher alone (config.teacher.path); "
+      f"encoders are {', '.join(STUDENTS)}"
+    )
+  encoder_params, _ = tower_params.read_params(tower, tower.table_grid)
+  params, classes = {"encoder": encoder_params}, ()
+  entries = families.name_table(family, tower.prefix, tower.module)
+  others = network.tensors.keys() - {name for entry in entries for name in entry.theirs}
+  config = files.read_json(_folder(path) / "config.json") if has_config else {}
+  if "classifier.weight" in others and config["model_type"] == "vit":
+    params["classifier"], classes = _read_head(network.tensors, config, tower.module.dim, source)
+    others -= {"classifier.weight", "classifier.bias"}
+  parts = Counter(name.split(".")[0] for name in others)
+  dropped = {name if parts[x := name.split(".")[0]] == 1 else x for name in others}
+  if encoder_params.pop("proj", None):
+    dropped.add("projection")
+  encoder = tower.module.clone(proj_dim=0)
+  naming = f"{family.name}'s blocks" + (f" behind {network.wrapper!r}" if network.wrapper else "")
+  return LoadedModel(
+    encoder=encoder,
+    decoder=None,
+    params=params,
+    grid=tower.table_grid,
+    mean=tuple(hints.mean or tower.mean),
+    std=tuple(hints.std or tower.std),
+    method=METHOD,
+    has_norm=True,
+    report=Report(
+      source,
+      f"{describe(encoder)}, {naming}",
+      _count_params(params),
+      (NO_DECODER,),
+      (*network.left_out, *sorted(dropped)),
+    ),
+    classes=classes,
+    rule=family.rule,
+  )
+
+
+def _read_head(tensors, config: dict[str, Any], dim: int, source: str):
+  """Returns the classifier of a ViTForImageClassification, and the names of its classes."""
+  names = ("classifier.weight", "classifier.bias")
+  (count,) = shape_of({name: x.shape for name, x in tensors.items()}, names[1], 1, source)
+  leaf = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+  classifier = convert(
+    {name: tensors[name] for name in names if name in tensors},
+    dense("head", "classifier"),
+    {"head": {"kernel": leaf(dim, count), "bias": leaf(count)}},
+    source=source,
+  )
+  labels = config.get("id2label") or {}
+  classes = tuple(str(labels.get(str(i), f"LABEL_{i}")) for i in range(count))
+  # transformers makes up LABEL_0 where it knows no names.
+  return classifier, () if classes[0] == "LABEL_0" else classes
+
+
 def _file_decoder(
   inventory: _Inventory,
   description: Description,
@@ -299,7 +401,7 @@ def _file_decoder(
   """
   tensors = inventory.tensors
   if description.their_name("decoder_embed.weight") not in tensors:
-    inventory.new.append("no decoder (the source is encoder-only and cannot reconstruct)")
+    inventory.new.append(NO_DECODER)
     rest = map(description.their_name, ("mask_token", "decoder_pos_embed"))
     if rest := [name for name in rest if name in tensors]:  # as in ConvMAE v2
       inventory.drop(rest, f"{', '.join(rest)} (of a decoder that the source does not hold)")
@@ -475,13 +577,14 @@ def constant_positions(module, grid: tuple[int, int], cls_token: bool) -> np.nda
 def params_at(model: LoadedModel, grid: tuple[int, int]) -> dict[str, Any]:
   """Returns `model.params` for images of another grid.
 
-  Learned position tables are interpolated bicubically, as in MAE and DeiT.
+  Learned position tables are interpolated by `model.rule`: bicubically, as in MAE and DeiT, or as
+  the family of a tower does it.
   """
 
   def resize(part):
     if grid == model.grid or "pos_embed" not in part:
       return part
-    table = positions.resize(part["pos_embed"], model.grid, grid, positions.BICUBIC)
+    table = positions.resize(part["pos_embed"], model.grid, grid, model.rule)
     return part | {"pos_embed": table}
 
   return {name: resize(part) for name, part in model.params.items()}
@@ -589,6 +692,14 @@ def _check_form(model: LoadedModel, out: Path, form: str) -> None:
     raise WeightsError(f"{out}: format {form} is one file; name it *.safetensors")
   if form == "hf" and out.is_file():
     raise WeightsError(f"{out} is a file; format hf is a folder")
+  plain = ViT()
+  if is_vit and (
+    special := [x for x in TOWER_FIELDS if getattr(model.encoder, x) != getattr(plain, x)]
+  ):
+    raise WeightsError(
+      f"a ViT with {', '.join(special)} has no place in the format {form}; hand it on with mrmae "
+      "export"
+    )
   has_extras = "classifier" in model.params or model.encoder.fuse_layers or not model.has_norm
   if form == "hf" and has_extras:
     raise WeightsError(

@@ -11,6 +11,7 @@ from mrmae_jax.models import ENCODERS, ConvViT, Decoder, ViT, make_encoder
 from mrmae_jax.weights import convmae, files, mae
 from mrmae_jax.weights.table import MAX_SIZE, Entry, check_fields, decoder_fields, same
 
+METHOD = {"mask_ratio": 0.75, "norm_pix": True}  # MAE's, where a source does not tell
 METADATA_KEY = "mrmae_jax"  # of a safetensors file's metadata, as `write_model` writes it
 
 # Tensors of BEiT and BEiT V2 in their authors' and transformers' names.
@@ -55,7 +56,7 @@ class Description(NamedTuple):
   grid: tuple[int, int] | None
   mean: tuple[float, ...] | None = None
   std: tuple[float, ...] | None = None
-  method: dict[str, Any] = {"mask_ratio": 0.75, "norm_pix": True}
+  method: dict[str, Any] = METHOD
   classes: tuple[str, ...] = ()
 
   def their_name(self, name: str) -> str:
@@ -90,8 +91,8 @@ def describe_source(path: Path, tensors: dict[str, files.Tensor]) -> Description
       raise _bad_metadata(source) from None
   raise WeightsError(
     f"{source} is not a model of this kind (found {', '.join(sorted(shapes)[:3])}); expected "
-    "ConvMAE or MAE in their authors' names, a ViTMAE folder or a run's workdir; CLIP, DINO and "
-    "the like load as teachers"
+    "ConvMAE or MAE in their authors' names, a ViTMAE folder, a tower of DINO, DINOv2 or CLIP, or "
+    "a run's workdir; SigLIP, DINOv3 and timm's CLIP load as teachers"
   )
 
 

@@ -57,7 +57,7 @@ def _random_params(tower: Tower, grid: tuple[int, int]):
 
 def _read_tower(tower: Tower, grid: tuple[int, int]) -> tuple[Any, str]:
   """Reads the parameters of a published tower, and the digest of its files."""
-  tensors = networks.open_network(tower.path).tensors
+  tensors = networks.open_network(tower.path, tower.weights).tensors
   # A tower without a table has the same parameters at any grid.
   expected = _param_shapes(tower.module, tower.table_grid or (1, 1))
   entries = name_table(tower.family, tower.prefix, tower.module)

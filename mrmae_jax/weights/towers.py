@@ -45,6 +45,7 @@ class Tower(NamedTuple):
       fetched.
     family, prefix: how its tensors are called; None: it is the encoder of a run.
     table_grid: (rows, columns) of the stored position table; None: it has no table, or a fixed one.
+    weights: which of several networks in a file, see `networks.open_network`.
   """
 
   source: str
@@ -56,6 +57,7 @@ class Tower(NamedTuple):
   family: Family | None = None
   prefix: str = ""
   table_grid: tuple[int, int] | None = None
+  weights: str = ""
 
 
 class Overrides(NamedTuple):
@@ -68,7 +70,9 @@ class Overrides(NamedTuple):
     return fields | {name: value for name, value in self._asdict().items() if value}
 
 
-def open_tower(path: str | Path, name: str, overrides: Overrides, dtype) -> Tower:
+def open_tower(
+  path: str | Path, name: str, overrides: Overrides, dtype, weights: str = ""
+) -> Tower:
   """Determines the tower in a folder or file, or that of a preset.
 
   Args:
@@ -77,20 +81,22 @@ def open_tower(path: str | Path, name: str, overrides: Overrides, dtype) -> Towe
     name: a key of `hub.PRESETS`, which the tower must be; "" accepts any.
     overrides: what the user states.
     dtype: of the computation.
+    weights: which of several networks in a file, see `networks.open_network`.
 
   Raises:
     WeightsError: there is nothing, it is not a supported tower, or not that of the preset.
   """
-  weights = Path(os.path.expanduser(path)) if path else None
-  if weights is None:
+  place = Path(os.path.expanduser(path)) if path else None
+  if place is None:
     folder = hub.fetch(name, hub.CONFIG_FILES)
     family, fields, table_grid = _configured_tower(folder, name)
     fields, prefix = overrides.apply(fields), ""
   else:
-    files.weight_files(weights)  # raises where there is nothing
-    folder = weights if weights.is_dir() else weights.parent
-    family, prefix, fields, table_grid = _stored_tower(weights, folder, name, overrides)
-  source = str(weights or folder)
+    files.weight_files(place)  # raises where there is nothing
+    folder = place if place.is_dir() else place.parent
+    tensors = networks.open_network(place, weights).tensors
+    family, prefix, fields, table_grid = _stored_tower(tensors, place, folder, name, overrides)
+  source = str(place or folder)
   check_fields(ViT, fields, source)
   module = ViT(**fields, dtype=jnp.dtype(dtype))
   if name:
@@ -103,10 +109,11 @@ def open_tower(path: str | Path, name: str, overrides: Overrides, dtype) -> Towe
     module=module,
     mean=mean,
     std=std,
-    path=weights,
+    path=place,
     family=family,
     prefix=prefix,
     table_grid=table_grid,
+    weights=weights,
   )
 
 
@@ -188,19 +195,19 @@ def _configured_tower(folder: Path, name: str):
   return tower_config(config, str(folder / "config.json"))
 
 
-def _stored_tower(weights: Path, folder: Path, name: str, overrides: Overrides):
-  """Determines the tower of stored weights.
+def _stored_tower(tensors, path: Path, folder: Path, name: str, overrides: Overrides):
+  """Determines the tower of the tensors in a folder or file.
 
   Returns:
     Family, prefix of the names, fields of ViT, and the grid of the position table.
   """
-  source, config = str(weights), {}
+  source, config = str(path), {}
   if (folder / "config.json").is_file():
     config = files.read_json(folder / "config.json")
   configured = None
   if "model_type" in config:
     configured = tower_config(config, str(folder / "config.json"))
-  shapes = {key: tensor.shape for key, tensor in networks.open_network(weights).tensors.items()}
+  shapes = {key: tensor.shape for key, tensor in tensors.items()}
   family, prefix, markers = identify(shapes, source)
   if name and family.name != hub.PRESETS[name].family:
     raise WeightsError(
@@ -256,11 +263,11 @@ def _check_agreement(family: Family, sizes, num_positions: int, fields, grid, so
 def _complete(family: Family, sizes, source: str, name: str, overrides: Overrides):
   """Fields of ViT for a file without config.json.
 
-  Heads have 64 channels in all models that are published in this way; wider models need
-  `num_heads`.
+  Heads have 64 channels in all models that are published in this way; wider ones need
+  `num_heads`, but for DINOv2. A gated MLP, which DINOv2's largest has, always uses SiLU.
   """
   width, num_heads = sizes["dim"], overrides.num_heads
-  if not num_heads and (width % 64 or width > 1024):
+  if not num_heads and (width % 64 or width > 1024 and not family.name.startswith("DINOv2")):
     raise WeightsError(
       f"{source} does not tell the number of heads, and width {width} is none of the usual ones "
       "with 64 channels a head; give num_heads"
@@ -271,7 +278,7 @@ def _complete(family: Family, sizes, source: str, name: str, overrides: Override
       f"{source}: CLIP in timm's names does not tell its activation; give activation='quick_gelu' "
       "(OpenAI's weights) or 'gelu' (most others), or a name"
     )
-  usual = {"num_heads": width // 64, "activation": activation}
+  usual = {"num_heads": width // 64, "activation": "silu" if sizes["gated"] else activation}
   return overrides.apply(family.fields | sizes | usual)
 
 
@@ -320,10 +327,13 @@ def tower_shapes(
   block = names.block.format(0) + "."
   gated = bool(family.gated_fc1) and f"{prefix}{block}{family.gated_fc1[0]}.weight" in shapes
   width, mlp_dim = shape(f"{block}{family.gated_fc2 if gated else names.fc2}.weight", 2)
+  if gated and family.gated_fc1 == names.fc1:  # timm's names are the same: the width tells
+    gated = shape(f"{block}{names.fc1[0]}.weight", 2)[0] == 2 * mlp_dim
   patch_embed = shape(f"{names.patch_embed}.weight", family.patch_rank)
   patch = math.isqrt(patch_embed[1] // 3) if family.patch_rank == 2 else patch_embed[-1]
   registers = shape(names.registers, 3)[1] if names.registers else 0
-  table = shape(names.pos_embed, 2, 3)[-2] - bool(names.cls_token) if names.pos_embed else 0
+  has_cls_row = bool(names.cls_token) and family.cls_position
+  table = shape(names.pos_embed, 2, 3)[-2] - has_cls_row if names.pos_embed else 0
   projection = shapes.get(projection_name(names, prefix), (0, 0))
   blocks = re.compile(
     re.escape(prefix) + names.block.replace(".", r"\.").format(r"([0-9]+)") + r"\..*"
