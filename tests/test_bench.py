@@ -21,6 +21,13 @@ from mrmae_jax.models.vit import ViT
 from tests import tiny
 from tests.helpers.cli import run_command
 
+SMALL = """
+from tests import tiny
+def get_config(encoder="convvit"):
+  depth = {"encoder__depths": (1, 1, 1)} if encoder == "convvit" else {"encoder__depth": 1}
+  return tiny.changed(tiny.get_config(encoder), **depth)
+"""
+
 
 @pytest.fixture
 def run(capsys):
@@ -39,7 +46,7 @@ def run(capsys):
 @pytest.fixture
 def config_file(tmp_path):
   path = tmp_path / "c.py"
-  path.write_text("from tests.tiny import get_config\n")
+  path.write_text(SMALL)
   return path
 
 
@@ -81,6 +88,7 @@ def test_work_of_mae_to_the_last_product():
   assert set(found) == {"transformer", "decoder"}
 
 
+@pytest.mark.variant
 def test_work_of_mr_mae():
   """GFLOP of an image, counted by hand; visible tokens save 0.97 in the decoder's last block."""
   config = mrmae.get_config("base,fusion=stages,masking=random")
@@ -192,6 +200,7 @@ def test_both_is_the_real_loop(run, config_file, tmp_path):
   )
 
 
+@pytest.mark.variant
 def test_guards_measures_the_step_beside_one_without(run, config_file, tmp_path):
   code, out, err = run(
     "guards", f"--config={config_file}:vit", "--rounds=1", f"--json={tmp_path}/x.json"
@@ -215,7 +224,9 @@ def test_guards_measures_the_step_beside_one_without(run, config_file, tmp_path)
   "pair, encoder, ways",
   [
     ("visible", "convvit", ["visible blocks", "dense"]),
-    ("views", "vit", ["4 masks an image", "1 mask an image"]),
+    pytest.param(
+      "views", "vit", ["4 masks an image", "1 mask an image"], marks=pytest.mark.variant
+    ),
   ],
 )
 def test_compared_are_ways_that_agree(run, config_file, tmp_path, pair, encoder, ways):
@@ -263,7 +274,9 @@ def test_ways_that_disagree_get_no_ratio(run, monkeypatch):
   assert code == 2 and "do not agree" in err and "speed" not in out
 
 
-@pytest.mark.parametrize("operation", ["depthwise", "attention"])
+@pytest.mark.parametrize(
+  "operation", [pytest.param("depthwise", marks=pytest.mark.variant), "attention"]
+)
 def test_forms_agree(run, tmp_path, operation):
   code, out, err = run(
     "forms",

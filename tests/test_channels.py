@@ -483,11 +483,11 @@ def test_weights_for_rgb_do_not_start_a_run_on_four_channels(folder, tmp_path):
 
 
 def test_grey_images_train(tmp_path, capsys):
-  config = tiny.changed(tiny.get_config(), data__mean=(0.3,), data__std=(0.35,))
+  config = tiny.changed(tiny.get_config("vit"), data__mean=(0.3,), data__std=(0.35,))
   preflight.check(config, 8)
   task = pretrain.make(config)
   params = train.check(config, task).params
-  assert params["encoder"]["patch_embed1"]["proj"]["kernel"].shape == (2 * 2 * 1, 8)
+  assert params["encoder"]["patch_embed"]["kernel"].shape == (8 * 8 * 1, 24)
   assert params["decoder"]["pred"]["kernel"].shape == (16, 8 * 8 * 1)
   assert "skipped 0" in capsys.readouterr().out
   predict = lambda params, extra, frozen, batch, keys: dict.fromkeys(
@@ -578,6 +578,7 @@ def test_four_channels_are_visualized(run, folder, tmp_path):
   assert "channels 2, 1, 0 as RGB" in (out / "index.html").read_text()
 
 
+@pytest.mark.variant
 def test_four_channels_finetune(run, held_out_views, tmp_path):
   config = config_lib.finetune()
   config_lib.start_from(config, str(run))

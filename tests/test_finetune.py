@@ -61,7 +61,11 @@ def test_dropping_needs_keys(encoder):
 
 @pytest.mark.parametrize(
   "encoder, values",
-  [("convvit", {}), ("convvit", dict(encoder__cls_token=True, pool="cls")), ("vit", {})],
+  [
+    ("convvit", {}),
+    pytest.param("convvit", dict(encoder__cls_token=True, pool="cls"), marks=pytest.mark.variant),
+    ("vit", {}),
+  ],
 )
 def test_it_starts_from_a_run(tmp_path, encoder, values):
   own = {key: value for key, value in values.items() if key != "pool"}

@@ -146,8 +146,19 @@ def test_forward(name, sparse):
     close(ours(prediction), tensors["out.pred"], FORWARD, "prediction")
 
 
-@pytest.mark.parametrize("norm_pix", [True, False])
-@pytest.mark.parametrize("name, sparse", CASES)
+GRADIENTS = [
+  pytest.param(
+    name,
+    sparse,
+    norm_pix,
+    marks=[pytest.mark.variant] if "fast" in name and sparse != norm_pix else [],
+  )
+  for name, sparse in CASES
+  for norm_pix in (True, False)
+]
+
+
+@pytest.mark.parametrize("name, sparse, norm_pix", GRADIENTS)
 def test_loss_and_every_gradient(name, sparse, norm_pix):
   model, params, to_ours, tensors, images, mask, dims = load(name, sparse)
   key = "norm_pix" if norm_pix else "raw_pix"

@@ -15,6 +15,8 @@ from mrmae_jax.runs import distributed
 from tests.helpers.programs import finish, free_port
 from tests.helpers.runs import run, start
 
+VIT = "tests/tiny.py:vit"  # compiles in a third of the time
+
 
 def test_f12_one_run_on_any_hosts_and_after_a_kill(tmp_path):
   """2 processes of 2 devices are killed after the first checkpoint.
@@ -22,10 +24,10 @@ def test_f12_one_run_on_any_hosts_and_after_a_kill(tmp_path):
   They resume as 1 x 1, as 1 x 8 and as 4 x 1, all with the losses of a run without a kill.
   """
   longer = "--config.epochs=0.2"  # 18 steps: the kill comes before the last one
-  reference, evaluations = run(tmp_path, "reference", 1, 1, longer)
-  port = free_port()
+  reference, evaluations = run(tmp_path, "reference", 1, 1, longer, config=VIT)
+  options = {"port": free_port(), "config": VIT}
   killed = [
-    start(i, 2, 2, tmp_path / f"killed_{i}.log", f"--workdir={tmp_path}/killed", longer, port=port)
+    start(i, 2, 2, tmp_path / f"killed_{i}.log", f"--workdir={tmp_path}/killed", longer, **options)
     for i in range(2)
   ]
   end = time.monotonic() + 400
@@ -39,7 +41,7 @@ def test_f12_one_run_on_any_hosts_and_after_a_kill(tmp_path):
   assert "process 1 of 2 on" in (tmp_path / "killed_1.log").read_text()
   for name, count, devices in (("one", 1, 1), ("eight", 1, 8), ("four", 4, 1)):
     subprocess.run(["cp", "-r", tmp_path / "killed", tmp_path / name], check=True)
-    losses, evaluation = run(tmp_path, name, count, devices, longer)
+    losses, evaluation = run(tmp_path, name, count, devices, longer, config=VIT)
     assert losses.keys() == reference.keys() == set(range(1, 19))
     for step in reference:
       for key in ("loss", "mimic", "pixel"):
@@ -50,11 +52,12 @@ def test_f12_one_run_on_any_hosts_and_after_a_kill(tmp_path):
     assert abs(evaluation[18]["knn/accuracy"] - evaluations[18]["knn/accuracy"]) < 2.1 / 359
 
 
-@pytest.mark.parametrize("task", ["finetune", "probe"])
+@pytest.mark.parametrize("task", ["finetune", pytest.param("probe", marks=pytest.mark.variant)])
 def test_evaluation_counts_the_same_images(tmp_path, task):
   """Weights that hardly move have the same held-out accuracy on 1 and on 2 processes."""
   (tmp_path / "c.py").write_text(
-    f"from tests import tiny\ndef get_config():\n  return tiny.{task}_config(optim__blr=1e-3)\n"
+    "from tests import tiny\n"
+    f"def get_config():\n  return tiny.{task}_config('vit', optim__blr=1e-3)\n"
   )
   results = [
     run(

@@ -289,6 +289,7 @@ def test_a_plot_leaves_out_what_is_not_finite(tmp_path):
   assert tool._draw({"b": records["b"]}, "loss") == tool._draw(records, "accuracy") == b""
 
 
+@pytest.mark.variant
 def test_a_real_sweep(tmp_path, capsys, monkeypatch):
   monkeypatch.chdir(ROOT)
   argv = [

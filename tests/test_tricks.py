@@ -61,7 +61,7 @@ def test_tokens_without_attention_come_last_and_nothing_is_nan():
   np.testing.assert_array_equal(np.sort(mask.ids_keep), np.tile(np.arange(4), (100, 1)))
 
 
-@pytest.mark.parametrize("masking", ["random", "focused"])
+@pytest.mark.parametrize("masking", [pytest.param("random", marks=pytest.mark.variant), "focused"])
 def test_the_focus_reaches_the_loss(masking):
   model, params, images, noise, features = setup("sparse")
   loss, _ = loss_of(model, params, images, noise, features, masking=masking)
@@ -104,7 +104,7 @@ def test_complementary_masks_are_disjoint(tokens, ratio, k):
 @pytest.mark.parametrize(
   "encoder, fields",
   [
-    pytest.param("dense", {}, marks=pytest.mark.slow),
+    pytest.param("dense", {}, marks=pytest.mark.variant),
     ("sparse", dict(cls_token=True)),
     ("vit", {}),
   ],

@@ -291,7 +291,7 @@ def test_ratios_hide_what_they_say(run):
 @pytest.mark.parametrize(
   "encoder",
   [
-    ConvViT((2, 2, 2), (8, 12, 24), (1, 1, 2), 3),
+    pytest.param(ConvViT((2, 2, 2), (8, 12, 24), (1, 1, 2), 3), marks=pytest.mark.variant),
     ConvViT((2, 2, 2), (8, 12, 24), (1, 1, 2), 3, cls_token=True, remat="full"),
     ViT(8, 24, 2, 3, 48),
   ],
@@ -362,7 +362,11 @@ def test_queries(run, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  "source, head, norm", [("fused", "linear", "layer_norm"), ("last_block", "mlp", "l2")]
+  "source, head, norm",
+  [
+    ("fused", "linear", "layer_norm"),
+    pytest.param("last_block", "mlp", "l2", marks=pytest.mark.variant),
+  ],
 )
 def test_cosine_map(tmp_path, source, head, norm):
   config, params = run_with_teacher(

@@ -107,7 +107,9 @@ def reference(tmp_path_factory):
   return losses(folder / "run")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+  "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.variant)]
+)
 def test_f6_stopped_by_a_signal_and_continued(tmp_path, reference, number):
   log = tmp_path / "log"
   process = start(tmp_path / "run", log, pause=0.1)
@@ -179,7 +181,7 @@ def test_f4_stopped_while_features_are_computed(tmp_path, monkeypatch, capsys):
   assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("victims", [(1,), (0, 1, 0)])
+@pytest.mark.parametrize("victims", [(1,), pytest.param((0, 1, 0), marks=pytest.mark.variant)])
 def test_f3_both_stop_at_the_same_step(tmp_path, reference, victims):
   processes, logs = pair(tmp_path, pause=0.1)
   wait_for(lambda: last_step(tmp_path / "run") >= 6, processes[0], logs[0])
