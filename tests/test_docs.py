@@ -83,7 +83,7 @@ SHORTER = [
   (r"--config=(finetune|probe):base", f"{CONVVIT} {DIGITS}", 0),
   (r"^mrmae (finetune|probe) --config=(finetune|probe):", RUN, 0),
   (r"^mrmae finetune --config=finetune:", "--config.mix.groups=1", 0),
-  (r"^mrmae ensemble", "--images=digits --holdout_every=5", 0),
+  (r"^mrmae (evaluate|predict)", "--images=digits --holdout_every=5", 0),
   (r"^mrmae sweep .*mimic_weight", "--config.epochs=0.2 --config.optim.warmup_epochs=0.1", 0),
   (
     r"^mrmae teacher",
@@ -401,6 +401,7 @@ class Place:
       "FEW": "/tmp/few",
       "CIFAR": "/tmp/cifar",
       "HOST0:8476": "localhost:28476",
+      "FINETUNED": "/tmp/mrmae_demo_finetuned",
       "FINETUNED_1": "/tmp/mrmae_demo_finetuned",
       "FINETUNED_2": "/tmp/dir0",  # the first DIR of the page
       "/path/to/imagenet": "/tmp/photos",

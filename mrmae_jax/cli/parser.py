@@ -26,7 +26,8 @@ COMMANDS = {
   "doctor": "would this run start, how long would it take, and are its settings sound?",
   "features": "features of images to a file",
   "knn": "k-NN, few-shot and linear accuracy of such files",
-  "ensemble": "accuracy of several fine-tuned models together",
+  "evaluate": "accuracy of a fine-tuned model, or of several as one, in all and per class",
+  "predict": "the class of each image, by a fine-tuned model or by several as one",
   "visualize": "reconstructions, attention, features of a model, as pictures and a page",
   "report": "one page about a run or several: curves, throughput, pictures",
   "convert": "weights in the names of ConvMAE, timm or Hugging Face",
@@ -142,6 +143,10 @@ def _quarantine(parser: Parser) -> None:
 
 def _bad_images(parser: Parser, max_skipped: float = 0.01) -> None:
   _quarantine(parser)
+  _on_error(parser, max_skipped)
+
+
+def _on_error(parser: Parser, max_skipped: float = 0.01) -> None:
   parser.add_argument(
     "--on_error",
     choices=("raise", "skip"),
@@ -343,38 +348,78 @@ published protocol, with random crops and LARS, is `mrmae probe`."""
   )
 
 
-def _ensemble(parser: Parser) -> None:
-  parser.epilog = """\
-  mrmae ensemble --models=RUN1,RUN2 --images=folder:/my/photos
-
-Each model sees the images at its own size. Its classes must be those of the images, in the same
-order; a file without class names is compared by their number alone."""
+def _classifiers(parser: Parser, images: str) -> None:
+  """Adds what `evaluate` and `predict` share; `images` says which are taken."""
   parser.add_argument(
     "--models",
     type=comma_list(),
     required=True,
-    help="workdirs of fine-tuning or weight files, separated by commas",
+    help="workdirs of fine-tuning or weight files, separated by commas: several count as one",
   )
-  parser.add_argument("--images", required=True, help=f"images with labels: {IMAGES}")
-  parser.add_argument("--data_dir", default="", help="where tfds looks for prepared data sets")
+  parser.add_argument("--images", help=f"{images}: {IMAGES}; default: those of the first run")
   parser.add_argument(
-    "--eval_split", default="validation", help="sub-folder or tfds split to measure on"
+    "--split", choices=("train", "eval"), default="eval", help="which, of images with splits"
   )
+  for name, value in (("train", "train"), ("eval", "validation")):
+    parser.add_argument(
+      f"--{name}_split",
+      help=f"sub-folder or tfds split; default: the run's for its own images, else {value}",
+    )
+  parser.add_argument("--data_dir", help="where tfds looks for prepared data sets")
+  parser.add_argument(
+    "--quarantine", help="list of images to leave out, written by mrmae verify; default: the run's"
+  )
+  _on_error(parser)
+  parser.add_argument(
+    "--classes",
+    default="",
+    metavar="FILE",
+    help="for weight files without names: the names of the classes, one per line in their order",
+  )
+  parser.add_argument(
+    "--average",
+    choices=("probabilities", "logits"),
+    default="probabilities",
+    help="of several models",
+  )
+  parser.add_argument(
+    "--crop", type=positive, help="central share of the resized image; default: as in the run"
+  )
+  parser.add_argument("--batch_size", type=integer(1), default=64, help="images at a time")
+  _heads(parser, decoder=False)
+
+
+def _evaluate(parser: Parser) -> None:
+  parser.epilog = """\
+  mrmae evaluate --models=RUN                                       # the run's held-out images
+  mrmae evaluate --models=RUN1,RUN2 --images=folder:/my/photos --holdout_every=0 --out=DIR
+
+Classes are compared by name, whatever their order: those of the images must be among those of the
+model, and several models must have the same. Each model sees the images at its own size. DIR gets
+result.json, classes.csv (of each class: images, accuracy, precision), confusion.csv and
+confusion.png (rows: the true class); of several models these two are the ensemble's."""
+  _classifiers(parser, "images with labels")
   parser.add_argument(
     "--holdout_every",
     type=integer(0),
-    default=10,
-    help="images without such a split: every k-th, as in the runs",
+    help="images without splits: every k-th; 0: all; default: as in the run, else 10",
   )
-  _bad_images(parser)
+  parser.add_argument("--out", default="", metavar="DIR", help="a folder for the tables")
+
+
+def _predict(parser: Parser) -> None:
+  parser.epilog = """\
+  mrmae predict --models=RUN --images=folder:/my/photos --out=classes.csv
+
+The file holds the columns name, class and probability, a row for each image in order. It appears
+whole or not at all. The images need no labels."""
+  _classifiers(parser, "images")
   parser.add_argument(
-    "--average", choices=("probabilities", "logits"), default="probabilities", help="of what"
+    "--holdout_every",
+    type=integer(0),
+    help="images without splits: every k-th; 0: all; default: as in the run for its own, else 0",
   )
-  parser.add_argument(
-    "--crop", type=float, default=0.875, help="central share of the resized image that is encoded"
-  )
-  parser.add_argument("--batch_size", type=integer(1), default=64, help="images at a time")
-  parser.add_argument("--out", default="", help="a .json file for the result")
+  parser.add_argument("--out", required=True, help="the file, .csv or .parquet")
 
 
 def _visualize(parser: Parser) -> None:
@@ -691,7 +736,8 @@ _ADD_OPTIONS = {
   "doctor": _doctor,
   "features": _features,
   "knn": _knn,
-  "ensemble": _ensemble,
+  "evaluate": _evaluate,
+  "predict": _predict,
   "visualize": _visualize,
   "report": _report,
   "convert": _convert,
