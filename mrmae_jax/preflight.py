@@ -20,7 +20,9 @@ from mrmae_jax.train import Task
 # Keys that `data.open_split` reads
 SOURCE = tuple(
   f"data.{key}"
-  for key in ("source", "train_split", "eval_split", "data_dir", "holdout_every", "quarantine")
+  for key in (
+    *("source", "train_split", "eval_split", "data_dir", "holdout_every", "labels", "quarantine"),
+  )
 )
 
 

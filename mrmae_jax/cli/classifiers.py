@@ -18,7 +18,7 @@ from mrmae_jax.data.sources.listing import first_names
 from mrmae_jax.errors import UsageError, WorkdirError
 from mrmae_jax.runs import checkpoint
 
-SPLIT_KEYS = ("train_split", "eval_split", "data_dir", "holdout_every", "quarantine")
+SPLIT_KEYS = ("train_split", "eval_split", "data_dir", "holdout_every", "labels", "quarantine")
 
 
 class Classifiers(NamedTuple):

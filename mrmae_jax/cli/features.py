@@ -45,6 +45,7 @@ def run(options) -> str:
     eval_split=options.eval_split,
     data_dir=options.data_dir,
     holdout_every=options.holdout_every,
+    labels=options.labels,
     quarantine=options.quarantine,
   )
   encoder = load_encoder(options)

@@ -133,6 +133,16 @@ def _splits(parser: Parser, holdout_every: int) -> None:
     default=holdout_every,
     help="images without splits: every k-th is for evaluation, as in a run; 0: none",
   )
+  _labels(parser)
+
+
+def _labels(parser: Parser, default: str | None = "") -> None:
+  parser.add_argument(
+    "--labels",
+    default=default,
+    metavar="FILE",
+    help="table of the labels of a folder's images, CSV or TSV: file, label",
+  )
 
 
 def _quarantine(parser: Parser) -> None:
@@ -366,6 +376,7 @@ def _classifiers(parser: Parser, images: str) -> None:
       help=f"sub-folder or tfds split; default: the run's for its own images, else {value}",
     )
   parser.add_argument("--data_dir", help="where tfds looks for prepared data sets")
+  _labels(parser, default=None)
   parser.add_argument(
     "--quarantine", help="list of images to leave out, written by mrmae verify; default: the run's"
   )

@@ -203,7 +203,7 @@ def _open_source(options, run_config: dict[str, Any]):
     return data.open_split(run_data, "eval" if run_data.holdout_every else "train")
   path = Path(options.images).expanduser()
   if path.is_file():
-    return FolderSource(str(path.parent.absolute()), [path.name], (), f"{path}: one image")
+    return FolderSource(str(path.parent.absolute()), [path.name], f"{path}: one image")
   spec = f"folder:{path}" if path.is_dir() else options.images
   return data.open_source(
     spec,

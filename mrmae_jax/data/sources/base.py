@@ -57,6 +57,7 @@ class SplitRules(NamedTuple):
   eval_split: str
   data_dir: str
   holdout_every: int
+  labels: str = ""
 
 
 def describe_classes(class_names: tuple[str, ...]) -> str:

@@ -1,0 +1,298 @@
+"""Images in archives, tables of labels, tar shards and Hugging Face data sets."""
+
+import io
+import json
+import os
+import pickle
+import tarfile
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mrmae_jax.cli.verify import inspect_images
+from mrmae_jax.data import LoaderOptions, center_view, eval_batches, open_source
+from mrmae_jax.errors import DataError
+from tests.helpers.images import train_loader
+
+
+def png(seed):
+  """Returns the bytes of a tiny picture of noise."""
+  noise, file = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8), io.BytesIO()
+  Image.fromarray(noise).save(file, "PNG")
+  return file.getvalue()
+
+
+def files_of(*names):
+  """{name: bytes}; a name that ends in / stands for three pictures below it."""
+  paths = [p for n in names for p in ([f"{n}{i}.png" for i in range(3)] if n[-1] == "/" else [n])]
+  return {path: png(seed) for seed, path in enumerate(paths)}
+
+
+def write_folder(root, files):
+  for name, content in files.items():
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).write_bytes(content)
+  return root
+
+
+def write_zip(path, files, method=zipfile.ZIP_DEFLATED):
+  with zipfile.ZipFile(path, "w", method) as archive:
+    for name, content in files.items():
+      archive.writestr(name, content)
+  return path
+
+
+def write_tar(path, files, mode="w"):
+  with tarfile.open(path, mode) as archive:
+    for name, content in files.items():
+      member = tarfile.TarInfo(name)
+      member.size = len(content)
+      archive.addfile(member, io.BytesIO(content))
+  return path
+
+
+def open_pair(spec, **options):
+  options = {"eval_split": "validation", "holdout_every": 3} | options
+  return [open_source(spec, split, **options) for split in ("train", "eval")]
+
+
+def content(source):
+  """What a source holds, without the place where it lies."""
+  examples = [source[i] for i in range(len(source))]
+  names = [source.name(i) for i in range(len(source))]
+  return [(name, x["label"], bytes(x["image"])) for name, x in zip(names, examples)]
+
+
+# Archives.
+
+TREES = [
+  ("a/", "b/"),
+  ("photos/train/a/", "photos/train/b/", "photos/val/a/", "__MACOSX/photos/._0.png"),
+  ("Training/a/", "Training/b/", "Testing/b/", "Testing/read.txt", "0.png"),
+  ("./a/0.png", "./a/1.png", "./b/0.png", "./b/1.png"),
+  ("0.png", "1.png", "2.png"),
+]
+
+
+@pytest.mark.parametrize("write", [write_zip, write_tar])
+@pytest.mark.parametrize("names", TREES, ids=lambda names: names[0])
+def test_an_archive_is_read_as_its_folder_would_be(tmp_path, write, names):
+  files = files_of(*names)
+  folder = write_folder(tmp_path / "x", files)
+  archive = write(tmp_path / f"x.{write.__name__[6:]}", files)
+  for plain, packed in zip(open_pair(f"folder:{folder}"), open_pair(f"folder:{archive}")):
+    assert content(plain) == content(packed) and plain.fingerprint == packed.fingerprint
+    assert packed.class_names == plain.class_names and packed.left_out == plain.left_out
+    assert packed.description.replace(str(archive), "") == plain.description.replace(
+      str(folder), ""
+    )
+    assert packed[0]["name"].startswith(f"{archive}/")
+    assert content(pickle.loads(pickle.dumps(packed))) == content(packed)
+
+
+def test_batches_of_an_archive_are_those_of_its_folder_and_resume(tmp_path):
+  files = files_of("a/", "b/")
+  sources = [
+    open_source(f"folder:{root}", "train", holdout_every=0)
+    for root in (write_folder(tmp_path / "x", files), write_zip(tmp_path / "x.zip", files))
+  ]
+  whole, again = train_loader(sources[0], batch_size=4), train_loader(sources[1], batch_size=4)
+  later = train_loader(sources[1], batch_size=4, first_step=2)
+  steps = [(next(whole), next(again)) for _ in range(4)]
+  for step, (left, right) in enumerate(steps):
+    np.testing.assert_array_equal(left["image"], right["image"])
+    if step >= 2:
+      np.testing.assert_array_equal(left["image"], next(later)["image"])
+  for batches in (whole, again, later):
+    batches.close()
+
+
+def damaged(path, place, value=b"\xff" * 40):
+  """Overwrites some bytes of a file."""
+  with open(path, "r+b") as file:
+    file.seek(place)
+    file.write(value)
+  return path
+
+
+def half(path):
+  with open(path, "r+b") as file:
+    file.truncate(path.stat().st_size // 2)
+  return path
+
+
+def encrypted(path):
+  """Sets the flags of an encrypted member in the directory of a .zip."""
+  data = bytearray(path.read_bytes())
+  data[data.index(b"PK\x01\x02") + 8] |= 1
+  path.write_bytes(data)
+  return path
+
+
+def joined(path):
+  path.write_bytes(path.read_bytes() * 2)
+  return path
+
+
+GOOD = files_of("a/", "b/")
+
+
+@pytest.mark.parametrize(
+  "make, message",
+  [
+    (lambda p: half(write_zip(p / "x.zip", GOOD)), "is no zip archive, or is damaged or cut short"),
+    (lambda p: half(write_tar(p / "x.tar", GOOD)), "is damaged or cut short|is cut short, its end"),
+    (lambda p: damaged(write_tar(p / "x.tar", GOOD), 1024), "is damaged at byte 1,024.*first 1 "),
+    (lambda p: damaged(write_tar(p / "x.tar", GOOD), 0), "is no tar archive"),
+    (lambda p: joined(write_tar(p / "x.tar", GOOD)), "goes on after its end"),
+    (lambda p: write_tar(p / "x.tar.gz", GOOD, "w:gz"), "is compressed as a whole.*gunzip"),
+    (lambda p: write_tar(p / "x.tar", GOOD, "w:gz"), "is no tar archive"),
+    (lambda p: write_tar(p / "x.zip", GOOD), "is no zip archive"),
+    (lambda p: encrypted(write_zip(p / "x.zip", GOOD)), "a/0.png is encrypted"),
+    (lambda p: write_zip(p / "x.zip", {"../x.png": b""}), "'../x.png', which leads out"),
+    (lambda p: write_tar(p / "x.tar", {"/etc/x.png": b""}), "'/etc/x.png', which leads out"),
+    (lambda p: write_tar(p / "x.tar", {"a/../../x.png": b""}), "which leads out"),
+    (lambda p: write_tar(p / "x.tar", {"a.png": b"", "./a.png": b""}), "holds a.png twice"),
+    (lambda p: write_tar(p / "x.tar", {"a.png": b"", "a.png/b.png": b""}), "twice"),
+    (lambda p: write_zip(p / "x.zip", {"a.tar": b"", "b.zip": b""}), "unpack those inside"),
+    (lambda p: write_folder(p / "x", {"a.tar": b"", "b.tar": b""}), "are read one by one"),
+    (lambda p: write_zip(p / "x.zip", {}), "no images"),
+    (lambda p: write_folder(p, {"x.7z": b""}) / "x.7z", "is compressed as a whole"),
+    (lambda p: p / "none.zip", "does not exist"),
+    (lambda p: write_zip(p / "x.zip", GOOD) / "c", "does not exist"),
+  ],
+)
+def test_a_bad_archive_is_refused_at_once(tmp_path, make, message):
+  with pytest.raises(DataError, match=message) as caught:
+    open_source(f"folder:{make(tmp_path)}", "train")
+  assert "\n" not in str(caught.value)
+
+
+def test_names_of_windows_and_links_in_archives(tmp_path):
+  with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+    for name in ("a/0.png", "b/0.png"):
+      info = zipfile.ZipInfo("x")
+      info.filename, info.create_system = name.replace("/", "\\"), 0
+      archive.writestr(info, png(0))
+    link = zipfile.ZipInfo("a/link.png")
+    link.external_attr = 0o120777 << 16
+    archive.writestr(link, "0.png")
+  source = open_source(f"folder:{tmp_path}/x.zip", "train", holdout_every=0)
+  assert source.class_names == ("a", "b") and source.left_out == "left out: 1 links"
+
+
+@pytest.mark.parametrize("write", [write_zip, write_tar])
+def test_bad_members_are_treated_as_bad_files(tmp_path, write):
+  files = files_of("a/", "b/") | {"a/1.png": b"not a picture" * 9}
+  path = write(tmp_path / f"x.{write.__name__[6:]}", files)
+  # A changed byte: the checksums of a .zip find it, in a .tar those of the PNG.
+  damaged(path, path.read_bytes().index(b"b/2.png") + (49 if write is write_zip else 512))
+  source = open_source(f"folder:{path}", "train", holdout_every=0)
+  bad = inspect_images(source, 3, range(6)).bad
+  assert set(bad) == {"a/1.png", "b/2.png"}
+  (tmp_path / "bad.json").write_text(json.dumps({"train": bad}))
+  rest = {"holdout_every": 0, "quarantine": f"{tmp_path}/bad.json"}
+  assert len(open_source(f"folder:{path}", "train", **rest)) == 4
+  skip = LoaderOptions(on_error="skip", max_skipped=0.5)
+  batch = next(eval_batches(source, center_view((8, 8), 1.0), batch_size=6, options=skip))
+  assert batch["valid"].tolist() == [True, False, True, True, True, False]
+
+
+# Tables of labels.
+
+FLAT = files_of("0.png", "1.png", "2.png", "3.png")
+
+
+@pytest.mark.parametrize(
+  "name, text",
+  [
+    ("x.csv", "0.png,cat\n1.png,dog\n2.png,cat\n3.png,dog\n"),
+    ("x.csv", "\ufefffile,label\n0.png,cat\n1.png,dog\n2.png,cat\n3.png,dog"),
+    ("x.csv", "id,breed\r\n0,cat\r\n1,dog\r\n2,cat\r\n3,dog\r\n"),
+    ("x.csv", "label,author,image_id\ncat,me,0.png\ndog,me,1.png\ncat,,2.png\ndog,,3.png\n"),
+    ("x.csv", "picture,what it is\n3.png,dog\n2.png,cat\n1.png,dog\n0.png,cat\n"),
+    ("x.csv", '"0.png";"cat"\n"1.png";"dog"\n"2.png";"cat"\n"3.png";"dog"\n'),
+    ("x.tsv", "0.png\tcat\t1\t2\n1.png\tdog\t1\t2\n2.png\tcat\t1\t2\n3.png\tdog\t1\t2\n"),
+    ("x.txt", "x/0.png cat\n/data/x/1.png dog\n./2.png cat\nx\\3.png dog\n"),
+  ],
+)
+def test_labels_come_from_a_table(tmp_path, name, text):
+  root = write_folder(tmp_path / "x", FLAT)
+  (tmp_path / name).write_text(text, encoding="utf-8", newline="")
+  source = open_source(f"folder:{root}", "train", holdout_every=0, labels=f"{tmp_path}/{name}")
+  assert source.class_names == ("cat", "dog")
+  assert [source[i]["label"] for i in range(4)] == [0, 1, 0, 1]
+  plain = open_source(f"folder:{root}", "train", holdout_every=0)
+  assert plain.class_names == () and source.fingerprint.startswith(plain.fingerprint)
+  assert source.fingerprint != plain.fingerprint
+
+
+def test_a_table_labels_both_splits_by_name_and_numbers_count_by_value(tmp_path):
+  files = files_of("train/0.png", "train/1.png", "val/0.png", "val/9.png", "test/5.png")
+  archive = write_zip(tmp_path / "x.zip", files)
+  rows = "train/0.png,10\ntrain/1.png,9\nval/0.png,9\nval/9.png,9\ntest/5.png,10\n"
+  (tmp_path / "x.csv").write_text(f"path,label\n{rows}")
+  train, held_out = open_pair(f"folder:{archive}", labels=f"{tmp_path}/x.csv")
+  assert train.class_names == held_out.class_names == ("9", "10")
+  assert [train[i]["label"] for i in range(2)] == [1, 0]
+  assert [held_out[i]["label"] for i in range(2)] == [0, 0]
+  assert "no images of 1 of its classes: 10" in held_out.description
+  (tmp_path / "x.csv").write_text("train/0.png,10\ntrain/1.png,9\n")
+  os.utime(tmp_path / "x.csv", (1, 1))
+  train, held_out = open_pair(f"folder:{archive}", labels=f"{tmp_path}/x.csv")
+  assert len(train.class_names) == 2 and held_out.class_names == ()
+  assert "no labels (no image is in " in held_out.description
+
+
+def test_tiny_imagenet_is_read_as_it_is(tmp_path):
+  files = files_of("train/n01/images/", "train/n02/images/", "val/images/", "test/images/")
+  files |= {"train/n01/n01_boxes.txt": b"x", "wnids.txt": b"n01\nn02\n"}
+  rows = ["val_0", "val_1", "val_2"]
+  files = {name.replace("val/images/", "val/images/val_"): x for name, x in files.items()}
+  labels = "".join(f"{r}.png\t{c}\t0\t0\t9\t9\n" for r, c in zip(rows, ("n02", "n01", "n02")))
+  files["val/val_annotations.txt"] = labels.encode()
+  for root in (
+    write_folder(tmp_path / "tiny", files),
+    write_zip(tmp_path / "tiny.zip", {f"tiny/{name}": x for name, x in files.items()}),
+  ):
+    train, held_out = open_pair(f"folder:{root}")
+    assert train.class_names == held_out.class_names == ("n01", "n02")
+    assert [held_out[i]["label"] for i in range(3)] == [1, 0, 1]
+    assert "left out: test/" in train.description
+
+
+@pytest.mark.parametrize(
+  "text, message",
+  [
+    ("", "is empty"),
+    ("file,label\n", "is empty"),
+    ("0.png,a\n1.png,b\n2.png,a\n", "no row for 1 of the 4 images of .*: 3.png"),
+    ("0.png,a\n1.png,b\n2.png,a\n3.png,\n", "row 4: '3.png,' has no file or no label"),
+    ("0.png,a\n1.png,b\n2.png,a\n3.png,b\n4.png,b\n", "1 of its 5 rows name no image.*'4.png'"),
+    ("0.png,a\n0.png,b\n1.png,b\n2.png,a\n3.png,b\n", "row 2: 0.png is 'b' here and 'a' in a row"),
+    ("0.png\n1.png\n", "row 1: '0.png' has no file or no label"),
+    (b"0.png,\xff\n", "cannot be read"),
+    (None, "cannot be read"),
+  ],
+)
+def test_a_bad_table_is_refused_at_once(tmp_path, text, message):
+  root = write_folder(tmp_path / "x", FLAT)
+  if text is not None:
+    (tmp_path / "x.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
+  with pytest.raises(DataError, match=message) as caught:
+    open_source(f"folder:{root}", "train", labels=f"{tmp_path}/x.csv")
+  assert "\n" not in str(caught.value)
+
+
+def test_names_of_several_images_need_their_folders(tmp_path):
+  root = write_folder(tmp_path / "x", files_of("p/0.png", "q/0.png"))
+  (tmp_path / "x.csv").write_text("0.png,a\n")
+  with pytest.raises(DataError, match="0.png is the name of 2 images: p/0.png, q/0.png; write"):
+    open_source(f"folder:{root}", "train", labels=f"{tmp_path}/x.csv")
+  (tmp_path / "y.csv").write_text("q/0.png,a\np/0.png,b\n")
+  source = open_source(f"folder:{root}", "train", holdout_every=0, labels=f"{tmp_path}/y.csv")
+  assert [source[i]["label"] for i in range(2)] == [1, 0]
+  with pytest.raises(DataError, match="labels='x.csv' given; .*'digits' has its own"):
+    open_source("digits", "train", labels="x.csv")
