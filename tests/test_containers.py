@@ -296,3 +296,114 @@ def test_names_of_several_images_need_their_folders(tmp_path):
   assert [source[i]["label"] for i in range(2)] == [1, 0]
   with pytest.raises(DataError, match="labels='x.csv' given; .*'digits' has its own"):
     open_source("digits", "train", labels="x.csv")
+
+
+# Tar shards of WebDataset.
+
+
+def samples(*keys, label=lambda key: len(key) % 2):
+  """{member: bytes} of samples with an image and a class each."""
+  files = {}
+  for seed, key in enumerate(keys):
+    files[f"{key}.png"], files[f"{key}.cls"] = png(seed), str(label(key)).encode()
+  return files
+
+
+def write_shards(root, **shards):
+  root.mkdir(exist_ok=True)
+  for name, files in shards.items():
+    write_tar(root / f"{name.replace('__', '/')}.tar", files)
+  return root
+
+
+def test_shards_are_read_in_any_order_and_held_out_of(tmp_path):
+  label = lambda key: "10" if key in ("a", "d") else "9"
+  root = write_shards(
+    tmp_path / "x", s0=samples("a", "b", label=label), s1=samples("c", "d", "e.f", label=label)
+  )
+  for spec in (f"wds:{root}", f"wds:{root}/*.tar", f"wds:{root}/s[01].tar"):
+    train, held_out = open_pair(spec)
+    assert train.class_names == held_out.class_names == ("9", "10")
+    names = [source.name(i) for source in (train, held_out) for i in range(len(source))]
+    assert names == [
+      "s0.tar/a.png",
+      "s0.tar/b.png",
+      "s1.tar/d.png",
+      "s1.tar/e.f.png",
+      "s1.tar/c.png",
+    ]
+    assert [train[i]["label"] for i in (3, 0, 2, 1)] == [0, 1, 1, 0]
+    assert train[0]["image"] == png(0) and held_out[0]["image"] == png(0)
+  copy = pickle.loads(pickle.dumps(train))
+  assert content(copy) == content(train) and copy.fingerprint == train.fingerprint
+  whole, later = train_loader(train, batch_size=2), train_loader(copy, batch_size=2, first_step=1)
+  next(whole)
+  np.testing.assert_array_equal(next(whole)["image"], next(later)["image"])
+  whole.close()
+  later.close()
+
+
+def test_shards_in_braces(tmp_path):
+  pytest.importorskip("braceexpand")
+  root = write_shards(tmp_path / "x", **{f"s{i:02}": samples("a", "bb") for i in range(8, 12)})
+  assert len(open_source(f"wds:{root}/s{{09..11}}.tar", "train", holdout_every=0)) == 6
+  with pytest.raises(DataError, match="s12.tar does not exist"):
+    open_source(f"wds:{root}/s{{09..12}}.tar", "train")
+  with pytest.raises(DataError, match="close each brace"):
+    open_source(f"wds:{root}/s{{09..12.tar", "train")
+
+
+@pytest.mark.parametrize(
+  "train, evaluation",
+  [
+    ("imagenet1k-train-000", "imagenet1k-validation-000"),
+    ("train__000", "val__000"),
+    ("data_train_0", "data_test_0"),
+  ],
+)
+def test_shards_are_splits_by_the_words_in_their_names(tmp_path, train, evaluation):
+  (tmp_path / "x/train").mkdir(parents=True)
+  (tmp_path / "x/val").mkdir()
+  root = write_shards(
+    tmp_path / "x", **{train: samples("a", "bb", "c"), evaluation: samples("d", "ee")}
+  )
+  training, held_out = open_pair(f"wds:{root}")
+  assert (len(training), len(held_out)) == (3, 2)
+  assert "train: " in training.description and held_out.class_names == ("0", "1")
+  assert len(open_source(f"wds:{root}", "train", train_split=".", holdout_every=0)) == 5
+
+
+def test_shards_without_classes_are_images(tmp_path):
+  files = {name: x for name, x in samples("a", "b").items() if name.endswith("png")}
+  root = write_shards(tmp_path / "x", s0=files | {"a.txt": b"a caption", "a.json": b"{}"})
+  source = open_source(f"wds:{root}", "train", holdout_every=0)
+  assert source.class_names == () and source[1]["label"] == -1
+
+
+@pytest.mark.parametrize(
+  "shards, message",
+  [
+    ({"s0": {"a.cls": b"1"}}, "no images; it holds a.cls"),
+    ({"s0": samples("a", "b") | {"c.png": png(0)}}, "1 of its 3 samples have no class.*: c"),
+    ({"s0": samples("a") | {"b.cls": b"1"}}, "1 samples have a class and no image.*: b"),
+    ({"s0": samples("a") | {"a.jpg": b""}}, "a has two images, a.png and a.jpg"),
+    ({"train0": samples("a"), "s0": samples("b")}, "names of s0.tar do not say"),
+    ({"val0": samples("a")}, "names of val0.tar do not say"),
+    ({"train-val-0": samples("a")}, "words of several splits"),
+    ({"s0": {"../a.png": b""}}, "leads out of the archive"),
+    ({}, "does not exist"),
+  ],
+)
+def test_bad_shards_are_refused_at_once(tmp_path, shards, message):
+  with pytest.raises(DataError, match=message):
+    open_source(f"wds:{write_shards(tmp_path / 'x', **shards)}", "train")
+
+
+def test_shards_that_cannot_be_read_in_any_order_are_refused(tmp_path):
+  for address, message in (
+    ("gs://bucket/{0..9}.tar", "must be on a disk"),
+    (str(half(write_tar(tmp_path / "s.tar", samples(*"abcd")))), "cut short"),
+    (str(write_tar(tmp_path / "x.tar.gz", samples("a"), "w:gz")), "compressed"),
+  ):
+    with pytest.raises(DataError, match=message):
+      open_source(f"wds:{address}", "train")

@@ -15,6 +15,7 @@ __all__ = ["Source", "check_same_classes", "open_source", "open_split"]
 KINDS = {  # kind -> how it is written
   "digits": "digits",
   "folder": "folder:/path/to/images",
+  "wds": "wds:/path/{000..123}.tar",
   "tfds": "tfds:name[/config][:version]",
   "packed": "packed:/path",
 }

@@ -53,11 +53,16 @@ def split_kind(name: str) -> str:
 
   Case, digits and FILLERS do not count: TRAIN, train2017, training_set and seg_train are "train".
   """
-  if not name.isascii():
-    return ""
-  words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)]
-  kinds = [_word_kind(word) for word in words if word not in FILLERS]
+  kinds = split_words(name)
   return kinds[0] if len(kinds) == 1 else ""
+
+
+def split_words(name: str) -> list[str]:
+  """Returns the key of SPELLINGS, or "", for each word of a name that is not among FILLERS."""
+  if not name.isascii():
+    return []
+  words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)]
+  return [_word_kind(word) for word in words if word not in FILLERS]
 
 
 def _word_kind(word: str) -> str:
