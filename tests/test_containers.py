@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import sys
 import tarfile
 import zipfile
 
@@ -407,3 +408,123 @@ def test_shards_that_cannot_be_read_in_any_order_are_refused(tmp_path):
   ):
     with pytest.raises(DataError, match=message):
       open_source(f"wds:{address}", "train")
+
+
+# Data sets of Hugging Face.
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory):
+  """The library, and a folder for its cache."""
+  datasets = pytest.importorskip("datasets")
+  datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("hf_cache")
+  return datasets
+
+
+def hf_set(hf, labels, feature=None, column="label", image="image", first=0):
+  images = [{"bytes": png(first + i), "path": None} for i in range(len(labels))]
+  features = hf.Features(
+    {image: hf.Image(), column: feature or hf.ClassLabel(names=["cat", "dog"])}
+  )
+  return hf.Dataset.from_dict({image: images, column: labels}, features=features)
+
+
+def write_disk(splits, root):
+  type(splits).save_to_disk(splits, root)
+
+
+def write_parquet(splits, root):
+  for name, split in splits.items():
+    split.to_parquet(root / "data" / f"{name}-00000-of-00001.parquet")
+
+
+@pytest.mark.parametrize("write", [write_disk, write_parquet])
+def test_hugging_face_folders_have_splits_and_classes(hf, tmp_path, write):
+  (tmp_path / "x/data").mkdir(parents=True)
+  train = hf_set(hf, [0, 1, 0, 1, 1])
+  splits = hf.DatasetDict({"train": train, "test": hf_set(hf, [1, 0], first=5)})
+  write(splits, tmp_path / "x")
+  training, held_out = open_pair(f"hf:{tmp_path}/x")
+  assert training.class_names == held_out.class_names == ("cat", "dog")
+  assert content(training) == [(f"train[{i}]", [0, 1, 0, 1, 1][i], png(i)) for i in range(5)]
+  assert content(held_out) == [("test[0]", 1, png(5)), ("test[1]", 0, png(6))]
+  assert "5 images, 2 classes; train of train, test" in training.description
+  copy = pickle.loads(pickle.dumps(training))
+  assert content(copy) == content(training) and copy.fingerprint == training.fingerprint
+  whole = train_loader(training, batch_size=2)
+  later = train_loader(copy, batch_size=2, first_step=1)
+  next(whole)
+  np.testing.assert_array_equal(next(whole)["image"], next(later)["image"])
+  whole.close()
+  later.close()
+  with pytest.raises(
+    DataError, match="has no split 'extra', which eval_split names; .*train, test"
+  ):
+    open_source(f"hf:{tmp_path}/x", "eval", eval_split="extra")
+
+
+def test_hugging_face_sets_of_one_split_are_held_out_of(hf, tmp_path):
+  hf_set(hf, ["10", "9", "9", "10"], hf.Value("string"), image="img").save_to_disk(tmp_path / "x")
+  training, held_out = open_pair(f"hf:{tmp_path}/x")
+  assert training.class_names == ("9", "10") and held_out[0]["label"] == 0
+  assert [training.name(i) for i in range(3)] == ["train[0]", "train[1]", "train[3]"]
+  assert held_out.name(0) == "train[2]" and held_out[0]["image"] == png(2)
+  file = tmp_path / "one.parquet"
+  hf_set(hf, [3, 1], hf.Value("int64"), column="target").to_parquet(file)
+  source = open_source(f"hf:{file}", "train", holdout_every=0)
+  assert source.class_names == ("1", "3") and source[0]["label"] == 1
+  assert "2 classes by 'target'" in source.description
+
+
+def test_hugging_face_rows_without_labels_are_images(hf, tmp_path):
+  hidden = hf.DatasetDict({"train": hf_set(hf, [0, 1]), "test": hf_set(hf, [-1, -1])})
+  hidden.save_to_disk(tmp_path / "x")
+  training, held_out = open_pair(f"hf:{tmp_path}/x")
+  assert len(training.class_names) == 2 and held_out.class_names == ()
+  assert "no labels (2 have none)" in held_out.description and held_out[0]["label"] == -1
+  several = hf_set(hf, [[0, 1], [1]], hf.List(hf.ClassLabel(names=["a", "b"])), column="labels")
+  several.save_to_disk(tmp_path / "y")
+  assert open_source(f"hf:{tmp_path}/y", "train", holdout_every=0).class_names == ()
+
+
+def test_bad_rows_of_hugging_face_are_treated_as_bad_files(hf, tmp_path):
+  features = hf.Features({"image": hf.Image(), "label": hf.Value("string")})
+  images = [png(0), b"not a picture", None, b""]
+  rows = [x if x is None else {"bytes": x, "path": None} for x in images]
+  table = hf.Dataset.from_dict({"image": rows, "label": list("abaa")}, features=features)
+  table.save_to_disk(tmp_path / "x")
+  source = open_source(f"hf:{tmp_path}/x", "train", holdout_every=0)
+  bad = inspect_images(source, 3, range(4)).bad
+  assert set(bad) == {f"train[{i}]" for i in range(1, 4)}, bad
+  assert "holds no image" in bad["train[2]"]
+
+
+def test_hugging_face_sets_that_cannot_be_used_are_refused_at_once(hf, tmp_path):
+  def refused(message):
+    with pytest.raises(DataError, match=message) as caught:
+      open_source(f"hf:{tmp_path}/x", "train")
+    assert "\n" not in str(caught.value)
+    hf_source._load.cache_clear()
+
+  from mrmae_jax.data.sources import hf as hf_source
+
+  refused("cannot be opened")
+  (tmp_path / "x").mkdir()
+  refused("cannot be opened")
+  (tmp_path / "x/train.parquet").write_bytes(b"PAR1 not so")
+  refused("cannot be opened .*[Pp]arquet")
+  (tmp_path / "x/train.parquet").unlink()
+  hf.Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "x")
+  refused("has 0 columns of images among text; expected one")
+  hf.Dataset.from_dict({"image": [1, 2]}).save_to_disk(tmp_path / "x")
+  refused("the column 'image' holds .*int64.*, not images")
+  hf_set(hf, [0] * 9).save_to_disk(tmp_path / "x")
+  half(next((tmp_path / "x").glob("*.arrow")))
+  refused("cannot be opened")
+
+
+def test_the_extra_is_named_where_it_is_missing(monkeypatch):
+  monkeypatch.setitem(sys.modules, "datasets", None)
+  monkeypatch.delitem(sys.modules, "mrmae_jax.data.sources.hf", raising=False)
+  with pytest.raises(DataError, match=r"pip install 'mrmae_jax\[hf\]'"):
+    open_source("hf:x", "train")

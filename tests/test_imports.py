@@ -148,6 +148,7 @@ def test_a_training_run_imports_neither_torch_nor_tensorflow(tmp_path):
     ("orbax", ("runs/checkpoint.py",)),
     ("grain", ("data/",)),
     ("tensorflow_datasets", ("data/",)),
+    ("datasets", ("data/sources/hf.py",)),
     ("matplotlib", ("viz/",)),
     ("tensorboardX", ("runs/log.py",)),
     ("torch", ("weights/torch_files.py", "cli/bench/")),

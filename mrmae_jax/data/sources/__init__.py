@@ -16,6 +16,7 @@ KINDS = {  # kind -> how it is written
   "digits": "digits",
   "folder": "folder:/path/to/images",
   "wds": "wds:/path/{000..123}.tar",
+  "hf": "hf:name[:config] or hf:/path",
   "tfds": "tfds:name[/config][:version]",
   "packed": "packed:/path",
 }
@@ -23,6 +24,7 @@ PACKAGES = {  # kind -> the packages that it needs beside numpy and Pillow
   "digits": "scikit-learn",
   "tfds": "tensorflow-datasets array_record importlib_resources",
   "packed": "array_record",
+  "hf": "'mrmae_jax[hf]'",
 }
 
 
