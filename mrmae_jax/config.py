@@ -112,7 +112,9 @@ ENCODERS = {
   ),
 }
 DATA = dict(
-  source=Key(None, "digits, folder:/path/to/images, tfds:NAME or packed:/path"),
+  source=Key(
+    None, "digits, folder:PATH (or .zip, .tar), tfds:NAME, hf:NAME, wds:PATTERN, packed:PATH"
+  ),
   train_split=Key("train", "split of tfds, or sub-folder, to train on; .: the whole folder"),
   eval_split=Key("validation", "split of tfds, or sub-folder, for the evaluators"),
   data_dir=Key("", "where tfds looks for prepared data sets; empty: tfds' default", resume="local"),

@@ -379,6 +379,7 @@ def test_shards_without_classes_are_images(tmp_path):
   root = write_shards(tmp_path / "x", s0=files | {"a.txt": b"a caption", "a.json": b"{}"})
   source = open_source(f"wds:{root}", "train", holdout_every=0)
   assert source.class_names == () and source[1]["label"] == -1
+  assert source.left_out == "left out: 1 .txt, 1 .json" and source.left_out in source.description
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def open_images(options, holdout_every: int | None = None) -> data.Source:
   section.source = options.images or stored["source"]
   if not is_own and holdout_every is not None:
     section.holdout_every = holdout_every
-  given = {key: getattr(options, key) for key in SPLIT_KEYS}
+  given = {key: getattr(options, key, None) for key in SPLIT_KEYS}
   section.update({key: value for key, value in given.items() if value is not None})
   try:
     return data.open_split(section, options.split)

@@ -9,7 +9,7 @@ from typing import Callable, NoReturn
 
 from mrmae_jax.errors import UsageError
 
-IMAGES = "folder:/path, digits, tfds:NAME or packed:/path"
+IMAGES = "folder:/path (or a .zip or .tar), digits, tfds:NAME, hf:NAME, wds:PATTERN, packed:/path"
 PANELS = ("reconstruction", "ratios", "focused", "attention", "pca", "cosine", "neighbors")
 # The training commands, and the tasks that they train.
 TASKS = {
@@ -376,7 +376,6 @@ def _classifiers(parser: Parser, images: str) -> None:
       help=f"sub-folder or tfds split; default: the run's for its own images, else {value}",
     )
   parser.add_argument("--data_dir", help="where tfds looks for prepared data sets")
-  _labels(parser, default=None)
   parser.add_argument(
     "--quarantine", help="list of images to leave out, written by mrmae verify; default: the run's"
   )
@@ -410,6 +409,7 @@ model, and several models must have the same. Each model sees the images at its 
 result.json, classes.csv (of each class: images, accuracy, precision), confusion.csv and
 confusion.png (rows: the true class); of several models these two are the ensemble's."""
   _classifiers(parser, "images with labels")
+  _labels(parser, default=None)
   parser.add_argument(
     "--holdout_every",
     type=integer(0),

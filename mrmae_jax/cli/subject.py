@@ -12,6 +12,7 @@ from mrmae_jax import config as config_lib
 from mrmae_jax import data, pretrained
 from mrmae_jax.cli import show_teacher
 from mrmae_jax.cli.features import skip_options
+from mrmae_jax.data.sources import archive
 from mrmae_jax.data.sources.folder import FolderSource
 from mrmae_jax.errors import UsageError, WeightsError, WorkdirError
 from mrmae_jax.evals.reconstruct import bands_shown
@@ -202,9 +203,10 @@ def _open_source(options, run_config: dict[str, Any]):
     run_data.quarantine = options.quarantine or run_data.quarantine
     return data.open_split(run_data, "eval" if run_data.holdout_every else "train")
   path = Path(options.images).expanduser()
-  if path.is_file():
+  is_archive = path.suffix.lower() in archive.SUFFIXES
+  if path.is_file() and not is_archive:
     return FolderSource(str(path.parent.absolute()), [path.name], f"{path}: one image")
-  spec = f"folder:{path}" if path.is_dir() else options.images
+  spec = f"folder:{path}" if path.exists() else options.images
   return data.open_source(
     spec,
     options.split,

@@ -5,6 +5,7 @@ not unpacked or copied; their members are listed once, when the source is opened
 """
 
 import bisect
+import collections
 import fnmatch
 import functools
 import glob
@@ -24,7 +25,12 @@ from mrmae_jax.data.sources.base import (
   holdout_note,
 )
 from mrmae_jax.data.sources.labels import sort_classes
-from mrmae_jax.data.sources.listing import ARRAY_SUFFIX, IMAGE_SUFFIXES, first_names
+from mrmae_jax.data.sources.listing import (
+  ARRAY_SUFFIX,
+  IMAGE_SUFFIXES,
+  describe_suffixes,
+  first_names,
+)
 from mrmae_jax.data.sources.splits import split_words
 from mrmae_jax.errors import DataError
 
@@ -41,7 +47,9 @@ class Sample(NamedTuple):
 class WdsSource:
   """The samples of shards, in the order of the shards."""
 
-  def __init__(self, shards: list["_Shard"], indices: np.ndarray, classes, description: str):
+  def __init__(
+    self, shards: list["_Shard"], indices: np.ndarray, classes, description: str, left_out: str
+  ):
     """Describes the samples at `indices` of all that the shards hold.
 
     Args:
@@ -49,7 +57,9 @@ class WdsSource:
       indices: int [N], sorted.
       classes: names of the classes, or ().
       description: one line for the log.
+      left_out: the files that are no images and no classes, a part of the description.
     """
+    self.left_out = left_out
     self._shards, self._indices = shards, indices
     self._ends = list(itertools.accumulate(len(shard.samples) for shard in shards))
     self.class_names, self.description = classes, description
@@ -62,7 +72,7 @@ class WdsSource:
     shard = self._shards[i]
     return shard, shard.samples[place - self._ends[i] + len(shard.samples)]
 
-  @property
+  @functools.cached_property
   def fingerprint(self) -> str:
     digest = hashlib.sha256()
     for i in range(len(self)):
@@ -91,8 +101,11 @@ class WdsSource:
 
 
 class _Shard(NamedTuple):
+  """The samples of a shard, and how many of its files have another suffix than those of images."""
+
   archive: Archive
   samples: list[Sample]
+  other_suffixes: collections.Counter
 
 
 def make_source(address: str, split: str, rules: SplitRules) -> WdsSource:
@@ -119,7 +132,10 @@ def make_source(address: str, split: str, rules: SplitRules) -> WdsSource:
 def _make_source(address, shards, indices, classes, problem: str, note: str) -> WdsSource:
   described = describe_classes(classes) + (f" ({problem})" if problem else "")
   head = f"wds:{address}: {len(indices)} images in {len(shards)} shards, {described}"
-  return WdsSource(shards, indices, classes, f"{head}; {note}")
+  others = sum((shard.other_suffixes for shard in shards), collections.Counter())
+  left_out = f"left out: {describe_suffixes(others)}" if others else ""
+  description = "; ".join(filter(None, (head, note, left_out)))
+  return WdsSource(shards, indices, classes, description, left_out)
 
 
 def _labels(shards: list[_Shard]) -> list[str]:
@@ -237,7 +253,7 @@ def _read_shard(path: str, modified: int) -> _Shard:
   """
   del modified  # a shard that was written anew is another one
   archive = open_archive(path)
-  images, labels = {}, {}
+  images, labels, others = {}, {}, collections.Counter()
   for name in archive.sizes:
     folder, base = os.path.split(name)
     key = os.path.join(folder, base.split(".", 1)[0])
@@ -250,6 +266,8 @@ def _read_shard(path: str, modified: int) -> _Shard:
           f"{path}: the sample {key} has two images, {images[key]} and {name}; leave one"
         )
       images[key] = name
+    else:
+      others[suffix or "no suffix"] += 1
   if not images:
     raise DataError(
       f"{path}: no images; it holds {first_names(archive.sizes)}; a sample has an image as .jpg,"
@@ -266,4 +284,5 @@ def _read_shard(path: str, modified: int) -> _Shard:
       f"{path}: {len(missing)} of its {len(images)} samples have no class, the first: {missing[0]};"
       " write the shard again"
     )
-  return _Shard(archive, [Sample(name, labels.get(key, "")) for key, name in images.items()])
+  samples = [Sample(name, labels.get(key, "")) for key, name in images.items()]
+  return _Shard(archive, samples, others)
