@@ -132,6 +132,16 @@ def encrypted(path):
   return path
 
 
+def shortened(path):
+  """Makes the comment of the last but one entry of a .zip swallow the last one."""
+  data = bytearray(path.read_bytes())
+  last = data.rindex(b"PK\x01\x02")
+  entry = data.rindex(b"PK\x01\x02", 0, last)
+  data[entry + 32 : entry + 34] = (data.rindex(b"PK\x05\x06") - last).to_bytes(2, "little")
+  path.write_bytes(data)
+  return path
+
+
 def joined(path):
   path.write_bytes(path.read_bytes() * 2)
   return path
@@ -147,6 +157,7 @@ GOOD = files_of("a/", "b/")
     (lambda p: half(write_tar(p / "x.tar", GOOD)), "is damaged or cut short|is cut short, its end"),
     (lambda p: damaged(write_tar(p / "x.tar", GOOD), 1024), "is damaged at byte 1,024.*first 1 "),
     (lambda p: damaged(write_tar(p / "x.tar", GOOD), 0), "is no tar archive"),
+    (lambda p: shortened(write_zip(p / "x.zip", GOOD)), "its directory holds 5 of 6 members"),
     (lambda p: joined(write_tar(p / "x.tar", GOOD)), "goes on after its end"),
     (lambda p: write_tar(p / "x.tar.gz", GOOD, "w:gz"), "is compressed as a whole.*gunzip"),
     (lambda p: write_tar(p / "x.tar", GOOD, "w:gz"), "is no tar archive"),
@@ -368,10 +379,11 @@ def test_shards_are_splits_by_the_words_in_their_names(tmp_path, train, evaluati
   root = write_shards(
     tmp_path / "x", **{train: samples("a", "bb", "c"), evaluation: samples("d", "ee")}
   )
+  whole = open_source(f"wds:{root}", "train", train_split=".", holdout_every=0)
+  assert len({whole.name(i) for i in range(5)}) == 5
   training, held_out = open_pair(f"wds:{root}")
   assert (len(training), len(held_out)) == (3, 2)
   assert "train: " in training.description and held_out.class_names == ("0", "1")
-  assert len(open_source(f"wds:{root}", "train", train_split=".", holdout_every=0)) == 5
 
 
 def test_shards_without_classes_are_images(tmp_path):

@@ -192,7 +192,7 @@ def test_the_images_are_those_of_the_run_unless_told_otherwise(tmp_path, monkeyp
     ("a,none", "", 2, "no such file or folder"),
     ("a,five", "", 2, "only the first knows u, v, only the second none"),
     ("other", "", 2, "1 of the 3 classes of the images are not among the 3 of the model: z"),
-    ("nameless", "", 2, "does not name its 3 classes; give --classes=FILE"),
+    ("nameless", "", 2, "has no names of classes; give --classes=FILE with 3 names"),
     ("nameless", "--classes={models}/a.safetensors", 2, "cannot be read"),
     ("nameless", "--classes={models}/short.txt", 2, "holds 2 names, 1 of them different"),
     ("a", "--images=folder:{models}/photos/train/x --holdout_every=0", 3, "no labels to measure"),

@@ -65,12 +65,13 @@ def _class_names(path: str, model, file: str) -> tuple[str, ...]:
   count = model.config["classes"]
   if not count:
     raise UsageError(f"{path} is not fine-tuned, it tells no classes apart; give a run of finetune")
-  if model.class_names:
+  if len(set(model.class_names)) == count:
     return model.class_names
   if not file:
+    problem = "gives several classes one name" if model.class_names else "has no names of classes"
     raise UsageError(
-      f"{path} does not name its {count} classes; give --classes=FILE with a name per line, in the"
-      " order of its outputs (ImageNet's is that of the sorted folders: ls train > FILE)"
+      f"{path} {problem}; give --classes=FILE with {count} names, one per line in the order of its"
+      " outputs (ImageNet's is that of the sorted folders: ls train > FILE)"
     )
   try:
     lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()

@@ -1,10 +1,13 @@
 """Files inside of a .zip or .tar, read in any order without unpacking it."""
 
 import collections
+import errno
 import functools
 import io
+import lzma
 import os
 import stat
+import struct
 import tarfile
 import threading
 import zipfile
@@ -23,6 +26,11 @@ COMPRESSED = (
 MAX_BYTES = 512 * 2**20  # of a member: more than an image file has
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
 BLOCK = 512  # bytes, of a tar
+END_BYTES = 2**16 + 22  # the most that the end of a .zip takes
+DAMAGE = (  # what zipfile and its decompressors raise of damaged bytes
+  *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error),
+  *(EOFError, ValueError, RuntimeError, OSError),
+)
 
 
 class Entry(NamedTuple):
@@ -89,7 +97,10 @@ class Archive:
 
     Raises:
       DataError: it is damaged, or larger than an image file.
+      OSError: there is no such file, or the archive cannot be read.
     """
+    if name not in self.sizes:
+      raise FileNotFoundError(errno.ENOENT, "not in the archive", name)
     if self.sizes[name] > MAX_BYTES:
       raise DataError(
         f"{self.path}/{name}: has {self.sizes[name]:,} bytes; at most {MAX_BYTES:,} are read"
@@ -103,7 +114,9 @@ class ZipArchive(Archive):
   def __init__(self, path: str):
     super().__init__(path)
     self._members = {}  # name -> as the archive has it
-    for info in self._open().infolist():
+    members = self._open().infolist()
+    self._check_count(len(members))
+    for info in members:
       if info.is_dir():
         continue
       if stat.S_ISLNK(info.external_attr >> 16):
@@ -116,12 +129,27 @@ class ZipArchive(Archive):
         raise DataError(f"{path}: {name} {how}, which is not read; unpack it, or pack it again")
       self._members[self.add(name, info.file_size)] = info.filename
 
+  def _check_count(self, count: int) -> None:
+    """Raises DataError unless the end of the archive names as many members as were found.
+
+    `zipfile` stops at a damaged entry of the directory without a word.
+    """
+    with open(self.path, "rb") as file:
+      file.seek(-min(END_BYTES, os.path.getsize(self.path)), os.SEEK_END)
+      end = file.read()
+    (expected,) = struct.unpack_from("<H", end, end.rindex(b"PK\5\6") + 10)
+    if expected not in (count % 2**16, 2**16 - 1):  # the last: the number stands elsewhere
+      raise DataError(
+        f"{self.path}: is damaged: its directory holds {count} of {expected} members; copy or"
+        " download it again"
+      )
+
   def _open(self) -> zipfile.ZipFile:
     with self._lock:
       if self._file is None:
         try:
           self._file = zipfile.ZipFile(self.path)
-        except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError) as error:
           raise DataError(
             f"{self.path}: is no zip archive, or is damaged or cut short ({first_line(error)});"
             " copy or download it again"
@@ -131,8 +159,7 @@ class ZipArchive(Archive):
   def _read(self, name: str) -> bytes:
     try:
       return self._open().read(self._members[name])
-    # The decompressors raise these of damaged bytes.
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, OSError) as error:
+    except DAMAGE as error:
       raise DataError(
         f"{self.path}/{name}: is damaged ({first_line(error)}); copy the archive again, or leave"
         " the file out"
@@ -246,6 +273,4 @@ def open_file(path: str) -> BinaryIO:
   if place is None:
     return open(path, "rb")
   archive, name = place
-  if name not in archive.sizes:
-    raise FileNotFoundError(2, "not in the archive", path)
   return io.BytesIO(archive.read(name))

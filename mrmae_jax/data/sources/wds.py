@@ -61,6 +61,7 @@ class WdsSource:
     """
     self.left_out = left_out
     self._shards, self._indices = shards, indices
+    self._top = os.path.commonpath([os.path.dirname(shard.archive.path) for shard in shards])
     self._ends = list(itertools.accumulate(len(shard.samples) for shard in shards))
     self.class_names, self.description = classes, description
     self._label_of = {name: label for label, name in enumerate(classes)}
@@ -97,7 +98,7 @@ class WdsSource:
 
   def name(self, index: int) -> str:
     shard, sample = self._find(index)
-    return f"{os.path.basename(shard.archive.path)}/{sample.name}"
+    return f"{os.path.relpath(shard.archive.path, self._top)}/{sample.name}"
 
 
 class _Shard(NamedTuple):
