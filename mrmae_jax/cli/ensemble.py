@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from mrmae_jax import data, pretrained
+from mrmae_jax import pretrained
 from mrmae_jax.cli.features import extract, skip_options
+from mrmae_jax.cli.images import find_images, find_view, open_images
 from mrmae_jax.errors import DataError, UsageError
 from mrmae_jax.runs.paths import atomic_write
 
@@ -23,14 +24,8 @@ def run(options) -> str:
   """
   if len(set(options.models)) < 2:
     raise UsageError("--models needs two or more different ones, separated by commas")
-  source = data.open_source(
-    options.images,
-    "eval",
-    eval_split=options.eval_split,
-    data_dir=options.data_dir,
-    holdout_every=options.holdout_every,
-    quarantine=options.quarantine,
-  )
+  images = find_images(options, options.models, holdout_every=10)
+  source = open_images(options, images, "eval")
   if not source.class_names:
     raise DataError(
       f"{source.description}: no labels to measure by; put each class into a sub-folder of its own"
@@ -78,10 +73,10 @@ def _classify(path: str, model, source, options) -> tuple[np.ndarray, np.ndarray
     model.classify,
     source,
     image_size=model.config["image_size"],
-    crop=options.crop,
     batch_size=options.batch_size,
     channels=len(model.network.mean),
     loader=skip_options(options),
+    **find_view(options, path),
   )
   labels, logits = [], []
   with tqdm(total=len(source), unit="image", desc=path, smoothing=0.05) as progress:

@@ -118,30 +118,49 @@ def comma_list(item: Callable = str, count: tuple[int, ...] = ()) -> Callable[[s
 # Options that several commands have.
 
 
-def _splits(parser: Parser, holdout_every: int) -> None:
-  parser.add_argument("--data_dir", default="", help="where tfds looks for prepared data sets")
+def _splits(parser: Parser, of_run: bool = False) -> None:
+  """Adds the options of how images are split; with `of_run` the model's run says by default."""
+  config = {"data_dir": "", "train_split": "train", "eval_split": "validation", "holdout_every": 10}
+  default = dict.fromkeys(config) if of_run else config
+  as_run = "; default: as the run" if of_run else ""
+  parser.add_argument(
+    "--data_dir", default=default["data_dir"], help="where tfds looks for prepared data sets"
+  )
   parser.add_argument(
     "--train_split",
-    default="train",
-    help="sub-folder or tfds split for training; .: all sub-folders are classes",
+    default=default["train_split"],
+    help=f"sub-folder or tfds split for training; .: all sub-folders are classes{as_run}",
   )
-  parser.add_argument("--eval_split", default="validation", help="the same for evaluation")
+  parser.add_argument("--eval_split", default=default["eval_split"], help="the same for evaluation")
   parser.add_argument(
     "--holdout_every",
     type=integer(0),
-    default=holdout_every,
-    help="images without splits: every k-th is for evaluation, as in a run; 0: none",
+    default=default["holdout_every"],
+    help=f"images without splits: every k-th is for evaluation; 0: none{as_run}",
   )
 
 
-def _quarantine(parser: Parser) -> None:
+def _images(parser: Parser, prefix: str = "") -> None:
+  """Adds the options of images that are those of the model's run by default."""
+  parser.add_argument("--images", help=f"{prefix}{IMAGES}; default: those of the run")
+  _splits(parser, of_run=True)
+
+
+def _crop(parser: Parser) -> None:
   parser.add_argument(
-    "--quarantine", default="", help="list of images to leave out, written by mrmae verify"
+    "--crop",
+    type=float,
+    help="central share of the resized image that is encoded; default: as the run, else 0.875",
   )
 
 
-def _bad_images(parser: Parser, max_skipped: float = 0.01) -> None:
-  _quarantine(parser)
+def _bad_images(parser: Parser, max_skipped: float = 0.01, quarantine: str | None = None) -> None:
+  parser.add_argument(
+    "--quarantine",
+    default=quarantine,
+    help="list of images to leave out, written by mrmae verify"
+    + ("; default: as the run" if quarantine is None else ""),
+  )
   parser.add_argument(
     "--on_error",
     choices=("raise", "skip"),
@@ -270,8 +289,7 @@ appears whole or not at all. `mrmae knn` measures what .npz files are worth."""
   parser.add_argument(
     "--untrained", action="store_true", help="fresh weights (seed 0) for the encoder: a baseline"
   )
-  parser.add_argument("--images", required=True, help=IMAGES)
-  _splits(parser, holdout_every=0)
+  _images(parser)
   _bad_images(parser)
   parser.add_argument("--split", choices=("train", "eval"), default="train", help="which images")
   parser.add_argument("--out", required=True, help="the file, .npz or .parquet")
@@ -287,9 +305,7 @@ appears whole or not at all. `mrmae knn` measures what .npz files are worth."""
     default=0,
     help="side of the square images in pixels; 0: as the model was trained; pixels: 32",
   )
-  parser.add_argument(
-    "--crop", type=float, default=0.875, help="central share of the resized image that is encoded"
-  )
+  _crop(parser)
   parser.add_argument("--batch_size", type=integer(1), default=64, help="images at a time")
   parser.add_argument(
     "--dtype",
@@ -355,24 +371,12 @@ order; a file without class names is compared by their number alone."""
     required=True,
     help="workdirs of fine-tuning or weight files, separated by commas",
   )
-  parser.add_argument("--images", required=True, help=f"images with labels: {IMAGES}")
-  parser.add_argument("--data_dir", default="", help="where tfds looks for prepared data sets")
-  parser.add_argument(
-    "--eval_split", default="validation", help="sub-folder or tfds split to measure on"
-  )
-  parser.add_argument(
-    "--holdout_every",
-    type=integer(0),
-    default=10,
-    help="images without such a split: every k-th, as in the runs",
-  )
+  _images(parser, "images with labels: ")
   _bad_images(parser)
   parser.add_argument(
     "--average", choices=("probabilities", "logits"), default="probabilities", help="of what"
   )
-  parser.add_argument(
-    "--crop", type=float, default=0.875, help="central share of the resized image that is encoded"
-  )
+  _crop(parser)
   parser.add_argument("--batch_size", type=integer(1), default=64, help="images at a time")
   parser.add_argument("--out", default="", help="a .json file for the result")
 
@@ -391,14 +395,13 @@ Panels (all that can be drawn; the page says why others cannot):
   cosine          where a run's features, through its mimic head, are the teacher's and where not
   neighbors      the most similar images of the source, by the mean of the patch features"""
   parser.add_argument("--model", required=True, help="workdir, weight file or ViTMAE folder")
+  _images(parser, "an image, a folder, or ")
   parser.add_argument(
-    "--images", help=f"an image, a folder, or {IMAGES}; default: the run's held-out ones"
-  )
-  parser.add_argument(
-    "--split", choices=("train", "eval"), default="train", help="of --images with splits"
+    "--split",
+    choices=("train", "eval"),
+    help="which images; default: the held-out ones of a run, else train",
   )
   _bad_images(parser, max_skipped=1.0)  # a few images are shown
-  parser.add_argument("--data_dir", default="", help="where tfds looks for prepared data sets")
   parser.add_argument(
     "--out", required=True, metavar="DIR", help="folder for index.html and a PNG per panel"
   )
@@ -495,7 +498,7 @@ PNGs and one in six in JPEGs. Exit code: 0 all images are good, 3 some are bad."
   parser.add_argument(
     "--splits", type=comma_list(), default=("train", "eval"), help="which to look at"
   )
-  _splits(parser, holdout_every=10)
+  _splits(parser)
   parser.add_argument(
     "--channels",
     type=integer(1),
@@ -531,8 +534,8 @@ the folder appears whole or not at all."""
   parser.add_argument(
     "--splits", type=comma_list(), default=("train", "eval"), help="which to write"
   )
-  _splits(parser, holdout_every=10)
-  _quarantine(parser)
+  _splits(parser)
+  _bad_images(parser, quarantine="")
   parser.add_argument(
     "--short_side",
     type=integer(0),
