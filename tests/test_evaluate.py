@@ -12,7 +12,8 @@ from PIL import Image
 
 import mrmae_jax
 from mrmae_jax import data
-from mrmae_jax.cli import classifiers, evaluate
+from mrmae_jax.cli import classifiers, evaluate, images
+from mrmae_jax.errors import DataError
 from mrmae_jax.models import ViT
 from mrmae_jax.weights import model_files
 from tests import tiny
@@ -150,7 +151,7 @@ def test_a_part_of_the_classes_is_measured_by_name(models, tmp_path, capsys):
   (tmp_path / "z").symlink_to(models / "photos/validation/z")
   (tmp_path / "y").symlink_to(models / "photos/validation/y")
   words = [f"--models={models}/five.safetensors", f"--images=folder:{tmp_path}"]
-  assert run_command(["evaluate", *words, "--holdout_every=0", f"--out={tmp_path}/out"]) == 0
+  assert run_command(["evaluate", *words, f"--out={tmp_path}/out"]) == 0
   labels, _ = logits_by_name(models, "a")
   _, five = logits_by_name(models, "five")
   source = data.open_source(f"folder:{models}/photos", "eval")
@@ -165,24 +166,22 @@ def test_a_part_of_the_classes_is_measured_by_name(models, tmp_path, capsys):
 
 
 def test_the_images_are_those_of_the_run_unless_told_otherwise(tmp_path, monkeypatch):
-  stored = tiny.changed(tiny.get_config("vit"), data__holdout_every=7).data.to_dict()
-  monkeypatch.setattr(classifiers, "read_run_data", lambda path: stored)
-  count = lambda command, *words: len(
-    classifiers.open_images(
-      parse_options(command, f"--models={tmp_path}/run", *words),
-      0 if command == "predict" else None,
-    )
-  )
-  out = f"--out={tmp_path}/x.csv"
-  assert count("evaluate") == count("evaluate", "--images=digits") == count("predict", out) == 256
-  assert count("evaluate", "--split=train") == 1797 - 256
-  assert count("evaluate", "--holdout_every=0") == 1797
-  assert count("evaluate", "--holdout_every=3") == 599
-  for i in range(14):
+  stored = tiny.changed(tiny.get_config("vit"), data__holdout_every=7).data
+  monkeypatch.setattr(images, "read_run_data", lambda model: stored)
+  words = lambda *options: parse_options("evaluate", f"--models={tmp_path}/run", *options)
+  count = lambda *options: len(classifiers.open_source(words(*options)))
+  assert count() == count("--images=digits") == 256
+  assert count("--split=train") == 1797 - 256
+  assert count("--holdout_every=0") == 1797
+  assert count("--holdout_every=3") == 599
+  for i in range(14):  # other images: all of them
     (tmp_path / "photos").mkdir(exist_ok=True)
     (tmp_path / f"photos/{i}.png").touch()
-  assert count("evaluate", f"--images=folder:{tmp_path}/photos") == 2
-  assert count("predict", f"--images=folder:{tmp_path}/photos", out) == 14
+  assert count(f"--images=folder:{tmp_path}/photos") == 14
+  stored.holdout_every = 0  # then the run was trained on all that it has
+  with pytest.raises(DataError, match="keeps every image for training"):
+    count()
+  assert count("--holdout_every=0") == 1797
 
 
 @pytest.mark.parametrize(
@@ -195,7 +194,7 @@ def test_the_images_are_those_of_the_run_unless_told_otherwise(tmp_path, monkeyp
     ("nameless", "", 2, "has no names of classes; give --classes=FILE with 3 names"),
     ("nameless", "--classes={models}/a.safetensors", 2, "cannot be read"),
     ("nameless", "--classes={models}/short.txt", 2, "holds 2 names, 1 of them different"),
-    ("a", "--images=folder:{models}/photos/train/x --holdout_every=0", 3, "no labels to measure"),
+    ("a", "--images=folder:{models}/photos/train/x", 3, "no labels to measure"),
     ("a", "--images=", 2, "--images is missing"),
   ],
 )

@@ -10,15 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mrmae_jax import config as config_lib
 from mrmae_jax import data, pretrained
 from mrmae_jax.cli.features import extract, skip_options
+from mrmae_jax.cli.images import find_images, find_view, open_images
 from mrmae_jax.data.sources.base import NothingHeldOut
 from mrmae_jax.data.sources.listing import first_names
-from mrmae_jax.errors import UsageError, WorkdirError
-from mrmae_jax.runs import checkpoint
-
-SPLIT_KEYS = ("train_split", "eval_split", "data_dir", "holdout_every", "labels", "quarantine")
+from mrmae_jax.errors import UsageError
 
 
 class Classifiers(NamedTuple):
@@ -92,45 +89,19 @@ def find_positions(wanted, names) -> np.ndarray:
   return np.array([position[name] for name in wanted], np.int64)
 
 
-def open_images(options, holdout_every: int | None = None) -> data.Source:
-  """Opens the images of --images, or else those of the first model's run.
-
-  What the options do not say of the run's own images is as in the run. Other images have the run's
-  hold-out, because they may be the same ones in another place.
-
-  Args:
-    options: of the command.
-    holdout_every: for --images other than the run's.
+def open_source(options) -> data.Source:
+  """Opens the images of --images, or else those of the models' runs.
 
   Raises:
     UsageError, DataError: there are none, or they cannot be opened.
   """
-  section = config_lib.finetune().data
-  stored = read_run_data(options.models[0])
-  if not options.images and not stored:
-    raise UsageError(
-      f"--images is missing: {options.models[0]} is not a run, which would know its own images"
-    )
-  is_own = options.images in (None, stored.get("source"))
-  kept = SPLIT_KEYS if is_own else ("holdout_every",)
-  section.update({key: stored[key] for key in kept if key in stored})
-  section.source = options.images or stored["source"]
-  if not is_own and holdout_every is not None:
-    section.holdout_every = holdout_every
-  given = {key: getattr(options, key, None) for key in SPLIT_KEYS}
-  section.update({key: value for key, value in given.items() if value is not None})
+  images = find_images(options, options.models)
   try:
-    return data.open_split(section, options.split)
-  except NothingHeldOut:  # all of the images, then
-    return data.open_split(section, "train")
-
-
-def read_run_data(path: str) -> dict[str, Any]:
-  """Returns `config.data` of the run in `path`, {} if it is not a run."""
-  try:
-    return checkpoint.read_config(path).get("data", {})
-  except WorkdirError:
-    return {}
+    return open_images(options, images, options.split)
+  except NothingHeldOut:
+    if options.holdout_every != 0 and not options.images:
+      raise  # the run was trained on all of them
+    return open_images(options, images, "train")
 
 
 def classify(
@@ -143,18 +114,17 @@ def classify(
   Raises:
     DataError: an image cannot be read.
   """
-  crop = options.crop or read_run_data(options.models[0]).get("eval_crop", 0.875)
   streams = [
     extract(
       model.classify,
       source,
       image_size=model.config["image_size"],
-      crop=crop,
       batch_size=options.batch_size,
       channels=len(model.network.mean),
       loader=skip_options(options),
+      **find_view(options, path),
     )
-    for model in classifiers.models.values()
+    for path, model in classifiers.models.items()
   ]
   for batches in zip(*streams):
     names, labels, _ = batches[0]

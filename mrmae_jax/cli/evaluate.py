@@ -62,7 +62,7 @@ def run(options) -> str:
     UsageError, WeightsError, DataError: options, models or images that do not fit.
   """
   classifiers = lib.load_classifiers(options)
-  source = lib.open_images(options)
+  source = lib.open_source(options)
   labels = _find_labels(source, classifiers.class_names)
   print(source.description, flush=True)
   with supervision.supervised(hang_s=0):

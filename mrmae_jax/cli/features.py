@@ -9,6 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mrmae_jax import constants, data, mrmae, pretrained
+from mrmae_jax.cli.images import find_images, find_view, open_images
 from mrmae_jax.errors import UsageError
 from mrmae_jax.runs import supervision
 from mrmae_jax.runs.paths import atomic_write
@@ -38,36 +39,28 @@ def run(options) -> str:
     UsageError, WeightsError, DataError: options, a model or images that do not fit.
   """
   write = find_writer(options.out, WRITERS)
-  source = data.open_source(
-    options.images,
-    options.split,
-    train_split=options.train_split,
-    eval_split=options.eval_split,
-    data_dir=options.data_dir,
-    holdout_every=options.holdout_every,
-    labels=options.labels,
-    quarantine=options.quarantine,
-  )
+  source = open_images(options, find_images(options, [options.model]), options.split)
+  view = find_view(options, options.model)
   encoder = load_encoder(options)
   print(f"{encoder.report}\n{source.description}", flush=True)
   batches = extract(
     encoder.encode,
     source,
     image_size=encoder.image_size,
-    crop=options.crop,
     batch_size=options.batch_size,
     channels=encoder.channels,
     loader=skip_options(options),
+    **view,
   )
   about = {
     "model": options.model,
     "untrained": options.untrained,
     "feature": options.feature,
     "image_size": encoder.image_size,
-    "crop": options.crop,
     "dtype": options.dtype,
     "report": encoder.report,
     "images": source.description,
+    **view,
   }
   out = Path(options.out).expanduser()
   batches, sizes = show_progress(batches, len(source)), []

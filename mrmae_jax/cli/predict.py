@@ -22,7 +22,7 @@ def run(options) -> str:
   """
   write = find_writer(options.out, WRITERS)
   classifiers = lib.load_classifiers(options)
-  source = lib.open_images(options, holdout_every=0)
+  source = lib.open_source(options)
   print(source.description, flush=True)
   batches, sizes = show_progress(_predict(classifiers, source, options), len(source)), []
   with supervision.supervised(hang_s=0):
