@@ -125,11 +125,14 @@ ENCODERS = {
   | TOWER,
 }
 DATA = dict(
-  source=Key(None, "digits, folder:/path/to/images, tfds:NAME or packed:/path"),
+  source=Key(
+    None, "digits, folder:PATH (or .zip, .tar), tfds:NAME, hf:NAME, wds:PATTERN, packed:PATH"
+  ),
   train_split=Key("train", "split of tfds, or sub-folder, to train on; .: the whole folder"),
   eval_split=Key("validation", "split of tfds, or sub-folder, for the evaluators"),
   data_dir=Key("", "where tfds looks for prepared data sets; empty: tfds' default", resume="local"),
   holdout_every=Key(10, "without an eval split, hold out every k-th image; 0: none", HOLDOUT),
+  labels=Key("", "table of a folder's labels, CSV or TSV: file, label", resume="local"),
   crop_scale=Key((0.2, 1.0), "area range of RandomResizedCrop, of the image's area", PART),
   resize=Key("pillow", "bicubic resizing as in the references; cv2: faster, aliased", RESIZE),
   flip=Key(True, "horizontal flips"),
@@ -417,7 +420,8 @@ def start_from(config: ConfigDict, workdir: str) -> None:
     config.update({key: stored[key] for key in ("image_size", "dtype")})
     images = "source train_split eval_split data_dir holdout_every flip eval_crop mean std"
     config.data.update({key: stored["data"][key] for key in images.split()})
-    config.data.quarantine = stored["data"].get("quarantine", "")  # older runs lack the key
+    # Older runs lack these keys.
+    config.data.update({key: stored["data"].get(key, "") for key in ("labels", "quarantine")})
   except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
     raise ConfigError(f"{workdir} is neither a size nor the workdir of a run: {error}") from None
   config.init_from = str(workdir)

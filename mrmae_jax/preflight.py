@@ -20,7 +20,9 @@ from mrmae_jax.train import Task
 # Keys that `data.open_split` reads
 SOURCE = tuple(
   f"data.{key}"
-  for key in ("source", "train_split", "eval_split", "data_dir", "holdout_every", "quarantine")
+  for key in (
+    *("source", "train_split", "eval_split", "data_dir", "holdout_every", "labels", "quarantine"),
+  )
 )
 
 
@@ -90,7 +92,8 @@ def _check_source(config, mistakes: Mistakes) -> None:
   """Opens the splits that the task needs, and compares their classes."""
   if not mistakes.need(
     config.data.source,
-    "config.data.source is not set; use digits, folder:/path/to/images, tfds:name or packed:/path",
+    "config.data.source is not set; use digits, folder:/path/to/images, tfds:name, hf:name, "
+    "wds:/path/*.tar or packed:/path",
   ):
     return
   sources = []

@@ -6,6 +6,7 @@ print(model.report)                        # what was loaded, and what was not
 features = model.encode(images)["pooled"]  # uint8 [B, H, W, 3] of any size -> float32 [B, D]
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from PIL import Image
 
 from mrmae_jax import mrmae
-from mrmae_jax.errors import WeightsError
+from mrmae_jax.data.augment import picture_pixels, with_channels
+from mrmae_jax.errors import DataError, WeightsError
 from mrmae_jax.models import encode, head_attention
 from mrmae_jax.models.layers import layer_norm
 from mrmae_jax.reconstruction import reconstruct
@@ -66,10 +69,93 @@ def load(
   )
 
 
+def as_array(images, channels: int):
+  """Returns a batch of images as an array of numpy or jax; shape, type and range are not checked.
+
+  Args:
+    images: an array of numpy, jax or torch; or a list of such arrays or of Pillow's images, all of
+      one size.
+    channels: number of channels that Pillow's images are converted to.
+
+  Raises:
+    ValueError: it is something else, or of several sizes.
+  """
+  if isinstance(images, (np.ndarray, jax.Array)):
+    return images
+  if isinstance(images, Image.Image):
+    raise ValueError("one Pillow image given; expected a batch: put it into a list, [image]")
+  if hasattr(images, "detach"):  # torch
+    images = images.detach().cpu()
+  elif isinstance(images, (list, tuple)):
+    images = [_list_element(image, channels) for image in images]
+    if len(shapes := dict.fromkeys(np.shape(image) for image in images)) > 1:
+      sizes = ", ".join(map(str, list(shapes)[:3]))
+      raise ValueError(f"images of several shapes given: {sizes}; resize them to one size")
+  try:
+    array = np.asarray(images)
+  except (TypeError, ValueError, RuntimeError) as error:
+    raise ValueError(
+      f"{type(images).__name__} given; expected images as an array ({error})"
+    ) from None
+  if array.dtype.kind in "OSU":
+    raise ValueError(
+      f"{type(images).__name__} given; expected an array [B, H, W, C] or a list of images: open "
+      "files with PIL.Image.open and resize them, or use mrmae features, which reads files"
+    )
+  return array
+
+
+def _list_element(image, channels: int):
+  """Returns an image of a list as an array; what is not an image stays as it is."""
+  if not isinstance(image, Image.Image):
+    return as_array(image, channels) if hasattr(image, "shape") else image
+  try:
+    return with_channels(picture_pixels(image), channels, f"Pillow image of mode {image.mode!r}")
+  except DataError as error:
+    raise ValueError(str(error)) from None
+
+
+def _check_shape(shape: tuple[int, ...], patch: int, channels: int) -> None:
+  """Raises ValueError unless a shape is that of a batch of images."""
+  if len(shape) == 4 and shape[3] == channels and all(shape):
+    if not any(side % patch for side in shape[1:3]):
+      return
+  hint = ""
+  if len(shape) == 3:
+    hint = "; of one image make a batch: images[None]"
+  elif len(shape) == 4 and shape[1] == channels != shape[3]:
+    hint = "; put the channels last: images.transpose(0, 2, 3, 1), in torch permute"
+  raise ValueError(
+    f"images of shape {tuple(shape)} given; expected [B, H, W, {channels}] with B > 0, H and W "
+    f"multiples of the token size {patch}{hint}"
+  )
+
+
+def _check_values(images) -> None:
+  """Raises ValueError unless images are uint8, or float in [0, 1]."""
+  if images.dtype == np.uint8:
+    return
+  if not jnp.issubdtype(images.dtype, jnp.floating):
+    raise ValueError(f"images of type {images.dtype} given; expected uint8, or float in [0, 1]")
+  if isinstance(images, jax.core.Tracer):  # inside of a user's jit there are no values
+    return
+  low, high = float(images.min()), float(images.max())
+  if -1e-3 <= low <= high <= 1.001:
+    return
+  hint = "divide by 255 first" if low >= 0 else "give them as they were before normalization"
+  if math.isnan(low + high):
+    hint = "some values are not numbers"
+  raise ValueError(
+    f"float images from {low:g} to {high:g} given; expected [0, 1]: {hint}, the model normalizes "
+    "them itself"
+  )
+
+
 class PretrainedModel:
   """A trained model that takes images and normalizes them itself.
 
-  Images are arrays [B, H, W, C], uint8 in [0, 255] or float in [0, 1]. C is the number of channels
+  Images are arrays [B, H, W, C] of numpy, jax or torch, or a list of images of one size, Pillow's
+  too: uint8 in [0, 255] or float in [0, 1]. C is the number of channels
   in training (3: RGB); H and W are multiples of the token size, `encoder.patch_size`. Learned
   position tables are interpolated for images of another grid than that of training. Every shape is
   compiled once.
@@ -237,24 +323,9 @@ class PretrainedModel:
   def _prepare(self, images):
     """Checks images; returns the parameters for their grid, and the images."""
     patch, channels = self.network.encoder.patch_size, len(self.network.mean)
-    if (
-      images.ndim != 4
-      or images.shape[3] != channels
-      or not len(images)
-      or any(n % patch or not n for n in images.shape[1:3])
-    ):
-      raise ValueError(
-        f"images of shape {tuple(images.shape)} given; expected [B, H, W, {channels}] with B > 0, "
-        f"H and W multiples of the token size {patch}"
-      )
-    if not (images.dtype == np.uint8 or jnp.issubdtype(images.dtype, jnp.floating)):
-      raise ValueError(f"images of type {images.dtype} given; expected uint8, or float in [0, 1]")
-    is_float_array = isinstance(images, np.ndarray) and images.dtype != np.uint8
-    if is_float_array and not -1e-3 <= images.min() <= images.max() <= 1.001:
-      raise ValueError(
-        f"float images from {images.min():g} to {images.max():g} given; expected [0, 1]: divide by "
-        "255 first, the model normalizes them itself"
-      )
+    images = as_array(images, channels)
+    _check_shape(images.shape, patch, channels)
+    _check_values(images)
     grid = (images.shape[1] // patch, images.shape[2] // patch)
     if grid not in self._params:
       self._params[grid] = jax.device_put(model_files.params_at(self.network, grid))

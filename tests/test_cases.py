@@ -5,6 +5,8 @@ import json
 import os
 import pathlib
 import re
+import shutil
+import zlib
 from pathlib import Path
 
 import jax
@@ -19,10 +21,11 @@ import mrmae_jax
 from mrmae_jax import config as config_lib
 from mrmae_jax import mrmae, preflight, sharding, teachers
 from mrmae_jax.cli import doctor
+from mrmae_jax.cli.images import find_images, find_view
 from mrmae_jax.cli.subject import read_all
 from mrmae_jax.data import LoaderOptions, augment, open_source
 from mrmae_jax.data.sources.splits import split_kind
-from mrmae_jax.errors import DataError, WeightsError, WorkdirError
+from mrmae_jax.errors import DataError, UsageError, WeightsError, WorkdirError
 from mrmae_jax.pretrained import PretrainedModel
 from mrmae_jax.runs.checkpoint import Checkpoints
 from mrmae_jax.runs.run import make_evaluators
@@ -30,7 +33,7 @@ from mrmae_jax.tasks import finetune, pretrain, probe
 from mrmae_jax.train import TrainState
 from mrmae_jax.weights import families, model_files, networks, tower_params, towers
 from tests import tiny
-from tests.helpers.cli import run_command
+from tests.helpers.cli import parse_options, run_command
 from tests.helpers.runs import finished_run
 
 FORMS = {".jfif": "JPEG", ".jpe": "JPEG", ".dib": "BMP", ".pgm": "PPM", ".j2k": "JPEG2000"}
@@ -41,7 +44,8 @@ def pictures(root, *names):
   for name in names:
     for path in [root / name / f"{i}.png" for i in range(3)] if name[-1] == "/" else [root / name]:
       path.parent.mkdir(parents=True, exist_ok=True)
-      noise = np.random.default_rng(len(str(path))).integers(0, 256, (8, 8, 3), np.uint8)
+      seed = zlib.crc32(str(path.relative_to(root)).encode())
+      noise = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)
       picture = Image.fromarray(noise)
       picture = picture.convert("L") if path.suffix == ".pgm" else picture
       picture.save(path, FORMS.get(path.suffix))
@@ -623,3 +627,83 @@ def test_runs_older_than_the_keys_of_towers_resume():
   assert not config_lib.identity(config).keys() & {f"encoder.{x}" for x in config_lib.TOWER}
   changed = tiny.changed(config, encoder__layer_scale=True)
   assert config_lib.identity(changed)["encoder.layer_scale"] is True
+
+
+# The images of a run, for the commands that look at it.
+
+
+@pytest.fixture(scope="module")
+def run_of_photos(tmp_path_factory):
+  """The workdir of a run that holds out every third of six photographs, and their folder."""
+  root = tmp_path_factory.mktemp("run_of_photos")
+  pictures(root / "photos", "cats/", "dogs/")
+  source = {"source": f"folder:{root}/photos", "holdout_every": 3, "eval_crop": 1.0}
+  finished_run(root / "run", "vit", **{f"data__{key}": value for key, value in source.items()})
+  return root
+
+
+def images_of(*words):
+  """Returns what a command reads: (images, how they are shown)."""
+  options = parse_options(*words)
+  models = options.models if options.command == "evaluate" else [options.model]
+  return find_images(options, models), find_view(options, models[0])
+
+
+def test_a_command_reads_the_images_of_its_run_as_the_run_does(run_of_photos):
+  run, photos = run_of_photos / "run", run_of_photos / "photos"
+  moved = run_of_photos / "moved"
+  shutil.copytree(photos, moved)
+  (run_of_photos / "link").symlink_to(photos)
+  for name in ("", "photos", "link", "moved"):
+    words = [f"--images=folder:{run_of_photos}/{name}"] if name else []
+    images, view = images_of("features", f"--model={run}", "--out=x.npz", *words)
+    assert (images.holdout_every, view["crop"]) == (3, 1.0), name
+    assert images.source == f"folder:{run_of_photos}/{name or 'photos'}"
+  options = ["--holdout_every=2", "--crop=0.5", "--quarantine=list.json"]
+  images, view = images_of("features", f"--model={run}", "--out=x.npz", *options)
+  assert (images.holdout_every, images.quarantine, view["crop"]) == (2, "list.json", 0.5)
+  # Of other images nothing is known but how the model was trained to see them.
+  pictures(run_of_photos, "others/a/", "others/b/")
+  other = f"--images=folder:{run_of_photos}/others"
+  images, view = images_of("features", f"--model={run}", "--out=x.npz", other)
+  assert (images.holdout_every, view["crop"]) == (0, 1.0)
+  images, view = images_of("features", "--model=pixels", "--out=x.npz", other)
+  assert (images.holdout_every, view["crop"]) == (0, 0.875)
+
+
+def test_runs_that_hold_out_other_images_are_not_compared(run_of_photos, tmp_path):
+  shutil.copytree(run_of_photos / "run", tmp_path / "other")
+  config = json.loads((tmp_path / "other/config.json").read_text())
+  config["data"]["holdout_every"] = 2
+  (tmp_path / "other/config.json").write_text(json.dumps(config))
+  words = ["evaluate", f"--models={run_of_photos}/run,{tmp_path}/other"]
+  with pytest.raises(
+    UsageError, match="config.data.holdout_every is 3 in .*, 2 in .*; choose with"
+  ):
+    images_of(*words)
+  assert images_of(*words, "--holdout_every=2")[0].holdout_every == 2
+  with pytest.raises(UsageError, match="--images is missing: pixels is not a run"):
+    images_of("features", "--model=pixels", "--out=x.npz")
+
+
+def test_neighbors_do_not_know_the_answers(run_of_photos, tmp_path, capsys):
+  photos = f"--images=folder:{run_of_photos}/photos"
+  command = ["features", "--model=pixels", "--image_size=8", photos]
+  files = {
+    "all": [],
+    "train": ["--holdout_every=3"],
+    "eval": ["--holdout_every=3", "--split=eval"],
+    "copies": ["--images=folder:" + str(run_of_photos / "copies")],
+  }
+  shutil.copytree(run_of_photos / "photos", run_of_photos / "copies")
+  for name, options in files.items():
+    assert run_command([*command, *options, f"--out={tmp_path}/{name}.npz"]) == 0
+  measure = ["knn", f"--eval={tmp_path}/eval.npz", f"--out={tmp_path}/x.json", "--blr=", "--shots="]
+  capsys.readouterr()
+  assert run_command([*measure, f"--train={tmp_path}/all.npz"]) == 2
+  error = capsys.readouterr().err
+  assert "2 of the 2 images of --eval are in --train too" in error and "cats/2.png" in error
+  assert run_command([*measure, f"--train={tmp_path}/train.npz"]) == 0
+  assert "warning" not in capsys.readouterr().out
+  assert run_command([*measure, f"--train={tmp_path}/copies.npz"]) == 0
+  assert "warning: 2 images to measure on have exactly the features" in capsys.readouterr().out

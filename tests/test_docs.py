@@ -27,6 +27,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 import textwrap
 from pathlib import Path
 from typing import NamedTuple
@@ -83,7 +84,8 @@ SHORTER = [
   (r"--config=(finetune|probe):base", f"{CONVVIT} {DIGITS}", 0),
   (r"^mrmae (finetune|probe) --config=(finetune|probe):", RUN, 0),
   (r"^mrmae finetune --config=finetune:", "--config.mix.groups=1", 0),
-  (r"^mrmae ensemble", "--images=digits --holdout_every=5", 0),
+  (r"^mrmae (evaluate|predict)", "--images=digits --holdout_every=5", 0),
+  (r"source=hf:", "", 2),  # no network here
   (r"^mrmae sweep .*mimic_weight", "--config.epochs=0.2 --config.optim.warmup_epochs=0.1", 0),
   (
     r"^mrmae teacher",
@@ -383,6 +385,10 @@ class Place:
     (path / ".venv" / "bin" / "activate").touch()
     (path / "shorter.json").write_text(json.dumps(SHORTER))
     images(path / "photos", 40, (90, 70))
+    (path / "shards").mkdir()
+    with tarfile.open(path / "shards/train-0.tar", "w") as shard:
+      for photo in (path / "photos").rglob("*.png"):
+        shard.add(photo, photo.name)
     for split, count in (("train", 200), ("test", 40)):
       images(path / "cifar" / split, count, (32, 32), classes=10)
     for i in range(24):
@@ -401,9 +407,11 @@ class Place:
       "FEW": "/tmp/few",
       "CIFAR": "/tmp/cifar",
       "HOST0:8476": "localhost:28476",
+      "FINETUNED": "/tmp/mrmae_demo_finetuned",
       "FINETUNED_1": "/tmp/mrmae_demo_finetuned",
       "FINETUNED_2": "/tmp/dir0",  # the first DIR of the page
       "/path/to/imagenet": "/tmp/photos",
+      "/path/to/shards": "/tmp/shards",
       "/path/to/bands": "/tmp/multispectral",
       "/shared": "/tmp",
       "mae_pretrain_vit_base.pth": "mae_pretrain_vit_base.safetensors",

@@ -2,6 +2,7 @@
 
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow.parquet as pq
@@ -66,6 +67,23 @@ def test_any_size_and_type(paths):
         np.testing.assert_allclose(model.encode(same)["tokens"], features["tokens"], atol=1e-5)
 
 
+def test_lists_and_arrays_of_every_library_are_taken(paths):
+  model = mrmae_jax.load(paths["vit"])
+  images = np.random.default_rng(0).integers(0, 256, (2, 12, 20, 3), np.uint8)
+  pixels = (images / 255).astype(np.float32)
+  expected = model.encode(images)["pooled"]
+  pictures = [Image.fromarray(image) for image in images]
+  for same in (list(images), tuple(map(jnp.asarray, images)), pictures, pixels.tolist()):
+    np.testing.assert_allclose(model.encode(same)["pooled"], expected, atol=1e-5)
+  gray = Image.fromarray(images[0, :, :, 0])
+  np.testing.assert_allclose(
+    model.encode([gray])["pooled"],
+    model.encode(np.repeat(images[:1, :, :, :1], 3, axis=3))["pooled"],
+    atol=1e-5,
+  )
+  assert jax.jit(lambda x: model.encode(x)["pooled"])(pixels).shape == expected.shape
+
+
 def test_images_are_normalised_with_what_the_file_says(paths):
   student = model_files.read_model(paths["vit"])
   model, images = (
@@ -115,11 +133,26 @@ def test_a_fine_tuned_vit(paths):
     (np.zeros((0, 8, 8, 3), np.uint8), "B > 0"),
     (np.zeros((1, 8, 8, 3), np.int32), "expected uint8, or float"),
     (np.full((1, 8, 8, 3), 200.0), "divide by 255 first"),
+    (jnp.full((1, 8, 8, 3), 200.0), "divide by 255 first"),
+    ([np.full((8, 8, 3), 200.0)], "divide by 255 first"),
+    (jnp.full((1, 8, 8, 3), -1.0), "before normalization"),
+    (jnp.full((1, 8, 8, 3), jnp.nan), "some values are not numbers"),
+    (jnp.zeros((1, 8, 8, 3), jnp.int32), "expected uint8, or float"),
+    (np.zeros((1, 8, 8, 3), np.uint8).tolist(), "expected uint8, or float"),
+    (np.zeros((1, 3, 8, 8), np.float32), "put the channels last"),
+    (np.zeros((8, 8, 3), np.uint8), r"of one image make a batch: images\[None\]"),
+    (Image.new("RGB", (8, 8)), r"put it into a list, \[image\]"),
+    ([Image.new("RGB", (8, 8)), Image.new("RGB", (8, 16))], "resize them to one size"),
+    ([Image.new("I", (8, 8))], "no defined range"),
+    ("photo.jpg", "open files with PIL.Image.open"),
+    (["a.jpg", "b.jpg"], "open files with PIL.Image.open"),
+    (None, "NoneType given; expected an array"),
   ],
 )
 def test_what_is_no_batch_of_images(paths, images, message):
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(ValueError, match=message) as caught:
     mrmae_jax.load(paths["convvit"]).encode(images)
+  assert "\n" not in str(caught.value)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mrmae_jax import constants, data, mrmae, pretrained
+from mrmae_jax.cli.images import find_images, find_view, open_images
 from mrmae_jax.errors import UsageError
 from mrmae_jax.runs import supervision
 from mrmae_jax.runs.paths import atomic_write
@@ -37,41 +38,34 @@ def run(options) -> str:
   Raises:
     UsageError, WeightsError, DataError: options, a model or images that do not fit.
   """
-  write = find_writer(options.out)
-  source = data.open_source(
-    options.images,
-    options.split,
-    train_split=options.train_split,
-    eval_split=options.eval_split,
-    data_dir=options.data_dir,
-    holdout_every=options.holdout_every,
-    quarantine=options.quarantine,
-  )
+  write = find_writer(options.out, WRITERS)
+  source = open_images(options, find_images(options, [options.model]), options.split)
+  view = find_view(options, options.model)
   encoder = load_encoder(options)
   print(f"{encoder.report}\n{source.description}", flush=True)
   batches = extract(
     encoder.encode,
     source,
     image_size=encoder.image_size,
-    crop=options.crop,
     batch_size=options.batch_size,
     channels=encoder.channels,
     loader=skip_options(options),
+    **view,
   )
   about = {
     "model": options.model,
     "untrained": options.untrained,
     "feature": options.feature,
     "image_size": encoder.image_size,
-    "crop": options.crop,
     "dtype": options.dtype,
     "report": encoder.report,
     "images": source.description,
+    **view,
   }
   out = Path(options.out).expanduser()
   batches, sizes = show_progress(batches, len(source)), []
   with supervision.supervised(hang_s=0), atomic_write(out) as temporary:
-    write(temporary, _count_rows(batches, sizes), source.class_names, about)
+    write(temporary, count_rows(batches, sizes), source.class_names, about)
   height, width = encoder.image_size
   return (
     f"wrote {options.out}: {options.feature} features of {sum(sizes)} images at {height}x{width}"
@@ -83,31 +77,31 @@ def skip_options(options) -> data.LoaderOptions:
   return data.LoaderOptions(on_error=options.on_error, max_skipped=options.max_skipped)
 
 
-def _count_rows(batches, sizes: list[int]):
+def count_rows(batches, sizes: list[int]):
   """Yields the batches, and appends their numbers of images to `sizes`."""
   for batch in batches:
     sizes.append(len(batch[0]))
     yield batch
 
 
-def find_writer(out: str) -> Callable:
-  """Returns the function that writes a file of this suffix.
+def find_writer(out: str, writers: dict[str, Callable]) -> Callable:
+  """Returns the one of `writers` that writes a file of this suffix.
 
   Raises:
     UsageError: no such format, or its library is missing.
   """
   suffix = Path(out).suffix
-  if suffix not in WRITERS:
-    raise UsageError(f"--out={out} must end in {' or '.join(WRITERS)}")
+  if suffix not in writers:
+    raise UsageError(f"--out={out} must end in {' or '.join(writers)}")
   if suffix == ".parquet":
     try:
       import pyarrow  # noqa: F401  (said before hours of work)
     except ImportError:
       raise UsageError(
         "a .parquet file needs pyarrow; install the parquet extra "
-        "(pip install mrmae_jax[parquet]) or write .npz"
+        f"(pip install mrmae_jax[parquet]) or write {next(iter(writers))}"
       ) from None
-  return WRITERS[suffix]
+  return writers[suffix]
 
 
 def load_encoder(options) -> Encoder:

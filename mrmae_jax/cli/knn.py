@@ -12,9 +12,9 @@ from mrmae_jax.evals import knn
 from mrmae_jax.runs.paths import atomic_write
 from mrmae_jax.tasks import probe
 
-COLUMNS = ("features", "labels", "class_names", "about")
+COLUMNS = ("features", "labels", "names", "class_names", "about")
 # What must be equal in both files.
-SAME = ("model", "untrained", "feature", "image_size", "crop")
+SAME = ("model", "untrained", "feature", "image_size", "crop", "exif")
 
 
 def run(options) -> str:
@@ -25,6 +25,7 @@ def run(options) -> str:
   """
   train, held_out = read_features(options.train), read_features(options.eval)
   _check_alike(train, held_out)
+  _check_apart(train, held_out)
   if options.blr and len(train["features"]) < options.batch_size:
     raise UsageError(
       f"--batch_size={options.batch_size} is more than the {len(train['features'])} training "
@@ -37,6 +38,11 @@ def run(options) -> str:
     f"{len(train['labels'])} training images, {len(held_out['labels'])} to measure on, "
     f"{len(train['class_names'])} classes, {train['features'].shape[1]} features"
   )
+  if copies := count_copies(train["features"], held_out["features"]):
+    lines.append(
+      f"warning: {copies} images to measure on have exactly the features of a training image: "
+      "copies under other names, whose label the bank knows"
+    )
   if options.k:
     result["knn"] = _knn(train, held_out, options, lines)
   if options.shots:
@@ -52,7 +58,7 @@ def read_features(path: str) -> dict:
   """Reads a file of `mrmae features`.
 
   Returns:
-    features [N, D], labels [N], class_names (tuple), about (dict), by name.
+    features [N, D], labels [N], names [N], class_names (tuple), about (dict), by name.
 
   Raises:
     UsageError: no such file, another file, or images without labels.
@@ -88,6 +94,23 @@ def _check_alike(train: dict, held_out: dict) -> None:
     different.append(f"classes {names[0]} and {names[1]}")
   if different:
     raise UsageError(f"--train and --eval were not made alike: {'; '.join(different)}")
+
+
+def _check_apart(train: dict, held_out: dict) -> None:
+  """Raises UsageError if images to measure on are among the training images."""
+  common = np.intersect1d(train["names"], held_out["names"])
+  if len(common):
+    raise UsageError(
+      f"{len(common)} of the {len(held_out['names'])} images of --eval are in --train too, the "
+      f"first is {common[0]}: the neighbors would know their labels. Compute both files with the "
+      "same --holdout_every (of 2 or more) or splits, one with --split=train, one with --split=eval"
+    )
+
+
+def count_copies(train: np.ndarray, held_out: np.ndarray) -> int:
+  """Returns how many rows of `held_out` [N, D] are rows of `train` [M, D], bit for bit."""
+  rows = {hash(row.tobytes()) for row in train}
+  return sum(hash(row.tobytes()) in rows for row in held_out)
 
 
 def _knn(train: dict, held_out: dict, options, lines: list[str]) -> dict:

@@ -10,7 +10,7 @@ from mrmae_jax.data.sources.packed import count_packed, verify_packed
 from mrmae_jax.errors import UsageError
 
 SPLITS = ("train", "eval")
-SOURCE_OPTIONS = ("train_split", "eval_split", "data_dir", "holdout_every")
+SOURCE_OPTIONS = ("train_split", "eval_split", "data_dir", "holdout_every", "labels")
 
 
 def run(options) -> str:

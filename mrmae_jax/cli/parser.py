@@ -9,7 +9,7 @@ from typing import Callable, NoReturn
 
 from mrmae_jax.errors import UsageError
 
-IMAGES = "folder:/path, digits, tfds:NAME or packed:/path"
+IMAGES = "folder:/path (or a .zip or .tar), digits, tfds:NAME, hf:NAME, wds:PATTERN, packed:/path"
 PANELS = ("reconstruction", "ratios", "focused", "attention", "pca", "cosine", "neighbors")
 # The training commands, and the tasks that they train.
 TASKS = {
@@ -26,7 +26,8 @@ COMMANDS = {
   "doctor": "would this run start, how long would it take, and are its settings sound?",
   "features": "features of images to a file",
   "knn": "k-NN, few-shot and linear accuracy of such files",
-  "ensemble": "accuracy of several fine-tuned models together",
+  "evaluate": "accuracy of a fine-tuned model, or of several as one, in all and per class",
+  "predict": "the class of each image, by a fine-tuned model or by several as one",
   "visualize": "reconstructions, attention, features of a model, as pictures and a page",
   "report": "one page about a run or several: curves, throughput, pictures",
   "convert": "weights in the names of ConvMAE, timm or Hugging Face",
@@ -119,30 +120,56 @@ def comma_list(item: Callable = str, count: tuple[int, ...] = ()) -> Callable[[s
 # Options that several commands have.
 
 
-def _splits(parser: Parser, holdout_every: int) -> None:
-  parser.add_argument("--data_dir", default="", help="where tfds looks for prepared data sets")
+def _splits(parser: Parser, of_run: bool = False) -> None:
+  """Adds the options of how images are split; with `of_run` the model's run says by default."""
+  config = {"data_dir": "", "train_split": "train", "eval_split": "validation", "holdout_every": 10}
+  config |= {"labels": ""}
+  default = dict.fromkeys(config) if of_run else config
+  as_run = "; default: as the run" if of_run else ""
+  parser.add_argument(
+    "--data_dir", default=default["data_dir"], help="where tfds looks for prepared data sets"
+  )
   parser.add_argument(
     "--train_split",
-    default="train",
-    help="sub-folder or tfds split for training; .: all sub-folders are classes",
+    default=default["train_split"],
+    help=f"sub-folder or tfds split for training; .: all sub-folders are classes{as_run}",
   )
-  parser.add_argument("--eval_split", default="validation", help="the same for evaluation")
+  parser.add_argument("--eval_split", default=default["eval_split"], help="the same for evaluation")
   parser.add_argument(
     "--holdout_every",
     type=integer(0),
-    default=holdout_every,
-    help="images without splits: every k-th is for evaluation, as in a run; 0: none",
+    default=default["holdout_every"],
+    help=f"images without splits: every k-th is for evaluation; 0: none{as_run}",
   )
-
-
-def _quarantine(parser: Parser) -> None:
   parser.add_argument(
-    "--quarantine", default="", help="list of images to leave out, written by mrmae verify"
+    "--labels",
+    default=default["labels"],
+    metavar="FILE",
+    help=f"table of the labels of a folder, CSV or TSV: file, label{as_run}",
   )
 
 
-def _bad_images(parser: Parser, max_skipped: float = 0.01) -> None:
-  _quarantine(parser)
+def _images(parser: Parser, prefix: str = "") -> None:
+  """Adds the options of images that are those of the model's run by default."""
+  parser.add_argument("--images", help=f"{prefix}{IMAGES}; default: those of the run")
+  _splits(parser, of_run=True)
+
+
+def _crop(parser: Parser) -> None:
+  parser.add_argument(
+    "--crop",
+    type=float,
+    help="central share of the resized image that is encoded; default: as the run, else 0.875",
+  )
+
+
+def _bad_images(parser: Parser, max_skipped: float = 0.01, quarantine: str | None = None) -> None:
+  parser.add_argument(
+    "--quarantine",
+    default=quarantine,
+    help="list of images to leave out, written by mrmae verify"
+    + ("; default: as the run" if quarantine is None else ""),
+  )
   parser.add_argument(
     "--on_error",
     choices=("raise", "skip"),
@@ -279,8 +306,7 @@ appears whole or not at all. `mrmae knn` measures what .npz files are worth."""
   parser.add_argument(
     "--untrained", action="store_true", help="fresh weights (seed 0) for the encoder: a baseline"
   )
-  parser.add_argument("--images", required=True, help=IMAGES)
-  _splits(parser, holdout_every=0)
+  _images(parser)
   _bad_images(parser)
   parser.add_argument("--split", choices=("train", "eval"), default="train", help="which images")
   parser.add_argument("--out", required=True, help="the file, .npz or .parquet")
@@ -296,9 +322,7 @@ appears whole or not at all. `mrmae knn` measures what .npz files are worth."""
     default=0,
     help="side of the square images in pixels; 0: as the model was trained; pixels: 32",
   )
-  parser.add_argument(
-    "--crop", type=float, default=0.875, help="central share of the resized image that is encoded"
-  )
+  _crop(parser)
   parser.add_argument("--batch_size", type=integer(1), default=64, help="images at a time")
   parser.add_argument(
     "--dtype",
@@ -353,38 +377,58 @@ published protocol, with random crops and LARS, is `mrmae probe`."""
   )
 
 
-def _ensemble(parser: Parser) -> None:
-  parser.epilog = """\
-  mrmae ensemble --models=RUN1,RUN2 --images=folder:/my/photos
-
-Each model sees the images at its own size. Its classes must be those of the images, in the same
-order; a file without class names is compared by their number alone."""
+def _classifiers(parser: Parser, prefix: str) -> None:
+  """Adds the options that `evaluate` and `predict` share; `prefix` says which images they take."""
   parser.add_argument(
     "--models",
     type=comma_list(),
     required=True,
-    help="workdirs of fine-tuning or weight files, separated by commas",
+    help="workdirs of fine-tuning or weight files, separated by commas: several count as one",
   )
-  parser.add_argument("--images", required=True, help=f"images with labels: {IMAGES}")
-  parser.add_argument("--data_dir", default="", help="where tfds looks for prepared data sets")
+  _images(parser, prefix)
   parser.add_argument(
-    "--eval_split", default="validation", help="sub-folder or tfds split to measure on"
-  )
-  parser.add_argument(
-    "--holdout_every",
-    type=integer(0),
-    default=10,
-    help="images without such a split: every k-th, as in the runs",
+    "--split", choices=("train", "eval"), default="eval", help="which, of images with splits"
   )
   _bad_images(parser)
   parser.add_argument(
-    "--average", choices=("probabilities", "logits"), default="probabilities", help="of what"
+    "--classes",
+    default="",
+    metavar="FILE",
+    help="for weight files without names: the names of the classes, one per line in their order",
   )
   parser.add_argument(
-    "--crop", type=float, default=0.875, help="central share of the resized image that is encoded"
+    "--average",
+    choices=("probabilities", "logits"),
+    default="probabilities",
+    help="of several models",
   )
+  _crop(parser)
   parser.add_argument("--batch_size", type=integer(1), default=64, help="images at a time")
-  parser.add_argument("--out", default="", help="a .json file for the result")
+  _heads(parser, decoder=False)
+
+
+def _evaluate(parser: Parser) -> None:
+  parser.epilog = """\
+  mrmae evaluate --models=RUN                                       # the run's held-out images
+  mrmae evaluate --models=RUN1,RUN2 --images=folder:/my/photos --out=DIR
+
+Classes are compared by name, whatever their order: those of the images must be among those of the
+model, and several models must have the same. Each model sees the images at its own size. Of images
+that are not those of the runs and have no splits all are measured. DIR gets result.json,
+classes.csv (of each class: images, accuracy, precision), confusion.csv and confusion.png (rows: the
+true class); of several models these tables are the ensemble's."""
+  _classifiers(parser, "images with labels: ")
+  parser.add_argument("--out", default="", metavar="DIR", help="a folder for the tables")
+
+
+def _predict(parser: Parser) -> None:
+  parser.epilog = """\
+  mrmae predict --models=RUN --images=folder:/my/photos --out=classes.csv
+
+The file holds the columns name, class and probability, a row for each image in order. It appears
+whole or not at all. The images need no labels."""
+  _classifiers(parser, "")
+  parser.add_argument("--out", required=True, help="the file, .csv or .parquet")
 
 
 def _visualize(parser: Parser) -> None:
@@ -401,14 +445,13 @@ Panels (all that can be drawn; the page says why others cannot):
   cosine          where a run's features, through its mimic head, are the teacher's and where not
   neighbors      the most similar images of the source, by the mean of the patch features"""
   parser.add_argument("--model", required=True, help="workdir, weight file or ViTMAE folder")
+  _images(parser, "an image, a folder, or ")
   parser.add_argument(
-    "--images", help=f"an image, a folder, or {IMAGES}; default: the run's held-out ones"
-  )
-  parser.add_argument(
-    "--split", choices=("train", "eval"), default="train", help="of --images with splits"
+    "--split",
+    choices=("train", "eval"),
+    help="which images; default: the held-out ones of a run, else train",
   )
   _bad_images(parser, max_skipped=1.0)  # a few images are shown
-  parser.add_argument("--data_dir", default="", help="where tfds looks for prepared data sets")
   parser.add_argument(
     "--out", required=True, metavar="DIR", help="folder for index.html and a PNG per panel"
   )
@@ -541,7 +584,7 @@ PNGs and one in six in JPEGs. Exit code: 0 all images are good, 3 some are bad."
   parser.add_argument(
     "--splits", type=comma_list(), default=("train", "eval"), help="which to look at"
   )
-  _splits(parser, holdout_every=10)
+  _splits(parser)
   parser.add_argument(
     "--channels",
     type=integer(1),
@@ -577,8 +620,8 @@ the folder appears whole or not at all."""
   parser.add_argument(
     "--splits", type=comma_list(), default=("train", "eval"), help="which to write"
   )
-  _splits(parser, holdout_every=10)
-  _quarantine(parser)
+  _splits(parser)
+  _bad_images(parser, quarantine="")
   parser.add_argument(
     "--short_side",
     type=integer(0),
@@ -737,7 +780,8 @@ _ADD_OPTIONS = {
   "doctor": _doctor,
   "features": _features,
   "knn": _knn,
-  "ensemble": _ensemble,
+  "evaluate": _evaluate,
+  "predict": _predict,
   "visualize": _visualize,
   "report": _report,
   "convert": _convert,

@@ -12,6 +12,8 @@ from mrmae_jax import config as config_lib
 from mrmae_jax import data, pretrained
 from mrmae_jax.cli import show_teacher
 from mrmae_jax.cli.features import skip_options
+from mrmae_jax.cli.images import find_images, open_images
+from mrmae_jax.data.sources import archive
 from mrmae_jax.data.sources.folder import FolderSource
 from mrmae_jax.errors import UsageError, WeightsError, WorkdirError
 from mrmae_jax.evals.reconstruct import bands_shown
@@ -100,7 +102,7 @@ def open_subject(options, needs_teacher: bool) -> Subject:
   except WorkdirError:  # the model is not a run
     run_config = {}
   size = choose_image_size(options.image_size, model)
-  source = _open_source(options, run_config)
+  source = _open_source(options)
   indices = spaced_indices(len(source), options.count)
   shape = (*size, len(model.network.mean))
   indices, images = read_all(source, indices, shape, skip_options(options))
@@ -192,27 +194,18 @@ def choose_image_size(image_size: tuple[int, ...], model) -> tuple[int, int]:
   return tuple(size)
 
 
-def _open_source(options, run_config: dict[str, Any]):
-  """Opens the images of the options, or else those of the run."""
-  if not options.images:
-    if "data" not in run_config:
-      raise UsageError(
-        f"--images is missing: {options.model} is not a run, which would know its own images"
-      )
-    run_data = ConfigDict(run_config["data"])
-    run_data.quarantine = options.quarantine or run_data.quarantine
-    return data.open_split(run_data, "eval" if run_data.holdout_every else "train")
-  path = Path(options.images).expanduser()
-  if path.is_file():
-    return FolderSource(str(path.parent.absolute()), [path.name], (), f"{path}: one image")
-  spec = f"folder:{path}" if path.is_dir() else options.images
-  return data.open_source(
-    spec,
-    options.split,
-    data_dir=options.data_dir,
-    holdout_every=0,
-    quarantine=options.quarantine,
-  )
+def _open_source(options):
+  """Opens the images of the options, or else those of the run: of these the held-out ones."""
+  if options.images:
+    path = Path(options.images).expanduser()
+    if path.is_file() and path.suffix.lower() not in archive.SUFFIXES:
+      return FolderSource(str(path.parent.absolute()), [path.name], f"{path}: one image")
+    if path.exists():
+      options.images = f"folder:{path}"
+  images = find_images(options, [options.model])
+  if options.split or not images.holdout_every:
+    return open_images(options, images, options.split or "train")
+  return open_images(options, images, "eval")
 
 
 def _make_config(options, model, size: tuple[int, int], run_config: dict[str, Any]) -> ConfigDict:

@@ -6,6 +6,7 @@ only when it is complete, record included, so a run that is killed while saving 
 one. Restoring verifies every array, because orbax itself restores a flipped bit silently.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -303,6 +304,16 @@ def read_config(workdir: str | Path) -> dict[str, Any]:
   if not isinstance(config, dict):
     raise WorkdirError(f"{path} holds no run: expected the keys of a configuration")
   return config
+
+
+def read_identity(workdir: str | Path) -> dict[str, Any]:
+  """Returns the identity of the run in `workdir`, see `Checkpoints`; {} if no record is intact."""
+  directory = open_folder(workdir) / "checkpoints"
+  with _open_manager(directory, ocp.PyTreeCheckpointHandler(), create=False) as manager:
+    for step in sorted(manager.all_steps(), reverse=True):
+      with contextlib.suppress(_DamagedError):
+        return _read_record(manager, step)["identity"]
+  return {}
 
 
 class Stored(NamedTuple):

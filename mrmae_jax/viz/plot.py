@@ -1,4 +1,4 @@
-"""Draws curves with matplotlib, as a file or as the text of an SVG."""
+"""Draws curves and confusion matrices with matplotlib, as a file or as the text of an SVG."""
 
 import io
 import itertools
@@ -23,6 +23,7 @@ COLORS = (  # readable on white and on black
   "#7a7a7a",
 )
 LINE_STYLES = ("-", "--", ":", "-.")
+MAX_NAMES, MAX_COUNTS = 60, 20  # classes of a confusion matrix with names, with numbers
 MAX_MARKERS = 24  # a curve with more points is a line alone
 INK = "#333333"
 # Browsers read this inside an <img>, too: text and axes are light where the page is dark.
@@ -85,6 +86,38 @@ def line_plot(
     with atomic_write(path) as tmp:
       tmp.write_bytes(content)
   return content
+
+
+def confusion_plot(counts: np.ndarray, names: Sequence[str], path: str | Path) -> None:
+  """Draws a confusion matrix as a .png; colors are shares of the true class.
+
+  Up to MAX_COUNTS classes have their counts in the cells, up to MAX_NAMES their names beside.
+
+  Args:
+    counts: int [C, C], images by true class (rows) and predicted class.
+    names: of the classes.
+    path: file to write.
+  """
+  size = len(counts)
+  side = min(max(3.6, 0.34 * size), 12.0)  # inches
+  figure = Figure(figsize=(side + 1.6, side + 1.0), layout="constrained", facecolor="white")
+  axes = figure.add_subplot()
+  shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+  picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+  figure.colorbar(picture, shrink=0.7, label="share of the true class")
+  axes.set_xlabel("predicted class", color=INK)
+  axes.set_ylabel("true class", color=INK)
+  axes.tick_params(colors=INK)
+  if size <= MAX_NAMES:
+    labels = [name if len(name) <= 20 else f"{name[:19]}\u2026" for name in names]
+    axes.set_xticks(range(size), labels, rotation=90, parse_math=False)
+    axes.set_yticks(range(size), labels, parse_math=False)
+  if size <= MAX_COUNTS:
+    for i, j in zip(*np.nonzero(counts)):
+      color = "white" if shares[i, j] > 0.5 else INK
+      axes.text(j, i, counts[i, j], ha="center", va="center", fontsize=7, color=color)
+  with atomic_write(path) as tmp:
+    tmp.write_bytes(_render(figure, "png", transparent=False))
 
 
 def _draw_lines(axes, series, log_y: bool) -> dict:

@@ -4,6 +4,7 @@ import json
 
 import jax.numpy as jnp
 
+from mrmae_jax import data
 from mrmae_jax.runs.checkpoint import Checkpoints
 from mrmae_jax.tasks import pretrain
 from mrmae_jax.train import TrainState
@@ -58,7 +59,8 @@ def finished_run(workdir, encoder="convvit", **values):
   config = tiny.changed(tiny.get_config(encoder), teacher__path="", **values)
   model = pretrain.make_model(config, {})
   params = random_params(model, tuple(config.image_size), seed=3)
-  saving = Checkpoints(workdir, {})
+  images = data.open_split(config.data, "train").fingerprint
+  saving = Checkpoints(workdir, {"train images": images})
   saving.save(7, TrainState(jnp.int32(7), params, (), (jnp.zeros(3),), jnp.float32(0)))
   saving.close()
   (workdir / "config.json").write_text(config.to_json())

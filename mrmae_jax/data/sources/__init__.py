@@ -15,6 +15,8 @@ __all__ = ["Source", "check_same_classes", "open_source", "open_split"]
 KINDS = {  # kind -> how it is written
   "digits": "digits",
   "folder": "folder:/path/to/images",
+  "wds": "wds:/path/{000..123}.tar",
+  "hf": "hf:name[:config] or hf:/path",
   "tfds": "tfds:name[/config][:version]",
   "packed": "packed:/path",
 }
@@ -22,6 +24,7 @@ PACKAGES = {  # kind -> the packages that it needs beside numpy and Pillow
   "digits": "scikit-learn",
   "tfds": "tensorflow-datasets array_record importlib_resources",
   "packed": "array_record",
+  "hf": "'mrmae_jax[hf]'",
 }
 
 
@@ -34,6 +37,7 @@ def open_split(config, split: str) -> Source:
     eval_split=config.eval_split,
     data_dir=config.data_dir,
     holdout_every=config.holdout_every,
+    labels=config.get("labels", ""),  # runs of earlier versions lack the key
     quarantine=config.quarantine,
   )
 
@@ -46,13 +50,13 @@ def open_source(
   eval_split: str = "test",
   data_dir: str = "",
   holdout_every: int = 10,
+  labels: str = "",
   quarantine: str = "",
 ) -> Source:
   """Opens one split of a dataset.
 
   Args:
-    spec: `digits`, `folder:/path`, `tfds:name[/config][:version]`, or `packed:/path`, the output
-      of `mrmae pack`, which fixed its splits.
+    spec: how the dataset is written, see KINDS. The path of a folder may be that of a .zip or .tar.
     split: "train" or "eval".
     train_split: sub-folder or tfds split (slicing allowed) behind "train". A folder dataset may
       spell it in another way, see `splits.split_kind`; "." makes the folder one tree of classes.
@@ -62,6 +66,7 @@ def open_source(
       (the one with dataset_info.json), on disk or gs://; "" is tfds' default.
     holdout_every: where the data has no splits, every k-th image (index % k == k - 1 in sorted
       order) is "eval" and the rest "train"; 0 trains on everything.
+    labels: of a folder: a table of labels, see `labels.read_labels`; "" if sub-folders are classes.
     quarantine: a file that lists images to be left out, see `FilteredSource`. The split of the
       other images does not depend on it. "" for none.
 
@@ -79,6 +84,11 @@ def open_source(
   if kind not in KINDS or bool(address) != (":" in KINDS[kind]):
     *others, last = map(repr, KINDS.values())
     raise DataError(f"dataset {spec!r} given; expected {', '.join(others)} or {last}")
+  if labels and kind != "folder":
+    raise DataError(
+      f"labels={labels!r} given; a table of labels is for folders and archives (folder:/path),"
+      f" {spec!r} has its own"
+    )
   try:
     module = importlib.import_module(f"{__name__}.{kind}")
   except ImportError as error:
@@ -86,6 +96,6 @@ def open_source(
       f"dataset {spec!r} needs packages that are not installed ({error}); run `pip install"
       f" {PACKAGES[kind]}`"
     ) from error
-  rules = SplitRules(train_split, eval_split, data_dir, holdout_every)
+  rules = SplitRules(train_split, eval_split, data_dir, holdout_every, labels)
   source = module.make_source(address, split, rules)
   return FilteredSource(source, split, quarantine) if quarantine else source

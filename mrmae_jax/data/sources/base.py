@@ -46,6 +46,10 @@ class Source(Protocol):
     ...
 
 
+class NothingHeldOut(DataError):
+  """There is no evaluation split, and no image is held out."""
+
+
 class SplitRules(NamedTuple):
   """How a dataset is divided into "train" and "eval"; see `open_source`."""
 
@@ -53,6 +57,7 @@ class SplitRules(NamedTuple):
   eval_split: str
   data_dir: str
   holdout_every: int
+  labels: str = ""
 
 
 def describe_classes(class_names: tuple[str, ...]) -> str:
@@ -72,7 +77,7 @@ def hold_out(count: int, split: str, every: int, description: str) -> np.ndarray
   """Returns the indices (int64, sorted) of `split` among `count` images without splits."""
   if not every:
     if split == "eval":
-      raise DataError(
+      raise NothingHeldOut(
         f"{description} has no evaluation split and holdout_every=0 keeps every image for training;"
         " set holdout_every=10, say, or add an evaluation split"
       )

@@ -1,12 +1,22 @@
-"""Image files in a folder: photographs, and .npy files of any number of channels."""
+"""Image files in a folder or an archive: photographs, and .npy files of any number of channels."""
 
+import functools
 import hashlib
+import io
 import math
 import os
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from mrmae_jax.data.sources.archive import (
+  COMPRESSED,
+  SUFFIXES,
+  is_file,
+  open_archive,
+  split_archive,
+)
 from mrmae_jax.data.sources.base import (
   SplitRules,
   describe_classes,
@@ -14,7 +24,14 @@ from mrmae_jax.data.sources.base import (
   hold_out,
   holdout_note,
 )
-from mrmae_jax.data.sources.listing import ARRAY_SUFFIX, Listing, first_names, list_images
+from mrmae_jax.data.sources.labels import TINY_IMAGENET, read_labels, sort_classes
+from mrmae_jax.data.sources.listing import (
+  ARRAY_SUFFIX,
+  Listing,
+  first_names,
+  is_folder,
+  list_images,
+)
 from mrmae_jax.data.sources.splits import find_splits
 from mrmae_jax.errors import DataError
 
@@ -22,7 +39,7 @@ MAX_ARRAY_BYTES = 512 * 2**20  # of pixels in a .npy file, as many as the larges
 
 
 class FolderSource:
-  """Image files under one directory, read when they are asked for.
+  """Image files under one directory or in an archive, read when they are asked for.
 
   The examples of .npy files hold pixels, those of other files encoded bytes.
   """
@@ -31,43 +48,48 @@ class FolderSource:
     self,
     root: str,
     paths: list[str],
-    class_names: tuple[str, ...],
     description: str,
+    *,
+    classes: tuple[str, ...] = (),
+    labels: Sequence[str] = (),
     left_out: str = "",
   ):
     """Describes the files without reading them.
 
     Args:
-      root: directory.
-      paths: of the files, relative to `root`; if there are classes, each starts with one.
-      class_names: the classes, or ().
+      root: directory, archive, or directory in an archive.
+      paths: of the files, relative to `root`.
       description: one line for the log.
+      classes: names of the classes, or ().
+      labels: the class of each file, if there are classes.
       left_out: what of `root` is not among `paths` and not held out, a part of the description.
     """
     self._root = root
     self._paths = paths
-    label_of = {name: label for label, name in enumerate(class_names)}
-    self._labels = np.array(
-      [label_of.get(path.split(os.sep, 1)[0], -1) for path in paths], np.int32
-    )
-    self.class_names = class_names
+    self._archive, self._inner = split_archive(root) or (None, "")
+    label_of = {name: label for label, name in enumerate(classes)}
+    names = labels if classes else [""] * len(paths)
+    self._labels = np.array([label_of.get(name, -1) for name in names], np.int32)
+    in_names = all(map(str.__eq__, names, map(_first_folder, paths)))
+    self._label_digest = "" if not classes or in_names else _digest(labels)
+    self.class_names = classes
     self.description = description
     self.left_out = left_out
 
   @property
   def fingerprint(self) -> str:
-    names = "\0".join(self._paths).encode(errors="surrogateescape")
-    digest = hashlib.sha256(names).hexdigest()[:12]
-    return f"{len(self._paths)} files, names {digest}"
+    labels = f", labels {self._label_digest}" if self._label_digest else ""
+    return f"{len(self._paths)} files, names {_digest(self._paths)}{labels}"
 
   def __len__(self) -> int:
     return len(self._paths)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
     path = os.path.join(self._root, self._paths[index])
-    read = _read_array if path.lower().endswith(ARRAY_SUFFIX) else _read_bytes
     try:
-      image = read(path)
+      with self._open(self._paths[index]) as file:
+        is_array = path.lower().endswith(ARRAY_SUFFIX)
+        image = _read_array(file, path) if is_array else file.read()
     except OSError as error:
       raise DataError(
         f"{path}: cannot be read ({error.strerror}); it was there when the folder was listed,"
@@ -75,67 +97,124 @@ class FolderSource:
       ) from error
     return {"image": image, "label": int(self._labels[index]), "name": path}
 
+  def _open(self, path: str) -> BinaryIO:
+    if self._archive is None:
+      return open(os.path.join(self._root, path), "rb")
+    return io.BytesIO(self._archive.read(os.path.join(self._inner, path)))
+
   def name(self, index: int) -> str:
     return self._paths[index]
 
 
+class _Images(NamedTuple):
+  """The images of a split before any are held out.
+
+  Attributes:
+    root: directory.
+    listing: of it.
+    labels: the class of each image, "" for none.
+    classes: all of these in order; () if there are images without a class, or less than two.
+    problem: why there are no classes, "" if nothing looks like some.
+  """
+
+  root: str
+  listing: Listing
+  labels: list[str]
+  classes: tuple[str, ...]
+  problem: str
+
+
 def make_source(address: str, split: str, rules: SplitRules) -> FolderSource:
-  """Applies the split rules of `open_source` to one directory."""
-  splits = find_splits(_check_root(address, rules), rules)
-  train = list_images(splits.train_root)
-  class_names = _class_names(train.paths)
+  """Applies the split rules of `open_source` to one directory or archive."""
+  root = _check_root(address, rules)
+  splits = find_splits(root, rules)
+  train = _find_images(splits.train_root, root, rules)
+  classes = train.classes
   if splits.eval_root is None:
-    indices = hold_out(len(train.paths), split, rules.holdout_every, f"folder:{splits.train_root}")
-    paths = [train.paths[i] for i in indices]
+    count = len(train.labels)
+    kept = hold_out(count, split, rules.holdout_every, f"folder:{splits.train_root}")
     note = holdout_note(split, rules.holdout_every)
-    return _make_source(
-      splits.train_root, paths, class_names, train, _no_labels(train.paths), note, splits.note
-    )
+    return _make_source(train, classes, train.problem, note, splits.note, kept=kept)
   if split == "train":
-    return _make_source(
-      splits.train_root, train.paths, class_names, train, _no_labels(train.paths), splits.note
-    )
-  evaluation = list_images(splits.eval_root)
+    return _make_source(train, classes, train.problem, splits.note)
+  evaluation = _find_images(splits.eval_root, root, rules)
   problem, note = "", ""
-  if not class_names:
+  if not classes:
     problem = "the training images have none"
-  elif problem := _unknown_classes(evaluation.paths, class_names, splits.train_root):
-    class_names = ()
-  else:
-    folders = set(map(_first_folder, evaluation.paths))
-    if missing := [name for name in class_names if name not in folders]:
-      note = f"no images of {len(missing)} of its classes: {first_names(missing)}"
-  return _make_source(
-    splits.eval_root, evaluation.paths, class_names, evaluation, problem, note, splits.note
+  elif problem := _unknown_classes(evaluation, classes, splits.train_root):
+    classes = ()
+  elif missing := set(classes) - set(evaluation.labels):
+    note = f"no images of {len(missing)} of its classes: {first_names(missing)}"
+  return _make_source(evaluation, classes, problem, note, splits.note)
+
+
+def _make_source(images: _Images, classes, problem: str, *notes: str, kept=None) -> FolderSource:
+  """Returns a source of images.
+
+  Args:
+    images: of the split.
+    classes: names of the classes, or ().
+    problem: why there are no classes.
+    *notes: parts of the description.
+    kept: indices of the images that are not held out; None for all.
+  """
+  listing, indices = images.listing, range(len(images.labels)) if kept is None else kept
+  described = describe_classes(classes) + (f" ({problem})" if problem and not classes else "")
+  left_out = f"left out: {listing.left_out}" if listing.left_out else ""
+  head = f"folder:{images.root}: {len(indices)} images, {described}"
+  return FolderSource(
+    images.root,
+    [listing.paths[i] for i in indices],
+    "; ".join(filter(None, (head, *notes, left_out))),
+    classes=classes,
+    labels=[images.labels[i] for i in indices],
+    left_out=left_out,
   )
 
 
-def _make_source(
-  root: str, paths: list[str], class_names, listing: Listing, problem: str, *notes: str
-) -> FolderSource:
-  """Returns a source of `paths` below `root`.
+def _find_images(folder: str, root: str, rules: SplitRules) -> _Images:
+  """Lists the images of a split, the directory `folder` of the dataset `root`, and their labels.
 
-  Args:
-    root, paths, class_names: as in `FolderSource`.
-    listing: of `root`.
-    problem: why there are no classes.
-    *notes: parts of the description.
+  Raises:
+    DataError: as in `list_images` and `read_labels`; or the table has labels for some of the
+      images alone.
   """
-  classes = describe_classes(class_names) + (f" ({problem})" if problem and not class_names else "")
-  left_out = f"left out: {listing.left_out}" if listing.left_out else ""
-  head = f"folder:{root}: {len(paths)} images, {classes}"
-  description = "; ".join(filter(None, (head, *notes, left_out)))
-  return FolderSource(root, paths, class_names, description, left_out)
+  listing, table = list_images(folder), rules.labels
+  tiny = os.path.join(folder, TINY_IMAGENET)
+  if not table and is_file(tiny):
+    table, root = tiny, folder
+  if not table:
+    labels = list(map(_first_folder, listing.paths))
+    classes = tuple(sorted(set(labels))) if _are_classes(labels) else ()
+    return _Images(folder, listing, labels, classes, _no_labels(listing.paths))
+  below = os.path.relpath(folder, root)
+  in_root = [os.path.normpath(os.path.join(below, path)) for path in listing.paths]
+  table = os.path.abspath(os.path.expanduser(table))
+  modified = os.stat(table).st_mtime_ns if os.path.isfile(table) else 0
+  label_of = _table_labels(table, root, modified)
+  labels = [label_of[path] for path in in_root]
+  unlabelled = [path for path, label in zip(in_root, labels) if not label]
+  if 0 < len(unlabelled) < len(labels):
+    raise DataError(
+      f"labels {table}: has no row for {len(unlabelled)} of the {len(labels)} images of {folder}:"
+      f" {first_names(unlabelled)}; add their labels, or move them out of the dataset"
+    )
+  classes = sort_classes(labels) if _are_classes(labels) else ()
+  problem = f"no image is in {table}" if unlabelled else f"all are {labels[0]!r} in {table}"
+  return _Images(folder, listing, labels, classes, "" if classes else problem)
 
 
-def _class_names(paths: list[str]) -> tuple[str, ...]:
-  """Returns the classes of a tree.
+@functools.lru_cache(maxsize=4)  # a run asks half a dozen times
+def _table_labels(table: str, root: str, modified: int) -> dict[str, str]:
+  """Returns {path: label, "" for none} of all images below `root` by a table."""
+  del modified  # a table that was written anew is another one
+  paths = list_images(root).paths
+  return dict(zip(paths, read_labels(table, paths)))
 
-  They are the first-level directories that hold images, provided that every image lies in one and
-  that there are at least two; otherwise the images have no labels.
-  """
-  names = tuple(sorted(set(map(_first_folder, paths))))
-  return names if len(names) > 1 and "" not in names else ()
+
+def _are_classes(labels: list[str]) -> bool:
+  """Returns whether every image has a class, of which there are at least two."""
+  return "" not in labels and len(set(labels)) > 1
 
 
 def _no_labels(paths: list[str]) -> str:
@@ -151,19 +230,24 @@ def _no_labels(paths: list[str]) -> str:
   return f"{first_names(loose)} {verb} outside of the folders {names}"
 
 
-def _unknown_classes(paths: list[str], class_names: tuple[str, ...], train_root: str) -> str:
-  """Returns which folders of evaluation images are no class of the training images, or ""."""
-  folders = set(map(_first_folder, paths))
-  unknown = folders - set(class_names)
+def _unknown_classes(images: _Images, classes: tuple[str, ...], train_root: str) -> str:
+  """Returns which labels of evaluation images are no class of the training images, or ""."""
+  unknown = set(images.labels) - set(classes)
   if not unknown:
     return ""
   if "" in unknown:
-    count = sum(not _first_folder(path) for path in paths)
-    return f"{count} lie outside of class folders as {first_names(class_names)} of {train_root} are"
+    if images.problem:
+      return images.problem
+    count = images.labels.count("")
+    return f"{count} lie outside of class folders as {first_names(classes)} of {train_root} are"
   return (
     f"{first_names(unknown)} {'is' if len(unknown) == 1 else 'are'} not among the classes of"
-    f" {train_root}: {first_names(class_names)}"
+    f" {train_root}: {first_names(classes)}"
   )
+
+
+def _digest(names: Iterable[str]) -> str:
+  return hashlib.sha256("\0".join(names).encode(errors="surrogateescape")).hexdigest()[:12]
 
 
 def _first_folder(path: str) -> str:
@@ -172,7 +256,7 @@ def _first_folder(path: str) -> str:
 
 
 def _check_root(address: str, rules: SplitRules) -> str:
-  """Returns the absolute path of an existing directory."""
+  """Returns the absolute path of an existing directory or archive."""
   if "://" in address:
     raise DataError(
       f"folder:{address}: a folder of images must be on a disk; from a bucket prepared datasets are"
@@ -180,21 +264,18 @@ def _check_root(address: str, rules: SplitRules) -> str:
       " say)"
     )
   root = os.path.abspath(os.path.expanduser(address))
-  if not os.path.isdir(root):
+  if os.path.isfile(root) and root.lower().endswith((*SUFFIXES, *COMPRESSED)):
+    open_archive(root)
+  elif not is_folder(root):
     state = "is a file" if os.path.exists(root) else "does not exist"
     raise DataError(
-      f"folder:{root}: {state}; expected a directory of images, or one with the sub-folders"
-      f" {rules.train_split!r} and {rules.eval_split!r}"
+      f"folder:{root}: {state}; expected a directory of images, a .zip or .tar, or one of these"
+      f" with the sub-folders {rules.train_split!r} and {rules.eval_split!r}"
     )
   return root
 
 
-def _read_bytes(path: str) -> bytes:
-  with open(path, "rb") as file:
-    return file.read()
-
-
-def _read_array(path: str) -> np.ndarray:
+def _read_array(file: BinaryIO, path: str) -> np.ndarray:
   """Reads the image in a .npy file, uint8 [H, W, C]; an array [H, W] is one channel.
 
   No pickle is read, and no memory taken for pixels before the header is known.
@@ -203,34 +284,33 @@ def _read_array(path: str) -> np.ndarray:
     DataError: the array is not an image, is larger than MAX_ARRAY_BYTES, or is damaged.
     OSError: the file cannot be read.
   """
-  with open(path, "rb") as file:
-    try:
-      version = np.lib.format.read_magic(file)
-      header = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-      }[version]
-      shape, _, dtype = header(file)
-    except OSError:
-      raise
-    # numpy parses the header as Python, and hostile text raises errors of any type there.
-    except Exception as error:
-      raise DataError(
-        f"{path}: not an array ({first_line(error)}); write it with numpy.save, or remove it"
-      ) from error
-    if dtype != np.uint8 or len(shape) not in (2, 3) or min(shape) < 1:
-      raise DataError(
-        f"{path}: holds {dtype} of shape {shape}; expected uint8 [H, W, C], or [H, W] of one"
-        " channel; bring it to 0..255 and this order"
-      )
-    if math.prod(shape) > MAX_ARRAY_BYTES:
-      raise DataError(
-        f"{path}: its header claims the shape {shape}, at most {MAX_ARRAY_BYTES:,} values are read;"
-        " cut it into parts"
-      )
-    file.seek(0)
-    try:
-      image = np.load(file, allow_pickle=False)
-    except ValueError as error:
-      raise DataError(f"{path}: is damaged ({first_line(error)}); replace or remove it") from error
+  try:
+    version = np.lib.format.read_magic(file)
+    header = {
+      (1, 0): np.lib.format.read_array_header_1_0,
+      (2, 0): np.lib.format.read_array_header_2_0,
+    }[version]
+    shape, _, dtype = header(file)
+  except OSError:
+    raise
+  # numpy parses the header as Python, and hostile text raises errors of any type there.
+  except Exception as error:
+    raise DataError(
+      f"{path}: not an array ({first_line(error)}); write it with numpy.save, or remove it"
+    ) from error
+  if dtype != np.uint8 or len(shape) not in (2, 3) or min(shape) < 1:
+    raise DataError(
+      f"{path}: holds {dtype} of shape {shape}; expected uint8 [H, W, C], or [H, W] of one"
+      " channel; bring it to 0..255 and this order"
+    )
+  if math.prod(shape) > MAX_ARRAY_BYTES:
+    raise DataError(
+      f"{path}: its header claims the shape {shape}, at most {MAX_ARRAY_BYTES:,} values are read;"
+      " cut it into parts"
+    )
+  file.seek(0)
+  try:
+    image = np.load(file, allow_pickle=False)
+  except ValueError as error:
+    raise DataError(f"{path}: is damaged ({first_line(error)}); replace or remove it") from error
   return image.reshape(*shape[:2], -1)

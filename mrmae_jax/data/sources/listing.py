@@ -1,4 +1,4 @@
-"""Lists the images of a folder, and counts the files that are left out."""
+"""Lists the images of a folder or an archive, and counts the files that are left out."""
 
 import collections
 import functools
@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from PIL import features
 
+from mrmae_jax.data.sources.archive import COMPRESSED, SUFFIXES, Entry, split_archive
 from mrmae_jax.errors import DataError
 
 ARRAY_SUFFIX = ".npy"
@@ -78,7 +79,9 @@ def list_images(root: str) -> Listing:
   Raises:
     DataError: there are no images, or a folder cannot be listed.
   """
-  paths, other_suffixes = [], collections.Counter()
+  paths, other_suffixes, place = [], collections.Counter(), split_archive(root)
+  if place and place[0].num_links:
+    other_suffixes["links"] = place[0].num_links
   for relative, files in _walk(root):
     for name in files:
       if _is_image(name):
@@ -86,10 +89,12 @@ def list_images(root: str) -> Listing:
       else:
         other_suffixes[os.path.splitext(name)[1].lower() or "no suffix"] += 1
   if not paths:
-    others = describe_suffixes(other_suffixes)
+    others, advice = describe_suffixes(other_suffixes), "point at the images or convert them"
+    if other_suffixes.keys() & {*SUFFIXES, *COMPRESSED, ".gz"}:
+      advice = "archives are read one by one (folder:/path/x.tar); unpack those inside of others"
     raise DataError(
       f"folder:{root}: no images; looked for {', '.join(IMAGE_SUFFIXES)} at any depth, found"
-      f" {others or 'no files'}; point at the images or convert them"
+      f" {others or 'no files'}; {advice}"
     )
   paths.sort()
   with_images = {path.split(os.sep, 1)[0] for path in paths}
@@ -102,9 +107,21 @@ def has_images(root: str) -> bool:
   return any(_is_image(name) for _, files in _walk(root) for name in files)
 
 
+def is_folder(path: str) -> bool:
+  """Returns whether a path is that of a folder, on disk or in an archive, or of an archive."""
+  if place := split_archive(path):
+    archive, folder = place
+    return archive.has_folder(folder)
+  return os.path.isdir(path)
+
+
 def subfolders(root: str) -> list[str]:
   """Returns the sorted names of the folders in a folder, without those of file managers."""
-  return sorted(entry.name for entry in _scan(root) if _is_folder(entry))
+  return sorted(
+    entry.name
+    for entry in _scan(root)
+    if entry.is_folder and not SYSTEM_FOLDERS.fullmatch(entry.name.lower())
+  )
 
 
 def loose_images(root: str) -> list[str]:
@@ -116,16 +133,15 @@ def loose_images(root: str) -> list[str]:
   )
 
 
-def _scan(root: str) -> list[os.DirEntry]:
+def _scan(root: str) -> list[Entry]:
+  if place := split_archive(root):
+    archive, folder = place
+    return archive.scan(folder)
   try:
     with os.scandir(root) as entries:
-      return list(entries)
+      return [Entry(entry.name, entry.is_dir()) for entry in entries]
   except OSError as error:
     _refuse(error)
-
-
-def _is_folder(entry: os.DirEntry) -> bool:
-  return not SYSTEM_FOLDERS.fullmatch(entry.name.lower()) and entry.is_dir()
 
 
 def _is_image(name: str) -> bool:
@@ -134,6 +150,9 @@ def _is_image(name: str) -> bool:
 
 def _walk(root: str) -> Iterator[tuple[str, list[str]]]:
   """Yields (relative path, "" for the root itself; file names) of each folder below `root`."""
+  if split_archive(root):
+    yield from _walk_archive(root, "")
+    return
   visited = set()
   for directory, subdirectories, files in os.walk(root, followlinks=True, onerror=_refuse):
     real = os.path.realpath(directory)
@@ -149,6 +168,14 @@ def _walk(root: str) -> Iterator[tuple[str, list[str]]]:
       "" if relative == "." else relative,
       [name for name in files if not SYSTEM_FILES.fullmatch(name.lower())],
     )
+
+
+def _walk_archive(root: str, folder: str) -> Iterator[tuple[str, list[str]]]:
+  """Does as `_walk` below a folder of an archive; `folder` is relative to `root`."""
+  files = [entry.name for entry in _scan(os.path.join(root, folder)) if not entry.is_folder]
+  yield folder, [name for name in files if not SYSTEM_FILES.fullmatch(name.lower())]
+  for name in subfolders(os.path.join(root, folder)):
+    yield from _walk_archive(root, os.path.join(folder, name))
 
 
 def _refuse(error: OSError):

@@ -10,6 +10,7 @@ from mrmae_jax.data.sources.base import SplitRules
 from mrmae_jax.data.sources.listing import (
   first_names,
   has_images,
+  is_folder,
   loose_images,
   subfolders,
 )
@@ -52,11 +53,16 @@ def split_kind(name: str) -> str:
 
   Case, digits and FILLERS do not count: TRAIN, train2017, training_set and seg_train are "train".
   """
-  if not name.isascii():
-    return ""
-  words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)]
-  kinds = [_word_kind(word) for word in words if word not in FILLERS]
+  kinds = split_words(name)
   return kinds[0] if len(kinds) == 1 else ""
+
+
+def split_words(name: str) -> list[str]:
+  """Returns the key of SPELLINGS, or "", for each word of a name that is not among FILLERS."""
+  if not name.isascii():
+    return []
+  words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)]
+  return [_word_kind(word) for word in words if word not in FILLERS]
 
 
 def _word_kind(word: str) -> str:
@@ -124,7 +130,7 @@ def _find_folder(root: str, names: list[str], wanted: str, key: str, kinds) -> s
   is_path = os.path.basename(wanted) != wanted
   if wanted and not is_default and (wanted in names or is_path or not wanted_kind):
     folder = os.path.normpath(wanted)
-    if not os.path.isdir(os.path.join(root, folder)):
+    if not is_folder(os.path.join(root, folder)):
       raise DataError(
         f"folder:{root}: has no sub-folder {wanted!r}, which {key} names; its sub-folders are"
         f" {first_names(names)}"
@@ -177,7 +183,7 @@ def _unwrap(root: str, rules: SplitRules) -> str:
   for _ in range(MAX_DEPTH):
     names = subfolders(folder)
     kinds = set(map(split_kind, names)) - {""}
-    if kinds or os.path.isdir(os.path.join(folder, rules.train_split)):
+    if kinds or is_folder(os.path.join(folder, rules.train_split)):
       # A lone `train` deep below is no reason to read the folder in another way.
       return folder if "train" in kinds and len(kinds) > 1 else root
     with_images = (name for name in names if has_images(os.path.join(folder, name)))
