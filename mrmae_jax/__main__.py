@@ -10,6 +10,7 @@ import sys
 import traceback
 from pathlib import Path
 
+import mrmae_jax
 from mrmae_jax.cli import parser
 from mrmae_jax.errors import DataError, Interrupted, UsageError, UserError
 
@@ -25,6 +26,9 @@ def main(argv: list[str] | None = None) -> int:
   _add_cwd_to_path()
   debug = "--debug" in argv
   try:
+    if argv == ["--version"]:
+      print(f"mrmae_jax {mrmae_jax.__version__}")
+      return 0
     if not argv or HELP.intersection(argv):
       print(_help(argv))
       return 0

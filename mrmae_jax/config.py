@@ -390,10 +390,8 @@ def start_from(config: ConfigDict, workdir: str) -> None:
   Raises:
     ConfigError: the workdir does not hold a run.
   """
-  path = Path(workdir).expanduser() / "config.json"
-  tuples = lambda node: {k: tuple(v) if isinstance(v, list) else v for k, v in node.items()}
   try:
-    stored = json.loads(path.read_text(), object_hook=tuples)
+    stored = _read_json(Path(workdir).expanduser() / "config.json")
     kept = {key: config.encoder[key] for key in ("drop_path", "learned_positions")}
     config.encoder = ConfigDict(stored["encoder"] | kept)
     config.update({key: stored[key] for key in ("image_size", "dtype")})
@@ -403,6 +401,34 @@ def start_from(config: ConfigDict, workdir: str) -> None:
   except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
     raise ConfigError(f"{workdir} is neither a size nor the workdir of a run: {error}") from None
   config.init_from = str(workdir)
+
+
+def read_stored(path: Path) -> ConfigDict:
+  """Returns the configuration in the config.json of a run; keys that it lacks have their defaults.
+
+  Raises:
+    ConfigError: the file is not that of a run.
+  """
+  try:
+    stored = _read_json(path)
+    config = defaults(stored["task"])
+    config.encoder = encoder(stored["encoder"]["name"], "base")
+    for name in stored.get("extra_teachers", ()):
+      config.extra_teachers[name] = teacher()
+    for name in config.evals.keys() - stored["evals"].keys():
+      del config.evals[name]
+    config.update(stored)
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise ConfigError(
+      f"not the configuration of a run ({type(error).__name__}: {error}); expected the config.json "
+      "that a run writes into its workdir"
+    ) from None
+  return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+  tuples = lambda node: {k: tuple(v) if isinstance(v, list) else v for k, v in node.items()}
+  return json.loads(path.read_text(), object_hook=tuples)
 
 
 def parse_arguments(text: str, **defaults) -> ConfigDict:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import zlib
 
@@ -15,7 +16,7 @@ from mrmae_jax.cli.images import find_images, find_view
 from mrmae_jax.cli.subject import read_all
 from mrmae_jax.data import LoaderOptions, augment, open_source
 from mrmae_jax.data.sources.splits import split_kind
-from mrmae_jax.errors import DataError, UsageError
+from mrmae_jax.errors import ConfigError, DataError, UsageError
 from mrmae_jax.runs.run import make_evaluators
 from mrmae_jax.tasks import finetune, pretrain
 from tests import tiny
@@ -158,6 +159,26 @@ def test_every_format_of_the_decoder_is_listed_and_the_rest_counted(tmp_path, ca
   assert f"train: {source.description}\n" in printed.err
 
 
+def test_images_without_an_evaluation_split_are_verified_and_packed(tmp_path, capsys):
+  pictures(tmp_path, "x/0.png", "x/1.png", "x/2.png")
+  words = [f"--source=folder:{tmp_path}/x", "--holdout_every=0"]
+  assert run_command(["verify", *words, "--workers=1"]) == 0
+  printed = capsys.readouterr()
+  assert "all 3 images are good" in printed.out and "eval: none (" in printed.err
+  assert run_command(["pack", *words, f"--out={tmp_path}/packed"]) == 0
+  assert len(open_source(f"packed:{tmp_path}/packed", "train")) == 3
+  assert run_command(["verify", *words, "--splits=eval"]) == 3
+
+
+@pytest.mark.parametrize("every", [0, 10])
+def test_the_advice_about_a_hold_out_can_be_followed(tmp_path, every):
+  pictures(tmp_path, "x/0.png", "x/1.png")
+  with pytest.raises(DataError) as caught:
+    open_source(f"folder:{tmp_path}/x", "eval", holdout_every=every)
+  advice = int(re.search(r"set holdout_every(?:=| to at most )(\d+)", str(caught.value))[1])
+  assert len(open_source(f"folder:{tmp_path}/x", "eval", holdout_every=advice)) == 1
+
+
 # Folders of file managers.
 
 
@@ -205,6 +226,16 @@ def test_pretraining_needs_no_labels_to_measure_on(tmp_path):
   config = tiny.finetune_config("vit", data__source=f"folder:{tmp_path}")
   with pytest.raises(DataError, match="2 lie outside of class folders.*no classes to measure"):
     finetune.make(config)
+
+
+def test_the_best_checkpoint_needs_a_result_that_is_measured(tmp_path):
+  pictures(tmp_path, "train/a/", "train/b/", "val/1.png")
+  with pytest.raises(ConfigError, match="'knn/accuracy' is not among .*: none; .*no k-NN evaluat"):
+    evaluators(tmp_path, keep_best="knn/accuracy")
+  pictures(tmp_path / "good", "train/a/", "train/b/", "val/a/")
+  evaluators(tmp_path / "good", keep_best="knn/accuracy")
+  with pytest.raises(ConfigError, match="'knn/acc' is not among .*: knn/accuracy; name one"):
+    evaluators(tmp_path / "good", keep_best="knn/acc")
 
 
 def test_pretraining_needs_no_images_to_measure_on(tmp_path):

@@ -143,7 +143,7 @@ def test_a_fine_tuned_vit(paths):
     (np.zeros((8, 8, 3), np.uint8), r"of one image make a batch: images\[None\]"),
     (Image.new("RGB", (8, 8)), r"put it into a list, \[image\]"),
     ([Image.new("RGB", (8, 8)), Image.new("RGB", (8, 16))], "resize them to one size"),
-    ([Image.new("I", (8, 8))], "no defined range"),
+    ([Image.new("I", (8, 8))], "no defined range: give"),
     ("photo.jpg", "open files with PIL.Image.open"),
     (["a.jpg", "b.jpg"], "open files with PIL.Image.open"),
     (None, "NoneType given; expected an array"),

@@ -1,5 +1,6 @@
 """Writes the images of any source to a few large files, from which training reads them."""
 
+import sys
 from pathlib import Path
 
 from tqdm import tqdm
@@ -7,7 +8,7 @@ from tqdm import tqdm
 from mrmae_jax import data
 from mrmae_jax.data.pack import write_packed
 from mrmae_jax.data.sources.packed import count_packed, verify_packed
-from mrmae_jax.errors import UsageError
+from mrmae_jax.errors import MissingSplitError, UsageError
 
 SPLITS = ("train", "eval")
 SOURCE_OPTIONS = ("train_split", "eval_split", "data_dir", "holdout_every")
@@ -54,14 +55,24 @@ def run(options) -> str:
 def open_splits(options, quarantine: str = "") -> dict[str, data.Source]:
   """Opens the splits that --splits names, without the images in the file `quarantine`.
 
+  Without --splits a split that the images do not have is left out with a note.
+
   Raises:
     UsageError: --splits names something else.
     DataError: a split cannot be opened.
   """
-  if not options.splits or not set(options.splits) <= set(SPLITS):
+  if not set(options.splits) <= set(SPLITS):
     raise UsageError(f"--splits={','.join(options.splits)} must be train, eval or both")
   rules = {name: getattr(options, name) for name in SOURCE_OPTIONS}
-  return {
-    split: data.open_source(options.source, split, quarantine=quarantine, **rules)
-    for split in options.splits
-  }
+  sources, problem = {}, None
+  for split in options.splits or SPLITS:
+    try:
+      sources[split] = data.open_source(options.source, split, quarantine=quarantine, **rules)
+    except MissingSplitError as error:
+      if options.splits:
+        raise
+      problem = error
+      print(f"{split}: none ({error})", file=sys.stderr, flush=True)
+  if not sources:
+    raise problem
+  return sources

@@ -5,6 +5,7 @@ A command COMMAND is carried out by `run(options)` of the module `mrmae_jax.cli.
 
 import argparse
 import difflib
+import re
 from typing import Callable, NoReturn
 
 from mrmae_jax.errors import UsageError
@@ -55,6 +56,10 @@ class Parser(argparse.ArgumentParser):
       missing = message.split(": ", 1)[1]
       verb = "are" if "," in missing else "is"
       message = f"{missing} {verb} missing"
+    if match := re.match(r"argument (--\S+): ignored explicit argument '(.*)'", message):
+      name, value = match.groups()
+      switch = " or ".join(name.split("/")) + (" or leave it out" if "/" not in name else "")
+      message = f"{name.split('/')[0]}={value} given; it takes no value: give {switch}"
     raise UsageError(f"{message}; see mrmae {command} --help".replace("  ", " "))
 
 
@@ -63,11 +68,13 @@ class UnknownWord(UsageError):
 
   def __init__(self, word: str, command: str, names):
     """Suggests the nearest of the `names` of options."""
-    self.name = word.split("=")[0].lstrip("-")
+    self.name, equals, value = word.lstrip("-").partition("=")
     nearest = [self.name] if self.name in names else difflib.get_close_matches(self.name, names, 1)
-    if self.name.startswith("config."):  # an override that lacks its dashes
-      nearest = [word.lstrip("-")]
-    hint = f"did you mean --{nearest[0]}?" if nearest else f"see mrmae {command} --help"
+    hint = f"see mrmae {command} --help"
+    if self.name in names or self.name.startswith("config."):  # it lacks dashes
+      nearest = [f"{self.name}{equals}{value}"]
+    if nearest:
+      hint = f"did you mean --{nearest[0]}?"
     super().__init__(f"{word!r} is not an option; {hint}")
 
 
@@ -496,7 +503,7 @@ decoder notices damage. Not all damage can be seen: of random changes of one byt
 PNGs and one in six in JPEGs. Exit code: 0 all images are good, 3 some are bad."""
   parser.add_argument("--source", required=True, help=f"images: {IMAGES}")
   parser.add_argument(
-    "--splits", type=comma_list(), default=("train", "eval"), help="which to look at"
+    "--splits", type=comma_list(), default=(), help="train, eval or both; default: those there are"
   )
   _splits(parser)
   parser.add_argument(
@@ -532,7 +539,7 @@ the folder appears whole or not at all."""
     "--verify", help="instead: a packed folder whose checksums are compared", metavar="DIR"
   )
   parser.add_argument(
-    "--splits", type=comma_list(), default=("train", "eval"), help="which to write"
+    "--splits", type=comma_list(), default=(), help="train, eval or both; default: those there are"
   )
   _splits(parser)
   _bad_images(parser, quarantine="")
@@ -713,7 +720,7 @@ def make_parser() -> Parser:
   parser = Parser(
     prog="mrmae",
     description="MR-MAE in JAX: pre-training, and everything people do with such an encoder.",
-    epilog="`mrmae COMMAND --help` lists the options of a command.",
+    epilog="`mrmae COMMAND --help` lists the options of a command, `mrmae --version` the version.",
   )
   commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
   commands.required = True
@@ -734,7 +741,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     SystemExit: help was asked for, and printed.
   """
   if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
-    nearest = difflib.get_close_matches(argv[0], COMMANDS, 1)
+    nearest = difflib.get_close_matches(argv[0], [*COMMANDS, "--version"], 1)
     hint = f"did you mean {nearest[0]}?" if nearest else "mrmae --help lists them"
     raise UsageError(f"{argv[0]!r} is not a command; {hint}")
   _check_names(argv)
@@ -757,7 +764,9 @@ def _check_names(argv: list[str]) -> None:
   }
   for word in argv[1:]:
     name = word.split("=")[0]
-    if name.startswith("--") and name[2:] not in names and not name.startswith("--config."):
+    is_short = re.match("-[A-Za-z]", name) and name != "-h"
+    is_unknown = name.startswith("--") and name[2:] not in names
+    if is_short or is_unknown and not name.startswith("--config."):
       raise UnknownWord(word, argv[0], names)
 
 

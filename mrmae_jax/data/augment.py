@@ -135,15 +135,6 @@ def _decode_opened(picture: Image.Image, data: bytes, strict: bool) -> np.ndarra
     except ValueError:
       if strict:
         raise
-  return picture_pixels(picture)
-
-
-def picture_pixels(picture: Image.Image) -> np.ndarray:
-  """Returns the pixels of a Pillow image as `decode_image` does, uint8 [H, W, 3].
-
-  Raises:
-    ValueError: its mode has no defined range.
-  """
   if picture.mode.startswith("I;16"):
     high_byte = (np.asarray(picture) >> 8).astype(np.uint8)
     return np.repeat(high_byte[:, :, None], 3, axis=2)
