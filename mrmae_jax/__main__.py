@@ -18,11 +18,17 @@ HELP = {"-h", "--help", "--helpfull"}
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Runs a command line (default: sys.argv) and returns the exit code, see errors.py.
+  """Runs a command line and returns the exit code, see errors.py.
+
+  Args:
+    argv: its words, with or without `mrmae` before them; default: sys.argv.
 
   Prints the text that the command returns, or one line per mistake that begins with "error: ".
   """
-  argv = (sys.argv if argv is None else argv)[1:]
+  if argv is None:
+    argv = sys.argv[1:]
+  elif argv[:1] == ["mrmae"]:
+    argv = argv[1:]
   _add_cwd_to_path()
   debug = "--debug" in argv
   try:

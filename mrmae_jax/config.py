@@ -112,7 +112,7 @@ ENCODERS = {
   ),
 }
 DATA = dict(
-  source=Key(None, "digits, folder:/path/to/images, tfds:NAME or packed:/path"),
+  source=Key(None, "digits, folder:/path/to/images, tfds:NAME or packed:/path", resume="local"),
   train_split=Key("train", "split of tfds, or sub-folder, to train on; .: the whole folder"),
   eval_split=Key("validation", "split of tfds, or sub-folder, for the evaluators"),
   data_dir=Key("", "where tfds looks for prepared data sets; empty: tfds' default", resume="local"),
@@ -538,7 +538,8 @@ def shared_values(config: ConfigDict) -> dict[str, Any]:
 def identity(config: ConfigDict) -> dict[str, Any]:
   """Returns what must stay equal when a run resumes, flat, as JSON: all that changes its numbers.
 
-  Teachers and pretrained weights count by their values, which the task names, not by their paths.
+  Teachers and pretrained weights count by their values, which the task names, not by their paths;
+  images by their fingerprint, wherever they lie.
   """
   return _without(config, "local", "free")
 

@@ -1,22 +1,27 @@
 """Folders of images as people have them: split names, suffixes, leftovers of file managers."""
 
+import functools
 import json
 import os
 import re
 import shutil
+import types
 import zlib
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from mrmae_jax import sharding
+from mrmae_jax import sharding, train
 from mrmae_jax.cli import doctor
 from mrmae_jax.cli.images import find_images, find_view
 from mrmae_jax.cli.subject import read_all
-from mrmae_jax.data import LoaderOptions, augment, open_source
+from mrmae_jax.data import LoaderOptions, augment, open_source, open_split
 from mrmae_jax.data.sources.splits import split_kind
-from mrmae_jax.errors import ConfigError, DataError, UsageError
+from mrmae_jax.errors import ConfigError, DataError, UsageError, WorkdirError
+from mrmae_jax.runs.checkpoint import Checkpoints
 from mrmae_jax.runs.run import make_evaluators
 from mrmae_jax.tasks import finetune, pretrain
 from tests import tiny
@@ -269,6 +274,39 @@ def test_images_of_unknown_classes_are_refused_by_finetuning(tmp_path):
   pictures(tmp_path, "train/a/", "train/b/", "val/A/", "val/b/")
   with pytest.raises(DataError, match="A is not among the classes of .*train: a, b.*no classes to"):
     finetune.make(tiny.finetune_config("vit", data__source=f"folder:{tmp_path}"))
+
+
+# Images that moved.
+
+
+def test_a_run_whose_images_moved_is_the_same_run(tmp_path):
+  pictures(tmp_path / "a", "cats/", "dogs/")
+  shutil.copytree(tmp_path / "a", tmp_path / "b")
+  shutil.copytree(tmp_path / "a", tmp_path / "c")
+  pictures(tmp_path / "c", "dogs/more.png")
+  identities = []
+  for name in "abc":
+    config = tiny.finetune_config("vit", data__source=f"folder:{tmp_path / name}")
+    task = types.SimpleNamespace(identity={}, source=functools.partial(open_split, config.data))
+    identities.append(train.identity(config, task))
+  workdir = tmp_path / "run"
+  state = {"x": jnp.zeros(3)}
+  # Older versions noted the folder too.
+  saving = Checkpoints(workdir, identities[0] | {"data.source": f"folder:{tmp_path}/a"})
+  saving.save(1, state, wait=True)
+  saving.close()
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  shapes = {"x": jax.ShapeDtypeStruct((3,), jnp.float32, sharding=place)}
+  for identity in identities[:2]:
+    restoring = Checkpoints(workdir, identity)
+    assert restoring.restore(shapes).step == 1
+    restoring.close()
+  restoring = Checkpoints(workdir, identities[2])
+  with pytest.raises(
+    WorkdirError, match="different run .train images: .* in the checkpoint, .* now"
+  ):
+    restoring.restore(shapes)
+  restoring.close()
 
 
 # Images that cannot be read, in the tools.

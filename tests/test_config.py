@@ -526,8 +526,8 @@ def test_what_a_run_that_resumes_may_change():
   json.dumps(before)  # as it is stored
   assert before["image_size"] == [32, 48] and before["extra_teachers.dino.loss"] == "mse"
   free = (
-    "encoder.remat data.workers data.data_dir data.quarantine data.on_error data.max_skipped "
-    "data.timeout_s optim.accum_steps optim.max_skips log_every eval_every checkpoint_every "
+    "encoder.remat data.source data.workers data.data_dir data.quarantine data.on_error "
+    "data.max_skipped data.timeout_s optim.accum_steps optim.max_skips log_every eval_every checkpoint_every "
     "keep_checkpoints keep_best hang_s wandb mesh.data mesh.fsdp evals.knn.k evals.knn.temperature "
     "evals.knn.batch_size evals.knn.bank evals.reconstruct.images teacher.name teacher.path "
     "extra_teachers.dino.name extra_teachers.dino.path"
@@ -536,6 +536,7 @@ def test_what_a_run_that_resumes_may_change():
   local = {name for name in free.split() if config_lib.find_keys(config)[name].resume == "local"}
   assert local == config_lib.flatten(config).keys() - config_lib.shared_values(config).keys()
   assert local == {name for name in free.split() if name.endswith((".name", ".path"))} | {
+    "data.source",
     "data.workers",
     "data.data_dir",
     "data.quarantine",
