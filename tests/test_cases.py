@@ -341,6 +341,20 @@ def test_pack_leaves_out_what_is_in_quarantine(one_bad):
   assert len(open_source(f"packed:{one_bad}/packed", "train")) == 5
 
 
+def test_pack_leaves_out_what_cannot_be_read(one_bad, capsys):
+  words = [f"--source=folder:{one_bad}/x", "--holdout_every=0", f"--out={one_bad}/packed"]
+  assert run_command(["pack", *words]) == 3
+  assert run_command(["pack", *words, "--on_error=skip"]) == 3
+  assert "max_skipped=0.01 allows 0" in capsys.readouterr().err
+  assert not (one_bad / "packed").exists()
+  words += ["--on_error=skip", "--max_skipped=0.2", "--shards=6"]
+  assert run_command(["pack", *words]) == 0
+  printed = capsys.readouterr()
+  assert "5 images, 1 left out" in printed.out and "cats/1.png" in printed.err
+  source = open_source(f"packed:{one_bad}/packed", "train")
+  assert [source[i]["label"] for i in range(len(source))] == [0, 0, 1, 1, 1]
+
+
 def test_pictures_leave_out_what_cannot_be_read(one_bad):
   source = open_source(f"folder:{one_bad}/x", "train", holdout_every=0)
   skip = LoaderOptions(on_error="skip", max_skipped=1.0)

@@ -527,9 +527,9 @@ def test_what_a_run_that_resumes_may_change():
   assert before["image_size"] == [32, 48] and before["extra_teachers.dino.loss"] == "mse"
   free = (
     "encoder.remat data.source data.workers data.data_dir data.quarantine data.on_error "
-    "data.max_skipped data.timeout_s optim.accum_steps optim.max_skips log_every eval_every checkpoint_every "
-    "keep_checkpoints keep_best hang_s wandb mesh.data mesh.fsdp evals.knn.k evals.knn.temperature "
-    "evals.knn.batch_size evals.knn.bank evals.reconstruct.images teacher.name teacher.path "
+    "data.max_skipped data.timeout_s optim.accum_steps optim.max_skips log_every eval_every "
+    "checkpoint_every keep_checkpoints keep_best hang_s wandb mesh.data mesh.fsdp evals.knn.k "
+    "evals.knn.temperature evals.knn.batch_size evals.knn.bank evals.reconstruct.images teacher.name teacher.path "
     "extra_teachers.dino.name extra_teachers.dino.path"
   )
   assert config_lib.flatten(config).keys() - before.keys() == set(free.split())

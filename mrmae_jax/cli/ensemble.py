@@ -10,8 +10,8 @@ import numpy as np
 from tqdm import tqdm
 
 from mrmae_jax import pretrained
-from mrmae_jax.cli.features import extract, skip_options
-from mrmae_jax.cli.images import find_images, find_view, open_images
+from mrmae_jax.cli.features import extract
+from mrmae_jax.cli.images import find_images, find_view, open_images, skip_options
 from mrmae_jax.errors import DataError, UsageError
 from mrmae_jax.runs.paths import atomic_write
 

@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mrmae_jax import constants, data, mrmae, pretrained
-from mrmae_jax.cli.images import find_images, find_view, open_images
+from mrmae_jax.cli.images import find_images, find_view, open_images, skip_options
 from mrmae_jax.errors import UsageError
 from mrmae_jax.runs import supervision
 from mrmae_jax.runs.paths import atomic_write
@@ -70,11 +70,6 @@ def run(options) -> str:
   return (
     f"wrote {options.out}: {options.feature} features of {sum(sizes)} images at {height}x{width}"
   )
-
-
-def skip_options(options) -> data.LoaderOptions:
-  """Returns the loader's options of --on_error and --max_skipped."""
-  return data.LoaderOptions(on_error=options.on_error, max_skipped=options.max_skipped)
 
 
 def _count_rows(batches, sizes: list[int]):

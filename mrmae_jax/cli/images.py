@@ -67,6 +67,11 @@ def find_view(options, model: str) -> dict[str, Any]:
   return {"crop": run.eval_crop if options.crop is None else options.crop}
 
 
+def skip_options(options) -> data.LoaderOptions:
+  """Returns the loader's options of --on_error and --max_skipped."""
+  return data.LoaderOptions(on_error=options.on_error, max_skipped=options.max_skipped)
+
+
 def read_run_data(model: str) -> ConfigDict | None:
   """Returns `config.data` of a run; None for a model that is not a run."""
   try:

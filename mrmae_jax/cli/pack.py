@@ -6,6 +6,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mrmae_jax import data
+from mrmae_jax.cli.images import skip_options
 from mrmae_jax.data.pack import write_packed
 from mrmae_jax.data.sources.packed import count_packed, verify_packed
 from mrmae_jax.errors import MissingSplitError, UsageError
@@ -34,8 +35,8 @@ def run(options) -> str:
   print(*(source.description for source in sources.values()), sep="\n", flush=True)
   names = ("source", *SOURCE_OPTIONS, "short_side", "quality")
   index_options = {name: getattr(options, name) for name in names}
-  images = sum(map(len, sources.values()))
-  with tqdm(total=images, unit="image", smoothing=0.05) as bar:
+  total = sum(map(len, sources.values()))
+  with tqdm(total=total, unit="image", smoothing=0.05) as bar:
     write_packed(
       sources,
       out,
@@ -43,11 +44,14 @@ def run(options) -> str:
       short_side=options.short_side,
       quality=options.quality,
       shards=options.shards,
+      loader=skip_options(options),
       progress=bar.update,
     )
+  images = count_packed(out)
+  left_out = f", {total - images} left out" if images < total else ""
   size = sum(file.stat().st_size for file in out.iterdir()) / 1e6
   return (
-    f"wrote {options.out}: {images} images, {size:,.0f} MB; "
+    f"wrote {options.out}: {images} images{left_out}, {size:,.0f} MB; "
     f"read it with --config.data.source=packed:{out.absolute()}"
   )
 

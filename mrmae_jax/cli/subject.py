@@ -11,8 +11,7 @@ from ml_collections import ConfigDict
 from mrmae_jax import config as config_lib
 from mrmae_jax import data, pretrained
 from mrmae_jax.cli import show_teacher
-from mrmae_jax.cli.features import skip_options
-from mrmae_jax.cli.images import find_images, open_images
+from mrmae_jax.cli.images import find_images, open_images, skip_options
 from mrmae_jax.data.sources.folder import FolderSource
 from mrmae_jax.errors import UsageError, WeightsError, WorkdirError
 from mrmae_jax.evals.reconstruct import bands_shown

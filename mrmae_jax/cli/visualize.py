@@ -7,7 +7,7 @@ import numpy as np
 
 from mrmae_jax import mrmae
 from mrmae_jax.cli import show_teacher
-from mrmae_jax.cli.features import skip_options
+from mrmae_jax.cli.images import skip_options
 from mrmae_jax.cli.subject import (
   Subject,
   image_name,
