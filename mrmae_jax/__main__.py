@@ -78,7 +78,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
   try:
     options = parser.parse(argv)
   except parser.UnknownWord as error:
-    if argv[0] in (*parser.TASKS, "doctor"):
+    if argv[0] in (*parser.TASKS, "doctor", "show-teacher", "compile"):
       _module("configs").suggest_key(error.name, argv, str(error))
     raise
   if hasattr(options, "overrides") and options.command != "sweep":
@@ -101,6 +101,7 @@ def _add_cwd_to_path() -> None:
 
 def run_process() -> None:
   """The whole process: `main`, and its end."""
+  sys.stdout.reconfigure(errors="backslashreplace")  # file names may be of any bytes
   code = main()
   if code == DataError.exit_code:  # a loader's thread may wait for ever for its image
     sys.stdout.flush()

@@ -11,6 +11,7 @@ import zlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -332,6 +333,26 @@ def test_features_leave_out_what_cannot_be_read(one_bad, options, capsys):
     assert names == ["cats/0.png", "cats/2.png", "dogs/0.png", "dogs/1.png", "dogs/2.png"]
     np.testing.assert_array_equal(file["labels"], [0, 0, 1, 1, 1])
     assert len(file["features"]) == 5
+
+
+def test_names_of_any_bytes_are_written(tmp_path, capsys):
+  pictures(tmp_path, "x/a/0.png", "x/b/0.png")
+  os.rename(tmp_path / "x/a/0.png", os.fsencode(tmp_path / "x/a") + b"/caf\xe9.png")
+  os.rename(tmp_path / "x/b", os.fsencode(tmp_path / "x") + b"/\xe9t\xe9")
+  for suffix in ("npz", "parquet"):
+    words = ["--model=pixels", f"--images=folder:{tmp_path}/x", f"--out={tmp_path}/x.{suffix}"]
+    assert run_command(["features", *words]) == 0
+  table = pq.read_table(tmp_path / "x.parquet").to_pydict()
+  assert table["name"] == [f"{tmp_path}/x/a/caf\\xe9.png", f"{tmp_path}/x/\\xe9t\\xe9/0.png"]
+  assert table["class_name"] == ["a", "\\xe9t\\xe9"]
+
+
+@pytest.mark.parametrize("command", ["teacher", "show-teacher"])
+def test_commands_with_a_configuration_name_the_key_for_bad_images(command, capsys):
+  for option in ("on_error=skip", "quarantine=bad.json"):
+    assert run_command([command, f"--{option}"]) == 2
+    key = option.split("=")[0]
+    assert f"did you mean --config.data.{key}=VALUE?" in capsys.readouterr().err
 
 
 def test_pack_leaves_out_what_is_in_quarantine(one_bad):

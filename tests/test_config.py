@@ -413,6 +413,7 @@ def command(*arguments):
     (["--config.data.flip=yes"], "--config.data.flip=yes given; expected True or False"),
     (["--config.epochs=many"], "--config.epochs=many given; expected a number"),
     (["-config.seed=3"], "'-config.seed=3' is not an option; did you mean --config.seed=3?"),
+    (["--on_error=skip"], "did you mean --config.data.on_error=VALUE?"),
     (["-multihost"], "'-multihost' is not an option; did you mean --multihost?"),
     (["--check=yes"], "--check=yes given; it takes no value: give --check or leave it out"),
     (["--worrkdir=/tmp/x"], "'--worrkdir=/tmp/x' is not an option; did you mean --workdir?"),
@@ -529,8 +530,8 @@ def test_what_a_run_that_resumes_may_change():
     "encoder.remat data.source data.workers data.data_dir data.quarantine data.on_error "
     "data.max_skipped data.timeout_s optim.accum_steps optim.max_skips log_every eval_every "
     "checkpoint_every keep_checkpoints keep_best hang_s wandb mesh.data mesh.fsdp evals.knn.k "
-    "evals.knn.temperature evals.knn.batch_size evals.knn.bank evals.reconstruct.images teacher.name teacher.path "
-    "extra_teachers.dino.name extra_teachers.dino.path"
+    "evals.knn.temperature evals.knn.batch_size evals.knn.bank evals.reconstruct.images "
+    "teacher.name teacher.path extra_teachers.dino.name extra_teachers.dino.path"
   )
   assert config_lib.flatten(config).keys() - before.keys() == set(free.split())
   local = {name for name in free.split() if config_lib.find_keys(config)[name].resume == "local"}

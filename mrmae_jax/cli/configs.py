@@ -146,11 +146,17 @@ def suggest_key(wanted: str, argv: list[str], message: str) -> None:
     message: what is wrong with the word.
   """
   names = [word.split("=", 1)[1] for word in argv if word.startswith("--config=")]
-  keys = config_lib.flatten(load_config(names[-1])) if names else ()
+  config = load_config(names[-1]) if names else config_lib.defaults(_task(argv[0]))
+  keys = config_lib.flatten(config)
   matches = [key for key in keys if key == wanted or key.endswith(f".{wanted}")]
   if matches:
     text = message.split("; ")[0]
     raise UsageError(f"{text}; did you mean --config.{matches[0]}=VALUE?")
+
+
+def _task(command: str) -> str:
+  """Returns the task that a command trains, or looks at by default."""
+  return parser.TASKS.get(command, "pretrain")
 
 
 def describe_keys(argv: list[str]) -> str:
@@ -159,9 +165,8 @@ def describe_keys(argv: list[str]) -> str:
   The values are those of `--config` if that is given and can be loaded, else the defaults of the
   command `argv[0]`.
   """
-  task = parser.TASKS.get(argv[0], "pretrain")
   title = "keys of the configuration (--config.KEY=VALUE), their defaults and meaning:"
-  config = config_lib.defaults(task)
+  config = config_lib.defaults(_task(argv[0]))
   names = [word.split("=", 1)[1] for word in argv if word.startswith("--config=")]
   overrides = [word for word in argv if word.startswith("--config.")]
   if names:

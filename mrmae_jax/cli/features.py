@@ -213,13 +213,13 @@ def _write_parquet(path: Path, batches, class_names, about: dict[str, Any]) -> N
   import pyarrow as pa
   import pyarrow.parquet as pq
 
-  class_name = lambda i: class_names[i] if 0 <= i < len(class_names) else None
+  class_name = lambda i: _as_unicode(class_names[i]) if 0 <= i < len(class_names) else None
   writer = None
   try:
     for names, labels, features in batches:
       flat, width = pa.array(features.reshape(-1)), features.shape[1]
       columns = {
-        "name": pa.array(names, pa.string()),
+        "name": pa.array(map(_as_unicode, names), pa.string()),
         "label": pa.array(labels, pa.int32()),
         "class_name": pa.array(map(class_name, labels), pa.string()),
         "feature": pa.FixedSizeListArray.from_arrays(flat, width),
@@ -230,6 +230,11 @@ def _write_parquet(path: Path, batches, class_names, about: dict[str, Any]) -> N
   finally:
     if writer:
       writer.close()
+
+
+def _as_unicode(name: str) -> str:
+  """Returns the name of a file; bytes of it that are not UTF-8 become text such as \\xe9."""
+  return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 WRITERS = {".npz": _write_npz, ".parquet": _write_parquet}
