@@ -70,6 +70,7 @@ HOLDOUT = Rule(
 DTYPES = ("bfloat16", "float32")
 REMAT = ("none", "dots", "full")
 RESIZE = ("pillow", "cv2")
+EXIF = ("ignore", "apply")
 ON_ERROR = ("raise", "skip")
 MASKING = ("random", "focused")
 LAYERS = ("raw", "normed", "proj")
@@ -123,6 +124,7 @@ DATA = dict(
   randaug=Key("", "RandAugment of RGB images as timm writes it, e.g. rand-m9-mstd0.5-inc1"),
   erase_prob=Key(0.0, "probability of random erasing", SHARE),
   eval_crop=Key(0.875, "central share of the resized image that evaluators see", PART),
+  exif=Key("ignore", "orientation in the EXIF of a photograph; apply: turn it upright", EXIF),
   mean=Key(IMAGENET_MEAN, "mean of each channel, of pixels in [0, 1]", SHARE, many=float),
   std=Key(IMAGENET_STD, "standard deviation of each channel", PART, many=float),
   workers=Key(0, "decoding processes per host; 0: threads", between(0, 1000), "local"),
@@ -397,7 +399,8 @@ def start_from(config: ConfigDict, workdir: str) -> None:
     config.update({key: stored[key] for key in ("image_size", "dtype")})
     images = "source train_split eval_split data_dir holdout_every flip eval_crop mean std"
     config.data.update({key: stored["data"][key] for key in images.split()})
-    config.data.quarantine = stored["data"].get("quarantine", "")  # older runs lack the key
+    for key in ("quarantine", "exif"):  # older runs lack them
+      config.data[key] = stored["data"].get(key, config.data[key])
   except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
     raise ConfigError(f"{workdir} is neither a size nor the workdir of a run: {error}") from None
   config.init_from = str(workdir)
@@ -541,7 +544,9 @@ def identity(config: ConfigDict) -> dict[str, Any]:
   Teachers and pretrained weights count by their values, which the task names, not by their paths;
   images by their fingerprint, wherever they lie.
   """
-  return _without(config, "local", "free")
+  values = _without(config, "local", "free")
+  # Older runs, which lack the key, resume.
+  return {name: x for name, x in values.items() if (name, x) != ("data.exif", "ignore")}
 
 
 def _without(config: ConfigDict, *kinds: str) -> dict[str, Any]:

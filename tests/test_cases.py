@@ -1,6 +1,7 @@
 """Folders of images as people have them: split names, suffixes, leftovers of file managers."""
 
 import functools
+import io
 import json
 import os
 import re
@@ -13,13 +14,21 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
+from mrmae_jax import config as config_lib
 from mrmae_jax import sharding, train
 from mrmae_jax.cli import doctor
 from mrmae_jax.cli.images import find_images, find_view
 from mrmae_jax.cli.subject import read_all
-from mrmae_jax.data import LoaderOptions, augment, open_source, open_split
+from mrmae_jax.data import (
+  LoaderOptions,
+  augment,
+  image_views,
+  open_source,
+  open_split,
+  pair_views,
+)
 from mrmae_jax.data.sources.splits import split_kind
 from mrmae_jax.errors import ConfigError, DataError, UsageError, WorkdirError
 from mrmae_jax.runs.checkpoint import Checkpoints
@@ -275,6 +284,63 @@ def test_images_of_unknown_classes_are_refused_by_finetuning(tmp_path):
   pictures(tmp_path, "train/a/", "train/b/", "val/A/", "val/b/")
   with pytest.raises(DataError, match="A is not among the classes of .*train: a, b.*no classes to"):
     finetune.make(tiny.finetune_config("vit", data__source=f"folder:{tmp_path}"))
+
+
+# Photographs that lie on their side.
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_the_orientation_has_one_meaning_everywhere(tmp_path, form):
+  noise = np.random.default_rng(0).integers(0, 256, (6, 10, 3), np.uint8)
+  for value in (1, 2, 3, 4, 5, 6, 7, 8, 9):
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[augment.ORIENTATION] = value
+    Image.fromarray(noise).save(file, form, exif=exif)
+    data = file.getvalue()
+    expected = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
+    turned = augment.decode_image(data, "x", exif="apply")
+    np.testing.assert_array_equal(turned, np.asarray(expected))
+    example = {"image": data, "label": 0, "name": "x"}
+    config = tiny.changed(tiny.get_config("vit"), data__exif="apply", data__crop_scale=(1.0, 1.0))
+    for views in (image_views(config), pair_views(config)):
+      upright = {"image": np.asarray(expected), "label": 0, "name": "x"}
+      for view in views:
+        one, other = (view(e, np.random.default_rng(0))["image"] for e in (example, upright))
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_damaged_exif_turns_nothing():
+  file = io.BytesIO()
+  Image.new("RGB", (6, 4)).save(file, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+  assert augment.decode_image(file.getvalue(), "x", exif="apply").shape == (4, 6, 3)
+
+
+def test_packed_images_keep_their_orientation(tmp_path):
+  exif = Image.Exif()
+  exif[augment.ORIENTATION] = 6
+  (tmp_path / "x").mkdir()
+  Image.new("RGB", (60, 40)).save(tmp_path / "x/0.jpg", exif=exif)
+  for size in (0, 20):
+    out = tmp_path / f"packed{size}"
+    words = [f"--source=folder:{tmp_path}/x", f"--out={out}", f"--short_side={size}"]
+    assert run_command(["pack", *words]) == 0
+    example = open_source(f"packed:{out}", "train")[0]
+    assert augment.pixels(example, exif="apply").shape == ((30, 20, 3) if size else (60, 40, 3))
+
+
+def test_the_orientation_is_that_of_the_run(run_of_photos, tmp_path):
+  shutil.copytree(run_of_photos / "run", tmp_path / "run")
+  words = ["features", f"--model={tmp_path}/run", "--out=x.npz"]
+  assert images_of(*words)[1]["exif"] == "ignore"
+  config = json.loads((tmp_path / "run/config.json").read_text())
+  config["data"]["exif"] = "apply"
+  (tmp_path / "run/config.json").write_text(json.dumps(config))
+  assert images_of(*words)[1]["exif"] == "apply"
+  assert images_of(*words, "--exif=ignore")[1]["exif"] == "ignore"
+  # A run of a version without the key is the same run.
+  assert "data.exif" not in config_lib.identity(tiny.get_config())
+  assert "data.exif" in config_lib.identity(tiny.changed(tiny.get_config(), data__exif="apply"))
 
 
 # Images that moved.

@@ -523,6 +523,7 @@ def test_every_key_is_explained_and_takes_its_default():
 def test_what_a_run_that_resumes_may_change():
   config = tiny.get_config()
   config.extra_teachers.dino = config_lib.teacher()
+  config.data.exif = "apply"
   before = config_lib.identity(config)
   json.dumps(before)  # as it is stored
   assert before["image_size"] == [32, 48] and before["extra_teachers.dino.loss"] == "mse"

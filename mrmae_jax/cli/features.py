@@ -152,6 +152,7 @@ def extract(
   *,
   image_size: tuple[int, int],
   crop: float,
+  exif: str = "ignore",
   batch_size: int,
   channels: int = 3,
   loader: data.LoaderOptions = data.LoaderOptions(),
@@ -163,6 +164,7 @@ def extract(
     source: of `mrmae_jax.data`.
     image_size: (height, width).
     crop: see `data.augment.center_crop`.
+    exif: see `data.augment.decode_image`.
     batch_size: images at a time; the last batch holds what is left.
     channels: C.
     loader: with on_error="skip" images that cannot be read are left out.
@@ -172,7 +174,7 @@ def extract(
   """
   named_source, begin = _NamedSource(source), 0
   # In threads of this process: the source keeps the names here.
-  view = data.center_view(image_size, crop, channels)
+  view = data.center_view(image_size, crop, channels, exif)
   batches = data.eval_batches(named_source, view, batch_size=batch_size, options=loader)
   try:
     for batch in batches:

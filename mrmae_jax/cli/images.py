@@ -62,9 +62,18 @@ def open_images(options, images: ConfigDict, split: str) -> data.Source:
 
 
 def find_view(options, model: str) -> dict[str, Any]:
-  """Returns how images are shown to a model: {"crop"}, as its run does it unless told otherwise."""
+  """Returns how images are shown to a model: {"crop", "exif"}, as in its run unless told otherwise.
+
+  They are arguments of `features.extract`.
+  """
   run = read_run_data(model) or config_lib.pretrain().data
-  return {"crop": run.eval_crop if options.crop is None else options.crop}
+  crop = run.eval_crop if options.crop is None else options.crop
+  return {"crop": crop, "exif": find_exif(options, model)}
+
+
+def find_exif(options, model: str) -> str:
+  """Returns --exif, or else what the run of the model does, see `data.augment.decode_image`."""
+  return options.exif or (read_run_data(model) or config_lib.pretrain().data).exif
 
 
 def skip_options(options) -> data.LoaderOptions:

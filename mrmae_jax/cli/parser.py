@@ -153,6 +153,14 @@ def _images(parser: Parser, prefix: str = "") -> None:
   _splits(parser, of_run=True)
 
 
+def _exif(parser: Parser) -> None:
+  parser.add_argument(
+    "--exif",
+    choices=("ignore", "apply"),
+    help="orientation in the EXIF of a photograph; default: as the run, else ignore",
+  )
+
+
 def _crop(parser: Parser) -> None:
   parser.add_argument(
     "--crop",
@@ -313,6 +321,7 @@ appears whole or not at all. `mrmae knn` measures what .npz files are worth."""
     help="side of the square images in pixels; 0: as the model was trained; pixels: 32",
   )
   _crop(parser)
+  _exif(parser)
   parser.add_argument("--batch_size", type=integer(1), default=64, help="images at a time")
   parser.add_argument(
     "--dtype",
@@ -384,6 +393,7 @@ order; a file without class names is compared by their number alone."""
     "--average", choices=("probabilities", "logits"), default="probabilities", help="of what"
   )
   _crop(parser)
+  _exif(parser)
   parser.add_argument("--batch_size", type=integer(1), default=64, help="images at a time")
   parser.add_argument("--out", default="", help="a .json file for the result")
 
@@ -409,6 +419,7 @@ Panels (all that can be drawn; the page says why others cannot):
     help="which images; default: the held-out ones of a run, else train",
   )
   _bad_images(parser, max_skipped=1.0)  # a few images are shown
+  _exif(parser)
   parser.add_argument(
     "--out", required=True, metavar="DIR", help="folder for index.html and a PNG per panel"
   )
@@ -497,7 +508,7 @@ def _verify(parser: Parser) -> None:
 
 Decodes every image and prints a report in JSON: how many images, which are bad and why, how large
 they are (shorter side), how many are gray, CMYK, 16-bit, with alpha, animated, or turned by their
-EXIF orientation (which training ignores), and mean and deviation of each channel, for
+EXIF orientation (see config.data.exif), and mean and deviation of each channel, for
 config.data.mean and std. An image is bad if training cannot read it, or if it is a JPEG whose
 decoder notices damage. Not all damage can be seen: of random changes of one byte, all are found in
 PNGs and one in six in JPEGs. Exit code: 0 all images are good, 3 some are bad."""

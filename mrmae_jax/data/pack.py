@@ -180,21 +180,25 @@ class _Record:
     header = {"name": example["name"], "label": example["label"]}
     image, pixels = example["image"], augment.pixels(example)
     if self.short_side and min(pixels.shape[:2]) > self.short_side:
-      image = self._shrink(pixels, example["name"])
+      image = self._shrink(pixels, example["name"], augment.orientation_of(image))
     if isinstance(image, np.ndarray):
       header["shape"], image = image.shape, image.tobytes()
     return json.dumps(header).encode() + b"\n" + image
 
-  def _shrink(self, pixels: np.ndarray, name: str) -> bytes | np.ndarray:
-    """Returns a JPEG of the resized image, or its pixels if it is not RGB."""
+  def _shrink(self, pixels: np.ndarray, name: str, orientation: int) -> bytes | np.ndarray:
+    """Returns a JPEG of the resized image with its orientation, or its pixels if not RGB."""
     height, width, channels = pixels.shape
     short = min(height, width)
     size = height * self.short_side // short, width * self.short_side // short
     resized, buffer = augment.resize_pillow(pixels, size), io.BytesIO()
     if channels != 3:
       return resized
+    exif = Image.Exif()
+    if orientation != 1:
+      exif[augment.ORIENTATION] = orientation
+    options = {"quality": self.quality, "subsampling": "4:2:0", "exif": exif}
     try:
-      Image.fromarray(resized).save(buffer, "JPEG", quality=self.quality, subsampling="4:2:0")
+      Image.fromarray(resized).save(buffer, "JPEG", **options)
     except OSError as error:  # more than 65,500 pixels on a side
       raise DataError(
         f"{name}: {height} x {width} pixels cannot be encoded at {size[0]} x {size[1]}: {error};"
