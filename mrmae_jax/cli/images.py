@@ -81,6 +81,25 @@ def skip_options(options) -> data.LoaderOptions:
   return data.LoaderOptions(on_error=options.on_error, max_skipped=options.max_skipped)
 
 
+def find_size(options, model) -> tuple[int, int]:
+  """Returns (height, width) by --image_size, or else those of the training of a PretrainedModel.
+
+  Raises:
+    UsageError: --image_size is not a multiple of the token size.
+  """
+  if not options.image_size:
+    return model.config["image_size"]
+  size = options.image_size * (2 if len(options.image_size) == 1 else 1)
+  patch = model.network.encoder.patch_size
+  if any(side % patch for side in size):
+    nearest = ",".join(str(max(1, round(side / patch)) * patch) for side in size)
+    raise UsageError(
+      f"--image_size={','.join(map(str, options.image_size))} is not a multiple of the model's "
+      f"token size {patch}; nearest: {nearest}"
+    )
+  return tuple(size)
+
+
 def read_run_data(model: str) -> ConfigDict | None:
   """Returns `config.data` of a run; None for a model that is not a run."""
   try:

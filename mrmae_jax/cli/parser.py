@@ -153,6 +153,26 @@ def _images(parser: Parser, prefix: str = "") -> None:
   _splits(parser, of_run=True)
 
 
+def _image_size(parser: Parser) -> None:
+  parser.add_argument(
+    "--image_size",
+    type=comma_list(integer(1), (1, 2)),
+    default=(),
+    metavar="SIDE or HEIGHT,WIDTH",
+    help="in pixels, multiples of the token size; default: as the model was trained",
+  )
+
+
+def _statistics(parser: Parser) -> None:
+  for name, words in (("mean", "mean"), ("std", "standard deviation")):
+    parser.add_argument(
+      f"--{name}",
+      type=comma_list(float),
+      default=(),
+      help=f"{words} of each channel, of pixels in [0, 1], for files that do not tell",
+    )
+
+
 def _exif(parser: Parser) -> None:
   parser.add_argument(
     "--exif",
@@ -294,7 +314,8 @@ def _features(parser: Parser) -> None:
 
 Every image of the split is encoded exactly once, in order, nothing masked. The .npz holds features
 float32 [N, D], names [N], labels int32 [N] (-1 for none), class_names, and about: a JSON text of
-how they were made. The .parquet holds the columns name, label, class_name, feature. The file
+how they were made. Patch tokens are [N, T, D], row by row, maps [N, H, W, D]. The .parquet holds
+the columns name, label, class_name, feature. The file
 appears whole or not at all. `mrmae knn` measures what .npz files are worth."""
   parser.add_argument(
     "--model",
@@ -310,16 +331,13 @@ appears whole or not at all. `mrmae knn` measures what .npz files are worth."""
   parser.add_argument("--out", required=True, help="the file, .npz or .parquet")
   parser.add_argument(
     "--feature",
-    choices=("pooled", "cls"),
+    choices=("pooled", "cls", "tokens", "stage1", "stage2"),
     default="pooled",
-    help="the mean over the tokens, or the CLS token",
+    help="the mean over the tokens, the CLS token, all patch tokens, or the map of a convolutional "
+    "stage",
   )
-  parser.add_argument(
-    "--image_size",
-    type=integer(0),
-    default=0,
-    help="side of the square images in pixels; 0: as the model was trained; pixels: 32",
-  )
+  _image_size(parser)
+  _statistics(parser)
   _crop(parser)
   _exif(parser)
   parser.add_argument("--batch_size", type=integer(1), default=64, help="images at a time")
@@ -430,13 +448,7 @@ Panels (all that can be drawn; the page says why others cannot):
     help=f"some of {', '.join(PANELS)}; default: all that can be drawn",
   )
   parser.add_argument("--count", type=integer(1), default=6, help="images shown, evenly spaced")
-  parser.add_argument(
-    "--image_size",
-    type=comma_list(integer(1), (1, 2)),
-    default=(),
-    metavar="SIDE or HEIGHT,WIDTH",
-    help="in pixels, multiples of the token size; default: as the model was trained",
-  )
+  _image_size(parser)
   parser.add_argument("--teacher", help="preset or path; default: the run's own, with its options")
   parser.add_argument(
     "--query",

@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 from mrmae_jax import config as config_lib
 from mrmae_jax import data, pretrained
 from mrmae_jax.cli import show_teacher
-from mrmae_jax.cli.images import find_exif, find_images, open_images, skip_options
+from mrmae_jax.cli.images import find_exif, find_images, find_size, open_images, skip_options
 from mrmae_jax.data.sources.folder import FolderSource
-from mrmae_jax.errors import UsageError, WeightsError, WorkdirError
+from mrmae_jax.errors import WeightsError, WorkdirError
 from mrmae_jax.evals.reconstruct import bands_shown
 from mrmae_jax.runs import checkpoint, supervision
 from mrmae_jax.weights import hub, model_files
@@ -98,7 +98,7 @@ def open_subject(options, needs_teacher: bool) -> Subject:
     run_config = checkpoint.read_config(options.model)
   except WorkdirError:  # the model is not a run
     run_config = {}
-  size = _image_size(options, model)
+  size = find_size(options, model)
   source = _open_source(options)
   indices = spaced_indices(len(source), options.count)
   config = _make_config(options, model, size, run_config)
@@ -184,21 +184,6 @@ def spaced_indices(total: int, limit: int) -> list[int]:
 def image_name(source, index: int) -> str:
   """Returns the folder and file of an image."""
   return "/".join(source[index]["name"].split("/")[-2:])
-
-
-def _image_size(options, model) -> tuple[int, int]:
-  """Returns the (height, width) of the options, or else that of training."""
-  if not options.image_size:
-    return model.config["image_size"]
-  size = options.image_size * (2 if len(options.image_size) == 1 else 1)
-  patch = model.network.encoder.patch_size
-  if any(side % patch for side in size):
-    nearest = ",".join(str(max(1, round(side / patch)) * patch) for side in size)
-    raise UsageError(
-      f"--image_size={','.join(map(str, options.image_size))} is not a multiple of the model's "
-      f"token size {patch}; nearest: {nearest}"
-    )
-  return tuple(size)
 
 
 def _open_source(options):
