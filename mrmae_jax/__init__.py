@@ -2,6 +2,8 @@
 nothing else.
 """
 
+__version__ = "0.1.0"
+
 
 def __getattr__(name: str):
   if name in ("load", "PretrainedModel"):

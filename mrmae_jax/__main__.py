@@ -10,6 +10,7 @@ import sys
 import traceback
 from pathlib import Path
 
+import mrmae_jax
 from mrmae_jax.cli import parser
 from mrmae_jax.errors import DataError, Interrupted, UsageError, UserError
 
@@ -17,14 +18,23 @@ HELP = {"-h", "--help", "--helpfull"}
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Runs a command line (default: sys.argv) and returns the exit code, see errors.py.
+  """Runs a command line and returns the exit code, see errors.py.
+
+  Args:
+    argv: its words, with or without `mrmae` before them; default: sys.argv.
 
   Prints the text that the command returns, or one line per mistake that begins with "error: ".
   """
-  argv = (sys.argv if argv is None else argv)[1:]
+  if argv is None:
+    argv = sys.argv[1:]
+  elif argv[:1] == ["mrmae"]:
+    argv = argv[1:]
   _add_cwd_to_path()
   debug = "--debug" in argv
   try:
+    if argv == ["--version"]:
+      print(f"mrmae_jax {mrmae_jax.__version__}")
+      return 0
     if not argv or HELP.intersection(argv):
       print(_help(argv))
       return 0
@@ -68,7 +78,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
   try:
     options = parser.parse(argv)
   except parser.UnknownWord as error:
-    if argv[0] in (*parser.TASKS, "doctor"):
+    if argv[0] in (*parser.TASKS, "doctor", "show-teacher", "compile"):
       _module("configs").suggest_key(error.name, argv, str(error))
     raise
   if hasattr(options, "overrides") and options.command != "sweep":
@@ -91,6 +101,7 @@ def _add_cwd_to_path() -> None:
 
 def run_process() -> None:
   """The whole process: `main`, and its end."""
+  sys.stdout.reconfigure(errors="backslashreplace")  # file names may be of any bytes
   code = main()
   if code == DataError.exit_code:  # a loader's thread may wait for ever for its image
     sys.stdout.flush()

@@ -70,6 +70,7 @@ HOLDOUT = Rule(
 DTYPES = ("bfloat16", "float32")
 REMAT = ("none", "dots", "full")
 RESIZE = ("pillow", "cv2")
+EXIF = ("ignore", "apply")
 ON_ERROR = ("raise", "skip")
 MASKING = ("random", "focused")
 LAYERS = ("raw", "normed", "proj")
@@ -126,7 +127,9 @@ ENCODERS = {
 }
 DATA = dict(
   source=Key(
-    None, "digits, folder:PATH (or .zip, .tar), tfds:NAME, hf:NAME, wds:PATTERN, packed:PATH"
+    None,
+    "digits, folder:PATH (or .zip, .tar), tfds:NAME, hf:NAME, wds:PATTERN, packed:PATH",
+    resume="local",
   ),
   train_split=Key("train", "split of tfds, or sub-folder, to train on; .: the whole folder"),
   eval_split=Key("validation", "split of tfds, or sub-folder, for the evaluators"),
@@ -139,6 +142,7 @@ DATA = dict(
   randaug=Key("", "RandAugment of RGB images as timm writes it, e.g. rand-m9-mstd0.5-inc1"),
   erase_prob=Key(0.0, "probability of random erasing", SHARE),
   eval_crop=Key(0.875, "central share of the resized image that evaluators see", PART),
+  exif=Key("ignore", "orientation in the EXIF of a photograph; apply: turn it upright", EXIF),
   mean=Key(IMAGENET_MEAN, "mean of each channel, of pixels in [0, 1]", SHARE, many=float),
   std=Key(IMAGENET_STD, "standard deviation of each channel", PART, many=float),
   workers=Key(0, "decoding processes per host; 0: threads", between(0, 1000), "local"),
@@ -409,10 +413,8 @@ def start_from(config: ConfigDict, workdir: str) -> None:
   Raises:
     ConfigError: the workdir does not hold a run.
   """
-  path = Path(workdir).expanduser() / "config.json"
-  tuples = lambda node: {k: tuple(v) if isinstance(v, list) else v for k, v in node.items()}
   try:
-    stored = json.loads(path.read_text(), object_hook=tuples)
+    stored = _read_json(Path(workdir).expanduser() / "config.json")
     kept = {key: config.encoder[key] for key in ("drop_path", "learned_positions")}
     name = stored["encoder"]["name"]
     config.encoder = _make(ENCODERS[name])  # older runs lack keys
@@ -420,11 +422,39 @@ def start_from(config: ConfigDict, workdir: str) -> None:
     config.update({key: stored[key] for key in ("image_size", "dtype")})
     images = "source train_split eval_split data_dir holdout_every flip eval_crop mean std"
     config.data.update({key: stored["data"][key] for key in images.split()})
-    # Older runs lack these keys.
-    config.data.update({key: stored["data"].get(key, "") for key in ("labels", "quarantine")})
+    for key in ("labels", "quarantine", "exif"):  # older runs lack them
+      config.data[key] = stored["data"].get(key, config.data[key])
   except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
     raise ConfigError(f"{workdir} is neither a size nor the workdir of a run: {error}") from None
   config.init_from = str(workdir)
+
+
+def read_stored(path: Path) -> ConfigDict:
+  """Returns the configuration in the config.json of a run; keys that it lacks have their defaults.
+
+  Raises:
+    ConfigError: the file is not that of a run.
+  """
+  try:
+    stored = _read_json(path)
+    config = defaults(stored["task"])
+    config.encoder = encoder(stored["encoder"]["name"], "base")
+    for name in stored.get("extra_teachers", ()):
+      config.extra_teachers[name] = teacher()
+    for name in config.evals.keys() - stored["evals"].keys():
+      del config.evals[name]
+    config.update(stored)
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise ConfigError(
+      f"not the configuration of a run ({type(error).__name__}: {error}); expected the config.json "
+      "that a run writes into its workdir"
+    ) from None
+  return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+  tuples = lambda node: {k: tuple(v) if isinstance(v, list) else v for k, v in node.items()}
+  return json.loads(path.read_text(), object_hook=tuples)
 
 
 def parse_arguments(text: str, **defaults) -> ConfigDict:
@@ -534,10 +564,11 @@ def shared_values(config: ConfigDict) -> dict[str, Any]:
 def identity(config: ConfigDict) -> dict[str, Any]:
   """Returns what must stay equal when a run resumes, flat, as JSON: all that changes its numbers.
 
-  Teachers and pretrained weights count by their values, which the task names, not by their paths.
+  Teachers and pretrained weights count by their values, which the task names, not by their paths;
+  images by their fingerprint, wherever they lie.
   """
-  # Keys of TOWER count where they are set: runs that are older than these keys resume.
-  usual = {f"encoder.{name}": key.default for name, key in TOWER.items()}
+  # Keys that came later count where they are set: older runs, which lack them, resume.
+  usual = {f"encoder.{name}": key.default for name, key in TOWER.items()} | {"data.exif": "ignore"}
   values = _without(config, "local", "free")
   return {name: x for name, x in values.items() if name not in usual or x != usual[name]}
 

@@ -46,6 +46,10 @@ class DataError(UserError):
   exit_code = 3
 
 
+class MissingSplitError(DataError):
+  """A data set without the split that is asked for."""
+
+
 class NonFiniteError(UserError):
   """Too many losses or gradients in a row that are not finite."""
 

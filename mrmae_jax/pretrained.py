@@ -18,8 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from PIL import Image
 
 from mrmae_jax import mrmae
-from mrmae_jax.data.augment import picture_pixels, with_channels
-from mrmae_jax.errors import DataError, WeightsError
+from mrmae_jax.errors import WeightsError
 from mrmae_jax.models import encode, head_attention
 from mrmae_jax.models.layers import layer_norm
 from mrmae_jax.reconstruction import reconstruct
@@ -109,10 +108,15 @@ def _list_element(image, channels: int):
   """Returns an image of a list as an array; what is not an image stays as it is."""
   if not isinstance(image, Image.Image):
     return as_array(image, channels) if hasattr(image, "shape") else image
-  try:
-    return with_channels(picture_pixels(image), channels, f"Pillow image of mode {image.mode!r}")
-  except DataError as error:
-    raise ValueError(str(error)) from None
+  mode = {1: "L", 3: "RGB"}.get(channels)
+  if mode is None:
+    raise ValueError(f"a Pillow image given; the model takes {channels} channels: give arrays")
+  if image.mode[0] in "IF":
+    raise ValueError(
+      f"a Pillow image of mode {image.mode!r} given, which has no defined range: give an array"
+    )
+  array = np.asarray(image.convert(mode))
+  return array.reshape(*array.shape[:2], channels)
 
 
 def _check_shape(shape: tuple[int, ...], patch: int, channels: int) -> None:

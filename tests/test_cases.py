@@ -1,31 +1,42 @@
 """Folders of images and files of weights as people have them."""
 
 import ast
+import functools
+import io
 import json
 import os
 import pathlib
 import re
 import shutil
+import types
 import zlib
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from flax.traverse_util import flatten_dict
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.numpy import load_file, save_file
 
 import mrmae_jax
 from mrmae_jax import config as config_lib
-from mrmae_jax import mrmae, preflight, sharding, teachers
+from mrmae_jax import mrmae, preflight, sharding, teachers, train
 from mrmae_jax.cli import doctor
 from mrmae_jax.cli.images import find_images, find_view
 from mrmae_jax.cli.subject import read_all
-from mrmae_jax.data import LoaderOptions, augment, open_source
+from mrmae_jax.data import (
+  LoaderOptions,
+  augment,
+  image_views,
+  open_source,
+  open_split,
+  pair_views,
+)
 from mrmae_jax.data.sources.splits import split_kind
-from mrmae_jax.errors import DataError, UsageError, WeightsError, WorkdirError
+from mrmae_jax.errors import ConfigError, DataError, UsageError, WeightsError, WorkdirError
 from mrmae_jax.pretrained import PretrainedModel
 from mrmae_jax.runs.checkpoint import Checkpoints
 from mrmae_jax.runs.run import make_evaluators
@@ -172,6 +183,26 @@ def test_every_format_of_the_decoder_is_listed_and_the_rest_counted(tmp_path, ca
   assert f"train: {source.description}\n" in printed.err
 
 
+def test_images_without_an_evaluation_split_are_verified_and_packed(tmp_path, capsys):
+  pictures(tmp_path, "x/0.png", "x/1.png", "x/2.png")
+  words = [f"--source=folder:{tmp_path}/x", "--holdout_every=0"]
+  assert run_command(["verify", *words, "--workers=1"]) == 0
+  printed = capsys.readouterr()
+  assert "all 3 images are good" in printed.out and "eval: none (" in printed.err
+  assert run_command(["pack", *words, f"--out={tmp_path}/packed"]) == 0
+  assert len(open_source(f"packed:{tmp_path}/packed", "train")) == 3
+  assert run_command(["verify", *words, "--splits=eval"]) == 3
+
+
+@pytest.mark.parametrize("every", [0, 10])
+def test_the_advice_about_a_hold_out_can_be_followed(tmp_path, every):
+  pictures(tmp_path, "x/0.png", "x/1.png")
+  with pytest.raises(DataError) as caught:
+    open_source(f"folder:{tmp_path}/x", "eval", holdout_every=every)
+  advice = int(re.search(r"set holdout_every(?:=| to at most )(\d+)", str(caught.value))[1])
+  assert len(open_source(f"folder:{tmp_path}/x", "eval", holdout_every=advice)) == 1
+
+
 # Folders of file managers.
 
 
@@ -221,6 +252,16 @@ def test_pretraining_needs_no_labels_to_measure_on(tmp_path):
     finetune.make(config)
 
 
+def test_the_best_checkpoint_needs_a_result_that_is_measured(tmp_path):
+  pictures(tmp_path, "train/a/", "train/b/", "val/1.png")
+  with pytest.raises(ConfigError, match="'knn/accuracy' is not among .*: none; .*no k-NN evaluat"):
+    evaluators(tmp_path, keep_best="knn/accuracy")
+  pictures(tmp_path / "good", "train/a/", "train/b/", "val/a/")
+  evaluators(tmp_path / "good", keep_best="knn/accuracy")
+  with pytest.raises(ConfigError, match="'knn/acc' is not among .*: knn/accuracy; name one"):
+    evaluators(tmp_path / "good", keep_best="knn/acc")
+
+
 def test_pretraining_needs_no_images_to_measure_on(tmp_path):
   pictures(tmp_path, "a/0.png", "b/0.png")
   _, notes = evaluators(tmp_path, data__holdout_every=10)
@@ -254,6 +295,96 @@ def test_images_of_unknown_classes_are_refused_by_finetuning(tmp_path):
     finetune.make(tiny.finetune_config("vit", data__source=f"folder:{tmp_path}"))
 
 
+# Photographs that lie on their side.
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_the_orientation_has_one_meaning_everywhere(tmp_path, form):
+  noise = np.random.default_rng(0).integers(0, 256, (6, 10, 3), np.uint8)
+  for value in (1, 2, 3, 4, 5, 6, 7, 8, 9):
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[augment.ORIENTATION] = value
+    Image.fromarray(noise).save(file, form, exif=exif)
+    data = file.getvalue()
+    expected = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
+    turned = augment.decode_image(data, "x", exif="apply")
+    np.testing.assert_array_equal(turned, np.asarray(expected))
+    example = {"image": data, "label": 0, "name": "x"}
+    config = tiny.changed(tiny.get_config("vit"), data__exif="apply", data__crop_scale=(1.0, 1.0))
+    for views in (image_views(config), pair_views(config)):
+      upright = {"image": np.asarray(expected), "label": 0, "name": "x"}
+      for view in views:
+        one, other = (view(e, np.random.default_rng(0))["image"] for e in (example, upright))
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_damaged_exif_turns_nothing():
+  file = io.BytesIO()
+  Image.new("RGB", (6, 4)).save(file, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+  assert augment.decode_image(file.getvalue(), "x", exif="apply").shape == (4, 6, 3)
+
+
+def test_packed_images_keep_their_orientation(tmp_path):
+  exif = Image.Exif()
+  exif[augment.ORIENTATION] = 6
+  (tmp_path / "x").mkdir()
+  Image.new("RGB", (60, 40)).save(tmp_path / "x/0.jpg", exif=exif)
+  for size in (0, 20):
+    out = tmp_path / f"packed{size}"
+    words = [f"--source=folder:{tmp_path}/x", f"--out={out}", f"--short_side={size}"]
+    assert run_command(["pack", *words]) == 0
+    example = open_source(f"packed:{out}", "train")[0]
+    assert augment.pixels(example, exif="apply").shape == ((30, 20, 3) if size else (60, 40, 3))
+
+
+def test_the_orientation_is_that_of_the_run(run_of_photos, tmp_path):
+  shutil.copytree(run_of_photos / "run", tmp_path / "run")
+  words = ["features", f"--model={tmp_path}/run", "--out=x.npz"]
+  assert images_of(*words)[1]["exif"] == "ignore"
+  config = json.loads((tmp_path / "run/config.json").read_text())
+  config["data"]["exif"] = "apply"
+  (tmp_path / "run/config.json").write_text(json.dumps(config))
+  assert images_of(*words)[1]["exif"] == "apply"
+  assert images_of(*words, "--exif=ignore")[1]["exif"] == "ignore"
+  # A run of a version without the key is the same run.
+  assert "data.exif" not in config_lib.identity(tiny.get_config())
+  assert "data.exif" in config_lib.identity(tiny.changed(tiny.get_config(), data__exif="apply"))
+
+
+# Images that moved.
+
+
+def test_a_run_whose_images_moved_is_the_same_run(tmp_path):
+  pictures(tmp_path / "a", "cats/", "dogs/")
+  shutil.copytree(tmp_path / "a", tmp_path / "b")
+  shutil.copytree(tmp_path / "a", tmp_path / "c")
+  pictures(tmp_path / "c", "dogs/more.png")
+  identities = []
+  for name in "abc":
+    config = tiny.finetune_config("vit", data__source=f"folder:{tmp_path / name}")
+    task = types.SimpleNamespace(identity={}, source=functools.partial(open_split, config.data))
+    identities.append(train.identity(config, task))
+  workdir = tmp_path / "run"
+  state = {"x": jnp.zeros(3)}
+  # Older versions noted the folder too.
+  saving = Checkpoints(workdir, identities[0] | {"data.source": f"folder:{tmp_path}/a"})
+  saving.save(1, state, wait=True)
+  saving.close()
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  shapes = {"x": jax.ShapeDtypeStruct((3,), jnp.float32, sharding=place)}
+  for identity in identities[:2]:
+    restoring = Checkpoints(workdir, identity)
+    assert restoring.restore(shapes).step == 1
+    restoring.close()
+  restoring = Checkpoints(workdir, identities[2])
+  with pytest.raises(
+    WorkdirError, match="different run .train images: .* in the checkpoint, .* now"
+  ):
+    restoring.restore(shapes)
+  restoring.close()
+
+
 # Images that cannot be read, in the tools.
 
 
@@ -279,11 +410,45 @@ def test_features_leave_out_what_cannot_be_read(one_bad, options, capsys):
     assert len(file["features"]) == 5
 
 
+def test_names_of_any_bytes_are_written(tmp_path, capsys):
+  pictures(tmp_path, "x/a/0.png", "x/b/0.png")
+  os.rename(tmp_path / "x/a/0.png", os.fsencode(tmp_path / "x/a") + b"/caf\xe9.png")
+  os.rename(tmp_path / "x/b", os.fsencode(tmp_path / "x") + b"/\xe9t\xe9")
+  for suffix in ("npz", "parquet"):
+    words = ["--model=pixels", f"--images=folder:{tmp_path}/x", f"--out={tmp_path}/x.{suffix}"]
+    assert run_command(["features", *words]) == 0
+  table = pq.read_table(tmp_path / "x.parquet").to_pydict()
+  assert table["name"] == [f"{tmp_path}/x/a/caf\\xe9.png", f"{tmp_path}/x/\\xe9t\\xe9/0.png"]
+  assert table["class_name"] == ["a", "\\xe9t\\xe9"]
+
+
+@pytest.mark.parametrize("command", ["teacher", "show-teacher"])
+def test_commands_with_a_configuration_name_the_key_for_bad_images(command, capsys):
+  for option in ("on_error=skip", "quarantine=bad.json"):
+    assert run_command([command, f"--{option}"]) == 2
+    key = option.split("=")[0]
+    assert f"did you mean --config.data.{key}=VALUE?" in capsys.readouterr().err
+
+
 def test_pack_leaves_out_what_is_in_quarantine(one_bad):
   words = [f"--source=folder:{one_bad}/x", "--holdout_every=0", "--splits=train"]
   words += [f"--out={one_bad}/packed", f"--quarantine={one_bad}/list.json"]
   assert run_command(["pack", *words]) == 0
   assert len(open_source(f"packed:{one_bad}/packed", "train")) == 5
+
+
+def test_pack_leaves_out_what_cannot_be_read(one_bad, capsys):
+  words = [f"--source=folder:{one_bad}/x", "--holdout_every=0", f"--out={one_bad}/packed"]
+  assert run_command(["pack", *words]) == 3
+  assert run_command(["pack", *words, "--on_error=skip"]) == 3
+  assert "max_skipped=0.01 allows 0" in capsys.readouterr().err
+  assert not (one_bad / "packed").exists()
+  words += ["--on_error=skip", "--max_skipped=0.2", "--shards=6"]
+  assert run_command(["pack", *words]) == 0
+  printed = capsys.readouterr()
+  assert "5 images, 1 left out" in printed.out and "cats/1.png" in printed.err
+  source = open_source(f"packed:{one_bad}/packed", "train")
+  assert [source[i]["label"] for i in range(len(source))] == [0, 0, 1, 1, 1]
 
 
 def test_pictures_leave_out_what_cannot_be_read(one_bad):

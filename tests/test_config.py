@@ -15,9 +15,11 @@ import pytest
 
 from configs import cifar10, convmae, demo, finetune, mae, mrmae, probe
 from configs.sweeps import ablation
+from mrmae_jax import __main__ as entry
+from mrmae_jax import __version__, preflight
 from mrmae_jax import config as config_lib
-from mrmae_jax import preflight
-from mrmae_jax.errors import ConfigError
+from mrmae_jax.cli.configs import load_config
+from mrmae_jax.errors import ConfigError, UsageError
 from mrmae_jax.tasks import pretrain
 from mrmae_jax.weights.hub import PRESETS
 from tests import tiny
@@ -407,7 +409,13 @@ def command(*arguments):
     ),
     (["--config.optm.blr=1"], "config has no key 'optm'; did you mean config.optim?"),
     (["config.seed=3"], "'config.seed=3' is not an option; did you mean --config.seed=3?"),
-    (["--config.batch_size=many"], "--config.batch_size=many: invalid literal for int()"),
+    (["--config.batch_size=many"], "--config.batch_size=many given; expected a whole number"),
+    (["--config.data.flip=yes"], "--config.data.flip=yes given; expected True or False"),
+    (["--config.epochs=many"], "--config.epochs=many given; expected a number"),
+    (["-config.seed=3"], "'-config.seed=3' is not an option; did you mean --config.seed=3?"),
+    (["--on_error=skip"], "did you mean --config.data.on_error=VALUE?"),
+    (["-multihost"], "'-multihost' is not an option; did you mean --multihost?"),
+    (["--check=yes"], "--check=yes given; it takes no value: give --check or leave it out"),
     (["--worrkdir=/tmp/x"], "'--worrkdir=/tmp/x' is not an option; did you mean --workdir?"),
     (["--config=configs/none.py"], "--config=configs/none.py: no such file"),
     (["--config=configs/mae.py:giant"], "size 'giant' is not one of small, base, large, huge"),
@@ -423,6 +431,48 @@ def test_mistyped_command_lines(arguments, message, capsys, monkeypatch):
   assert run_command(["pretrain", *given, "--workdir=/nonexistent", *arguments]) == 2
   err = capsys.readouterr().err
   assert message in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["None", "none", "null", ""])
+def test_none_means_no_text(text):
+  overrides = ["teacher.path", "teacher.name", "data.quarantine"]
+  config = load_config("demo", [f"--config.{key}={text}" for key in overrides])
+  assert (config.teacher.path, config.teacher.name, config.data.quarantine) == ("", "", "")
+
+
+def test_none_that_is_a_choice_stays():
+  overrides = ["--config.encoder.remat=none", "--config.teacher.target_norm=none"]
+  config = load_config("demo", overrides)
+  assert (config.encoder.remat, config.teacher.target_norm) == ("none", "none")
+
+
+@pytest.mark.parametrize("make", ["vit", "finetune", "evals", "teachers"])
+def test_the_configuration_of_a_run_is_a_configuration(make, tmp_path):
+  config = tiny.get_config("vit" if make == "vit" else "convvit")
+  if make == "finetune":
+    config = tiny.finetune_config()
+  if make == "evals":
+    del config.evals.reconstruct
+  if make == "teachers":
+    config.extra_teachers.dino = config_lib.teacher()
+    config.extra_teachers.dino.path = "/teacher"
+  (tmp_path / "config.json").write_text(config.to_json())
+  for name in (tmp_path, tmp_path / "config.json"):
+    assert load_config(str(name)).to_json() == config.to_json()
+  assert load_config(str(tmp_path), ["--config.data.source=x"]).data.source == "x"
+
+
+def test_another_json_file_is_not_a_configuration(tmp_path):
+  for text in ("{}", "[]", "{", '{"task": "pretrain"}', '{"task": "fly"}', '{"task": []}'):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UsageError, match="not the configuration of a run") as caught:
+      load_config(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_version_is_told(capsys):
+  assert entry.main(["mrmae", "--version"]) == 0
+  assert capsys.readouterr().out == f"mrmae_jax {__version__}\n"
 
 
 def test_a_missing_flag_is_named(capsys):
@@ -473,21 +523,23 @@ def test_every_key_is_explained_and_takes_its_default():
 def test_what_a_run_that_resumes_may_change():
   config = tiny.get_config()
   config.extra_teachers.dino = config_lib.teacher()
+  config.data.exif = "apply"
   before = config_lib.identity(config)
   json.dumps(before)  # as it is stored
   assert before["image_size"] == [32, 48] and before["extra_teachers.dino.loss"] == "mse"
   free = (
-    "encoder.remat data.workers data.data_dir data.labels data.quarantine data.on_error "
-    "data.max_skipped "
-    "data.timeout_s optim.accum_steps optim.max_skips log_every eval_every checkpoint_every "
-    "keep_checkpoints keep_best hang_s wandb mesh.data mesh.fsdp evals.knn.k evals.knn.temperature "
-    "evals.knn.batch_size evals.knn.bank evals.reconstruct.images teacher.name teacher.path "
-    "extra_teachers.dino.name extra_teachers.dino.path init_from"
+    "encoder.remat data.source data.workers data.data_dir data.labels data.quarantine "
+    "data.on_error data.max_skipped data.timeout_s optim.accum_steps optim.max_skips log_every "
+    "eval_every "
+    "checkpoint_every keep_checkpoints keep_best hang_s wandb mesh.data mesh.fsdp evals.knn.k "
+    "evals.knn.temperature evals.knn.batch_size evals.knn.bank evals.reconstruct.images "
+    "teacher.name teacher.path extra_teachers.dino.name extra_teachers.dino.path init_from"
   )
   assert config_lib.flatten(config).keys() - before.keys() == set(free.split())
   local = {name for name in free.split() if config_lib.find_keys(config)[name].resume == "local"}
   assert local == config_lib.flatten(config).keys() - config_lib.shared_values(config).keys()
   assert local == {name for name in free.split() if name.endswith((".name", ".path"))} | {
+    "data.source",
     "data.workers",
     "data.data_dir",
     "data.labels",

@@ -1,5 +1,6 @@
 """`mrmae_jax.load` and mrmae features: any size, any type of image, every image once."""
 
+import json
 import sys
 
 import jax
@@ -143,7 +144,7 @@ def test_a_fine_tuned_vit(paths):
     (np.zeros((8, 8, 3), np.uint8), r"of one image make a batch: images\[None\]"),
     (Image.new("RGB", (8, 8)), r"put it into a list, \[image\]"),
     ([Image.new("RGB", (8, 8)), Image.new("RGB", (8, 16))], "resize them to one size"),
-    ([Image.new("I", (8, 8))], "no defined range"),
+    ([Image.new("I", (8, 8))], "no defined range: give"),
     ("photo.jpg", "open files with PIL.Image.open"),
     (["a.jpg", "b.jpg"], "open files with PIL.Image.open"),
     (None, "NoneType given; expected an array"),
@@ -240,6 +241,42 @@ def test_cls_size_and_unlabelled_images(paths, folder, tmp_path):
   )
   np.testing.assert_allclose(archive["features"], model.encode(batch["image"])["cls"], atol=1e-5)
   assert archive["labels"].tolist() == [-1] * 4 and archive["class_names"].size == 0
+
+
+def test_tokens_maps_and_rectangular_sizes(paths, folder, tmp_path, capsys):
+  images = ["--images=folder:" + str(folder), "--image_size=16,24", "--crop=1", "--batch_size=4"]
+  batches = data.eval_batches(
+    data.open_source(f"folder:{folder}", "train", holdout_every=0),
+    data.center_view((16, 24), 1.0),
+    batch_size=7,
+  )
+  expected = mrmae_jax.load(paths["convvit"]).encode(next(batches)["image"])
+  for feature, shape in (("tokens", (6, 16)), ("stage1", (8, 12, 8)), ("stage2", (4, 6, 12))):
+    words = [f"--model={paths['convvit']}", f"--feature={feature}", *images]
+    for suffix in ("npz", "parquet") if feature == "stage2" else ("npz",):
+      assert run_command(["features", *words, f"--out={tmp_path}/x.{suffix}"]) == 0
+    stored = np.load(tmp_path / "x.npz")["features"]
+    assert stored.shape == (7, *shape)
+    np.testing.assert_allclose(stored, expected[feature], atol=1e-5)
+  table = pq.read_table(tmp_path / "x.parquet")
+  assert json.loads(table.schema.metadata[b"shape"]) == [4, 6, 12]
+  rows = np.array(table["feature"].to_pylist()).reshape(7, 4, 6, 12)
+  np.testing.assert_allclose(rows, stored, atol=1e-6)
+  files = [f"--{name}={tmp_path}/x.npz" for name in ("train", "eval")]
+  assert run_command(["knn", *files, f"--out={tmp_path}/x.json"]) == 2
+  assert "one vector an image is expected" in capsys.readouterr().err
+
+
+def test_statistics_of_the_input_can_be_given(paths, folder, tmp_path, capsys):
+  words = ["features", "--model=pixels", f"--images=folder:{folder}", f"--out={tmp_path}/x.npz"]
+  assert run_command([*words, "--mean=0.5", "--std=0.25", "--image_size=8,4"]) == 0
+  pixels = np.load(tmp_path / "x.npz")["features"]
+  assert pixels.shape == (7, 32) and pixels.min() >= -2 and pixels.max() <= 2
+  assert run_command([*words, "--mean=0.5"]) == 2
+  assert "--mean and --std must have a number for each channel" in capsys.readouterr().err
+  words = [words[0], f"--model={paths['vit']}", *words[2:], "--feature=stage1"]
+  assert run_command(words) == 2
+  assert "the model has no such stage; use tokens" in capsys.readouterr().err
 
 
 def test_parquet_without_pyarrow(paths, folder, tmp_path, monkeypatch, capsys):

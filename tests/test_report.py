@@ -179,7 +179,7 @@ def test_hyperparameters_reach_tensorboard(tmp_path):
   assert b"_hparams_/session_start_info" in events and b"optim.blr" in events
 
 
-def test_weights_and_biases_gets_the_same_numbers(tmp_path, monkeypatch):
+def test_weights_and_biases_gets_the_same_numbers(tmp_path, monkeypatch, capsys):
   calls = []
 
   class Run:
@@ -192,10 +192,21 @@ def test_weights_and_biases_gets_the_same_numbers(tmp_path, monkeypatch):
       calls.append("finish")
 
   fake = types.ModuleType("wandb")
+  fake.setup = lambda: types.SimpleNamespace(settings=types.SimpleNamespace(mode="online"))
+  fake.login = lambda prompt: keys.pop()
   fake.init = lambda **options: calls.append(options) or Run()
   fake.Image = lambda picture: ("image", picture.shape)
   monkeypatch.setitem(sys.modules, "wandb", fake)
   workdir = new_folder(tmp_path / "run")
+  keys = [True, False]
+  writer = log.Log(workdir, 4, wandb="project")
+  writer.scalars(1, {"loss": 0.5})
+  writer.close()
+  assert calls == []
+  [warning] = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+  assert (
+    "nothing is written to Weights & Biases (there is no API key); run `wandb login`" in warning
+  )
   writer = log.Log(workdir, 4, settings={"seed": 1}, wandb="project")
   writer.scalars(1, {"loss": 0.5})
   writer.image(1, "reconstruct/x", np.zeros((4, 5, 3), np.uint8))

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mrmae_jax import data, pretrained
-from mrmae_jax.cli.features import extract, skip_options
-from mrmae_jax.cli.images import find_images, find_view, open_images
+from mrmae_jax.cli.features import extract
+from mrmae_jax.cli.images import find_images, find_view, open_images, skip_options
 from mrmae_jax.data.sources.base import NothingHeldOut
 from mrmae_jax.data.sources.listing import first_names
 from mrmae_jax.errors import UsageError

@@ -10,10 +10,16 @@ from ml_collections import ConfigDict, config_flags
 
 from mrmae_jax import config as config_lib
 from mrmae_jax.cli import parser
-from mrmae_jax.errors import UsageError
+from mrmae_jax.errors import ConfigError, UsageError
 
 # In a checkout configs/ lies beside the package; a wheel carries it inside.
 _PACKAGE = Path(__file__).parents[1]
+BOOLEANS = dict.fromkeys(("true", "t", "1", "false", "f", "0"))  # as absl reads them
+KINDS = {  # types of keys: (what reads a value, the words for it)
+  bool: (lambda text: BOOLEANS[text.lower()], "True or False"),
+  int: (lambda text: int(text, 0), "a whole number"),
+  float: (float, "a number"),
+}
 FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
 
 
@@ -22,7 +28,7 @@ def load_config(name: str, overrides: list[str] = ()) -> ConfigDict:
 
   Args:
     name: a file, or the name of a configuration that comes with the package; then ":ARGUMENT" for
-      its get_config.
+      its get_config. Or the config.json of a run, or its workdir.
     overrides: words such as "--config.optim.blr=1e-3".
 
   Raises:
@@ -32,12 +38,15 @@ def load_config(name: str, overrides: list[str] = ()) -> ConfigDict:
   path, argument = find_config(name)
   argument = () if argument is None else (argument,)
   try:
-    config = runpy.run_path(str(path))["get_config"](*argument)
+    if path.suffix == ".json":
+      config = config_lib.read_stored(path)
+    else:
+      config = runpy.run_path(str(path))["get_config"](*argument)
+  except ConfigError as error:
+    raise UsageError(f"--config={name}: {error}") from error
   except Exception as error:  # whatever a user's file may raise
     raise UsageError(f"--config={name}: {type(error).__name__}: {error}") from error
-  for word in overrides:
-    _check_key(word, config)
-  values, argv = flags.FlagValues(), ["mrmae", *overrides]
+  values, argv = flags.FlagValues(), ["mrmae", *(_check_override(w, config) for w in overrides)]
   try:
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
     values(argv)
@@ -58,8 +67,9 @@ def find_config(name: str) -> tuple[Path, str | None]:
   """
   text, _, argument = name.partition(":")
   argument = argument if ":" in name else None
-  if os.path.isfile(text):
-    return Path(text), argument
+  for path in (text, os.path.join(name, "config.json")):
+    if os.path.isfile(path):
+      return Path(path), argument
   short = text.removeprefix("configs/").removesuffix(".py")
   for folder in FOLDERS:
     if short and (folder / f"{short}.py").is_file():
@@ -81,18 +91,50 @@ def list_configs() -> list[str]:
   return [name for name in names if not name.endswith("__init__")]
 
 
-def _check_key(word: str, config) -> None:
-  """Raises UsageError unless the configuration has the key of an override."""
+def _check_override(word: str, config) -> str:
+  """Returns an override "--config.KEY=VALUE" as ml_collections reads it; a text None is "".
+
+  Raises:
+    UsageError: the configuration has no such key, or the value is of another type.
+  """
+  name, equals, value = word.partition("=")
+  *sections, key = name.split(".")[1:]
   node, place = config, "config"
-  for key in word[2:].split("=")[0].split(".")[1:]:
-    known = list(node.keys()) if hasattr(node, "keys") else []
-    if key not in known:
-      nearest = difflib.get_close_matches(key, known, 1)
-      hint = f"{place} has {', '.join(known) or 'no keys'}"
-      if nearest:
-        hint = f"did you mean {place}.{nearest[0]}?"
-      raise UsageError(f"{word}: {place} has no key {key!r}; {hint}")
-    node, place = node[key], f"{place}.{key}"
+  for section in (*sections, key):
+    parent, node, place = node, _child(node, section, word, place), f"{place}.{section}"
+  if not isinstance(parent, ConfigDict):
+    return word
+  kind = parent.get_type(key)
+  if kind is str and value in ("None", "none", "null") and not _is_choice(config, place, value):
+    return f"{name}="
+  if kind in KINDS and equals:
+    parse, words = KINDS[kind]
+    try:
+      parse(value)
+    except (ValueError, KeyError):
+      raise UsageError(f"{name}={value} given; expected {words}") from None
+  return word
+
+
+def _is_choice(config, place: str, value: str) -> bool:
+  """Returns whether a text is among those that a key may have."""
+  try:
+    key = config_lib.find_keys(config).get(place.removeprefix("config."))
+  except (AttributeError, KeyError):  # not a whole configuration, which the checks will say
+    return False
+  return key is not None and isinstance(key.allowed, tuple) and value in key.allowed
+
+
+def _child(node, key: str, word: str, place: str):
+  """Returns the value of a key of a section; raises UsageError if there is none."""
+  known = list(node.keys()) if hasattr(node, "keys") else []
+  if key not in known:
+    nearest = difflib.get_close_matches(key, known, 1)
+    hint = f"{place} has {', '.join(known) or 'no keys'}"
+    if nearest:
+      hint = f"did you mean {place}.{nearest[0]}?"
+    raise UsageError(f"{word}: {place} has no key {key!r}; {hint}")
+  return node[key]
 
 
 def suggest_key(wanted: str, argv: list[str], message: str) -> None:
@@ -104,11 +146,17 @@ def suggest_key(wanted: str, argv: list[str], message: str) -> None:
     message: what is wrong with the word.
   """
   names = [word.split("=", 1)[1] for word in argv if word.startswith("--config=")]
-  keys = config_lib.flatten(load_config(names[-1])) if names else ()
+  config = load_config(names[-1]) if names else config_lib.defaults(_task(argv[0]))
+  keys = config_lib.flatten(config)
   matches = [key for key in keys if key == wanted or key.endswith(f".{wanted}")]
   if matches:
     text = message.split("; ")[0]
     raise UsageError(f"{text}; did you mean --config.{matches[0]}=VALUE?")
+
+
+def _task(command: str) -> str:
+  """Returns the task that a command trains, or looks at by default."""
+  return parser.TASKS.get(command, "pretrain")
 
 
 def describe_keys(argv: list[str]) -> str:
@@ -117,9 +165,8 @@ def describe_keys(argv: list[str]) -> str:
   The values are those of `--config` if that is given and can be loaded, else the defaults of the
   command `argv[0]`.
   """
-  task = parser.TASKS.get(argv[0], "pretrain")
   title = "keys of the configuration (--config.KEY=VALUE), their defaults and meaning:"
-  config = config_lib.defaults(task)
+  config = config_lib.defaults(_task(argv[0]))
   names = [word.split("=", 1)[1] for word in argv if word.startswith("--config=")]
   overrides = [word for word in argv if word.startswith("--config.")]
   if names:

@@ -99,7 +99,7 @@ def examine(config, workdir: str | None, report: Report, out: str, should_compil
     report.stop(str(error), error.exit_code)
     return
   if config.task == "pretrain":
-    view = data.center_view(config.image_size, 1.0, len(config.data.mean))
+    view = data.center_view(config.image_size, 1.0, len(config.data.mean), config.data.exif)
     loader = data.loader_options(config.data)._replace(workers=0)
     batches = data.eval_batches(source, view, batch_size=COUNT, limit=COUNT, options=loader)
     first = next(iter(batches))
@@ -164,7 +164,7 @@ def decode_images(config, source, report: Report) -> list[np.ndarray]:
   images = []
   for i in places:
     try:
-      images.append(augment.pixels(source[int(i)], len(config.data.mean)))
+      images.append(augment.pixels(source[int(i)], len(config.data.mean), config.data.exif))
     except DataError as error:
       if config.data.on_error != "skip":
         raise

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from mrmae_jax import pretrained
-from mrmae_jax.cli.subject import choose_image_size
+from mrmae_jax.cli.images import find_size
 from mrmae_jax.errors import StorageError
 from mrmae_jax.runs.paths import atomic_folder
 
@@ -84,7 +84,7 @@ def run(options) -> str:
     dtype=options.dtype,
   )
   print(model.report, flush=True)
-  size = choose_image_size(options.image_size, model)
+  size = find_size(options, model)
   has_logits = options.parts == "all" and "classifier" in model.network.params
   exported = model.export(size, has_logits)
   with atomic_folder(Path(options.out).expanduser()) as folder:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple
 
@@ -9,8 +10,16 @@ import numpy as np
 from tqdm import tqdm
 
 from mrmae_jax import constants, data, mrmae, pretrained
-from mrmae_jax.cli.images import find_images, find_view, open_images
+from mrmae_jax.cli.images import (
+  find_images,
+  find_size,
+  find_view,
+  open_images,
+  read_run_data,
+  skip_options,
+)
 from mrmae_jax.errors import UsageError
+from mrmae_jax.models import ConvViT
 from mrmae_jax.runs import supervision
 from mrmae_jax.runs.paths import atomic_write
 from mrmae_jax.weights import model_files
@@ -20,7 +29,7 @@ class Encoder(NamedTuple):
   """A function from images to features.
 
   Attributes:
-    encode: uint8 [B, H, W, C] -> [B, D].
+    encode: uint8 [B, H, W, C] -> [B, D], tokens [B, N, D] or maps [B, h, w, D].
     image_size: (height, width) that it takes.
     channels: C.
     report: what was loaded.
@@ -72,11 +81,6 @@ def run(options) -> str:
   )
 
 
-def skip_options(options) -> data.LoaderOptions:
-  """Returns the loader's options of --on_error and --max_skipped."""
-  return data.LoaderOptions(on_error=options.on_error, max_skipped=options.max_skipped)
-
-
 def count_rows(batches, sizes: list[int]):
   """Yields the batches, and appends their numbers of images to `sizes`."""
   for batch in batches:
@@ -110,33 +114,46 @@ def load_encoder(options) -> Encoder:
   Raises:
     UsageError, WeightsError: options or a model that do not fit.
   """
-  image_size = (options.image_size, options.image_size)
+  if bool(options.mean) != bool(options.std) or len(options.mean) != len(options.std):
+    raise UsageError("--mean and --std must have a number for each channel, both of them")
   if options.model == "pixels":
-    mean, std = constants.IMAGENET_MEAN, constants.IMAGENET_STD
-    encode = lambda images: mrmae.normalize(images, mean, std).reshape(len(images), -1)
-    return Encoder(encode, image_size if options.image_size else (32, 32), 3, "pixels, normalized")
+    return _pixels(options)
+  if options.mean and read_run_data(options.model):
+    raise UsageError(
+      f"--mean and --std are for files that do not tell; {options.model} is a run, which does: "
+      "leave them out"
+    )
+  statistics = {"mean": options.mean, "std": options.std} if options.mean else {}
   model = pretrained.load(
     options.model,
     num_heads=options.num_heads,
     weights=options.weights,
     decoder=False,
     dtype=options.dtype,
+    **statistics,
   )
   report = str(model.report)
   if options.untrained:
     model = pretrained.PretrainedModel(model_files.untrained(model.network))
     report = f"{report.splitlines()[0]}, with fresh weights"
   encoder = model.network.encoder
-  image_size = image_size if options.image_size else model.config["image_size"]
-  if any(side % encoder.patch_size for side in image_size):
-    raise UsageError(
-      f"--image_size={options.image_size} is not a multiple of the model's token size "
-      f"{encoder.patch_size}"
-    )
+  image_size = find_size(options, model)
   if options.feature == "cls" and not encoder.cls_token:
     raise UsageError("--feature=cls: the model has no CLS token; use pooled")
+  if options.feature.startswith("stage") and not isinstance(encoder, ConvViT):
+    raise UsageError(f"--feature={options.feature}: the model has no such stage; use tokens")
   encode = lambda images: model.encode(images)[options.feature]
   return Encoder(encode, image_size, len(model.network.mean), report)
+
+
+def _pixels(options) -> Encoder:
+  """Returns the normalized pixels themselves as features, a baseline."""
+  if options.feature != "pooled":
+    raise UsageError(f"--feature={options.feature}: pixels have no tokens; leave it out")
+  mean, std = options.mean or constants.IMAGENET_MEAN, options.std or constants.IMAGENET_STD
+  size = options.image_size or (32,)
+  encode = lambda images: mrmae.normalize(images, mean, std).reshape(len(images), -1)
+  return Encoder(encode, (size[0], size[-1]), len(mean), "pixels, normalized")
 
 
 class _NamedSource:
@@ -161,17 +178,19 @@ def extract(
   *,
   image_size: tuple[int, int],
   crop: float,
+  exif: str = "ignore",
   batch_size: int,
   channels: int = 3,
   loader: data.LoaderOptions = data.LoaderOptions(),
 ) -> Iterator[tuple[list[str], np.ndarray, np.ndarray]]:
-  """Yields (names, labels int32 [B], features float32 [B, D]) of all images, in order, each once.
+  """Yields (names, labels int32 [B], features float32 [B, ...]) of all images, in order, each once.
 
   Args:
-    encode: uint8 [B, H, W, C] -> [B, D].
+    encode: uint8 [B, H, W, C] -> [B, ...].
     source: of `mrmae_jax.data`.
     image_size: (height, width).
     crop: see `data.augment.center_crop`.
+    exif: see `data.augment.decode_image`.
     batch_size: images at a time; the last batch holds what is left.
     channels: C.
     loader: with on_error="skip" images that cannot be read are left out.
@@ -181,7 +200,7 @@ def extract(
   """
   named_source, begin = _NamedSource(source), 0
   # In threads of this process: the source keeps the names here.
-  view = data.center_view(image_size, crop, channels)
+  view = data.center_view(image_size, crop, channels, exif)
   batches = data.eval_batches(named_source, view, batch_size=batch_size, options=loader)
   try:
     for batch in batches:
@@ -222,23 +241,28 @@ def _write_parquet(path: Path, batches, class_names, about: dict[str, Any]) -> N
   import pyarrow as pa
   import pyarrow.parquet as pq
 
-  class_name = lambda i: class_names[i] if 0 <= i < len(class_names) else None
+  class_name = lambda i: _as_unicode(class_names[i]) if 0 <= i < len(class_names) else None
   writer = None
   try:
     for names, labels, features in batches:
-      flat, width = pa.array(features.reshape(-1)), features.shape[1]
+      flat, shape = pa.array(features.reshape(-1)), features.shape[1:]
       columns = {
-        "name": pa.array(names, pa.string()),
+        "name": pa.array(map(_as_unicode, names), pa.string()),
         "label": pa.array(labels, pa.int32()),
         "class_name": pa.array(map(class_name, labels), pa.string()),
-        "feature": pa.FixedSizeListArray.from_arrays(flat, width),
+        "feature": pa.FixedSizeListArray.from_arrays(flat, math.prod(shape)),
       }
-      table = pa.table(columns)
+      table = pa.table(columns, metadata={"shape": json.dumps(shape)})
       writer = writer or pq.ParquetWriter(path, table.schema)
       writer.write_table(table)
   finally:
     if writer:
       writer.close()
+
+
+def _as_unicode(name: str) -> str:
+  """Returns the name of a file; bytes of it that are not UTF-8 become text such as \\xe9."""
+  return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 WRITERS = {".npz": _write_npz, ".parquet": _write_parquet}

@@ -62,9 +62,42 @@ def open_images(options, images: ConfigDict, split: str) -> data.Source:
 
 
 def find_view(options, model: str) -> dict[str, Any]:
-  """Returns how images are shown to a model: {"crop"}, as its run does it unless told otherwise."""
+  """Returns how images are shown to a model: {"crop", "exif"}, as in its run unless told otherwise.
+
+  They are arguments of `features.extract`.
+  """
   run = read_run_data(model) or config_lib.pretrain().data
-  return {"crop": run.eval_crop if options.crop is None else options.crop}
+  crop = run.eval_crop if options.crop is None else options.crop
+  return {"crop": crop, "exif": find_exif(options, model)}
+
+
+def find_exif(options, model: str) -> str:
+  """Returns --exif, or else what the run of the model does, see `data.augment.decode_image`."""
+  return options.exif or (read_run_data(model) or config_lib.pretrain().data).exif
+
+
+def skip_options(options) -> data.LoaderOptions:
+  """Returns the loader's options of --on_error and --max_skipped."""
+  return data.LoaderOptions(on_error=options.on_error, max_skipped=options.max_skipped)
+
+
+def find_size(options, model) -> tuple[int, int]:
+  """Returns (height, width) by --image_size, or else those of the training of a PretrainedModel.
+
+  Raises:
+    UsageError: --image_size is not a multiple of the token size.
+  """
+  if not options.image_size:
+    return model.config["image_size"]
+  size = options.image_size * (2 if len(options.image_size) == 1 else 1)
+  patch = model.network.encoder.patch_size
+  if any(side % patch for side in size):
+    nearest = ",".join(str(max(1, round(side / patch)) * patch) for side in size)
+    raise UsageError(
+      f"--image_size={','.join(map(str, options.image_size))} is not a multiple of the model's "
+      f"token size {patch}; nearest: {nearest}"
+    )
+  return tuple(size)
 
 
 def read_run_data(model: str) -> ConfigDict | None:

@@ -77,6 +77,11 @@ def read_features(path: str) -> dict:
       f"{path} has no labels; put the images of each class into a sub-folder of its own and "
       "compute it again"
     )
+  if content["features"].ndim != 2:
+    raise UsageError(
+      f"{path} holds features of shape {content['features'].shape}, one vector an image is "
+      "expected; compute it again with --feature=pooled"
+    )
   if not np.isfinite(content["features"]).all():
     raise UsageError(f"{path} has features that are not finite")
   return content

@@ -5,6 +5,7 @@ A command COMMAND is carried out by `run(options)` of the module `mrmae_jax.cli.
 
 import argparse
 import difflib
+import re
 from typing import Callable, NoReturn
 
 from mrmae_jax.errors import UsageError
@@ -57,6 +58,10 @@ class Parser(argparse.ArgumentParser):
       missing = message.split(": ", 1)[1]
       verb = "are" if "," in missing else "is"
       message = f"{missing} {verb} missing"
+    if match := re.match(r"argument (--\S+): ignored explicit argument '(.*)'", message):
+      name, value = match.groups()
+      switch = " or ".join(name.split("/")) + (" or leave it out" if "/" not in name else "")
+      message = f"{name.split('/')[0]}={value} given; it takes no value: give {switch}"
     raise UsageError(f"{message}; see mrmae {command} --help".replace("  ", " "))
 
 
@@ -65,11 +70,13 @@ class UnknownWord(UsageError):
 
   def __init__(self, word: str, command: str, names):
     """Suggests the nearest of the `names` of options."""
-    self.name = word.split("=")[0].lstrip("-")
+    self.name, equals, value = word.lstrip("-").partition("=")
     nearest = [self.name] if self.name in names else difflib.get_close_matches(self.name, names, 1)
-    if self.name.startswith("config."):  # an override that lacks its dashes
-      nearest = [word.lstrip("-")]
-    hint = f"did you mean --{nearest[0]}?" if nearest else f"see mrmae {command} --help"
+    hint = f"see mrmae {command} --help"
+    if self.name in names or self.name.startswith("config."):  # it lacks dashes
+      nearest = [f"{self.name}{equals}{value}"]
+    if nearest:
+      hint = f"did you mean --{nearest[0]}?"
     super().__init__(f"{word!r} is not an option; {hint}")
 
 
@@ -153,6 +160,34 @@ def _images(parser: Parser, prefix: str = "") -> None:
   """Adds the options of images that are those of the model's run by default."""
   parser.add_argument("--images", help=f"{prefix}{IMAGES}; default: those of the run")
   _splits(parser, of_run=True)
+
+
+def _image_size(parser: Parser) -> None:
+  parser.add_argument(
+    "--image_size",
+    type=comma_list(integer(1), (1, 2)),
+    default=(),
+    metavar="SIDE or HEIGHT,WIDTH",
+    help="in pixels, multiples of the token size; default: as the model was trained",
+  )
+
+
+def _statistics(parser: Parser) -> None:
+  for name, words in (("mean", "mean"), ("std", "standard deviation")):
+    parser.add_argument(
+      f"--{name}",
+      type=comma_list(float),
+      default=(),
+      help=f"{words} of each channel, of pixels in [0, 1], for files that do not tell",
+    )
+
+
+def _exif(parser: Parser) -> None:
+  parser.add_argument(
+    "--exif",
+    choices=("ignore", "apply"),
+    help="orientation in the EXIF of a photograph; default: as the run, else ignore",
+  )
 
 
 def _crop(parser: Parser) -> None:
@@ -296,7 +331,8 @@ def _features(parser: Parser) -> None:
 
 Every image of the split is encoded exactly once, in order, nothing masked. The .npz holds features
 float32 [N, D], names [N], labels int32 [N] (-1 for none), class_names, and about: a JSON text of
-how they were made. The .parquet holds the columns name, label, class_name, feature. The file
+how they were made. Patch tokens are [N, T, D], row by row, maps [N, H, W, D]. The .parquet holds
+the columns name, label, class_name, feature. The file
 appears whole or not at all. `mrmae knn` measures what .npz files are worth."""
   parser.add_argument(
     "--model",
@@ -312,17 +348,15 @@ appears whole or not at all. `mrmae knn` measures what .npz files are worth."""
   parser.add_argument("--out", required=True, help="the file, .npz or .parquet")
   parser.add_argument(
     "--feature",
-    choices=("pooled", "cls"),
+    choices=("pooled", "cls", "tokens", "stage1", "stage2"),
     default="pooled",
-    help="the mean over the tokens, or the CLS token",
+    help="the mean over the tokens, the CLS token, all patch tokens, or the map of a convolutional "
+    "stage",
   )
-  parser.add_argument(
-    "--image_size",
-    type=integer(0),
-    default=0,
-    help="side of the square images in pixels; 0: as the model was trained; pixels: 32",
-  )
+  _image_size(parser)
+  _statistics(parser)
   _crop(parser)
+  _exif(parser)
   parser.add_argument("--batch_size", type=integer(1), default=64, help="images at a time")
   parser.add_argument(
     "--dtype",
@@ -403,6 +437,7 @@ def _classifiers(parser: Parser, prefix: str) -> None:
     help="of several models",
   )
   _crop(parser)
+  _exif(parser)
   parser.add_argument("--batch_size", type=integer(1), default=64, help="images at a time")
   _heads(parser, decoder=False)
 
@@ -452,6 +487,7 @@ Panels (all that can be drawn; the page says why others cannot):
     help="which images; default: the held-out ones of a run, else train",
   )
   _bad_images(parser, max_skipped=1.0)  # a few images are shown
+  _exif(parser)
   parser.add_argument(
     "--out", required=True, metavar="DIR", help="folder for index.html and a PNG per panel"
   )
@@ -462,13 +498,7 @@ Panels (all that can be drawn; the page says why others cannot):
     help=f"some of {', '.join(PANELS)}; default: all that can be drawn",
   )
   parser.add_argument("--count", type=integer(1), default=6, help="images shown, evenly spaced")
-  parser.add_argument(
-    "--image_size",
-    type=comma_list(integer(1), (1, 2)),
-    default=(),
-    metavar="SIDE or HEIGHT,WIDTH",
-    help="in pixels, multiples of the token size; default: as the model was trained",
-  )
+  _image_size(parser)
   parser.add_argument("--teacher", help="preset or path; default: the run's own, with its options")
   parser.add_argument(
     "--query",
@@ -576,13 +606,13 @@ def _verify(parser: Parser) -> None:
 
 Decodes every image and prints a report in JSON: how many images, which are bad and why, how large
 they are (shorter side), how many are gray, CMYK, 16-bit, with alpha, animated, or turned by their
-EXIF orientation (which training ignores), and mean and deviation of each channel, for
+EXIF orientation (see config.data.exif), and mean and deviation of each channel, for
 config.data.mean and std. An image is bad if training cannot read it, or if it is a JPEG whose
 decoder notices damage. Not all damage can be seen: of random changes of one byte, all are found in
 PNGs and one in six in JPEGs. Exit code: 0 all images are good, 3 some are bad."""
   parser.add_argument("--source", required=True, help=f"images: {IMAGES}")
   parser.add_argument(
-    "--splits", type=comma_list(), default=("train", "eval"), help="which to look at"
+    "--splits", type=comma_list(), default=(), help="train, eval or both; default: those there are"
   )
   _splits(parser)
   parser.add_argument(
@@ -618,7 +648,7 @@ the folder appears whole or not at all."""
     "--verify", help="instead: a packed folder whose checksums are compared", metavar="DIR"
   )
   parser.add_argument(
-    "--splits", type=comma_list(), default=("train", "eval"), help="which to write"
+    "--splits", type=comma_list(), default=(), help="train, eval or both; default: those there are"
   )
   _splits(parser)
   _bad_images(parser, quarantine="")
@@ -801,7 +831,7 @@ def make_parser() -> Parser:
   parser = Parser(
     prog="mrmae",
     description="MR-MAE in JAX: pre-training, and everything people do with such an encoder.",
-    epilog="`mrmae COMMAND --help` lists the options of a command.",
+    epilog="`mrmae COMMAND --help` lists the options of a command, `mrmae --version` the version.",
   )
   commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
   commands.required = True
@@ -822,7 +852,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     SystemExit: help was asked for, and printed.
   """
   if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
-    nearest = difflib.get_close_matches(argv[0], COMMANDS, 1)
+    nearest = difflib.get_close_matches(argv[0], [*COMMANDS, "--version"], 1)
     hint = f"did you mean {nearest[0]}?" if nearest else "mrmae --help lists them"
     raise UsageError(f"{argv[0]!r} is not a command; {hint}")
   _check_names(argv)
@@ -845,7 +875,9 @@ def _check_names(argv: list[str]) -> None:
   }
   for word in argv[1:]:
     name = word.split("=")[0]
-    if name.startswith("--") and name[2:] not in names and not name.startswith("--config."):
+    is_short = re.match("-[A-Za-z]", name) and name != "-h"
+    is_unknown = name.startswith("--") and name[2:] not in names
+    if is_short or is_unknown and not name.startswith("--config."):
       raise UnknownWord(word, argv[0], names)
 
 

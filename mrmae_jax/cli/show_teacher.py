@@ -98,7 +98,9 @@ def run(options) -> str:
   count = max(options.count, options.statistics)
   batches = data.eval_batches(
     data.open_split(config.data, "train"),
-    data.center_view(config.image_size, config.data.eval_crop, len(config.data.mean)),
+    data.center_view(
+      config.image_size, config.data.eval_crop, len(config.data.mean), config.data.exif
+    ),
     batch_size=count,
     limit=count,
     options=data.loader_options(config.data),

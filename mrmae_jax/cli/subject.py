@@ -11,11 +11,10 @@ from ml_collections import ConfigDict
 from mrmae_jax import config as config_lib
 from mrmae_jax import data, pretrained
 from mrmae_jax.cli import show_teacher
-from mrmae_jax.cli.features import skip_options
-from mrmae_jax.cli.images import find_images, open_images
+from mrmae_jax.cli.images import find_exif, find_images, find_size, open_images, skip_options
 from mrmae_jax.data.sources import archive
 from mrmae_jax.data.sources.folder import FolderSource
-from mrmae_jax.errors import UsageError, WeightsError, WorkdirError
+from mrmae_jax.errors import WeightsError, WorkdirError
 from mrmae_jax.evals.reconstruct import bands_shown
 from mrmae_jax.runs import checkpoint, supervision
 from mrmae_jax.weights import hub, model_files
@@ -101,12 +100,13 @@ def open_subject(options, needs_teacher: bool) -> Subject:
     run_config = checkpoint.read_config(options.model)
   except WorkdirError:  # the model is not a run
     run_config = {}
-  size = choose_image_size(options.image_size, model)
+  size = find_size(options, model)
   source = _open_source(options)
   indices = spaced_indices(len(source), options.count)
-  shape = (*size, len(model.network.mean))
-  indices, images = read_all(source, indices, shape, skip_options(options))
   config = _make_config(options, model, size, run_config)
+  shape = (*size, len(model.network.mean))
+  loader = skip_options(options)
+  indices, images = read_all(source, indices, shape, loader, config.data.exif)
   print(f"{model.report}\n{source.description}", flush=True)
   teacher_out, teacher = None, ""
   if needs_teacher:
@@ -132,7 +132,11 @@ class _Subset:
 
 
 def read_images(
-  source, indices: list[int], shape: tuple[int, ...], loader: data.LoaderOptions
+  source,
+  indices: list[int],
+  shape: tuple[int, ...],
+  loader: data.LoaderOptions,
+  exif: str = "ignore",
 ) -> Iterator[tuple[list[int], np.ndarray]]:
   """Yields the images at `indices` in batches: (their indices, uint8 [b, H, W, C]).
 
@@ -141,11 +145,12 @@ def read_images(
     indices: which of them.
     shape: [..., H, W, C].
     loader: with on_error="skip" images that cannot be read are left out.
+    exif: see `data.augment.decode_image`.
   """
   *_, height, width, channels = shape
   batches = data.eval_batches(
     _Subset(source, indices),
-    data.center_view((height, width), 1.0, channels),
+    data.center_view((height, width), 1.0, channels, exif),
     batch_size=min(BATCH_SIZE, len(indices)),
     options=loader,
   )
@@ -161,10 +166,14 @@ def read_images(
 
 
 def read_all(
-  source, indices: list[int], shape: tuple[int, ...], loader: data.LoaderOptions
+  source,
+  indices: list[int],
+  shape: tuple[int, ...],
+  loader: data.LoaderOptions,
+  exif: str = "ignore",
 ) -> tuple[list[int], np.ndarray]:
   """Returns all that `read_images` yields: indices, uint8 [B, H, W, C]."""
-  parts, images = zip(*read_images(source, indices, shape, loader))
+  parts, images = zip(*read_images(source, indices, shape, loader, exif))
   return sum(parts, []), np.concatenate(images)
 
 
@@ -177,21 +186,6 @@ def spaced_indices(total: int, limit: int) -> list[int]:
 def image_name(source, index: int) -> str:
   """Returns the folder and file of an image."""
   return "/".join(source[index]["name"].split("/")[-2:])
-
-
-def choose_image_size(image_size: tuple[int, ...], model) -> tuple[int, int]:
-  """Returns the (height, width) of an option --image_size, or else that of training."""
-  if not image_size:
-    return model.config["image_size"]
-  size = image_size * (2 if len(image_size) == 1 else 1)
-  patch = model.network.encoder.patch_size
-  if any(side % patch for side in size):
-    nearest = ",".join(str(max(1, round(side / patch)) * patch) for side in size)
-    raise UsageError(
-      f"--image_size={','.join(map(str, image_size))} is not a multiple of the model's token size "
-      f"{patch}; nearest: {nearest}"
-    )
-  return tuple(size)
 
 
 def _open_source(options):
@@ -215,7 +209,7 @@ def _make_config(options, model, size: tuple[int, int], run_config: dict[str, An
   config.encoder = ConfigDict(model_files.module_fields(network.encoder))
   config.image_size = size
   config.seed = options.seed
-  config.data.update(mean=network.mean, std=network.std)
+  config.data.update(mean=network.mean, std=network.std, exif=find_exif(options, options.model))
   config.method.update(network.method | run_config.get("method", {}))
   config.teacher.update(run_config.get("teacher", {}))
   config.teacher.dtype = "float32"

@@ -7,7 +7,7 @@ import numpy as np
 
 from mrmae_jax import mrmae
 from mrmae_jax.cli import show_teacher
-from mrmae_jax.cli.features import skip_options
+from mrmae_jax.cli.images import skip_options
 from mrmae_jax.cli.subject import (
   Subject,
   image_name,
@@ -207,7 +207,7 @@ def neighbors(subject: Subject) -> Panel:
     raise MissingPanelError(f"the source has {len(source)} image; neighbors need more")
   encode = lambda images: np.asarray(subject.model.encode(images)["pooled"])
   loader = skip_options(subject.options)
-  batches = read_images(source, bank, subject.images.shape, loader)
+  batches = read_images(source, bank, subject.images.shape, loader, subject.config.data.exif)
   parts, features = zip(*((indices, encode(images)) for indices, images in batches))
   bank, features = sum(parts, []), np.concatenate(features)
   count = min(subject.options.neighbors, len(bank) - 1)

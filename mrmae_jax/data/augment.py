@@ -23,25 +23,41 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF
 # that other libraries switch off.
 MAX_PIXELS = 178_956_970
 MAX_PIXELS_PER_BYTE = 10_000  # a solid black PNG, the smallest of all, has 8,256
+ORIENTATION = 0x0112  # EXIF tag
+_BACK, _SAME = slice(None, None, -1), slice(None)
+# Value of the tag -> (whether rows and columns are exchanged, then their directions)
+TURNS = {
+  1: (False, (_SAME, _SAME)),
+  2: (False, (_SAME, _BACK)),
+  3: (False, (_BACK, _BACK)),
+  4: (False, (_BACK, _SAME)),
+  5: (True, (_SAME, _SAME)),
+  6: (True, (_SAME, _BACK)),
+  7: (True, (_BACK, _BACK)),
+  8: (True, (_BACK, _SAME)),
+}
 CROP_TRIES = 10
 ERASE_TRIES = 10
 ERASE_AREA = (0.02, 1 / 3)  # relative to the image
 ERASE_ASPECT = (0.3, 1 / 0.3)  # height / width
 
 
-def pixels(example: dict[str, Any], channels: int | None = None) -> np.ndarray:
+def pixels(
+  example: dict[str, Any], channels: int | None = None, exif: str = "ignore"
+) -> np.ndarray:
   """Returns the pixels of a source's example, uint8 [H, W, C].
 
   Args:
     example: an example of a source.
     channels: C, see `with_channels`; None leaves the image as it is.
+    exif: "ignore" or "apply", see `decode_image`.
 
   Raises:
     DataError: as in `decode_image` and `with_channels`.
   """
   image = example["image"]
   if not isinstance(image, np.ndarray):
-    image = decode_image(image, example["name"])
+    image = decode_image(image, example["name"], exif=exif)
   if channels is None:
     return image
   return with_channels(image, channels, example["name"])
@@ -75,14 +91,14 @@ def with_channels(image: np.ndarray, channels: int, name: str) -> np.ndarray:
   )
 
 
-def decode_image(data: bytes, name: str, strict: bool = False) -> np.ndarray:
+def decode_image(data: bytes, name: str, strict: bool = False, exif: str = "ignore") -> np.ndarray:
   """Decodes one image file to uint8 [H, W, 3].
 
   The result is that of Pillow's `convert("RGB")`, the field's convention: gray is repeated, a
   palette is looked up, alpha is dropped without compositing, of an animation the first frame is
   taken. There are two exceptions. 16-bit gray keeps its high byte (as Pillow does for 16-bit
   color), since `convert` would clip it to white. 32-bit gray is refused, since nothing says which
-  value is white. The EXIF orientation is ignored, as torchvision ignores it.
+  value is white. The EXIF orientation is ignored, as torchvision ignores it, unless exif="apply".
 
   simplejpeg decodes color and gray JPEGs: it gives the same pixels in two thirds of the time. A
   JPEG that its strict mode refuses is left to Pillow, so that a file is good exactly when the
@@ -93,6 +109,7 @@ def decode_image(data: bytes, name: str, strict: bool = False) -> np.ndarray:
     name: name of the file, for messages.
     strict: refuse color and gray JPEGs, too, that Pillow reads in spite of damage that the decoder
       has noticed.
+    exif: "apply" turns the image as its EXIF orientation says.
 
   Raises:
     DataError: the file is not in FORMATS, is damaged, or has more pixels than MAX_PIXELS or than
@@ -106,7 +123,8 @@ def decode_image(data: bytes, name: str, strict: bool = False) -> np.ndarray:
       width, height = picture.size
       most = min(MAX_PIXELS, MAX_PIXELS_PER_BYTE * len(data))
       if width * height <= most:
-        return _decode_opened(picture, data, strict)
+        image = _decode_opened(picture, data, strict)
+        return turn(image, orientation(picture)) if exif == "apply" else image
     cause = (
       f"its header claims {width} x {height} pixels, at most {most:,} of {len(data):,} bytes are"
       " decoded"
@@ -126,6 +144,32 @@ def decode_image(data: bytes, name: str, strict: bool = False) -> np.ndarray:
     del error  # its traceback refers to this frame, and would keep half-decoded pixels
 
 
+def orientation(picture: Image.Image) -> int:
+  """Returns the EXIF orientation of a decoded picture, 1 to 8; 1, as stored, if it has none."""
+  try:
+    value = picture.getexif().get(ORIENTATION, 1)
+  except Exception:  # damaged EXIF raises errors of any type, and says nothing
+    return 1
+  return value if value in TURNS else 1
+
+
+def orientation_of(image: bytes | np.ndarray) -> int:
+  """Returns the EXIF orientation of an image that can be decoded; of pixels it is 1."""
+  if isinstance(image, np.ndarray):
+    return 1
+  with Image.open(io.BytesIO(image), formats=FORMATS) as picture:
+    picture.load()  # Pillow turns TIFF itself, and then forgets its orientation
+    return orientation(picture)
+
+
+def turn(image: np.ndarray, orientation: int) -> np.ndarray:
+  """Turns an image [H, W, C] that is stored with an EXIF orientation into the upright one."""
+  transpose, flip = TURNS[orientation]
+  if transpose:
+    image = image.swapaxes(0, 1)
+  return np.ascontiguousarray(image[flip])
+
+
 def _decode_opened(picture: Image.Image, data: bytes, strict: bool) -> np.ndarray:
   """Returns the pixels of an opened picture of acceptable size, uint8 [H, W, 3]."""
   # The mode decides, not a refusal: simplejpeg does read CMYK, to other colors.
@@ -135,15 +179,6 @@ def _decode_opened(picture: Image.Image, data: bytes, strict: bool) -> np.ndarra
     except ValueError:
       if strict:
         raise
-  return picture_pixels(picture)
-
-
-def picture_pixels(picture: Image.Image) -> np.ndarray:
-  """Returns the pixels of a Pillow image as `decode_image` does, uint8 [H, W, 3].
-
-  Raises:
-    ValueError: its mode has no defined range.
-  """
   if picture.mode.startswith("I;16"):
     high_byte = (np.asarray(picture) >> 8).astype(np.uint8)
     return np.repeat(high_byte[:, :, None], 3, axis=2)

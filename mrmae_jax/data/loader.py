@@ -340,19 +340,35 @@ class Batches:
       if not reason or index in self.skipped:
         continue
       self.skipped[index] = reason.decode(errors="replace")
-      number, total = len(self.skipped), len(self._source)
-      most = int(self._options.max_skipped * total)
-      if number > most:
-        raise DataError(
-          f"{self.skipped[index]}; {number} of {total} images could not be read,"
-          f" max_skipped={self._options.max_skipped:g} allows {most}; list them with mrmae verify"
-        )
-      tqdm.write(
-        f"warning: {self.skipped[index]}; {self._consequence} ({number} of {total} images skipped"
-        f" so far, at most {most})",
-        file=sys.stderr,
-      )
-      sys.stderr.flush()
+      warn_of_skipped(self.skipped, len(self._source), self._options, self._consequence)
+
+
+def warn_of_skipped(
+  skipped: dict[int, str], total: int, options: LoaderOptions, consequence: str
+) -> None:
+  """Warns of the image that was skipped last.
+
+  Args:
+    skipped: {index: reason} of all that were skipped, of which this is the last.
+    total: number of images of the source.
+    options: `max_skipped` says how many may be skipped.
+    consequence: how the warning ends.
+
+  Raises:
+    DataError: there are too many.
+  """
+  reason, number = list(skipped.values())[-1], len(skipped)
+  most = int(options.max_skipped * total)
+  if number > most:
+    raise DataError(
+      f"{reason}; {number} of {total} images could not be read,"
+      f" max_skipped={options.max_skipped:g} allows {most}; list them with mrmae verify"
+    )
+  tqdm.write(
+    f"warning: {reason}; {consequence} ({number} of {total} images skipped so far, at most {most})",
+    file=sys.stderr,
+  )
+  sys.stderr.flush()
 
 
 _SAVE_MEMORY = (

@@ -16,6 +16,7 @@ from array_record.python import array_record_module
 from PIL import Image
 
 from mrmae_jax.data import augment
+from mrmae_jax.data.loader import LoaderOptions, warn_of_skipped
 from mrmae_jax.data.sources import Source
 from mrmae_jax.data.sources.packed import FORMAT, INDEX, file_sha256, packed_root
 from mrmae_jax.errors import DataError
@@ -33,6 +34,7 @@ def write_packed(
   short_side: int = 0,
   quality: int = 95,
   shards: int = 0,
+  loader: LoaderOptions = LoaderOptions(),
   progress: Callable[[int], None] = lambda count: None,
 ) -> None:
   """Packs sources into a new folder, which appears complete or not at all.
@@ -49,10 +51,12 @@ def write_packed(
     short_side: largest shorter side in pixels; 0 keeps all images as they are.
     quality: quality of these JPEGs, 1 to 100.
     shards: files per split; 0 for one per SHARD_IMAGES.
+    loader: with on_error="skip" images that cannot be read are left out, up to max_skipped.
     progress: called with the number of images done since the last call.
 
   Raises:
-    DataError: an image cannot be decoded or encoded, naming it; the splits have different classes.
+    DataError: an image cannot be decoded or encoded, naming it, or too many of them; the splits
+      have different classes.
     OSError: the folder cannot be written, or something exists at `root`.
   """
   if len({source.class_names for source in sources.values()}) > 1:
@@ -64,9 +68,9 @@ def write_packed(
   with atomic_folder(packed_root(root)) as folder:
     splits = {}
     for split, source in sources.items():
-      record = _Record(source, short_side, quality)
+      record = _Record(source, short_side, quality, skip=loader.on_error == "skip")
       count = min(shards or -(-len(source) // SHARD_IMAGES), len(source))
-      splits[split] = _write_split(folder, split, record, count, progress)
+      splits[split] = _write_split(folder, split, record, count, loader, progress)
     index = dict(
       format=FORMAT,
       options=options,
@@ -77,70 +81,110 @@ def write_packed(
 
 
 def _write_split(
-  folder: pathlib.Path, split: str, record: "_Record", count: int, progress: Callable[[int], None]
+  folder: pathlib.Path,
+  split: str,
+  record: "_Record",
+  count: int,
+  loader: LoaderOptions,
+  progress: Callable[[int], None],
 ) -> list[dict[str, Any]]:
   """Writes `count` shards; returns their entries of the index."""
-  total = len(record.source)
+  total, skipped = len(record.source), {}
   dataset = grain.MapDataset.range(total).map(record)
   dataset = dataset.to_iter_dataset(grain.ReadOptions(THREADS, 4 * THREADS))
   entries = []
   with contextlib.closing(iter(dataset)) as records:
     for i, indices in enumerate(np.array_split(range(total), count)):
       path = folder / f"{split}-{i:05d}-of-{count:05d}.array_record"
-      _write_shard(path, itertools.islice(records, len(indices)), progress)
+      numbered = zip(indices, itertools.islice(records, len(indices)))
+      images = _write_shard(path, _good_records(numbered, total, loader, skipped), progress)
+      if not images:
+        path.unlink()
+        continue
       entries.append(
         dict(
           file=path.name,
-          images=len(indices),
+          images=images,
           bytes=path.stat().st_size,
           sha256=file_sha256(path),
         )
       )
+  if not entries:
+    raise DataError(f"none of the images of {record.source.description} can be read")
   return entries
+
+
+def _good_records(
+  numbered: Iterator[tuple[int, bytes | str]], total: int, loader: LoaderOptions, skipped: dict
+) -> Iterator[bytes]:
+  """Yields the records of images that could be read, and adds the others to `skipped`."""
+  for index, record in numbered:
+    if isinstance(record, bytes):
+      yield record
+      continue
+    skipped[int(index)] = record
+    warn_of_skipped(skipped, total, loader, "it is left out")
 
 
 def _write_shard(
   path: pathlib.Path, records: Iterator[bytes], progress: Callable[[int], None]
-) -> None:
+) -> int:
+  """Writes records to a file; returns their number."""
+  count = 0
   # One image per chunk, to read them in any order; JPEGs do not compress.
   writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1,uncompressed")
   try:
     for record in records:
       writer.write(record)
+      count += 1
       progress(1)
     writer.close()
   except RuntimeError as error:  # its C++ code reports a full disk so
     raise OSError(f"{path.parent} cannot be written: {error}") from error
+  return count
 
 
 @dataclasses.dataclass(frozen=True)
 class _Record:
-  """Maps the index of an image to its record."""
+  """Maps the index of an image to its record; with `skip` to the reason why there is none."""
 
   source: Source
   short_side: int
   quality: int
+  skip: bool
 
-  def __call__(self, index: int) -> bytes:
+  def __call__(self, index: int) -> bytes | str:
+    try:
+      return self._make(index)
+    except DataError as error:
+      if not self.skip:
+        raise
+      return str(error)
+
+  def _make(self, index: int) -> bytes:
     example = self.source[index]
     header = {"name": example["name"], "label": example["label"]}
     image, pixels = example["image"], augment.pixels(example)
     if self.short_side and min(pixels.shape[:2]) > self.short_side:
-      image = self._shrink(pixels, example["name"])
+      image = self._shrink(pixels, example["name"], augment.orientation_of(image))
     if isinstance(image, np.ndarray):
       header["shape"], image = image.shape, image.tobytes()
     return json.dumps(header).encode() + b"\n" + image
 
-  def _shrink(self, pixels: np.ndarray, name: str) -> bytes | np.ndarray:
-    """Returns a JPEG of the resized image, or its pixels if it is not RGB."""
+  def _shrink(self, pixels: np.ndarray, name: str, orientation: int) -> bytes | np.ndarray:
+    """Returns a JPEG of the resized image with its orientation, or its pixels if not RGB."""
     height, width, channels = pixels.shape
     short = min(height, width)
     size = height * self.short_side // short, width * self.short_side // short
     resized, buffer = augment.resize_pillow(pixels, size), io.BytesIO()
     if channels != 3:
       return resized
+    exif = Image.Exif()
+    if orientation != 1:
+      exif[augment.ORIENTATION] = orientation
+    options = {"quality": self.quality, "subsampling": "4:2:0", "exif": exif}
     try:
-      Image.fromarray(resized).save(buffer, "JPEG", quality=self.quality, subsampling="4:2:0")
+      Image.fromarray(resized).save(buffer, "JPEG", **options)
     except OSError as error:  # more than 65,500 pixels on a side
       raise DataError(
         f"{name}: {height} x {width} pixels cannot be encoded at {size[0]} x {size[1]}: {error};"

@@ -33,13 +33,15 @@ class ImageView:
   Attributes:
     channels: C; see `augment.with_channels`.
     transforms: functions (image, rng) -> image, applied in this order.
+    exif: see `augment.decode_image`.
   """
 
   channels: int
   transforms: tuple[Callable[[np.ndarray, np.random.Generator], np.ndarray], ...]
+  exif: str = "ignore"
 
   def __call__(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
-    image = augment.pixels(example, self.channels)
+    image = augment.pixels(example, self.channels, self.exif)
     for transform in self.transforms:
       image = transform(image, rng)
     return {"image": image, "label": np.int32(example["label"])}
@@ -79,7 +81,8 @@ def image_views(config) -> Views:
       functools.partial(augment.random_erase, prob=data.erase_prob, mean=mean, std=std)
     )
   return Views(
-    ImageView(len(mean), tuple(transforms)), center_view(size, data.eval_crop, len(mean))
+    ImageView(len(mean), tuple(transforms), data.exif),
+    center_view(size, data.eval_crop, len(mean), data.exif),
   )
 
 
@@ -94,7 +97,7 @@ class PairView:
   view: ImageView
 
   def __call__(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
-    decoded = example | {"image": augment.pixels(example, self.view.channels)}
+    decoded = example | {"image": augment.pixels(example, self.view.channels, self.view.exif)}
     first, second = self.view(decoded, rng), self.view(decoded, rng)
     return {"image": np.stack([first["image"], second["image"]]), "label": first["label"]}
 
@@ -109,13 +112,16 @@ def pair_views(config) -> Views:
   return Views(PairView(views.train), views.eval)
 
 
-def center_view(image_size: tuple[int, int], crop_pct: float, channels: int = 3) -> ImageView:
+def center_view(
+  image_size: tuple[int, int], crop_pct: float, channels: int = 3, exif: str = "ignore"
+) -> ImageView:
   """Returns the view of evaluation, a central crop; see `augment.center_crop`.
 
   Args:
     image_size: (H, W) of the output.
     crop_pct: share of the resized image's sides that the crop keeps, in (0, 1].
     channels: C of the output; see `augment.with_channels`.
+    exif: see `augment.decode_image`.
 
   Raises:
     DataError: crop_pct is out of range.
@@ -123,7 +129,7 @@ def center_view(image_size: tuple[int, int], crop_pct: float, channels: int = 3)
   if not 0 < crop_pct <= 1:
     raise DataError(f"crop_pct={crop_pct} given; expected 0 < crop_pct <= 1")
   crop = functools.partial(_center_crop, size=tuple(image_size), crop_pct=crop_pct)
-  return ImageView(channels, (crop,))
+  return ImageView(channels, (crop,), exif)
 
 
 def _center_crop(image, rng, size, crop_pct):

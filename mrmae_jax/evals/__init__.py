@@ -2,8 +2,9 @@
 
 An evaluator module defines `Evaluator`. Its constructor takes (task, frozen, config, mesh, workdir)
 and the options of `config.evals.NAME` by name. Its `run(params, extra, step)` returns
-{name: number}, and may return {path: uint8 [H, W, 3]} under "pictures". An attribute `note`, if it
-is there and not empty, is a line for the log.
+{name: number}, and may return {path: uint8 [H, W, 3]} under "pictures". Attributes that it may have
+are `results`, the names by which config.keep_best may choose a checkpoint, and `note`, a line for
+the log, "" for none.
 """
 
 from typing import Iterator

@@ -21,6 +21,7 @@ class Evaluator:
     self._frozen, self._config, self._mesh = frozen, config, mesh
     self._source, self._view = task.source("eval"), task.views.eval
     self._batch_size = evals.padded_batch_size(batch_size, mesh)
+    self.results = ("top1", "top5")
     # Predictions do not depend on the keys.
     keys = jax.random.split(jax.random.key(0), self._batch_size)
 

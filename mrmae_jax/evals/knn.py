@@ -53,7 +53,7 @@ class Evaluator:
     self._frozen, self._config, self._mesh = frozen, config, mesh
     self._k, self._temperature, self._bank_size = k, temperature, bank
     self._view, self._batch_size = task.views.eval, evals.padded_batch_size(batch_size, mesh)
-    self.note = ""
+    self.note, self.results = "", ()
     try:
       self._bank, self._queries = task.source("train"), task.source("eval")
     except DataError as error:
@@ -63,6 +63,7 @@ class Evaluator:
       if not source.class_names:
         self.note = f"no k-NN evaluation, the images have no labels: {source.description}"
         return
+    self.results = ("accuracy",)
     # Features do not depend on the keys.
     keys = jax.random.split(jax.random.key(0), self._batch_size)
 

@@ -31,6 +31,8 @@ FREE_SPACE = 1.2  # free space on the disk that a save needs, in sizes of the st
 # Devices share the writing of a replicated array, but orbax compiles each share of each shape: for
 # smaller arrays that costs seconds in the first save and gains nothing.
 SHARED_BYTES = 2**20
+# Keys of an identity that older versions noted, and that a run may change
+OUTDATED = {"data.source"}
 SAVE_TIMEOUT_S = 300  # orbax waits 1200 s by default, on a full disk in vain
 
 
@@ -135,7 +137,7 @@ class Checkpoints:
     """Raises WorkdirError if the checkpoint is of another run."""
     changed = [
       f"{key}: {stored.get(key)!r} in the checkpoint, {self.identity.get(key)!r} now"
-      for key in sorted(stored.keys() | self.identity.keys())
+      for key in sorted((stored.keys() | self.identity.keys()) - OUTDATED)
       if stored.get(key) != self.identity.get(key)
     ]
     if changed:

@@ -22,6 +22,7 @@ from etils import epath
 from tqdm import tqdm
 
 from mrmae_jax import hardware
+from mrmae_jax.errors import one_line
 from mrmae_jax.runs import paths, supervision
 from mrmae_jax.runs.metrics import NOT_RESULTS, read_metrics
 
@@ -71,7 +72,13 @@ class Log:
     purge_step = first_step + 1 if first_step else 0
     self._writers["TensorBoard"] = _open_tensorboard(self._local / "tensorboard", purge_step)
     if wandb:
-      self._writers["Weights & Biases"] = _open_wandb(wandb, workdir, self._settings)
+      try:
+        self._writers["Weights & Biases"] = _open_wandb(wandb, workdir, self._settings)
+      except Exception as error:  # no key, no network, no right to the project
+        self.say(
+          f"warning: nothing is written to Weights & Biases ({one_line(error)}); run `wandb "
+          "login`, or set WANDB_MODE=offline, and resume; metrics.jsonl has everything"
+        )
     if sys.stderr.isatty():
       self._bar = tqdm(
         total=total_steps, initial=first_step, unit="step", smoothing=0.05, dynamic_ncols=True
@@ -216,6 +223,9 @@ def _open_wandb(project: str, workdir: epath.Path, settings: dict[str, Any]):
   """Opens a run at Weights & Biases, the same one when the run is resumed."""
   import wandb  # of the wandb extra
 
+  # `init` would ask for a key, and wait for the answer on a terminal that nobody watches.
+  if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False):
+    raise PermissionError("there is no API key")
   return wandb.init(
     project=project,
     name=workdir.name,

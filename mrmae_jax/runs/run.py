@@ -16,7 +16,7 @@ from clu import parameter_overview
 
 from mrmae_jax import config as config_lib
 from mrmae_jax import optim, sharding
-from mrmae_jax.errors import DataError, Interrupted, NonFiniteError, StorageError
+from mrmae_jax.errors import ConfigError, DataError, Interrupted, NonFiniteError, StorageError
 from mrmae_jax.runs import nonfinite, supervision
 from mrmae_jax.runs.checkpoint import Checkpoints
 from mrmae_jax.runs.log import Clock, Log, summary
@@ -354,13 +354,21 @@ def make_evaluators(config, task, frozen, mesh, workdir) -> tuple[dict[str, Any]
 
   Raises:
     DataError: images that an evaluator cannot do without are absent or cannot be read.
+    ConfigError: the result of config.keep_best is not measured.
   """
   evaluators = {}
   for name, options in config.evals.items():
     module = importlib.import_module(f"mrmae_jax.evals.{name}")
     evaluators[name] = module.Evaluator(task, frozen, config, mesh, workdir or Path(), **options)
-  notes = (getattr(evaluator, "note", "") for evaluator in evaluators.values())
-  return evaluators, list(filter(None, notes))
+  notes = [note for e in evaluators.values() if (note := getattr(e, "note", ""))]
+  results = [f"{name}/{x}" for name, e in evaluators.items() for x in getattr(e, "results", ())]
+  if config.keep_best and config.keep_best not in results:
+    raise ConfigError(
+      f"config.keep_best={config.keep_best!r} is not among the results of this run: "
+      f"{', '.join(results) or 'none'}; name one of them, or leave it empty"
+      + "".join(f" ({note})" for note in notes)
+    )
+  return evaluators, notes
 
 
 def is_due(step: int, every: float, total: int) -> bool:

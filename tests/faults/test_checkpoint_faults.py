@@ -330,7 +330,7 @@ def test_f25_the_best_checkpoint_of_a_run_stays(tmp_path, monkeypatch):
   values = iter([0.1, 0.2, 0.5, float("nan"), 0.9, float("nan"), 0.3])
 
   class Evaluator:
-    note = ""
+    note, results = "", ("accuracy",)
 
     def __init__(self, *args):
       pass

@@ -22,6 +22,7 @@ DATA = dict(
   randaug="",
   erase_prob=0.0,
   eval_crop=0.875,
+  exif="ignore",
 )
 
 

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from mrmae_jax.errors import DataError
+from mrmae_jax.errors import DataError, MissingSplitError
 
 
 class Source(Protocol):
@@ -46,7 +46,7 @@ class Source(Protocol):
     ...
 
 
-class NothingHeldOut(DataError):
+class NothingHeldOut(MissingSplitError):
   """There is no evaluation split, and no image is held out."""
 
 
@@ -77,16 +77,17 @@ def hold_out(count: int, split: str, every: int, description: str) -> np.ndarray
   """Returns the indices (int64, sorted) of `split` among `count` images without splits."""
   if not every:
     if split == "eval":
+      advice = f"set holdout_every={min(count, 10)}, say, or " if count > 1 else ""
       raise NothingHeldOut(
         f"{description} has no evaluation split and holdout_every=0 keeps every image for training;"
-        " set holdout_every=10, say, or add an evaluation split"
+        f" {advice}add an evaluation split"
       )
     return np.arange(count)
   held_out = np.arange(count) % every == every - 1
   indices = np.flatnonzero(held_out if split == "eval" else ~held_out)
   if not indices.size:
     advice = f"set holdout_every to at most {count}, or" if count > 1 else "one is for training:"
-    raise DataError(
+    raise MissingSplitError(
       f"{description} has {count} image{'s' * (count > 1)}; holding out one in {every} leaves none"
       f" for {split!r}; {advice} add images"
     )

@@ -19,7 +19,7 @@ import numpy as np
 from array_record.python import array_record_data_source
 
 from mrmae_jax.data.sources.base import SplitRules, describe_classes
-from mrmae_jax.errors import DataError
+from mrmae_jax.errors import DataError, MissingSplitError
 
 FORMAT = "mrmae_jax packed images 1"
 INDEX = "index.json"
@@ -43,9 +43,9 @@ class PackedSource:
     index = _read_index(root)
     self._root, self._split = root, split
     if split not in index["splits"]:
-      raise DataError(
+      raise MissingSplitError(
         f"packed:{root}: holds {', '.join(index['splits'])}, not {split!r}; pack again with"
-        " --splits=train,eval, or do without (a run: holdout_every=0)"
+        " --splits=train,eval, and --holdout_every=10, say, if the source has no such split"
       )
     shards = index["splits"][split]
     for shard in shards:
