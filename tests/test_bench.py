@@ -5,6 +5,7 @@ No test asserts a time.
 
 import importlib
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -185,6 +186,22 @@ def test_step(run, config_file, tmp_path):
   assert found["results"][0]["profile"] and {"ms", "component", "operation"} == set(
     found["results"][0]["profile"][0]
   )
+
+
+def test_kernels_of_a_gpu_are_named_by_their_operation():
+  text = """
+  %loop_add_fusion.12 = f32[8] fusion(x), metadata={op_name="jit(step)/jvp(ViT)/blocks_3/add"}
+  %loop_add_fusion.7-x = f32[8] fusion(x), metadata={op_name="jit(step)/jvp(ViT)/blocks_4/add"}
+  """
+  event = lambda name, ms: SimpleNamespace(name=name, duration_ns=3e6 * ms)
+  events = [event("loop_add_fusion_12", 2), event("loop_add_fusion_7_x", 3), event("sm90_gemm", 4)]
+  plane = lambda name: SimpleNamespace(name=name, lines=[SimpleNamespace(events=events)])
+  assert bench_step.longest_operations([plane("/device:GPU:0")], text) == [
+    {"ms": 5, "component": "transformer", "operation": "jvp(ViT)/blocks_*/add"},
+    {"ms": 4, "component": "library", "operation": "sm*_gemm"},
+  ]
+  # What runs on the host is no operation of the model.
+  assert len(bench_step.longest_operations([plane("/host:CPU")], text)) == 1
 
 
 def test_both_is_the_real_loop(run, config_file, tmp_path):

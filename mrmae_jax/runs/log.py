@@ -21,6 +21,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
+import mrmae_jax
 from mrmae_jax import hardware
 from mrmae_jax.errors import one_line
 from mrmae_jax.runs import paths, supervision
@@ -93,8 +94,9 @@ class Log:
   def _note_start(self, first_step: int) -> None:
     """Adds to WORKDIR/starts.jsonl when, with which command and on what the run starts."""
     devices = jax.devices()
-    packages = ("mrmae_jax", "jax", "flax", "optax", "orbax-checkpoint")
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
+    packages = ("jax", "flax", "optax", "orbax-checkpoint")
+    versions = [f"mrmae_jax {mrmae_jax.__version__}"]  # that of a checkout need not be installed
+    versions += [f"{name} {importlib.metadata.version(name)}" for name in packages]
     start = {
       "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
       "first_step": first_step,

@@ -98,26 +98,46 @@ def measure(config, steps: int, profile: str = "") -> dict:
 
 
 def _profile(step: bench.Step, folder: Path) -> list[dict]:
-  """Traces steps; returns the operations that took longest, with their part of the model.
-
-  The operations of all blocks of a kind count as one.
-  """
+  """Traces steps; returns the operations that took longest, with their part of the model."""
   with jax.profiler.trace(str(folder)):
     for _ in range(PROFILED_STEPS):
       step.run()
-  paths = dict(re.findall(r'%?([\w.\-]+) = .*op_name="([^"]*)"', step.program.as_text()))
   newest = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+  planes = jax.profiler.ProfileData.from_file(str(newest)).planes
+  return longest_operations(planes, step.program.as_text())
+
+
+def longest_operations(planes, text: str, count: int = 20) -> list[dict]:
+  """Returns what took longest in PROFILED_STEPS steps: {"ms" of a step, "component", "operation"}.
+
+  The operations of all blocks of a kind count as one. On a GPU a product of matrices is a kernel of
+  cuBLAS or cuDNN, whose name does not tell its place in the model: its component is "library".
+
+  Args:
+    planes: of `jax.profiler.ProfileData`.
+    text: the compiled program.
+  """
+  # A CUDA kernel has underscores where the operation has dots and dashes.
+  spell = lambda name: re.sub(r"[.\-]", "_", name)
+  found = re.findall(r'%?([\w.\-]+) = .*op_name="([^"]*)"', text)
+  paths = {spell(name): path for name, path in found}
   spent = collections.Counter()
-  for plane in jax.profiler.ProfileData.from_file(str(newest)).planes:
+  for plane in planes:
+    is_gpu = plane.name.startswith("/device:GPU")
     for event in (event for line in plane.lines for event in line.events):
-      name = event.name.lstrip("%").split(" ")[0]
+      name = spell(event.name.lstrip("%").split(" ")[0])
       if name in paths:
         path = re.sub(r"^jit\(\w+\)/", "", paths[name])
         path = re.sub(r"(blocks\d?_)\d+", r"\1*", path)
-        spent[path] += event.duration_ns / 1e6 / PROFILED_STEPS
+        row = (path, program.component(path))
+      elif is_gpu:
+        row = (re.sub(r"\d+", "*", name), "library")
+      else:
+        continue
+      spent[row] += event.duration_ns / 1e6 / PROFILED_STEPS
   return [
-    {"ms": ms, "component": program.component(path), "operation": path}
-    for path, ms in spent.most_common(20)
+    {"ms": ms, "component": component, "operation": path}
+    for (path, component), ms in spent.most_common(count)
   ]
 
 
