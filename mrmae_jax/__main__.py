@@ -4,6 +4,7 @@
 """
 
 import argparse
+import contextlib
 import importlib
 import os
 import sys
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import mrmae_jax
 from mrmae_jax.cli import parser
-from mrmae_jax.errors import DataError, Interrupted, UsageError, UserError
+from mrmae_jax.cli.console import steady_console
+from mrmae_jax.errors import DataError, Interrupted, StorageError, UsageError, UserError
 
 HELP = {"-h", "--help", "--helpfull"}
 
@@ -41,7 +43,14 @@ def main(argv: list[str] | None = None) -> int:
     options = _parse(argv)
   except UsageError as error:
     return report_error(error, debug)
-  name = "train" if options.command in parser.TASKS else options.command.replace("-", "_")
+  trains = options.command in parser.TASKS
+  name = "train" if trains else options.command.replace("-", "_")
+  with steady_console() if trains else contextlib.nullcontext():
+    return _run(name, options, debug)
+
+
+def _run(name: str, options: argparse.Namespace, debug: bool) -> int:
+  """Runs a command, and returns its exit code."""
   try:
     result = _module(name).run(options)
   except Interrupted as error:
@@ -50,9 +59,8 @@ def main(argv: list[str] | None = None) -> int:
   except UserError as error:
     return report_error(error, debug)
   except OSError as error:
-    if options.command in parser.TASKS:  # whatever it was, the launch scripts try again
-      raise
-    return report_error(UsageError(" ".join(str(error).split())), debug)
+    kind = StorageError if name == "train" else UsageError
+    return report_error(kind(" ".join(str(error).split())), debug)
   if isinstance(result, str):
     print(result, flush=True)
     return 0

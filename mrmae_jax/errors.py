@@ -57,7 +57,7 @@ class NonFiniteError(UserError):
 
 
 class StorageError(UserError):
-  """A checkpoint that could not be saved."""
+  """A checkpoint that could not be saved, or another file that the run cannot do without."""
 
   exit_code = 5
 

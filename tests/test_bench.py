@@ -204,6 +204,7 @@ def test_kernels_of_a_gpu_are_named_by_their_operation():
   assert len(bench_step.longest_operations([plane("/host:CPU")], text)) == 1
 
 
+@pytest.mark.variant
 def test_both_is_the_real_loop(run, config_file, tmp_path):
   code, out, _ = run(
     "both", f"--config={config_file}:vit", "--steps=3", f"--json={tmp_path}/x.json"
@@ -237,13 +238,12 @@ def test_guards_measures_the_step_beside_one_without(run, config_file, tmp_path)
     assert float(guarded[name]) == pytest.approx(float(value), rel=1e-6)
 
 
+@pytest.mark.variant
 @pytest.mark.parametrize(
   "pair, encoder, ways",
   [
     ("visible", "convvit", ["visible blocks", "dense"]),
-    pytest.param(
-      "views", "vit", ["4 masks an image", "1 mask an image"], marks=pytest.mark.variant
-    ),
+    ("views", "vit", ["4 masks an image", "1 mask an image"]),
   ],
 )
 def test_compared_are_ways_that_agree(run, config_file, tmp_path, pair, encoder, ways):

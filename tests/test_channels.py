@@ -404,7 +404,10 @@ def student_of(encoder, channels, grid=(3, 5)):
   )
 
 
-@pytest.mark.parametrize("form, channels", [("convmae", 4), ("convmae", 1), ("timm", 7), ("hf", 2)])
+@pytest.mark.parametrize(
+  "form, channels",
+  [("convmae", 4), pytest.param("convmae", 1, marks=pytest.mark.variant), ("timm", 7), ("hf", 2)],
+)
 def test_files_keep_the_channels(tmp_path, form, channels):
   student = student_of(CONVVIT if form == "convmae" else VIT, channels)
   path = tmp_path / ("hf" if form == "hf" else "x.safetensors")
@@ -482,6 +485,7 @@ def test_weights_for_rgb_do_not_start_a_run_on_four_channels(folder, tmp_path):
 # Whole runs.
 
 
+@pytest.mark.variant
 def test_grey_images_train(tmp_path, capsys):
   config = tiny.changed(tiny.get_config("vit"), data__mean=(0.3,), data__std=(0.35,))
   preflight.check(config, 8)

@@ -331,6 +331,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.variant
 @pytest.mark.parametrize(
   "epochs, options", [(0.2, SMALL), pytest.param(2, [], marks=pytest.mark.slow)]
 )

@@ -151,7 +151,7 @@ GRADIENTS = [
     name,
     sparse,
     norm_pix,
-    marks=[pytest.mark.variant] if "fast" in name and sparse != norm_pix else [],
+    marks=[pytest.mark.variant] if "fast" in name and not (sparse and norm_pix) else [],
   )
   for name, sparse in CASES
   for norm_pix in (True, False)

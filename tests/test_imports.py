@@ -154,7 +154,7 @@ def test_a_training_run_imports_neither_torch_nor_tensorflow(tmp_path):
     ("tensorflow_datasets", ("data/",)),
     ("datasets", ("data/sources/hf.py",)),
     ("matplotlib", ("viz/",)),
-    ("tensorboardX", ("runs/log.py",)),
+    ("tensorboardX", ("runs/tensorboard.py",)),
     ("torch", ("weights/torch_files.py", "cli/bench/")),
     ("huggingface_hub", ("weights/hub.py",)),
     ("tensorflow", ()),

@@ -52,6 +52,7 @@ def test_f12_one_run_on_any_hosts_and_after_a_kill(tmp_path):
     assert abs(evaluation[18]["knn/accuracy"] - evaluations[18]["knn/accuracy"]) < 2.1 / 359
 
 
+@pytest.mark.variant
 @pytest.mark.parametrize("task", ["finetune", pytest.param("probe", marks=pytest.mark.variant)])
 def test_evaluation_counts_the_same_images(tmp_path, task):
   """Weights that hardly move have the same held-out accuracy on 1 and on 2 processes."""

@@ -75,7 +75,9 @@ def test_files_of_a_packed_folder(root):
   assert index["options"]["holdout_every"] == 10 and index["options"]["short_side"] == 0
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2, 4])
+@pytest.mark.parametrize(
+  "workers", [0, 2, *(pytest.param(x, marks=pytest.mark.variant) for x in (1, 4))]
+)
 def test_batches_are_those_of_the_source_for_any_number_of_workers(root, workers):
   original, copy = (
     open_source(spec, "train") for spec in (f"folder:{root}/folder", f"packed:{root}/packed")

@@ -80,7 +80,10 @@ def test_heads_and_batch_norm_by_definition():
   assert out["logits"].shape == (5, 2, 10)
 
 
-@pytest.mark.parametrize("encoder, pool", [("convvit", "mean"), ("vit", "cls")])
+@pytest.mark.parametrize(
+  "encoder, pool",
+  [pytest.param("convvit", "mean", marks=pytest.mark.variant), ("vit", "cls"), ("vit", "mean")],
+)
 def test_features_are_those_of_the_frozen_encoder(tmp_path, encoder, pool):
   """A LayerNorm that has learnt nothing on the mean token, or the CLS token after the last norm."""
   finished_run(tmp_path, encoder)
@@ -243,7 +246,12 @@ def make_features(photos, out, *options):
 
 
 @pytest.mark.parametrize(
-  "options", [("--model=pixels",), ("--model={run}",), ("--model={run}", "--untrained")]
+  "options",
+  [
+    ("--model=pixels",),
+    pytest.param(("--model={run}",), marks=pytest.mark.variant),
+    ("--model={run}", "--untrained"),
+  ],
 )
 def test_the_tools_from_images_to_a_result(photos, tmp_path, options, capsys):
   finished_run(tmp_path / "run", "vit")

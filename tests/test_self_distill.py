@@ -420,6 +420,7 @@ def test_bundled_teacher_is_small_and_of_the_default_size(bundled):
     assert config.encoder[key] == stored[theirs]
 
 
+@pytest.mark.variant
 def test_bundled_teacher_knows_digits_it_has_not_seen(bundled):
   spec, teacher, ((bank, bank_labels), (queries, labels)) = bundled
   random = spec.module.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]

@@ -21,7 +21,12 @@ from tests.helpers.runs import finished_run
 
 
 @pytest.mark.parametrize(
-  "encoder, values", [("convvit", {}), ("convvit", dict(encoder__cls_token=True)), ("vit", {})]
+  "encoder, values",
+  [
+    pytest.param("convvit", {}, marks=pytest.mark.variant),
+    ("convvit", dict(encoder__cls_token=True)),
+    ("vit", {}),
+  ],
 )
 @pytest.mark.parametrize(
   "layer, last_k",

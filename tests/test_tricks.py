@@ -106,7 +106,7 @@ def test_complementary_masks_are_disjoint(tokens, ratio, k):
   [
     pytest.param("dense", {}, marks=pytest.mark.variant),
     ("sparse", dict(cls_token=True)),
-    ("vit", {}),
+    pytest.param("vit", {}, marks=pytest.mark.variant),
   ],
 )
 def test_complementary_masks_are_the_mean_of_separate_runs(encoder, fields):

@@ -470,7 +470,11 @@ def test_runs(tmp_path, encoder):
 
 @pytest.mark.parametrize(
   "encoder",
-  [CONVVIT.clone(depths=(1, 1, 1)), CONVVIT.clone(depths=(1, 1, 1), sparse=False), VIT],
+  [
+    CONVVIT.clone(depths=(1, 1, 1)),
+    pytest.param(CONVVIT.clone(depths=(1, 1, 1), sparse=False), marks=pytest.mark.variant),
+    VIT,
+  ],
   ids=["sparse", "dense", "vit"],
 )
 def test_learned_positions_start_as_the_constant(encoder):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from mrmae_jax.config import flatten
 from mrmae_jax.errors import UsageError, WorkdirError
-from mrmae_jax.runs.metrics import NOT_RESULTS, read_metrics
+from mrmae_jax.runs.metrics import NOT_RESULTS, read_json_lines, read_metrics
 from mrmae_jax.runs.paths import open_folder
 from mrmae_jax.viz.page import Figure, Page
 from mrmae_jax.viz.plot import line_plot
@@ -59,15 +59,16 @@ def read_run(folder: epath.Path) -> Run:
     series=series,
     config=flatten(ConfigDict(_read_json(folder / "config.json"))),
     goodput=_read_json(folder / "goodput.json"),
-    starts=read_metrics(folder, "starts.jsonl"),
+    starts=[row for row in read_json_lines(folder / "starts.jsonl")[0] if isinstance(row, dict)],
   )
 
 
 def _read_json(path: epath.Path) -> dict[str, Any]:
   try:
-    return json.loads(path.read_text())
-  except (OSError, ValueError):
+    content = json.loads(path.read_text())
+  except (OSError, ValueError, RecursionError):
     return {}
+  return content if isinstance(content, dict) else {}
 
 
 def find_runs(paths: list[str]) -> list[Run]:

@@ -12,7 +12,15 @@ from mrmae_jax import config as config_lib
 from mrmae_jax import preflight, train
 from mrmae_jax.cli import parser
 from mrmae_jax.cli.teacher import run_teacher
-from mrmae_jax.errors import Interrupted, LostError, OutOfMemoryError, UsageError, UserError
+from mrmae_jax.errors import (
+  Interrupted,
+  LostError,
+  OutOfMemoryError,
+  StorageError,
+  UsageError,
+  UserError,
+  one_line,
+)
 from mrmae_jax.runs import distributed, supervision
 from mrmae_jax.runs.workdir import lock_workdir, prepare_workdir
 
@@ -32,6 +40,10 @@ def run(options) -> int:
     if not options.multihost:
       raise
     code, reason = error.exit_code, str(error)
+  except OSError as error:
+    if not options.multihost:
+      raise
+    code, reason = StorageError.exit_code, one_line(error)
   except Exception as error:
     if not options.multihost:
       raise

@@ -4,6 +4,7 @@ Process 0 alone writes.
 """
 
 import collections
+import contextlib
 import datetime
 import hashlib
 import importlib.metadata
@@ -24,10 +25,16 @@ from tqdm import tqdm
 import mrmae_jax
 from mrmae_jax import hardware
 from mrmae_jax.errors import one_line
-from mrmae_jax.runs import paths, supervision
-from mrmae_jax.runs.metrics import NOT_RESULTS, read_metrics
+from mrmae_jax.runs import paths, supervision, tensorboard
+from mrmae_jax.runs.metrics import (
+  NOT_RESULTS,
+  read_json_lines,
+  read_metrics,
+  read_records,
+)
 
 UPLOAD_EVERY_S = 60
+RETRY_S = 30  # until a writer that has failed is opened again
 
 
 class Log:
@@ -64,14 +71,16 @@ class Log:
     self._last_results = {}
     self._unwritten = ""  # records that the disk did not take
     self._bar = None
-    self._writers = {}  # {name: writer} of those that have not failed
+    self._writers = {}  # {name: writer} of those that are open
+    self._failed = set()  # names of writers whose failure has been said
+    self._next_try = 0.0  # of a writer that has failed
     self._is_writer = jax.process_index() == 0
     if not self._is_writer:
       return
     self._note_start(first_step)
     self._open_metrics(first_step)
-    purge_step = first_step + 1 if first_step else 0
-    self._writers["TensorBoard"] = _open_tensorboard(self._local / "tensorboard", purge_step)
+    self._purge_step = first_step + 1 if first_step else 0
+    self._call("TensorBoard", "flush")
     if wandb:
       try:
         self._writers["Weights & Biases"] = _open_wandb(wandb, workdir, self._settings)
@@ -87,7 +96,9 @@ class Log:
 
   def _open_metrics(self, first_step: int) -> None:
     """Opens metrics.jsonl behind the records up to `first_step`."""
-    records = read_metrics(self._workdir) if first_step else []
+    records, spoiled = read_records(self._workdir / "metrics.jsonl") if first_step else ([], 0)
+    if spoiled:
+      self.say(f"warning: metrics.jsonl: {spoiled} lines are no records and are left out")
     paths.write_text(self.path, _to_lines(r for r in records if r["step"] <= first_step))
     self._file = open(self.path, "a", encoding="utf-8")
 
@@ -104,7 +115,7 @@ class Log:
       "devices": f"{len(devices)} x {devices[0].device_kind}, {jax.process_count()} processes",
       "versions": ", ".join([f"python {platform.python_version()}", *versions]),
     }
-    starts = [*read_metrics(self._workdir, "starts.jsonl"), start]
+    starts = [*read_json_lines(self._workdir / "starts.jsonl")[0], start]
     paths.write_text(self._workdir / "starts.jsonl", _to_lines(starts))
 
   def say(self, text: str) -> None:
@@ -141,8 +152,7 @@ class Log:
         "tried again"
       )
     self._last_results |= {name: x for name, x in finite.items() if name not in NOT_RESULTS}
-    for name, value in finite.items():
-      self._call("TensorBoard", "add_scalar", name, value, step)
+    self._call("TensorBoard", "add_scalars", finite, step)
     self._call("Weights & Biases", "log", finite, step=step)
     numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
     remaining = f"  eta {datetime.timedelta(seconds=round(eta))}" if eta else ""
@@ -151,29 +161,53 @@ class Log:
   def text(self, name: str, content: str) -> None:
     """Writes a text file into the workdir."""
     if self._is_writer:
-      (self._workdir / name).write_text(content + "\n", encoding="utf-8")
+      paths.write_text(self._workdir / name, content + "\n")
 
   def image(self, step: int, name: str, picture: np.ndarray) -> None:
     """Writes a picture, uint8 [H, W, 3], to TensorBoard and Weights & Biases."""
-    self._call("TensorBoard", "add_image", name, picture, step, dataformats="HWC")
-    self._call("TensorBoard", "flush")
+    self._call("TensorBoard", "add_image", name, picture, step)
     if "Weights & Biases" in self._writers:
       import wandb  # of the wandb extra
 
       self._call("Weights & Biases", "log", {name: wandb.Image(picture)}, step=step)
 
   def _call(self, name: str, method: str, /, *args, **kwargs) -> None:
-    """Calls a method of a writer. An error ends that writer, but not the run."""
-    if name not in self._writers:
+    """Calls a method of a writer.
+
+    An error ends neither the run nor TensorBoard: a later call opens a new file, because a full
+    disk may have space again.
+    """
+    is_open = name in self._writers
+    if not self._is_writer or not is_open and time.monotonic() < self._next_try:
       return
     try:
-      getattr(self._writers[name], method)(*args, **kwargs)
+      if name == "TensorBoard" and not is_open:
+        folder = self._local / "tensorboard"
+        self._writers[name] = tensorboard.EventFile(folder, self._purge_step)
+        self._purge_step = 0
+      if name in self._writers:
+        getattr(self._writers[name], method)(*args, **kwargs)
     except Exception as error:  # of any type
-      del self._writers[name]
-      self.say(
-        f"warning: nothing more is written to {name} ({type(error).__name__}: {error}); "
-        "metrics.jsonl has everything"
-      )
+      self._drop(name)
+      self._next_try = time.monotonic() + RETRY_S
+      if name not in self._failed:
+        self._failed.add(name)
+        until = "until it can be written again" if name == "TensorBoard" else "any more"
+        self.say(
+          f"warning: nothing is written to {name} {until} ({type(error).__name__}: "
+          f"{one_line(error)}); metrics.jsonl has everything"
+        )
+    else:
+      if name in self._failed and name in self._writers:
+        self._failed.discard(name)
+        self.say(f"{name} is written again")
+
+  def _drop(self, name: str) -> None:
+    """Closes a writer that has failed; what it still holds is lost."""
+    writer = self._writers.pop(name, None)
+    if name == "TensorBoard" and writer:
+      with contextlib.suppress(OSError, ValueError):
+        writer.close()
 
   def close(self) -> None:
     """Closes all logs and copies them to the bucket, if the workdir is in one."""
@@ -182,7 +216,7 @@ class Log:
       is_plain = lambda value: isinstance(value, (bool, int, float, str))
       settings = {k: v if is_plain(v) else str(v) for k, v in self._settings.items()}
       if settings and self._last_results:
-        self._call("TensorBoard", "add_hparams", settings, self._last_results, name="hparams")
+        self._call("TensorBoard", "add_hyperparameters", settings, self._last_results)
       self._call("TensorBoard", "close")
       self._call("Weights & Biases", "finish")
       self._upload(0)
@@ -204,21 +238,6 @@ class Log:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())
     self._last_upload = time.time()
-
-
-def _open_tensorboard(folder: Path, purge_step: int):
-  """Opens a TensorBoard writer; events from `purge_step` on are dropped, 0 for none."""
-  # tensorboardX imports torch where it is installed, which takes seconds and hundreds of megabytes
-  # and serves nothing here. A None in sys.modules makes "import torch" an ImportError.
-  has_torch = "torch" in sys.modules
-  if not has_torch:
-    sys.modules["torch"] = None
-  try:
-    import tensorboardX
-  finally:
-    if not has_torch:
-      del sys.modules["torch"]
-  return tensorboardX.SummaryWriter(str(folder), purge_step=purge_step)
 
 
 def _open_wandb(project: str, workdir: epath.Path, settings: dict[str, Any]):

@@ -21,17 +21,39 @@ NOT_RESULTS = {
   "skipped",
 }
 
+LARGEST = 1e300
 
-def read_metrics(workdir: str | Path, name: str = "metrics.jsonl") -> list[dict]:
-  """Returns the records of a run's file `name` in order; [] if the file does not exist.
 
-  A killed run may leave half a last line, which is skipped.
+def read_metrics(workdir: str | Path) -> list[dict]:
+  """Returns the records of a run's metrics.jsonl in order; [] if the file does not exist."""
+  return read_records(epath.Path(workdir) / "metrics.jsonl")[0]
+
+
+def read_records(path: epath.Path) -> tuple[list[dict], int]:
+  """Returns the records of metrics.jsonl, and the number of lines that are none.
+
+  A record has a step, a whole number, and finite numbers by name. Half a last line, which a killed
+  run may leave, is not counted.
   """
-  path = epath.Path(workdir) / name
-  records = []
-  for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+  rows, spoiled = read_json_lines(path)
+  records = [row for row in rows if _is_record(row)]
+  return records, spoiled + len(rows) - len(records)
+
+
+def read_json_lines(path: epath.Path) -> tuple[list, int]:
+  """Returns the values of a file of JSON lines, and the number of whole lines that are no JSON."""
+  rows, spoiled = [], 0
+  lines = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+  for i, line in enumerate(lines):
     try:
-      records.append(json.loads(line))
-    except ValueError:
-      continue
-  return records
+      rows.append(json.loads(line))
+    except (ValueError, RecursionError):  # a byte that is not UTF-8 is a ValueError too
+      spoiled += bool(line.strip()) and i < len(lines) - 1
+  return rows, spoiled
+
+
+def _is_record(row) -> bool:
+  if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+    return False
+  is_number = lambda x: isinstance(x, (int, float)) and abs(x) < LARGEST  # False for nan
+  return all(is_number(x) for x in row.values()) and 0 <= row["step"] < 2**53

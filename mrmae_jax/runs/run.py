@@ -16,7 +16,14 @@ from clu import parameter_overview
 
 from mrmae_jax import config as config_lib
 from mrmae_jax import optim, sharding
-from mrmae_jax.errors import ConfigError, DataError, Interrupted, NonFiniteError, StorageError
+from mrmae_jax.errors import (
+  ConfigError,
+  DataError,
+  Interrupted,
+  NonFiniteError,
+  StorageError,
+  one_line,
+)
 from mrmae_jax.runs import nonfinite, supervision
 from mrmae_jax.runs.checkpoint import Checkpoints
 from mrmae_jax.runs.log import Clock, Log, summary
@@ -35,7 +42,8 @@ class Pending(NamedTuple):
 class Run:
   """The run of a task in a working directory; a context manager.
 
-  On a signal, or an image that cannot be read, leaving the context saves the newest state.
+  On a signal, an image that cannot be read, or an evaluation that fails, leaving the context saves
+  the newest state.
   """
 
   def __init__(self, config, task, plan, workdir: str | Path | None, identity: dict[str, Any]):
@@ -53,6 +61,7 @@ class Run:
     self._closing = contextlib.ExitStack()
     self._scores: dict[int, float] = {}  # step -> value of config.keep_best
     self._started = False  # the loop has begun
+    self._evaluating = False
     self._step, self._state, self._batch = 0, None, None
     self._pending: Pending | None = None
     self._log = self._loader = self._checkpoints = None
@@ -73,6 +82,8 @@ class Run:
       # all.
       alone = jax.process_count() == 1
       stopped = isinstance(error, Interrupted) or isinstance(error, DataError) and alone
+      # The state is good where an evaluation of it failed, for whatever reason.
+      stopped |= self._evaluating and isinstance(error, Exception) and alone
       if stopped and self._started:
         self._save_interrupted()
 
@@ -309,15 +320,21 @@ class Run:
     if not self._evaluators:
       return
     began, results, state = time.monotonic(), {}, self._state
+    self._evaluating = True
     averaged = optim.averaged_params(state.opt_state)
     params = state.params if averaged is None else averaged
     with supervision.phase("evaluation"):
       for name, evaluator in self._evaluators.items():
-        result = evaluator.run(params, state.extra, step)
+        try:
+          result = evaluator.run(params, state.extra, step)
+        except OSError as error:  # a picture that finds no space, for example
+          self._log.say(f"warning: {name} of step {step} is left out: {one_line(error)}")
+          continue
         for path, picture in result.pop("pictures", {}).items():
           self._log.image(step, f"{name}/{Path(path).parent.name}", picture)
           self._pictures[name] = path
         results |= {f"{name}/{key}": value for key, value in result.items()}
+    self._evaluating = False
     self._score(step, results)
     self._log.scalars(step, results | {"evaluation_s": time.monotonic() - began})
 

@@ -1,8 +1,8 @@
 """Stops a process when it is asked to, ends it when it hangs, and accounts for its time.
 
 Long work happens in named phases, and every loop in them calls `beat`. A beat is where the process
-finds out that it was asked to stop (SIGTERM, Ctrl-C), at a point that all hosts have agreed on. A
-watching thread expects the beats. The seconds of the phases add up, see `log.Goodput`.
+finds out that it was asked to stop (SIGTERM, SIGHUP, Ctrl-C), at a point that all hosts have agreed
+on. A watching thread expects the beats. The seconds of the phases add up, see `log.Goodput`.
 
 A process has one set of signal handlers, so the state here belongs to the process.
 """
@@ -63,8 +63,11 @@ def supervised(hang_s: float):
   _process = _Process()
   read_fd, write_fd = os.pipe()
   os.set_blocking(write_fd, False)
-  # With several processes JAX handles SIGTERM: it tells the others.
-  numbers = (signal.SIGINT, signal.SIGTERM) if jax.process_count() == 1 else (signal.SIGINT,)
+  numbers = [signal.SIGINT]
+  if jax.process_count() == 1:  # of several processes JAX handles SIGTERM: it tells the others
+    numbers.append(signal.SIGTERM)
+  if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
+    numbers.append(signal.SIGHUP)
   previous_handlers = {number: signal.signal(number, _on_signal) for number in numbers}
   previous_fd = signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
   end = threading.Event()
@@ -146,7 +149,8 @@ def _on_signal(number, frame) -> None:
 
 
 def _say(text: str) -> None:
-  os.write(2, f"{text}\n".encode())  # the signal may interrupt a print
+  with contextlib.suppress(OSError):  # a full disk, or a terminal that is closed
+    os.write(2, f"{text}\n".encode())  # the signal may interrupt a print
 
 
 def _watch(read_fd: int, hang_s: float, end: threading.Event) -> None:

@@ -125,7 +125,14 @@ def test_f26_each_place_draws_its_own_substitute():
   assert drawn[3::4].sum() == 0 and drawn.max() <= 10 and (drawn > 0).sum() >= 12
 
 
-@pytest.mark.parametrize("shards, workers, first", [(2, 0, 0), (1, 1, 0), (1, 2, 3), (2, 2, 1)])
+@pytest.mark.parametrize(
+  "shards, workers, first",
+  [
+    (2, 0, 0),
+    (1, 2, 3),
+    *(pytest.param(*x, marks=pytest.mark.variant) for x in ((1, 1, 0), (2, 2, 1))),
+  ],
+)
 def test_f26_skip_does_not_depend_on_shards_workers_or_start(folders, shards, workers, first):
   reference = train_steps(folders[1], 7, **SKIP)
   actual = train_steps(

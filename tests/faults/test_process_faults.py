@@ -108,7 +108,12 @@ def reference(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-  "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.variant)]
+  "number",
+  [
+    signal.SIGTERM,
+    pytest.param(signal.SIGINT, marks=pytest.mark.variant),
+    pytest.param(signal.SIGHUP, marks=pytest.mark.variant),
+  ],
 )
 def test_f6_stopped_by_a_signal_and_continued(tmp_path, reference, number):
   log = tmp_path / "log"
@@ -260,6 +265,7 @@ def test_f21_a_second_run_in_the_same_workdir_is_refused(tmp_path, reference):
   assert finish([first], 60) == [0] and losses(tmp_path / "run") == reference
 
 
+@pytest.mark.variant
 def test_f40_a_compilation_cache_full_of_rubbish(tmp_path, reference, monkeypatch):
   monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
   log = tmp_path / "log"

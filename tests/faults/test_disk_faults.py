@@ -1,0 +1,155 @@
+"""Disks that are full, by limits on the size of files and /dev/full; lines that are no records."""
+
+import contextlib
+import json
+import resource
+
+import numpy as np
+import pytest
+
+from mrmae_jax import train
+from mrmae_jax.cli.console import SteadyStream
+from mrmae_jax.runs import log, metrics
+from tests.faults import small
+from tests.helpers.programs import Program, finish
+
+
+@contextlib.contextmanager
+def file_limit(size):
+  """No file grows beyond `size` bytes."""
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def noise(side):
+  return np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
+
+
+def test_a_full_disk_under_tensorboard_stops_nothing(tmp_path, monkeypatch, capsys):
+  """Two pictures do not fit; numbers before, between and behind them do."""
+  monkeypatch.setattr(log, "RETRY_S", 0)
+  run_log = log.Log(tmp_path, 9, settings={"lr": 0.1})
+  with file_limit(16_384):
+    for step in range(1, 5):
+      run_log.scalars(step, {"loss": 1.0 / step})
+      if step < 3:
+        run_log.image(step, "picture", noise(120))
+  run_log.image(5, "picture", noise(120))
+  run_log.close()
+  printed = capsys.readouterr().out
+  assert printed.count("nothing is written to TensorBoard until it can be written again") == 2
+  assert printed.count("TensorBoard is written again") == 2
+  assert [r["step"] for r in metrics.read_metrics(tmp_path)] == [1, 2, 3, 4]
+  files = [p for p in (tmp_path / "tensorboard").glob("events*") if p.stat().st_size > 20_000]
+  assert len(files) == 1  # the last picture
+  assert any((tmp_path / "tensorboard" / "hparams").iterdir())
+
+
+def test_a_disk_without_any_space(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(log, "RETRY_S", 0)
+  run_log, values = log.Log(tmp_path, 9), {f"loss{i}": 1.0 for i in range(400)}
+  with file_limit(0):
+    for step in range(1, 4):
+      run_log.scalars(step, values)
+  run_log.scalars(4, values)
+  run_log.close()
+  printed = capsys.readouterr().out
+  assert printed.count("nothing is written to TensorBoard") == 1
+  assert [r["step"] for r in metrics.read_metrics(tmp_path)] == [1, 2, 3, 4]
+  assert all(p.stat().st_size for p in (tmp_path / "tensorboard").glob("events*"))
+
+
+def run_small(workdir, console, limit=None):
+  """Starts a run of 20 steps whose files may not grow beyond `limit` bytes."""
+  words = ["mrmae", "pretrain", "--config=tests/faults/small.py", f"--workdir={workdir}"]
+  code = "import resource, sys\n"
+  if limit is not None:
+    code += f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))\n"
+  code += f"sys.argv = {words}\nfrom mrmae_jax import __main__ as entry\nentry.run_process()"
+  return Program(["-c", code], console)
+
+
+def test_a_console_on_a_full_disk_and_a_resumption_without_space(tmp_path):
+  process = run_small(tmp_path / "run", "/dev/full")
+  assert finish([process], 120) == [0]
+  assert len([r for r in metrics.read_metrics(tmp_path / "run") if "loss" in r]) == 20
+  process = Program(["-c", RESUME.format(workdir=tmp_path / "run")], "/dev/full")
+  assert finish([process], 120) == [5]
+
+
+# The limit comes behind the first line that is printed, which needs space itself.
+RESUME = """
+import resource, sys
+from mrmae_jax.runs import workdir
+prepare = workdir.prepare_workdir
+def limited(folder):
+  prepare(folder)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+from mrmae_jax.cli import train
+train.prepare_workdir = limited
+sys.argv = ["mrmae", "pretrain", "--config=tests/faults/small.py", "--workdir={workdir}"]
+from mrmae_jax import __main__ as entry
+entry.run_process()
+"""
+
+
+def test_a_steady_stream_loses_lines_and_nothing_else():
+  with open("/dev/full", "w", encoding="utf-8") as full:
+    stream = SteadyStream(full)
+    assert stream.write("x" * 100_000) == 100_000
+    stream.flush()
+    stream.writelines(["a", "b"])
+    assert stream.fileno() == full.fileno()
+    with contextlib.suppress(OSError):
+      full.close()
+
+
+def test_lines_that_are_no_records_are_left_out(tmp_path, capsys):
+  good = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]
+  bad = [b'{"step": 3, "loss": "\xff"}', b"[1, 2]", b'"text"', b'{"loss": 1}', b'{"step": "4"}']
+  bad += [b'{"step": 5, "loss": NaN}', b'{"step": 6, "loss": ' + b"9" * 4000 + b"}"]
+  bad += [b'{"step": -1}', b'{"step": 1.5}', b"[" * 100_000, b'{"step": 7, "loss": [1]}']
+  lines = [json.dumps(good[0]).encode(), *bad, json.dumps(good[1]).encode(), b'{"step": 8, "lo']
+  (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+  assert metrics.read_metrics(tmp_path) == good
+  run_log = log.Log(tmp_path, 9, first_step=2)
+  run_log.close()
+  assert (
+    f"metrics.jsonl: {len(bad)} lines are no records and are left out" in capsys.readouterr().out
+  )
+  assert metrics.read_records(tmp_path / "metrics.jsonl") == (good, 0)
+
+
+class Failing:
+  """An evaluator that raises an error at step 10."""
+
+  def __init__(self, error):
+    self._error = error
+
+  def run(self, params, extra, step):
+    if step == 10:
+      raise self._error
+    return {"value": 1.0}
+
+
+@pytest.mark.parametrize("error", [OSError("no space"), ValueError("planted")])
+def test_an_evaluation_that_fails_loses_no_step(tmp_path, monkeypatch, capsys, error):
+  config = small.get_config()
+  config.eval_every = 10 * 16 / 1438
+  evaluators = {"failing": Failing(error)}
+  monkeypatch.setattr("mrmae_jax.runs.run.make_evaluators", lambda *_: (evaluators, []))
+  config.evals = {"failing": {}}
+  if isinstance(error, OSError):
+    train.fit(config, small.toy_task(), tmp_path)
+    steps = [r["step"] for r in metrics.read_metrics(tmp_path) if "failing/value" in r]
+    assert steps == [0, 20]
+    assert "warning: failing of step 10 is left out: no space" in capsys.readouterr().out
+    return
+  with pytest.raises(ValueError, match="planted"):
+    train.fit(config, small.toy_task(), tmp_path)
+  assert "stopped after step 10 of 20, which is saved" in capsys.readouterr().out
+  assert (tmp_path / "checkpoints" / "10").is_dir()
