@@ -825,3 +825,24 @@ def test_f32_any_number_of_images_on_any_number_of_shards(count, shards):
   assert (
     hits == sum(expected) and sum(int(b["valid"].sum()) for part in parts for b in part) == count
   )
+
+
+def test_only_files_of_a_sane_size_are_opened(tmp_path):
+  """A pipe would be read for ever, and a file with holes would fill the memory."""
+  write_images(tmp_path, ["a.jpg", "b.jpg"])
+  os.mkfifo(tmp_path / "c.jpg")
+  (tmp_path / "d.jpg").symlink_to("/dev/zero")
+  with open(tmp_path / "e.jpg", "wb") as file:
+    file.truncate(60 * 2**30)
+  with open(tmp_path / "f.jpg", "wb") as file:
+    file.write((tmp_path / "a.jpg").read_bytes())
+    file.truncate(6 * 2**30)
+  source = open_source(f"folder:{tmp_path}", "train", holdout_every=0)
+  kinds = {"c.jpg": "is a pipe", "d.jpg": "is a device", "e.jpg": "has 64,424,509,440 bytes"}
+  kinds["f.jpg"] = "has 6,442,450,944 bytes; at most 1,073,741,824 are read"
+  for index in range(len(source)):
+    if (name := source.name(index)) in kinds:
+      with pytest.raises(DataError, match=f"{name}: {kinds[name]}"):
+        source[index]
+    else:
+      assert source[index]["image"]

@@ -5,6 +5,7 @@ import hashlib
 import io
 import math
 import os
+import stat
 from collections.abc import Iterable, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
@@ -35,6 +36,7 @@ from mrmae_jax.data.sources.listing import (
 from mrmae_jax.data.sources.splits import find_splits
 from mrmae_jax.errors import DataError
 
+MAX_FILE_BYTES = 2**30  # of an image file
 MAX_ARRAY_BYTES = 512 * 2**20  # of pixels in a .npy file, as many as the largest RGB image takes
 
 
@@ -99,7 +101,9 @@ class FolderSource:
 
   def _open(self, path: str) -> BinaryIO:
     if self._archive is None:
-      return open(os.path.join(self._root, path), "rb")
+      path = os.path.join(self._root, path)
+      _check_file(path)
+      return open(path, "rb")
     return io.BytesIO(self._archive.read(os.path.join(self._inner, path)))
 
   def name(self, index: int) -> str:
@@ -244,6 +248,20 @@ def _unknown_classes(images: _Images, classes: tuple[str, ...], train_root: str)
     f"{first_names(unknown)} {'is' if len(unknown) == 1 else 'are'} not among the classes of"
     f" {train_root}: {first_names(classes)}"
   )
+
+
+def _check_file(path: str) -> None:
+  """Raises DataError for what would be read for ever: a pipe, a socket, a device, a huge file."""
+  info = os.stat(path)
+  if not stat.S_ISREG(info.st_mode):
+    kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
+    kind = kinds.get(stat.S_IFMT(info.st_mode), "a device")
+    raise DataError(f"{path}: is {kind}; expected a file: remove it")
+  if info.st_size > MAX_FILE_BYTES:
+    raise DataError(
+      f"{path}: has {info.st_size:,} bytes; at most {MAX_FILE_BYTES:,} are read: remove it, or"
+      " cut it into smaller images"
+    )
 
 
 def _digest(names: Iterable[str]) -> str:
