@@ -111,6 +111,15 @@ def test_a_host_that_cannot_write(tmp_path):
     assert len(lines) == 1 and lines[0].startswith("error: process 1: cannot write to /proc/run (")
 
 
+def test_hosts_whose_folder_is_not_the_same(tmp_path):
+  codes, errors = run_mistaken(tmp_path, (), (f"--workdir={tmp_path}/other",))
+  assert codes == [2, 2]
+  for lines in errors:
+    assert lines == [
+      f"error: process 1: {tmp_path}/other is not {tmp_path}/run of process 0; share one folder"
+    ]
+
+
 def test_a_host_without_its_images(tmp_path):
   codes, errors = run_mistaken(tmp_path, (), ("--config.data.source=folder:/none",))
   assert codes == [2, 2]

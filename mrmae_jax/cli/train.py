@@ -22,7 +22,7 @@ from mrmae_jax.errors import (
   one_line,
 )
 from mrmae_jax.runs import distributed, supervision
-from mrmae_jax.runs.workdir import lock_workdir, prepare_workdir
+from mrmae_jax.runs.workdir import check_shared, lock_workdir, prepare_workdir
 
 
 def run(options) -> int:
@@ -118,6 +118,8 @@ def _train(options, config) -> int:
         raise
       if options.multihost:  # one process has nobody to agree with
         distributed.agree("start", train.host_agreement(config, task))
+        if not options.check:
+          check_shared(options.workdir)
       if options.check:
         train.check(config, task)
       elif options.command == "teacher":

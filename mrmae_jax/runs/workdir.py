@@ -13,10 +13,12 @@ from typing import TextIO
 import jax
 
 from mrmae_jax.errors import WorkdirError, one_line
+from mrmae_jax.runs import distributed
 from mrmae_jax.runs.paths import is_bucket, open_folder
 
 # How long to wait for a holder on another host: a run that was requeued may need this long to end.
 PATIENCE_S = 40
+SEEN_S = 10  # until every host sees a file that process 0 has written to a network disk
 POLL_S = 1  # between two attempts
 
 
@@ -71,6 +73,32 @@ def lock_workdir(workdir: str | Path):
       yield warning if previous else ""
     finally:
       _write_holder(file, "")
+
+
+def check_shared(workdir: str | Path) -> None:
+  """Checks that all processes see the folder that process 0 has locked.
+
+  Two disks may have a folder of the same name. A checkpoint of both together is none.
+
+  Raises:
+    DistributedError: on every process, if one of them has another folder.
+  """
+  if is_bucket(workdir) or jax.process_count() == 1:
+    return
+  path = Path(workdir).expanduser().absolute()
+
+  def read():
+    try:
+      return (path / "lock").read_text()
+    except (OSError, ValueError):
+      return ""
+
+  first = json.loads(distributed.exchange("lock", json.dumps([str(path), read()]))[0])
+  end = time.monotonic() + SEEN_S
+  while read() != first[1] and time.monotonic() < end:
+    time.sleep(POLL_S)
+  problem = "" if read() == first[1] else f"{path} is not {first[0]} of process 0; share one folder"
+  distributed.agree("workdir", {}, error=problem)
 
 
 def _acquire(file: TextIO, workdir: str | Path) -> bool:
