@@ -29,6 +29,11 @@ def prepare_workdir(workdir: str | Path) -> None:
     WorkdirError: the folder cannot be reached or written to.
   """
   folder = open_folder(workdir)
+  if not _has_utf8_name(str(folder)):
+    raise WorkdirError(
+      f"{ascii(str(folder))}: this locale does not write the name in UTF-8, without which no "
+      "checkpoint can be saved; set LC_ALL=C.UTF-8, or choose a name of plain letters"
+    )
   probe = folder / f".write_test_{jax.process_index()}"
   hint = ""
   if is_bucket(workdir):
@@ -41,6 +46,14 @@ def prepare_workdir(workdir: str | Path) -> None:
     probe.unlink()
   except Exception as error:  # OSError; libraries of buckets have types of their own
     raise WorkdirError(f"cannot write to {workdir} ({one_line(error)}){hint}") from None
+
+
+def _has_utf8_name(path: str) -> bool:
+  """Returns whether Python and the libraries that save checkpoints spell a path alike."""
+  try:
+    return os.fsencode(path) == path.encode()
+  except UnicodeEncodeError:
+    return False
 
 
 @contextlib.contextmanager

@@ -9,7 +9,8 @@ import pytest
 
 from mrmae_jax import train
 from mrmae_jax.cli.console import SteadyStream
-from mrmae_jax.runs import log, metrics
+from mrmae_jax.errors import WorkdirError
+from mrmae_jax.runs import log, metrics, workdir
 from tests.faults import small
 from tests.helpers.programs import Program, finish
 
@@ -63,18 +64,11 @@ def test_a_disk_without_any_space(tmp_path, monkeypatch, capsys):
   assert all(p.stat().st_size for p in (tmp_path / "tensorboard").glob("events*"))
 
 
-def run_small(workdir, console, limit=None):
-  """Starts a run of 20 steps whose files may not grow beyond `limit` bytes."""
-  words = ["mrmae", "pretrain", "--config=tests/faults/small.py", f"--workdir={workdir}"]
-  code = "import resource, sys\n"
-  if limit is not None:
-    code += f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))\n"
-  code += f"sys.argv = {words}\nfrom mrmae_jax import __main__ as entry\nentry.run_process()"
-  return Program(["-c", code], console)
-
-
 def test_a_console_on_a_full_disk_and_a_resumption_without_space(tmp_path):
-  process = run_small(tmp_path / "run", "/dev/full")
+  process = Program(
+    ["-m", "mrmae_jax", "pretrain", "--config=tests/faults/small.py", f"--workdir={tmp_path}/run"],
+    "/dev/full",
+  )
   assert finish([process], 120) == [0]
   assert len([r for r in metrics.read_metrics(tmp_path / "run") if "loss" in r]) == 20
   process = Program(["-c", RESUME.format(workdir=tmp_path / "run")], "/dev/full")
@@ -153,3 +147,12 @@ def test_an_evaluation_that_fails_loses_no_step(tmp_path, monkeypatch, capsys, e
     train.fit(config, small.toy_task(), tmp_path)
   assert "stopped after step 10 of 20, which is saved" in capsys.readouterr().out
   assert (tmp_path / "checkpoints" / "10").is_dir()
+
+
+def test_a_locale_that_cannot_spell_the_workdir_is_refused(tmp_path, monkeypatch):
+  workdir.prepare_workdir(tmp_path / "l\u00e4uft")
+  with pytest.raises(WorkdirError, match=r"l\\udce4uft.*set LC_ALL=C.UTF-8"):
+    workdir.prepare_workdir(f"{tmp_path}/l\udce4uft")  # a byte of Latin-1 in a UTF-8 locale
+  monkeypatch.setattr("os.fsencode", lambda path: path.encode("latin-1"))
+  with pytest.raises(WorkdirError, match=r"l\\xe4uft.*set LC_ALL=C.UTF-8"):
+    workdir.prepare_workdir(tmp_path / "l\u00e4uft")
