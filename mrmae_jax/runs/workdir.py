@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 import jax
+from etils import epath
 
 from mrmae_jax.errors import WorkdirError, one_line
 from mrmae_jax.runs import distributed
@@ -35,6 +36,11 @@ def prepare_workdir(workdir: str | Path) -> None:
       "checkpoint can be saved; set LC_ALL=C.UTF-8, or choose a name of plain letters"
     )
   probe = folder / f".write_test_{jax.process_index()}"
+  if links := [] if is_bucket(workdir) else _find_links(folder):
+    raise WorkdirError(
+      f"{folder} holds links ({', '.join(links)}), through which a run would write and delete files "
+      "elsewhere; remove them, or make the whole folder a link"
+    )
   hint = ""
   if is_bucket(workdir):
     hint = ": does the bucket exist, and may this account create objects in it?"
@@ -46,6 +52,13 @@ def prepare_workdir(workdir: str | Path) -> None:
     probe.unlink()
   except Exception as error:  # OSError; libraries of buckets have types of their own
     raise WorkdirError(f"cannot write to {workdir} ({one_line(error)}){hint}") from None
+
+
+def _find_links(folder: epath.Path) -> list[str]:
+  """Returns the names of symbolic links in a folder, which need not exist."""
+  with contextlib.suppress(OSError), os.scandir(folder) as entries:
+    return sorted(entry.name for entry in entries if entry.is_symlink())
+  return []
 
 
 def _has_utf8_name(path: str) -> bool:

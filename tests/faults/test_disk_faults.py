@@ -156,3 +156,15 @@ def test_a_locale_that_cannot_spell_the_workdir_is_refused(tmp_path, monkeypatch
   monkeypatch.setattr("os.fsencode", lambda path: path.encode("latin-1"))
   with pytest.raises(WorkdirError, match=r"l\\xe4uft.*set LC_ALL=C.UTF-8"):
     workdir.prepare_workdir(tmp_path / "l\u00e4uft")
+
+
+def test_links_in_a_workdir_are_refused(tmp_path):
+  """A run empties the folder of unfinished checkpoints: it must be its own."""
+  (tmp_path / "foreign" / "4.orbax-checkpoint-tmp").mkdir(parents=True)
+  (tmp_path / "run").mkdir()
+  (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "foreign")
+  with pytest.raises(WorkdirError, match=r"run holds links \(checkpoints\)"):
+    workdir.prepare_workdir(tmp_path / "run")
+  assert (tmp_path / "foreign" / "4.orbax-checkpoint-tmp").is_dir()
+  (tmp_path / "link").symlink_to(tmp_path / "foreign")  # the whole folder may be one
+  workdir.prepare_workdir(tmp_path / "link")
