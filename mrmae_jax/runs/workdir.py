@@ -38,8 +38,8 @@ def prepare_workdir(workdir: str | Path) -> None:
   probe = folder / f".write_test_{jax.process_index()}"
   if links := [] if is_bucket(workdir) else _find_links(folder):
     raise WorkdirError(
-      f"{folder} holds links ({', '.join(links)}), through which a run would write and delete files "
-      "elsewhere; remove them, or make the whole folder a link"
+      f"{folder} holds links ({', '.join(links)}), and a run would write and delete files where "
+      "they lead; remove them, or make the whole folder a link"
     )
   hint = ""
   if is_bucket(workdir):
