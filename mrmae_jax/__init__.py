@@ -2,7 +2,7 @@
 nothing else.
 """
 
-__version__ = "0.1.0"
+from mrmae_jax.constants import VERSION as __version__  # noqa: F401
 
 
 def __getattr__(name: str):

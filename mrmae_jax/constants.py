@@ -1,5 +1,7 @@
 """Holds constants that several modules share; imports nothing."""
 
+VERSION = "0.1.0"
+
 # Mean and standard deviation per channel of ImageNet's pixels in [0, 1], as torchvision has them
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -332,7 +332,8 @@ class PretrainedModel:
     _check_values(images)
     grid = (images.shape[1] // patch, images.shape[2] // patch)
     if grid not in self._params:
-      self._params[grid] = jax.device_put(model_files.params_at(self.network, grid))
+      with jax.ensure_compile_time_eval():  # inside of a user's jit too these are arrays
+        self._params[grid] = jax.device_put(model_files.params_at(self.network, grid))
     return self._params[grid], images
 
   def _normalize(self, images):

@@ -26,6 +26,16 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the cache of their 
   atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
+# The files that take longest begin first, so that no process works alone at the end.
+LONGEST = ("multihost", "process_faults", "train", "self_distill", "buckets", "compile", "channels")
+
+
+def pytest_collection_modifyitems(items):
+  """Puts the tests of the files of LONGEST first, and leaves all others in their order."""
+  rank = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+  items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
 @pytest.fixture(autouse=True)
 def forget_compiled_programs():
   """Keeps a worker below about 1.5 GB: compiled programs are most of what it holds."""

@@ -314,10 +314,11 @@ def test_fine_tuned_checkpoint(tmp_path):
   assert model.network.encoder.learned_positions and model.config["classes"] == 7
   assert "norm (fine-tuning replaces" in str(model.report)
   images, expected = named("in.", "convvit_finetune")["imgs"], named("out.", "convvit_finetune")
-  images = jnp.asarray(images.transpose(0, 2, 3, 1))
-  close(model.classify(images), expected["logits"], FORWARD, "logits")
+  images = jnp.asarray(images.transpose(0, 2, 3, 1))  # normalized: not in [0, 1], as jit allows
+  close(jax.jit(model.classify)(images), expected["logits"], FORWARD, "logits")
   norm = nn.LayerNorm(1e-6).apply(
-    {"params": model.network.params["classifier"]["fc_norm"]}, model.encode(images)["pooled"]
+    {"params": model.network.params["classifier"]["fc_norm"]},
+    jax.jit(model.encode)(images)["pooled"],
   )
   close(norm, expected["features"], FORWARD, "features")
   model_files.write_model(model.network, tmp_path / "ours.safetensors", "convmae")
@@ -325,7 +326,7 @@ def test_fine_tuned_checkpoint(tmp_path):
   assert written.keys() == tensors.keys() and all(
     np.array_equal(written[name], tensors[name]) for name in tensors
   )
-  smaller = model.encode(images[:, :160, :96])  # the trained table, interpolated
+  smaller = jax.jit(model.encode)(images[:, :160, :96])  # the trained table, interpolated
   assert smaller["tokens"].shape == (2, 60, 48)
 
 

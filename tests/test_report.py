@@ -13,7 +13,7 @@ from PIL import Image
 
 from mrmae_jax.cli import report
 from mrmae_jax.runs import log
-from mrmae_jax.runs.metrics import read_metrics
+from mrmae_jax.runs.metrics import read_json_lines, read_metrics
 from mrmae_jax.runs.paths import open_folder
 from mrmae_jax.viz.plot import COLORS, line_plot
 from tests.helpers.cli import run_command
@@ -165,7 +165,7 @@ def test_every_start_is_noted(tmp_path):
   workdir = new_folder(tmp_path / "run")
   for first in (0, 7):
     log.Log(workdir, 40, first).close()
-  starts = read_metrics(workdir, "starts.jsonl")
+  starts = read_json_lines(workdir / "starts.jsonl")[0]
   assert [start["first_step"] for start in starts] == [0, 7]
   assert all(
     "cpu" in start["devices"] and start["time"][:2] == "20" and "flax" in start["versions"]

@@ -22,8 +22,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-import mrmae_jax
-from mrmae_jax import hardware
+from mrmae_jax import constants, hardware
 from mrmae_jax.errors import one_line
 from mrmae_jax.runs import paths, supervision, tensorboard
 from mrmae_jax.runs.metrics import (
@@ -106,7 +105,7 @@ class Log:
     """Adds to WORKDIR/starts.jsonl when, with which command and on what the run starts."""
     devices = jax.devices()
     packages = ("jax", "flax", "optax", "orbax-checkpoint")
-    versions = [f"mrmae_jax {mrmae_jax.__version__}"]  # that of a checkout need not be installed
+    versions = [f"mrmae_jax {constants.VERSION}"]  # that of a checkout need not be installed
     versions += [f"{name} {importlib.metadata.version(name)}" for name in packages]
     start = {
       "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),

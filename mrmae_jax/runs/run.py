@@ -86,6 +86,8 @@ class Run:
       stopped |= self._evaluating and isinstance(error, Exception) and alone
       if stopped and self._started:
         self._save_interrupted()
+      elif isinstance(error, Interrupted) and self._log:
+        self._log.say("stopped before the first step: nothing is lost; run the same command again")
 
   def close(self) -> None:
     """Closes everything, in reverse order of opening."""

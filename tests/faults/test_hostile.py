@@ -68,7 +68,7 @@ BAD = [  # of 8 devices
   ("--config.epochs=0", "config.epochs=0.0 must be"),
   ("--config.epochs=-3", "config.epochs=-3.0 must be"),
   ("--config.epochs=1e30", "config.epochs=1e+30 must be"),
-  ("--config.epochs=ten", "could not convert string to float: 'ten'"),
+  ("--config.epochs=ten", "--config.epochs=ten given; expected a number"),
   (
     "--config.image_size=(36, 48)",
     "config.image_size=(36, 48) is not a multiple of the token size 8; nearest: (32, 48)",
@@ -88,7 +88,7 @@ BAD = [  # of 8 devices
   ("--config.mesh.data=0", "config.mesh data=0 x fsdp=1 does not fit"),
   ("--config.seed=-1", "config.seed=-1 must be from 0 to"),
   ("--config.seed=4294967296", "config.seed=4294967296 must be"),
-  ("--config.log_every=nan", "--config.log_every=nan: invalid literal"),
+  ("--config.log_every=nan", "--config.log_every=nan given; expected a whole number"),
   ("--config.log_every=0", "config.log_every=0 must be"),
   ("--config.eval_every=-1", "config.eval_every=-1.0 must be"),
   ("--config.checkpoint_every=nan", "config.checkpoint_every=nan must be"),
@@ -123,7 +123,7 @@ BAD = [  # of 8 devices
   ),
   ("--config.teacher.path=" + "x" * 5000, "no such file or folder"),
   ("--config.teacher.weight=nan", "config.teacher.weight=nan must"),
-  ("--config.encoder.name=vit", "a vit takes ['depth', 'dim'"),
+  ("--config.encoder.name=vit", "a vit takes ['activation', '"),
   ("--config.encoder.patch_sizes=(2, 2, 0)", "config.encoder.patch_sizes=(2, 2, 0) must"),
   ("--config.encoder.num_heads=0", "config.encoder.num_heads=0 must"),
   (
@@ -134,7 +134,7 @@ BAD = [  # of 8 devices
   ("blr=3", "'blr=3' is not an option; did you mean --config.optim.blr=VALUE?"),
   ("optim.blr=3", "'optim.blr=3' is not an option; did you mean --config.optim.blr=VALUE?"),
   ("train", "'train' is not an option"),
-  ("--check=maybe", "argument --check: ignored explicit argument 'maybe'"),
+  ("--check=maybe", "--check=maybe given; it takes no value"),
   ("--num_processes=2", "--num_processes says where other processes are: add --multihost"),
   ("--num_processes=0", "num_processes"),
   ("--workdir=", "--workdir is missing"),
@@ -650,7 +650,7 @@ def test_f34_archives_are_not_unpacked(tmp_path):
     and os.listdir(inside) == ["x.pt"]
     and not os.path.exists("/tmp/mrmae_jax_outside")
   )
-  source = "".join(path.read_text() for path in Path(files.__file__).parents[1].rglob("*.py"))
+  source = "".join(path.read_text() for path in Path(files.__file__).parent.rglob("*.py"))
   assert not any(
     word in source for word in ("extractall", ".extract(", "unpack_archive", "import tarfile")
   )
@@ -898,7 +898,7 @@ def assert_nothing_found(target, inputs):
 
 @pytest.mark.parametrize("target", fuzz.SHARES)
 def test_f34_damaged_inputs(target):
-  assert_nothing_found(target, 300)
+  assert_nothing_found(target, 400)
 
 
 @pytest.mark.slow

@@ -160,7 +160,8 @@ def test_f4_stopped_while_compiling_and_while_evaluating(tmp_path):
   time.sleep(0.5)  # the first evaluation
   process.send_signal(signal.SIGTERM)
   assert finish([process], 60) == [75], log.read_text()[-3000:]
-  assert "stopped after step " in log.read_text()
+  # On a busy machine the evaluation has not begun yet.
+  assert re.search("stopped (after step|before the first step)", log.read_text())
 
 
 def test_f4_stopped_while_features_are_computed(tmp_path, monkeypatch, capsys):
