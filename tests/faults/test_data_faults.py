@@ -688,11 +688,21 @@ def test_f30_the_first_image_too():
     element_shapes(Stalled(8), make_views().train, LoaderOptions(timeout_s=0.2))
 
 
-def start_run(tmp_path, *arguments):
-  """Starts a training run in another process, on one device."""
+# A pipe stands for a disk that does not answer: it is opened, although it is no file.
+UNCHECKED = """
+import sys
+from mrmae_jax.data.sources import folder
+folder._check_file = lambda path: None
+sys.argv[0] = "mrmae"
+from mrmae_jax import __main__ as entry
+entry.run_process()
+"""
+
+
+def start_run(tmp_path, *arguments, code=""):
+  """Starts a training run in another process, on one device; `code` in the place of the program."""
   words = [
-    "-m",
-    "mrmae_jax",
+    *(("-c", code) if code else ("-m", "mrmae_jax")),
     "pretrain",
     "--config=tests/tiny.py",
     f"--workdir={tmp_path}/run",
@@ -708,7 +718,7 @@ def start_run(tmp_path, *arguments):
 def test_f30_a_run_ends_although_a_thread_waits_for_ever(tmp_path):
   write_images(tmp_path / "images", [f"{i}.jpg" for i in range(16)])
   os.mkfifo(tmp_path / "images" / "stalled.jpg")  # it has no writer
-  process = start_run(tmp_path, "--config.data.timeout_s=3", "--config.epochs=10")
+  process = start_run(tmp_path, "--config.data.timeout_s=3", "--config.epochs=10", code=UNCHECKED)
   try:
     assert process.wait(100) == DataError.exit_code
   finally:
