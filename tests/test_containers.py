@@ -60,7 +60,7 @@ def open_pair(spec, **options):
 
 
 def content(source):
-  """What a source holds, without the place where it lies."""
+  """Returns what a source holds, but not where it lies."""
   examples = [source[i] for i in range(len(source))]
   names = [source.name(i) for i in range(len(source))]
   return [(name, x["label"], bytes(x["image"])) for name, x in zip(names, examples)]

@@ -20,7 +20,7 @@ TOP = 5
 
 
 class Counts(NamedTuple):
-  """What a model, or several as one, says of labelled images.
+  """Counts of right and wrong predictions on labelled images.
 
   Attributes:
     confusion: int64 [C, C], images by true and predicted class.

@@ -66,14 +66,19 @@ def find_view(options, model: str) -> dict[str, Any]:
 
   They are arguments of `features.extract`.
   """
-  run = read_run_data(model) or config_lib.pretrain().data
+  run = _shown_data(model)
   crop = run.eval_crop if options.crop is None else options.crop
-  return {"crop": crop, "exif": find_exif(options, model)}
+  return {"crop": crop, "exif": options.exif or run.exif}
 
 
 def find_exif(options, model: str) -> str:
   """Returns --exif, or else what the run of the model does, see `data.augment.decode_image`."""
-  return options.exif or (read_run_data(model) or config_lib.pretrain().data).exif
+  return options.exif or _shown_data(model).exif
+
+
+def _shown_data(model: str) -> ConfigDict:
+  """Returns `config.data` of a run, or else the defaults."""
+  return read_run_data(model) or config_lib.pretrain().data
 
 
 def skip_options(options) -> data.LoaderOptions:

@@ -129,9 +129,14 @@ def comma_list(item: Callable = str, count: tuple[int, ...] = ()) -> Callable[[s
 
 def _splits(parser: Parser, of_run: bool = False) -> None:
   """Adds the options of how images are split; with `of_run` the model's run says by default."""
-  config = {"data_dir": "", "train_split": "train", "eval_split": "validation", "holdout_every": 10}
-  config |= {"labels": ""}
-  default = dict.fromkeys(config) if of_run else config
+  default = {
+    "data_dir": "",
+    "train_split": "train",
+    "eval_split": "validation",
+    "holdout_every": 10,
+    "labels": "",
+  }
+  default = dict.fromkeys(default) if of_run else default
   as_run = "; default: as the run" if of_run else ""
   parser.add_argument(
     "--data_dir", default=default["data_dir"], help="where tfds looks for prepared data sets"
@@ -169,6 +174,15 @@ def _image_size(parser: Parser) -> None:
     default=(),
     metavar="SIDE or HEIGHT,WIDTH",
     help="in pixels, multiples of the token size; default: as the model was trained",
+  )
+
+
+def _dtype(parser: Parser) -> None:
+  parser.add_argument(
+    "--dtype",
+    choices=("float32", "bfloat16"),
+    default="float32",
+    help="of the computation; results are float32",
   )
 
 
@@ -358,12 +372,7 @@ appears whole or not at all. `mrmae knn` measures what .npz files are worth."""
   _crop(parser)
   _exif(parser)
   parser.add_argument("--batch_size", type=integer(1), default=64, help="images at a time")
-  parser.add_argument(
-    "--dtype",
-    choices=("float32", "bfloat16"),
-    default="float32",
-    help="of the computation; features are float32",
-  )
+  _dtype(parser)
   _heads(parser, decoder=False)
   _weights(parser)
 
@@ -581,19 +590,8 @@ all."""
     default="all",
     help="logits where there is a classifier, or the features all the same",
   )
-  parser.add_argument(
-    "--image_size",
-    type=comma_list(integer(1), (1, 2)),
-    default=(),
-    metavar="SIZE or HEIGHT,WIDTH",
-    help="in pixels, multiples of the token size; default: as the model was trained",
-  )
-  parser.add_argument(
-    "--dtype",
-    choices=("float32", "bfloat16"),
-    default="float32",
-    help="of the computation; results are float32",
-  )
+  _image_size(parser)
+  _dtype(parser)
   _heads(parser, decoder=False)
   _weights(parser)
 

@@ -142,7 +142,7 @@ class Checkpoints:
     ]
     if changed:
       workdir, task = self.directory.parent, stored.get("task")
-      is_longer = stored.get("epochs") != self.identity.get("epochs")
+      other_length = stored.get("epochs") != self.identity.get("epochs")
       hint = (
         f". To train its weights further, with a schedule that starts anew: mrmae {task} "
         f"--workdir=NEW --config.init_from={workdir}, with the other options as now"
@@ -150,7 +150,7 @@ class Checkpoints:
       raise WorkdirError(
         f"{workdir} holds a different run ({'; '.join(changed)}). Choose another --workdir, or "
         "repeat the settings of the run that is there"
-        + (hint if is_longer and task in ("pretrain", "finetune") else "")
+        + (hint if other_length and task in ("pretrain", "finetune") else "")
       )
 
   def _check_arrays(self, step: int, arrays: dict[str, list], shapes) -> None:

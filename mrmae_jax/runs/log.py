@@ -71,6 +71,7 @@ class Log:
     self._unwritten = ""  # records that the disk did not take
     self._bar = None
     self._writers = {}  # {name: writer} of those that are open
+    self._openers = {}  # {name: () -> writer} of those that are opened again after a failure
     self._failed = set()  # names of writers whose failure has been said
     self._next_try = 0.0  # of a writer that has failed
     self._is_writer = jax.process_index() == 0
@@ -79,6 +80,7 @@ class Log:
     self._note_start(first_step)
     self._open_metrics(first_step)
     self._purge_step = first_step + 1 if first_step else 0
+    self._openers["TensorBoard"] = self._open_tensorboard
     self._call("TensorBoard", "flush")
     if wandb:
       try:
@@ -173,17 +175,15 @@ class Log:
   def _call(self, name: str, method: str, /, *args, **kwargs) -> None:
     """Calls a method of a writer.
 
-    An error ends neither the run nor TensorBoard: a later call opens a new file, because a full
-    disk may have space again.
+    An error does not end the run. A writer with an opener is opened again by a later call, because
+    a full disk may have space again.
     """
     is_open = name in self._writers
     if not self._is_writer or not is_open and time.monotonic() < self._next_try:
       return
     try:
-      if name == "TensorBoard" and not is_open:
-        folder = self._local / "tensorboard"
-        self._writers[name] = tensorboard.EventFile(folder, self._purge_step)
-        self._purge_step = 0
+      if name in self._openers and not is_open:
+        self._writers[name] = self._openers[name]()
       if name in self._writers:
         getattr(self._writers[name], method)(*args, **kwargs)
     except Exception as error:  # of any type
@@ -191,7 +191,7 @@ class Log:
       self._next_try = time.monotonic() + RETRY_S
       if name not in self._failed:
         self._failed.add(name)
-        until = "until it can be written again" if name == "TensorBoard" else "any more"
+        until = "until it can be written again" if name in self._openers else "any more"
         self.say(
           f"warning: nothing is written to {name} {until} ({type(error).__name__}: "
           f"{one_line(error)}); metrics.jsonl has everything"
@@ -202,11 +202,16 @@ class Log:
         self.say(f"{name} is written again")
 
   def _drop(self, name: str) -> None:
-    """Closes a writer that has failed; what it still holds is lost."""
+    """Closes a writer that has failed, if another will take its place; what it holds is lost."""
     writer = self._writers.pop(name, None)
-    if name == "TensorBoard" and writer:
+    if name in self._openers and writer:
       with contextlib.suppress(OSError, ValueError):
         writer.close()
+
+  def _open_tensorboard(self) -> tensorboard.EventFile:
+    file = tensorboard.EventFile(self._local / "tensorboard", self._purge_step)
+    self._purge_step = 0
+    return file
 
   def close(self) -> None:
     """Closes all logs and copies them to the bucket, if the workdir is in one."""

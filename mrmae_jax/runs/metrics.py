@@ -21,7 +21,7 @@ NOT_RESULTS = {
   "skipped",
 }
 
-LARGEST = 1e300
+LARGEST = 1e300  # of the numbers in a record
 
 
 def read_metrics(workdir: str | Path) -> list[dict]:

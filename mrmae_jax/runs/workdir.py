@@ -35,15 +35,14 @@ def prepare_workdir(workdir: str | Path) -> None:
       f"{ascii(str(folder))}: this locale does not write the name in UTF-8, without which no "
       "checkpoint can be saved; set LC_ALL=C.UTF-8, or choose a name of plain letters"
     )
-  probe = folder / f".write_test_{jax.process_index()}"
-  if links := [] if is_bucket(workdir) else _find_links(folder):
+  probe, hint = folder / f".write_test_{jax.process_index()}", ""
+  if is_bucket(workdir):
+    hint = ": does the bucket exist, and may this account create objects in it?"
+  elif links := _find_links(folder):
     raise WorkdirError(
       f"{folder} holds links ({', '.join(links)}), and a run would write and delete files where "
       "they lead; remove them, or make the whole folder a link"
     )
-  hint = ""
-  if is_bucket(workdir):
-    hint = ": does the bucket exist, and may this account create objects in it?"
   try:
     # A bucket has no folders, and gcsfs would create a bucket that does not exist.
     if not is_bucket(workdir):

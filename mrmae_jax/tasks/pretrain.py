@@ -31,10 +31,11 @@ def make(config) -> Task:
   image_size, method = tuple(config.image_size), dict(config.method)
   height, width = (side // model.encoder.patch_size for side in image_size)
 
-  shapes = jax.eval_shape(
-    functools.partial(init_params, model, image_size, method["mask_ratio"]), jax.random.key(0)
-  )
-  pretrained, start_notes = init_from.read_student(config, model, shapes)
+  pretrained, start_notes = {}, ()
+  if config.init_from:
+    make_params = functools.partial(init_params, model, image_size, method["mask_ratio"])
+    shapes = jax.eval_shape(make_params, jax.random.key(0))
+    pretrained, start_notes = init_from.read_student(config, model, shapes)
 
   def noise(keys):
     return jax.vmap(lambda key: jax.random.uniform(key, (height * width,)))(keys)

@@ -113,8 +113,6 @@ def read_student(config, model, shapes) -> tuple[dict[str, np.ndarray], tuple[st
   Raises:
     WeightsError: see `read_source`.
   """
-  if not config.init_from:
-    return {}, ()
   source = read_source(
     config, model.encoder, mimic_heads=True, decoder_heads=config.decoder.num_heads
   )

@@ -43,7 +43,7 @@ MAX_NESTING = 8  # dictionaries inside dictionaries
 
 
 class _Ignored:
-  """A value that is no weight, such as the accuracy of a checkpoint, in numpy's type."""
+  """Stands for a value of numpy's types, such as an accuracy, which is not a weight."""
 
   def __init__(self, *args):
     del args

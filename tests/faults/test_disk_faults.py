@@ -64,17 +64,6 @@ def test_a_disk_without_any_space(tmp_path, monkeypatch, capsys):
   assert all(p.stat().st_size for p in (tmp_path / "tensorboard").glob("events*"))
 
 
-def test_a_console_on_a_full_disk_and_a_resumption_without_space(tmp_path):
-  process = Program(
-    ["-m", "mrmae_jax", "pretrain", "--config=tests/faults/small.py", f"--workdir={tmp_path}/run"],
-    "/dev/full",
-  )
-  assert finish([process], 120) == [0]
-  assert len([r for r in metrics.read_metrics(tmp_path / "run") if "loss" in r]) == 20
-  process = Program(["-c", RESUME.format(workdir=tmp_path / "run")], "/dev/full")
-  assert finish([process], 120) == [5]
-
-
 # The limit comes behind the first line that is printed, which needs space itself.
 RESUME = """
 import resource, sys
@@ -89,6 +78,17 @@ sys.argv = ["mrmae", "pretrain", "--config=tests/faults/small.py", "--workdir={w
 from mrmae_jax import __main__ as entry
 entry.run_process()
 """
+
+
+def test_a_console_on_a_full_disk_and_a_resumption_without_space(tmp_path):
+  process = Program(
+    ["-m", "mrmae_jax", "pretrain", "--config=tests/faults/small.py", f"--workdir={tmp_path}/run"],
+    "/dev/full",
+  )
+  assert finish([process], 120) == [0]
+  assert len([r for r in metrics.read_metrics(tmp_path / "run") if "loss" in r]) == 20
+  process = Program(["-c", RESUME.format(workdir=tmp_path / "run")], "/dev/full")
+  assert finish([process], 120) == [5]
 
 
 def test_a_steady_stream_loses_lines_and_nothing_else():

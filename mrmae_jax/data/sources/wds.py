@@ -76,9 +76,9 @@ class WdsSource:
   @functools.cached_property
   def fingerprint(self) -> str:
     digest = hashlib.sha256()
-    for i in range(len(self)):
-      _, sample = self._find(i)
-      digest.update(f"{self.name(i)}\0{sample.label}\0".encode(errors="surrogateescape"))
+    for shard, sample in map(self._find, range(len(self))):
+      name = self._name(shard, sample)
+      digest.update(f"{name}\0{sample.label}\0".encode(errors="surrogateescape"))
     return f"{len(self)} samples, names and classes {digest.hexdigest()[:12]}"
 
   def __len__(self) -> int:
@@ -97,7 +97,9 @@ class WdsSource:
     return {"image": image, "label": self._label_of.get(sample.label, -1), "name": path}
 
   def name(self, index: int) -> str:
-    shard, sample = self._find(index)
+    return self._name(*self._find(index))
+
+  def _name(self, shard: "_Shard", sample: Sample) -> str:
     return f"{os.path.relpath(shard.archive.path, self._top)}/{sample.name}"
 
 
