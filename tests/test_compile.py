@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 CONFIG = """
 from tests import tiny
 def get_config():
-  c = tiny.get_config()
+  c = tiny.get_config("vit")
   c.batch_size = 32
   return c
 """

@@ -81,12 +81,19 @@ def hub(tmp_path, monkeypatch):
     (root / "snapshots" / commit / "config.json").write_text(json.dumps(config))
 
 
+SLOW_SIZES = ("large", "huge")  # 24 and 32 blocks take seconds to trace
 CONFIGS = [
   (module, size) for module in (convmae, mae, mrmae) for size in ("small", "base", "large", "huge")
 ]
 
 
-@pytest.mark.parametrize("module, size", CONFIGS, ids=[f"{m.__name__}:{s}" for m, s in CONFIGS])
+@pytest.mark.parametrize(
+  "module, size",
+  [
+    pytest.param(m, s, id=f"{m.__name__}:{s}", marks=[pytest.mark.variant] * (s in SLOW_SIZES))
+    for m, s in CONFIGS
+  ],
+)
 def test_shipped_configs_validate_and_build(module, size, hub, tmp_path):
   config = module.get_config(size)
   (tmp_path / "photo.png").touch()
@@ -191,6 +198,7 @@ def test_a_workdir_instead_of_a_size(module, tmp_path):
     module.get_config(str(tmp_path / "none"))
 
 
+@pytest.mark.variant
 def test_the_ladder_has_one_compute_budget():
   """The costs that the epochs follow from are XLA's counts."""
   flops, epochs = {}, {}

@@ -104,7 +104,7 @@ def test_few_shot_by_its_definition():
 
 
 def test_knn_accuracy_is_the_same_on_any_devices():
-  config = tiny.get_config()
+  config = tiny.get_config("vit")
   config.data.holdout_every = 9  # 199 held-out images: no multiple of any batch
   config.teacher.path = ""
   task = pretrain.make(config)

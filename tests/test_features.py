@@ -182,7 +182,9 @@ def expected(path, folder, size, crop):
   return [np.stack(column) if i == 2 else list(column) for i, column in enumerate(zip(*rows))]
 
 
-@pytest.mark.parametrize("batch_size", [3, 7, 16])
+@pytest.mark.parametrize(
+  "batch_size", [7, *(pytest.param(n, marks=pytest.mark.variant) for n in (3, 16))]
+)
 def test_every_image_once(paths, folder, tmp_path, batch_size, capsys):
   names, labels, vectors = expected(paths["convvit"], folder, (24, 40), 0.875)
   for out in ("x.npz", "x.parquet"):

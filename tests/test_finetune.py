@@ -42,7 +42,7 @@ def test_drop_path_drops_whole_images_and_keeps_the_mean():
   assert abs((first & last).mean() - 0.125) < 0.03  # blocks too
 
 
-@pytest.mark.parametrize("encoder", ["convvit", "vit"])
+@pytest.mark.parametrize("encoder", [pytest.param("convvit", marks=pytest.mark.variant), "vit"])
 def test_dropping_needs_keys(encoder):
   config = tiny.finetune_config(encoder)
   model = finetune.make_model(config, 10)
@@ -62,7 +62,7 @@ def test_dropping_needs_keys(encoder):
 @pytest.mark.parametrize(
   "encoder, values",
   [
-    ("convvit", {}),
+    pytest.param("convvit", {}, marks=pytest.mark.variant),
     pytest.param("convvit", dict(encoder__cls_token=True, pool="cls"), marks=pytest.mark.variant),
     ("vit", {}),
   ],

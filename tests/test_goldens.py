@@ -53,6 +53,13 @@ def find_cases():
 CASES = list(find_cases())
 
 
+def mark_variants(name, sparse, *norm_pix):
+  """Returns the parameters of a test; the dense form and raw pixels are variants."""
+  conv = (name, not sparse) in CASES  # a ViT has one form
+  is_variant = conv and not sparse or norm_pix == (False,)
+  return pytest.param(name, sparse, *norm_pix, marks=[pytest.mark.variant] * is_variant)
+
+
 def load(name, sparse):
   """Model, converted parameters, a tensors -> parameters converter, and the raw tensors of one
   case.
@@ -126,7 +133,7 @@ def test_the_folder_holds_cases():
   )
 
 
-@pytest.mark.parametrize("name, sparse", CASES)
+@pytest.mark.parametrize("name, sparse", [mark_variants(*case) for case in CASES])
 def test_forward(name, sparse):
   model, params, _, tensors, images, mask, dims = load(name, sparse)
   streams, prediction = jax.jit(lambda p: mrmae.encode_decode(p, images, mask, model))(params)
@@ -146,19 +153,10 @@ def test_forward(name, sparse):
     close(ours(prediction), tensors["out.pred"], FORWARD, "prediction")
 
 
-GRADIENTS = [
-  pytest.param(
-    name,
-    sparse,
-    norm_pix,
-    marks=[pytest.mark.variant] if "fast" in name and not (sparse and norm_pix) else [],
-  )
-  for name, sparse in CASES
-  for norm_pix in (True, False)
-]
-
-
-@pytest.mark.parametrize("name, sparse, norm_pix", GRADIENTS)
+@pytest.mark.parametrize(
+  "name, sparse, norm_pix",
+  [mark_variants(*case, norm_pix) for case in CASES for norm_pix in (True, False)],
+)
 def test_loss_and_every_gradient(name, sparse, norm_pix):
   model, params, to_ours, tensors, images, mask, dims = load(name, sparse)
   key = "norm_pix" if norm_pix else "raw_pix"

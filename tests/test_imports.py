@@ -136,8 +136,8 @@ def test_the_package_is_light_until_a_student_is_loaded(tmp_path):
 def test_a_training_run_imports_neither_torch_nor_tensorflow(tmp_path):
   code = (
     "import sys; from mrmae_jax import __main__ as main\n"
-    f"sys.argv = ['mrmae', 'pretrain', '--config=tests/tiny.py:vit', '--workdir={tmp_path}/run', "
-    "'--config.epochs=0.03', "
+    "sys.argv = ['mrmae', 'pretrain', '--config=tests/faults/small.py', '--config.epochs=0.03', "
+    f"'--workdir={tmp_path}/run', "
     "'--config.optim.warmup_epochs=0.0']\nassert main.main() == 0"
   )
   packages = loaded(code)

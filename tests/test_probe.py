@@ -44,7 +44,7 @@ def test_heads_and_batch_norm_by_definition():
   """Six steps written out: BatchNorm1d(affine=False) with momentum 0.1 and unbiased running
   variance, LARS at two rates.
   """
-  config = tiny.probe_config(optim__warmup_epochs=0.2)
+  config = tiny.probe_config("vit", optim__warmup_epochs=0.2)
   task = probe.make(config)
   state, metrics = run(task, config, 6)
   assert state.params.keys() == {"head"}  # the encoder is no parameter
@@ -127,9 +127,8 @@ def test_accuracy_of_a_grid():
     }
 
   task = predicting_task(predict, config)
-  labels = np.array(
-    [example["label"] for example in (data.open_split(config.data, "eval")[i] for i in range(199))]
-  )
+  held_out = data.open_split(config.data, "eval")
+  labels = np.array([held_out[i]["label"] for i in range(199)])
   for devices in (1, 8):
     mesh = sharding.make_mesh(devices=jax.devices()[:devices])
     found = evaluator.Evaluator(task, {}, config, mesh, None, batch_size=64).run({}, (), 0)

@@ -24,6 +24,7 @@ from mrmae_jax.runs.checkpoint import Checkpoints
 from mrmae_jax.runs.run import is_due
 from mrmae_jax.tasks import pretrain
 from tests import tiny
+from tests.faults import small
 from tests.helpers.programs import Program, run_program, wait_for
 from tests.helpers.tasks import init_state, make_tx
 
@@ -192,7 +193,7 @@ def command(workdir, *overrides):
     "-m",
     "mrmae_jax",
     "pretrain",
-    "--config=tests/tiny.py",
+    "--config=tests/tiny.py:vit",
     f"--workdir={workdir}",
     *(f"--config.{o}" if not o.startswith("--") else o for o in overrides),
   ]
@@ -262,7 +263,7 @@ def test_a_run_says_what_it_did(runs):
   assert len(accuracy) == 2 and all(0 <= a <= 1 for a in accuracy)
   assert any((folder / "whole" / "tensorboard").iterdir())
   assert json.loads((folder / "whole" / "config.json").read_text())["image_size"] == [32, 48]
-  assert "blocks1_0" in (folder / "whole" / "parameters.txt").read_text()
+  assert "blocks_1" in (folder / "whole" / "parameters.txt").read_text()
 
 
 def test_f2_killed_and_resumed_equals_uninterrupted_bit_for_bit(runs):
@@ -370,7 +371,7 @@ def test_check_writes_nothing(tmp_path):
 
 
 def test_one_compilation(tmp_path, caplog):
-  config = tiny.get_config("vit")
+  config = small.get_config()
   preflight.check(config, jax.device_count())
   jax.config.update("jax_log_compiles", True)
   try:

@@ -57,6 +57,7 @@ def start(
   pause=0.0,
   argument="",
   devices=2,
+  waits=None,
 ):
   """Starts a process of a run, alone with count 1.
 
@@ -65,7 +66,7 @@ def start(
   flags = [f"--config=tests/faults/small.py{argument}", f"--workdir={workdir}", *arguments]
   flags += host_flags(index, count, port)
   code = INJECT.format(fault=fault, index=index, step=step, pause=pause, arguments=flags)
-  return Program(["-c", code], log, devices=devices)
+  return Program(["-c", code], log, devices=devices, waits=waits)
 
 
 def pair(folder, *arguments, faults=("", ""), **options):
@@ -147,7 +148,7 @@ def test_f4_stopped_while_compiling_and_while_evaluating(tmp_path):
     index=0,
     step=0,
     pause=0.05,
-    arguments=["--config=tests/tiny.py", f"--workdir={tmp_path}/run"],
+    arguments=["--config=tests/tiny.py:vit", f"--workdir={tmp_path}/run"],
   )
   process = Program(["-c", code], log, env={"JAX_ENABLE_COMPILATION_CACHE": "false"})
   wait_for(lambda: "parameters: " in log.read_text(), process, log)
@@ -250,11 +251,12 @@ def test_f7_a_process_that_is_killed_ends_all(tmp_path, reference):
 
 
 def test_f5_stopped_before_the_others_have_come(tmp_path):
-  processes, logs = pair(tmp_path, "--init_timeout=10")
+  waits = {"mrmae_jax.runs.distributed.LINGER_S": 1}
+  processes, logs = pair(tmp_path, "--init_timeout=4", waits=waits)
   processes[1].send_signal(signal.SIGTERM)
   codes = finish(processes, 60)
   assert codes[1] == -signal.SIGTERM and codes[0] == 1
-  assert "error: process 0 of 2 waited 10 s for the others" in logs[0].read_text()
+  assert "error: process 0 of 2 waited 4 s for the others" in logs[0].read_text()
 
 
 def test_f21_a_second_run_in_the_same_workdir_is_refused(tmp_path, reference):
@@ -337,7 +339,7 @@ def killed_at_random(folder, count, kills, seed=0):
 
 
 def test_f1_killed_in_the_middle_of_saves(tmp_path):
-  assert killed_at_random(tmp_path, 1, 3)
+  assert killed_at_random(tmp_path, 1, 2)
 
 
 @pytest.mark.slow

@@ -22,10 +22,12 @@ from typing import NamedTuple
 ROOT = Path(__file__).parent.parent.parent
 IMPORTED = (
   "mrmae_jax.cli.train",
+  "mrmae_jax.data.sources.digits",  # scikit-learn: 2 s
   "mrmae_jax.tasks.finetune",
   "mrmae_jax.tasks.pretrain",
   "mrmae_jax.tasks.probe",
   "mrmae_jax.tasks.self_distill",
+  "tensorboardX.summary",
 )
 
 
@@ -50,16 +52,17 @@ class Program:
     devices: CPU devices it has.
     env: changes to the environment of the test.
     cwd: folder it runs in.
+    waits: {"mrmae_jax.module.CONSTANT": seconds} in the place of those of the product.
   """
 
-  def __init__(self, words, log, *, errors=None, devices=1, env=None, cwd=ROOT):
+  def __init__(self, words, log, *, errors=None, devices=1, env=None, cwd=ROOT, waits=None):
     env = os.environ | {"XLA_FLAGS": xla_flags(devices)} | (env or {})
     files = [str(log), str(errors or log)]
     for file in files:
       Path(file).write_text("")  # there from the start, for whoever watches it
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*IMPORTED, __name__])
-    arguments = ([str(word) for word in words], files, env, str(cwd))
+    arguments = ([str(word) for word in words], files, env, str(cwd), waits or {})
     self._process = context.Process(target=_become, args=arguments)
     self._process.start()
     self.pid = self._process.pid
@@ -137,7 +140,9 @@ def host_flags(index: int, count: int, port: int | None) -> list[str]:
   ]
 
 
-def _become(words: list[str], files: list[str], env: dict[str, str], cwd: str) -> None:
+def _become(
+  words: list[str], files: list[str], env: dict[str, str], cwd: str, waits: dict[str, float]
+) -> None:
   """Turns a fork of the parent into the program, and ends as it ends."""
   os.setsid()
   for number, name in enumerate(files, 1):
@@ -149,6 +154,9 @@ def _become(words: list[str], files: list[str], env: dict[str, str], cwd: str) -
   signal.signal(signal.SIGINT, signal.default_int_handler)  # the parent ignores it
   _set_environment(env)
   os.chdir(cwd)
+  for name, seconds in waits.items():
+    module, _, constant = name.rpartition(".")
+    setattr(sys.modules[module], constant, seconds)
   option, name, *rest = words
   sys.argv = [option, *rest]
   code = 1

@@ -22,11 +22,14 @@ def start(
   task="pretrain",
   config="tests/tiny.py",
   port=None,
-  env=None,
+  **options,
 ):
-  """Starts process `index` of a run of `count`; its output goes to `log`."""
+  """Starts process `index` of a run of `count`; its output goes to `log`.
+
+  `options` are those of `Program`.
+  """
   words = ["-m", "mrmae_jax", task, f"--config={config}", *host_flags(index, count, port)]
-  return Program([*words, *arguments], log, devices=devices, env=env)
+  return Program([*words, *arguments], log, devices=devices, **options)
 
 
 def run(tmp_path, name, count, devices, *arguments, **options):
