@@ -83,6 +83,7 @@ LOSSES = ("mse", "smooth_l1", "cosine", "l1")
 POOLS = ("mean", "cls")
 ACTIVATIONS = ("gelu", "quick_gelu", "gelu_tanh", "silu")
 OBJECTIVES = ("dino", "contrast")
+TABLES = ("table", "none")
 
 ENCODER = dict(  # the keys of every encoder
   learned_positions=Key(False, "train the position table, which starts as the sine-cosine one"),
@@ -97,9 +98,12 @@ TOWER = dict(  # where the vision towers of others differ from MAE's ViT, whose 
   ),
   patch_bias=Key(True, "the patch embedding has a bias; CLIP's has none"),
   norm_pre=Key(False, "a LayerNorm before the blocks, as in CLIP"),
-  layer_scale=Key(False, "learned gains on both branches of a block, as in DINOv2"),
+  layer_scale=Key(False, "learned gains on both branches of a block, as in DINOv2 and BEiT"),
   gated=Key(False, "gated MLPs, as in DINOv2's largest size"),
   num_registers=Key(0, "tokens that no output shows, 4 in DINOv2 with registers", between(0, 1000)),
+  positions=Key("table", "position table of the encoder; none: as in BEiT", TABLES),
+  relative_positions=Key(False, "a table of distances in each block, as in BEiT"),
+  key_bias=Key(True, "keys have a bias; BEiT's have none"),
 )
 ENCODERS = {
   "convvit": ENCODER

@@ -351,7 +351,7 @@ class PretrainedModel:
     encoder = self.network.encoder
     if "fc_norm" in classifier:  # MAE's and ConvMAE's --global_pool
       x = encode(encoder, params["encoder"], pixels, normed=False)["pooled"]
-      x = layer_norm(1e-6, jnp.float32).apply({"params": classifier["fc_norm"]}, x)
+      x = layer_norm(encoder.eps, jnp.float32).apply({"params": classifier["fc_norm"]}, x)
     else:  # CLS; in a ConvViT without one, the first patch, as in the reference
       x, _ = encoder.apply({"params": params["encoder"]}, pixels)
       x = x[:, 0].astype(jnp.float32)
