@@ -15,7 +15,7 @@ from typing import Any, Callable, NamedTuple
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from mrmae_jax.constants import CONVVIT, IMAGENET_MEAN, IMAGENET_STD, VIT
+from mrmae_jax.constants import BEIT, CONVVIT, IMAGENET_MEAN, IMAGENET_STD, VIT
 from mrmae_jax.errors import ConfigError
 
 LARGEST = 1e20  # a larger number is a slip
@@ -378,16 +378,17 @@ def defaults(task: str) -> ConfigDict:
 
 
 def encoder(name: str, size: str) -> ConfigDict:
-  """Returns the section `encoder` of a "convvit" or "vit" of a standard size.
+  """Returns the section `encoder` of a "convvit", "vit" or "beitv2" (a vit) of a standard size.
 
   Raises:
     ConfigError: another name or size.
   """
   sizes = {"convvit": CONVVIT, "vit": VIT}
-  for value, names, kind in ((name, sizes, "encoder"), (size, CONVVIT, "size")):
+  sizes["beitv2"] = {size: VIT[size] | BEIT for size in ("base", "large")}
+  for value, names, kind in ((name, sizes, "encoder"), (size, sizes.get(name), "size")):
     if value not in names:
       raise ConfigError(f"{kind} {value!r} is not one of {', '.join(names)}")
-  c = _make(ENCODERS[name])
+  c = _make(ENCODERS["convvit" if name == "convvit" else "vit"])
   c.update(sizes[name][size])
   return c
 
@@ -423,6 +424,8 @@ def start_from(config: ConfigDict, workdir: str) -> None:
     name = stored["encoder"]["name"]
     config.encoder = _make(ENCODERS[name])  # older runs lack keys
     config.encoder.update(stored["encoder"] | kept)
+    if config.encoder.get("positions") == "none":
+      config.encoder.learned_positions = False  # there is no table to learn
     config.update({key: stored[key] for key in ("image_size", "dtype")})
     images = "source train_split eval_split data_dir holdout_every flip eval_crop mean std"
     config.data.update({key: stored["data"][key] for key in images.split()})

@@ -16,17 +16,20 @@ import pytest
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
+import configs.finetune
 import mrmae_jax
-from mrmae_jax import teachers
+from mrmae_jax import optim, preflight, teachers
 from mrmae_jax.constants import BEIT, IMAGENET_MEAN, IMAGENET_STD
-from mrmae_jax.errors import WeightsError
+from mrmae_jax.errors import ConfigError, WeightsError
 from mrmae_jax.mixup import smooth_one_hot, soft_cross_entropy
 from mrmae_jax.models import ViT, head_attention
 from mrmae_jax.models.classifier import Classifier
 from mrmae_jax.models.layers import Mask, RelativePositions
 from mrmae_jax.pretrained import PretrainedModel
+from mrmae_jax.tasks import finetune
 from mrmae_jax.weights import beit, model_files, positions
 from mrmae_jax.weights.table import export
+from tests import tiny
 
 GOLDENS = Path(os.environ.get("MRMAE_BEIT_GOLDENS", Path(__file__).parent / "goldens" / "beitv2"))
 FORWARD, GRADIENT = 1e-5, 1e-4  # relative to the largest entry
@@ -398,3 +401,64 @@ def test_the_network_of_a_segmenter_is_taken_out_of_its_file(tmp_path):
   assert "state_dict (1 tensor)" in report and "norm (the source does not hold it)" in report
   with pytest.raises(WeightsError, match="holds no classifier"):
     PretrainedModel(read).classify(np.zeros((1, 32, 32, 3), np.uint8))
+
+
+# Runs.
+
+
+def run_config(path, **values):
+  """Fine-tuning of the tiny network in a file, on the digits."""
+  fields = dict(patch_size=8, dim=16, depth=2, num_heads=2, mlp_dim=32) | BEIT
+  values = {f"encoder__{name}": x for name, x in fields.items()} | values
+  return tiny.finetune_config("vit", init_from=str(path), **values)
+
+
+def test_the_recipe_is_the_authors():
+  for argument, values in (
+    ("base,encoder=beitv2", (100, 20, 5e-4, 0.6, 0.2)),
+    ("large,encoder=beitv2", (50, 5, 2e-4, 0.8, 0.2)),
+  ):
+    c = configs.finetune.get_config(argument)
+    actual = (c.epochs, c.optim.warmup_epochs, optim.peak_rate(c.optim, 1024))
+    np.testing.assert_allclose(
+      (*actual, c.optim.layer_decay, c.encoder.drop_path), values, rtol=1e-9
+    )
+    assert {key: c.encoder[key] for key in BEIT} == BEIT
+  with pytest.raises(ConfigError, match="size 'huge' is not one of base, large"):
+    configs.finetune.get_config("huge,encoder=beitv2")
+
+
+def test_rates_and_decay_are_the_authors():
+  params = random_model().params
+  scales = flatten_dict(optim.layer_scales({**params, "head": {"bias": 0.0}}, 0.5), sep="/")
+  decayed = flatten_dict(optim.decay_mask(params, ("pos_embed", "cls_token")), sep="/")
+  for name, scale in (("cls_token", 1 / 8), ("patch_embed/kernel", 1 / 8), ("norm/scale", 1)):
+    assert scales[f"encoder/{name}"] == scale
+  assert scales["encoder/blocks_0/attn/relative_positions"] == 1 / 4
+  expected = {"kernel": True, "relative_positions": True}
+  for name, is_decayed in decayed.items():
+    assert is_decayed == expected.get(name.split("/")[-1], False), name
+
+
+def test_a_file_is_fine_tuned_and_probed(tmp_path):
+  model, path = random_model((4, 4)), tmp_path / "x.safetensors"
+  model_files.write_model(model, path, "timm")
+  config = run_config(path)
+  preflight.check(config, num_devices=8)
+  task = finetune.make(config)
+  assert "BEiT's blocks" in task.notes[0]
+  assert "tables of distances 4x4 interpolated to 4x6" in task.notes[0]
+  expected = flatten_dict(model_files.params_at(model, (4, 6))["encoder"], sep="/")
+  assert task.pretrained.keys() == {f"encoder/{name}" for name in expected}
+  for name, x in expected.items():
+    np.testing.assert_array_equal(task.pretrained[f"encoder/{name}"], x)
+  shapes = flatten_dict(jax.eval_shape(task.init, jax.random.key(0))[0], sep="/")
+  assert all(shapes[name].shape == x.shape for name, x in task.pretrained.items())
+  config.encoder.learned_positions = True
+  with pytest.raises(ConfigError, match="no position table to train; add --config.encoder.learned"):
+    preflight.check(config, num_devices=8)
+  plain = tiny.finetune_config("vit", init_from=str(path))
+  with pytest.raises(WeightsError, match="--config.encoder.relative_positions=True") as error:
+    finetune.make(plain)
+  for option in ("positions=none", "key_bias=False", "layer_scale=True", "learned_positions=False"):
+    assert f"--config.encoder.{option}" in str(error.value)

@@ -318,10 +318,11 @@ FAMILIES = (
     family._replace(markers=(*family.markers, marker))
     for family in BEIT
     for marker in (
+      family.names.shared,
       *(
         f"{family.names.block.format(0)}.{x}" for x in (family.names.relative, family.names.scale1)
       ),
-      family.names.shared,
+      *(("blocks.0.attn.q_bias",) if not family.model_types else ()),  # a name of its own
     )
   ),
   Family(
