@@ -481,8 +481,8 @@ FAMILIES = (
 # A type that two namings share gets the last one, that of files.
 MODEL_TYPES = {kind: family for family in FAMILIES for kind in family.model_types}
 SUPPORTED = (
-  "BEiT, CLIP, DINO, DINOv2, DINOv2 with registers, DINOv3, SigLIP and SigLIP 2 from Hugging Face; "
-  "BEiT, DINO, DINOv2 and CLIP in timm's and their authors' names"
+  "CLIP, DINO, DINOv2, DINOv2 with registers, DINOv3, SigLIP, SigLIP 2 and BEiT from Hugging Face; "
+  "DINO, DINOv2, CLIP and BEiT in timm's and their authors' names"
 )
 
 _UNSUPPORTED = (  # regular expression (full match) of one tensor -> its model

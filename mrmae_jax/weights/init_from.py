@@ -62,7 +62,8 @@ def _options(encoder, section) -> str:
   """Returns the options that make a configuration's `encoder` that of a checkpoint, if any do."""
   fields = model_files.module_fields(encoder)
   if fields["name"] != section.name:
-    return f": a configuration with encoder={fields['name']}"
+    kind = "beitv2" if fields.get("relative_positions") else fields["name"]
+    return f": a configuration with encoder={kind}"
   words = [
     f"--config.encoder.{key}={str(value).replace(' ', '')}"
     for key, value in fields.items()

@@ -252,7 +252,7 @@ def _stored_tower(
     fields, grid = beit.describe(tensors, family, prefix, sizes["depth"], given, source)
     sizes |= fields
     if notes:
-      return family, prefix, overrides.apply(sizes | _noted_fields(notes)), grid
+      return family, prefix, sizes | _noted_fields(notes), grid
   if not family.model_types:
     if math.prod(grid) != num_positions and sizes["learned_positions"]:
       raise WeightsError(
@@ -324,7 +324,7 @@ def _complete(family: Family, sizes, source: str, name: str, overrides: Override
       "(OpenAI's weights) or 'gelu' (most others), or a name"
     )
   usual = {"num_heads": width // 64, "activation": "silu" if sizes["gated"] else activation}
-  return overrides.apply(family.fields | usual | sizes)
+  return overrides.apply(family.fields | usual) | sizes
 
 
 def _check_preset(name: str, module: ViT, table_grid, source: str) -> None:
