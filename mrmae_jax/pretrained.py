@@ -41,7 +41,7 @@ def load(
   Args:
     path: the workdir of a run, on disk or in a bucket (gs://BUCKET/RUN); a file of weights in
       ConvMAE's or MAE's names (.safetensors, or .pth with torch installed), as `mrmae convert`
-      writes it; a ViTMAE folder of transformers; or a vision tower of DINO, DINOv2 or CLIP.
+      writes it; a ViTMAE folder of transformers; or a vision tower of BEiT, DINO, DINOv2 or CLIP.
     decoder: load the decoder too, if there is one; `reconstruct` needs it.
     mimic_heads: load the mimic heads of a run too.
     learned_positions: keep the position table as a parameter even if it is the sine-cosine one.

@@ -26,10 +26,12 @@ from mrmae_jax.models import ViT, head_attention
 from mrmae_jax.models.classifier import Classifier
 from mrmae_jax.models.layers import Mask, RelativePositions
 from mrmae_jax.pretrained import PretrainedModel
-from mrmae_jax.tasks import finetune
+from mrmae_jax.tasks import finetune, pretrain, probe
 from mrmae_jax.weights import beit, model_files, positions
 from mrmae_jax.weights.table import export
 from tests import tiny
+from tests.helpers.programs import Program, run_program, wait_for
+from tests.helpers.runs import metrics
 
 GOLDENS = Path(os.environ.get("MRMAE_BEIT_GOLDENS", Path(__file__).parent / "goldens" / "beitv2"))
 FORWARD, GRADIENT = 1e-5, 1e-4  # relative to the largest entry
@@ -388,6 +390,21 @@ def test_what_does_not_fit_together_is_refused(tmp_path):
   assert read.grid == (3, 5) and "relative_position_index (computed here)" in str(read.report)
 
 
+@pytest.mark.torch
+def test_a_folder_of_deepspeed_holds_a_model(tmp_path):
+  torch = pytest.importorskip("torch")
+  model = random_model((4, 4))
+  model_files.write_model(model, tmp_path / "x.safetensors", "timm")
+  tensors = {x: torch.from_numpy(t) for x, t in load_file(tmp_path / "x.safetensors").items()}
+  moments = {"exp_avg": torch.ones(2)}
+  (tmp_path / "step").mkdir()
+  content = {"module": tensors, "optimizer": moments, "epoch": 1}
+  torch.save(content, tmp_path / "step" / "mp_rank_00_model_states.pt")
+  read = model_files.read_model(tmp_path / "step")
+  assert "behind 'module.'" in str(read.report) and "optimizer (1 tensor)" in str(read.report)
+  same(read, model)
+
+
 def test_the_network_of_a_segmenter_is_taken_out_of_its_file(tmp_path):
   model, path = random_model((4, 4)), tmp_path / "x.safetensors"
   model_files.write_model(model, path, "timm")
@@ -406,11 +423,13 @@ def test_the_network_of_a_segmenter_is_taken_out_of_its_file(tmp_path):
 # Runs.
 
 
-def run_config(path, **values):
-  """Fine-tuning of the tiny network in a file, on the digits."""
-  fields = dict(patch_size=8, dim=16, depth=2, num_heads=2, mlp_dim=32) | BEIT
-  values = {f"encoder__{name}": x for name, x in fields.items()} | values
-  return tiny.finetune_config("vit", init_from=str(path), **values)
+FIELDS = dict(patch_size=8, dim=16, depth=2, num_heads=2, mlp_dim=32)
+
+
+def run_config(make, path):
+  """A run that starts from the tiny network in a file, on the digits."""
+  values = {f"encoder__{name}": x for name, x in (FIELDS | BEIT).items()}
+  return tiny.changed(make("vit"), init_from=str(path), **values)
 
 
 def test_the_recipe_is_the_authors():
@@ -440,10 +459,10 @@ def test_rates_and_decay_are_the_authors():
     assert is_decayed == expected.get(name.split("/")[-1], False), name
 
 
-def test_a_file_is_fine_tuned_and_probed(tmp_path):
+def test_a_file_is_fine_tuned_probed_and_trained_further(tmp_path):
   model, path = random_model((4, 4)), tmp_path / "x.safetensors"
   model_files.write_model(model, path, "timm")
-  config = run_config(path)
+  config = run_config(tiny.finetune_config, path)
   preflight.check(config, num_devices=8)
   task = finetune.make(config)
   assert "BEiT's blocks" in task.notes[0]
@@ -454,6 +473,12 @@ def test_a_file_is_fine_tuned_and_probed(tmp_path):
     np.testing.assert_array_equal(task.pretrained[f"encoder/{name}"], x)
   shapes = flatten_dict(jax.eval_shape(task.init, jax.random.key(0))[0], sep="/")
   assert all(shapes[name].shape == x.shape for name, x in task.pretrained.items())
+  further = pretrain.make(tiny.changed(run_config(tiny.get_config, path), teacher__path=""))
+  assert "tables of distances 4x4 interpolated to 4x6" in further.notes[0]
+  assert further.pretrained.keys() == task.pretrained.keys()
+  probed = probe.make(run_config(tiny.probe_config, path))
+  frozen = flatten_dict(probed.frozen["encoder"], sep="/")
+  np.testing.assert_array_equal(frozen["cls_token"], expected["cls_token"])
   config.encoder.learned_positions = True
   with pytest.raises(ConfigError, match="no position table to train; add --config.encoder.learned"):
     preflight.check(config, num_devices=8)
@@ -462,3 +487,41 @@ def test_a_file_is_fine_tuned_and_probed(tmp_path):
     finetune.make(plain)
   for option in ("positions=none", "key_bias=False", "layer_scale=True", "learned_positions=False"):
     assert f"--config.encoder.{option}" in str(error.value)
+
+
+@pytest.mark.variant
+def test_a_run_from_a_file_learns_and_resumes_bit_for_bit(tmp_path):
+  encoder = ViT(**(FIELDS | BEIT))
+  images = jnp.zeros((1, 32, 32, 3))
+  params = jax.tree.map(np.asarray, jax.jit(encoder.init)(jax.random.key(0), images)["params"])
+  model = random_model((4, 4))._replace(params={"encoder": params})
+  model_files.write_model(model, tmp_path / "x.safetensors", "timm")
+  values = {f"encoder.{name}": x for name, x in FIELDS.items()}
+  values |= {"image_size": "(32,32)", "batch_size": 64, "mix.groups": 1, "epochs": 3}
+  values |= {"data.source": "digits", "data.holdout_every": 5, "data.flip": False}
+  values |= {"data.randaug": "", "data.erase_prob": 0, "data.crop_scale": "(0.7,1.0)"}
+  values |= {"mix.mixup_alpha": 0, "mix.cutmix_alpha": 0, "optim.blr": 2e-2, "dtype": "float32"}
+  values |= {"optim.layer_decay": 0.9, "encoder.drop_path": 0.1, "optim.warmup_epochs": 0.5}
+  values |= {"init_from": tmp_path / "x.safetensors", "checkpoint_every": 0.5, "log_every": 1}
+  command = lambda workdir: [
+    *("-m", "mrmae_jax", "finetune", "--config=finetune:base,encoder=beitv2"),
+    f"--workdir={tmp_path / workdir}",
+    *(f"--config.{name}={value}" for name, value in values.items()),
+  ]
+  code, _, err = run_program(command("whole"))
+  assert code == 0, err
+  losses, accuracies = metrics(tmp_path / "whole")
+  first, last = (accuracies[step]["accuracy/top1"] for step in (0, max(accuracies)))
+  assert last > first + 0.1
+  process, log = Program(command("killed"), tmp_path / "log"), tmp_path / "killed/metrics.jsonl"
+  wait_for(lambda: log.is_file() and '"step": 20,' in log.read_text(), process, tmp_path / "log")
+  process.kill()
+  process.wait()
+  code, out, err = run_program(command("killed"))
+  assert code == 0 and "resuming after step" in out, err
+  resumed = metrics(tmp_path / "killed")[0]
+  assert {i: row["loss"] for i, row in resumed.items()} == {
+    i: row["loss"] for i, row in losses.items()
+  }
+  models = [model_files.read_model(tmp_path / name) for name in ("whole", "killed")]
+  jax.tree.map(np.testing.assert_array_equal, *(model.params for model in models))
