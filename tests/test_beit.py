@@ -319,6 +319,8 @@ def test_relatives_of_the_network_are_written(tmp_path, fields):
     return
   model_files.write_model(model, path, "timm")
   read = model_files.read_model(path)
+  has_table = "a position table beside the relative positions" in str(read.report)
+  assert has_table == ("positions" in fields)
   if fields == dict(positions="table"):
     assert read.encoder.learned_positions and read.params["encoder"].pop("pos_embed").shape
     read = read._replace(encoder=model.encoder)

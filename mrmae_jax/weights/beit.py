@@ -90,41 +90,42 @@ def describe(
   in_blocks = lambda *parts: [
     f"{prefix}{names.block.format(i)}.{part}" for i in range(depth) for part in parts
   ]
-  has = {}
-  for key, parts in (
-    ("layer_scale", (names.scale1, names.scale2)),
-    ("q_bias", (names.q_bias, names.v_bias)),
-    ("relative_positions", (names.relative,)),
-  ):
-    missing = [name for name in in_blocks(*parts) if name not in tensors]
-    present = [name for name in in_blocks(*parts) if name in tensors]
-    if missing and present:
-      raise WeightsError(
-        f"{source} does not fit the model: missing: {', '.join(missing[:5])}"
-        f"{', ...' if missing[5:] else ''}, beside {present[0]}; all blocks have them, or none"
-      )
-    has[key] = bool(present)
+  has_scales = _has_all(tensors, in_blocks(names.scale1, names.scale2), source)
+  has_biases = _has_all(tensors, in_blocks(names.q_bias, names.v_bias), source)
+  has_relative = _has_all(tensors, in_blocks(names.relative), source)
   for name in in_blocks(names.k_bias):
-    if has["q_bias"] and name in tensors and np.any(tensors[name].read()):
+    if has_biases and name in tensors and np.any(tensors[name].read()):
       raise WeightsError(f"{source}: {name} is not zero; keys of BEiT have no bias")
   has_table = f"{prefix}{names.pos_embed}" in tensors
-  if has["relative_positions"]:
+  if has_relative:
     grid = _find_grid(tensors, in_blocks(names.relative), grid, source)
   elif not has_table:
     raise WeightsError(
       f"{source} holds no positions, neither {prefix}{names.pos_embed} nor "
       f"{in_blocks(names.relative)[0]}"
     )
-  else:
-    grid = grid or (math.isqrt(tensors[f"{prefix}{names.pos_embed}"].shape[-2] - 1),) * 2
+  else:  # at least one patch, so that too few rows are misshapen
+    grid = grid or (max(1, math.isqrt(tensors[f"{prefix}{names.pos_embed}"].shape[-2] - 1)),) * 2
   table = tensors.get(in_blocks(names.relative)[0])
   return dict(
     **({"num_heads": table.shape[1]} if table else {}),
     positions="table" if has_table else "none",
-    relative_positions=has["relative_positions"],
-    layer_scale=has["layer_scale"],
-    key_bias=not has["q_bias"],
+    relative_positions=has_relative,
+    layer_scale=has_scales,
+    key_bias=not has_biases,
   ), grid
+
+
+def _has_all(tensors: dict[str, Tensor], names: list[str], source: str) -> bool:
+  """Returns whether tensors of all blocks exist; WeightsError if some do and some do not."""
+  missing = [name for name in names if name not in tensors]
+  if missing and len(missing) < len(names):
+    present = next(name for name in names if name in tensors)
+    raise WeightsError(
+      f"{source} does not fit the model: missing: {', '.join(missing[:5])}"
+      f"{', ...' if missing[5:] else ''}, beside {present}; all blocks have them, or none"
+    )
+  return not missing
 
 
 def _find_grid(
@@ -148,7 +149,8 @@ def _find_grid(
   if grid:
     fitting = [tuple(grid)]
   elif indices:
-    patches = len(next(iter(indices.values()))) - 1
+    first_index = next(iter(indices.values()))
+    patches = len(first_index) - 1 if first_index.ndim == 2 else 0
     fitting = [(h, patches // h) for h in range(1, patches + 1) if patches % h == 0]
     fitting = [x for x in fitting if RelativePositions(x, True).num_rows == rows]
   else:

@@ -561,30 +561,8 @@ def name_table(family: Family, prefix: str, tower: ViT, has_norm: bool = True) -
         "proj/kernel", (projection_name(names, prefix),), same if names.proj == "proj" else linear
       )
     )
-  fc1, fc2 = (family.gated_fc1, family.gated_fc2) if tower.gated else (names.fc1, names.fc2)
   for i in range(tower.depth):
-    ours, theirs = f"blocks_{i}", at(names.block.format(i)) + "."
-    table += norm(f"{ours}/norm1", theirs + names.norm1) + norm(
-      f"{ours}/norm2", theirs + names.norm2
-    )
-    table += _packed_qkv(family, f"{ours}/attn/qkv", theirs)
-    if not tower.key_bias:
-      table[-1:] = [
-        Entry(f"{ours}/attn/{name}", (theirs + getattr(names, name),), same)
-        for name in ("q_bias", "v_bias")
-      ]
-    if tower.relative_positions:
-      table.append(Entry(f"{ours}/attn/relative_positions", (theirs + names.relative,), same))
-    table += dense(f"{ours}/attn/proj", theirs + names.out) + dense(f"{ours}/fc2", theirs + fc2)
-    table += [
-      Entry(f"{ours}/fc1/kernel", tuple(f"{theirs}{x}.weight" for x in fc1), linear),
-      Entry(f"{ours}/fc1/bias", tuple(f"{theirs}{x}.bias" for x in fc1), pack),
-    ]
-    if tower.layer_scale:
-      table += [
-        Entry(f"{ours}/scale{k}", (theirs + name,), same)
-        for k, name in ((1, names.scale1), (2, names.scale2))
-      ]
+    table += _block_table(family, tower, f"blocks_{i}", at(names.block.format(i)) + ".")
   if tower.attention_pool:
     theirs = at(names.head)
     table += [
@@ -597,6 +575,31 @@ def name_table(family: Family, prefix: str, tower: ViT, has_norm: bool = True) -
       *dense("head/fc2", f"{theirs}.mlp.fc2"),
     ]
   return table + fusion(tower)
+
+
+def _block_table(family: Family, tower: ViT, ours: str, theirs: str) -> list[Entry]:
+  """Returns the entries of a block; `theirs` stands before the names of its tensors."""
+  names = family.names
+  fc1, fc2 = (family.gated_fc1, family.gated_fc2) if tower.gated else (names.fc1, names.fc2)
+  table = norm(f"{ours}/norm1", theirs + names.norm1) + norm(f"{ours}/norm2", theirs + names.norm2)
+  kernel, bias = _packed_qkv(family, f"{ours}/attn/qkv", theirs)
+  own = {}
+  if not tower.key_bias:
+    own |= {"attn/q_bias": names.q_bias, "attn/v_bias": names.v_bias}
+  if tower.relative_positions:
+    own["attn/relative_positions"] = names.relative
+  if tower.layer_scale:
+    own |= {"scale1": names.scale1, "scale2": names.scale2}
+  return [
+    *table,
+    kernel,
+    *([bias] if tower.key_bias else []),
+    *dense(f"{ours}/attn/proj", theirs + names.out),
+    *dense(f"{ours}/fc2", theirs + fc2),
+    Entry(f"{ours}/fc1/kernel", tuple(f"{theirs}{x}.weight" for x in fc1), linear),
+    Entry(f"{ours}/fc1/bias", tuple(f"{theirs}{x}.bias" for x in fc1), pack),
+    *(Entry(f"{ours}/{name}", (theirs + tensor,), same) for name, tensor in own.items()),
+  ]
 
 
 # A table without a row for CLS, whose row is then zero.

@@ -365,6 +365,8 @@ def _read_tower(
   notes, new = tower.notes if family.name == beit.NAME else None, (NO_DECODER,)
   if not tower.has_norm:
     new += (NO_NORM if "classifier" in params else "norm (the source does not hold it)",)
+  has_both = encoder.relative_positions and encoder.positions == "table"
+  both = ("a position table beside the relative positions",) if has_both else ()
   if family.name == beit.NAME and not has_config and not notes and not hints.mean:
     naming += f"; {beit.STATISTICS_NOTE}"
   return LoadedModel(
@@ -379,7 +381,7 @@ def _read_tower(
     report=Report(
       source,
       f"{describe(encoder)}, {naming}",
-      _count_params(params),
+      (*_count_params(params), *both),
       new,
       (*network.left_out, *sorted(dropped)),
     ),

@@ -74,14 +74,18 @@ def open_network(path: Path, weights: str = "") -> Network:
     return Network(beit.arrange(files.check_tensors(stored, path), str(path)))
   prefix = _choose(prefixes, weights, path)
   inner = tuple(x for x in prefixes if len(x) > len(prefix) and x.startswith(prefix))
+  # Beside DeepSpeed's "module" lie the optimizer and others.
+  is_part = lambda name, original: (
+    name.startswith(prefix)
+    and not (inner and name.startswith(inner))
+    and (prefix or original.startswith(prefixes[prefix]))
+  )
   taken = {
     name.removeprefix(prefix): stored[original]
     for name, original in names.items()
-    if name.startswith(prefix) and not (inner and name.startswith(inner))
+    if is_part(name, original)
   }
-  others = [
-    name for name in names if not name.startswith(prefix) or inner and name.startswith(inner)
-  ]
+  others = [name for name, original in names.items() if not is_part(name, original)]
   left_out = _describe_parts(others, [x for x in prefixes if x != prefix])
   tensors = beit.arrange(files.check_tensors(taken, path), str(path))
   return Network(tensors, prefixes[prefix], left_out)

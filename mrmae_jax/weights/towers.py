@@ -117,6 +117,10 @@ def open_tower(
   source = str(place or folder)
   check_fields(ViT, fields, source)
   module = ViT(**fields, dtype=jnp.dtype(dtype))
+  if module.dim % module.num_heads:
+    raise WeightsError(
+      f"{source}: width {module.dim} does not divide into {module.num_heads} heads; check num_heads"
+    )
   if name:
     _check_preset(name, module, table_grid, source)
   statistics = folder / "preprocessor_config.json" if family.model_types else None
@@ -254,7 +258,8 @@ def _stored_tower(
     if notes:
       return family, prefix, sizes | _noted_fields(notes), grid
   if not family.model_types:
-    if math.prod(grid) != num_positions and sizes["learned_positions"]:
+    has_relative = sizes.get("relative_positions", False)  # whose grid is known
+    if math.prod(grid) != num_positions and not has_relative:
       raise WeightsError(
         f"{source}: a position table of {num_positions} patches is not square; give a Hugging Face "
         "folder"
@@ -379,9 +384,7 @@ def tower_shapes(
   registers = shape(names.registers, 3)[1] if names.registers else 0
   has_cls_row = bool(names.cls_token) and family.cls_position
   # BEiT has a table or not.
-  has_table = bool(names.pos_embed) and not (
-    names.relative and prefix + names.pos_embed not in shapes
-  )
+  has_table = names.pos_embed and (not names.relative or prefix + names.pos_embed in shapes)
   table = shape(names.pos_embed, 2, 3)[-2] - has_cls_row if has_table else 0
   projection = shapes.get(projection_name(names, prefix), (0, 0))
   blocks = re.compile(
@@ -400,7 +403,7 @@ def tower_shapes(
     gated=gated,
     num_registers=registers,
     proj_dim=projection[1 if names.proj == "proj" else 0],
-    learned_positions=has_table,
+    learned_positions=bool(has_table),
     attention_pool=f"{prefix}{names.head}.probe" in shapes,
   )
   return fields, table
