@@ -5,15 +5,15 @@ Command:   mrmae probe --config=configs/probe.py:base --workdir=DIR \\
            (or tfds with --config.data.data_dir=TFDS). PRETRAINED is a workdir of pre-training, an
            exported file or a published checkpoint; "" probes random weights.
            Minutes instead of hours, without augmentation: mrmae knn --help
-Arguments: configs/probe.py:SIZE,encoder=convvit (or vit)
+Arguments: configs/probe.py:SIZE,encoder=convvit (or vit, beitv2)
            SIZE is small, base, large or huge; or the workdir of a run, whose encoder, image size
            and data are taken
 Hardware:  one TPU v4-32 slice, or 8 GPUs of 80 GB; fewer devices with --config.optim.accum_steps=K
 Cost:      base: 46 GFLOP per image and step (one forward pass); 90 epochs of ImageNet-1k =
            5.3e18 FLOP
 Expected:  ConvMAE-B after 1600 epochs: 70.9 % top-1 (Alpha-VL/ConvMAE README, batch 4096); MAE-B
-           68.0, MAE-L 75.8, MAE-H 76.6 (facebookresearch/mae); not reproduced here yet. MAE probes
-           CLS, --config.pool=cls; ConvMAE the mean token
+           68.0, MAE-L 75.8, MAE-H 76.6 (facebookresearch/mae); BEiT V2-B 80.1 (its paper); not
+           reproduced here yet. MAE probes CLS, --config.pool=cls; ConvMAE the mean token
 """
 
 from mrmae_jax import config

@@ -153,6 +153,17 @@ def _check_encoder(config, need) -> None:
     f"config.encoder.fuse_layers={fused} must be different blocks from 0 to {depth - 2}; "
     f"the last, {depth - 1}, always counts",
   )
+  if is_vit:
+    need(
+      fields.positions == "table" or not fields.learned_positions,
+      f"config.encoder.positions={fields.positions!r} leaves no position table to train; add "
+      "--config.encoder.learned_positions=False",
+    )
+    need(
+      not fields.relative_positions or not fields.num_registers,
+      f"config.encoder.num_registers={fields.num_registers}: registers have no place in a table of "
+      "relative_positions; leave them at 0",
+    )
   patch, (height, width) = token_size(config), config.image_size
   tokens = height // patch * (width // patch)
   nearest = tuple(max(1, round(side / patch)) * patch for side in (height, width))

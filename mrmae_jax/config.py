@@ -15,7 +15,7 @@ from typing import Any, Callable, NamedTuple
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from mrmae_jax.constants import CONVVIT, IMAGENET_MEAN, IMAGENET_STD, VIT
+from mrmae_jax.constants import BEIT, CONVVIT, IMAGENET_MEAN, IMAGENET_STD, VIT
 from mrmae_jax.errors import ConfigError
 
 LARGEST = 1e20  # a larger number is a slip
@@ -83,6 +83,7 @@ LOSSES = ("mse", "smooth_l1", "cosine", "l1")
 POOLS = ("mean", "cls")
 ACTIVATIONS = ("gelu", "quick_gelu", "gelu_tanh", "silu")
 OBJECTIVES = ("dino", "contrast")
+TABLES = ("table", "none")
 
 ENCODER = dict(  # the keys of every encoder
   learned_positions=Key(False, "train the position table, which starts as the sine-cosine one"),
@@ -97,9 +98,12 @@ TOWER = dict(  # where the vision towers of others differ from MAE's ViT, whose 
   ),
   patch_bias=Key(True, "the patch embedding has a bias; CLIP's has none"),
   norm_pre=Key(False, "a LayerNorm before the blocks, as in CLIP"),
-  layer_scale=Key(False, "learned gains on both branches of a block, as in DINOv2"),
+  layer_scale=Key(False, "learned gains on both branches of a block, as in DINOv2 and BEiT"),
   gated=Key(False, "gated MLPs, as in DINOv2's largest size"),
   num_registers=Key(0, "tokens that no output shows, 4 in DINOv2 with registers", between(0, 1000)),
+  positions=Key("table", "position table of the encoder; none: as in BEiT", TABLES),
+  relative_positions=Key(False, "a table of distances in each block, as in BEiT"),
+  key_bias=Key(True, "keys have a bias; BEiT's have none"),
 )
 ENCODERS = {
   "convvit": ENCODER
@@ -374,16 +378,17 @@ def defaults(task: str) -> ConfigDict:
 
 
 def encoder(name: str, size: str) -> ConfigDict:
-  """Returns the section `encoder` of a "convvit" or "vit" of a standard size.
+  """Returns the section `encoder` of a "convvit", "vit" or "beitv2" (a vit) of a standard size.
 
   Raises:
     ConfigError: another name or size.
   """
   sizes = {"convvit": CONVVIT, "vit": VIT}
-  for value, names, kind in ((name, sizes, "encoder"), (size, CONVVIT, "size")):
+  sizes["beitv2"] = {size: VIT[size] | BEIT for size in ("base", "large")}
+  for value, names, kind in ((name, sizes, "encoder"), (size, sizes.get(name), "size")):
     if value not in names:
       raise ConfigError(f"{kind} {value!r} is not one of {', '.join(names)}")
-  c = _make(ENCODERS[name])
+  c = _make(ENCODERS["convvit" if name == "convvit" else "vit"])
   c.update(sizes[name][size])
   return c
 
@@ -419,6 +424,8 @@ def start_from(config: ConfigDict, workdir: str) -> None:
     name = stored["encoder"]["name"]
     config.encoder = _make(ENCODERS[name])  # older runs lack keys
     config.encoder.update(stored["encoder"] | kept)
+    if config.encoder.get("positions") == "none":
+      config.encoder.learned_positions = False  # there is no table to learn
     config.update({key: stored[key] for key in ("image_size", "dtype")})
     images = "source train_split eval_split data_dir holdout_every flip eval_crop mean std"
     config.data.update({key: stored["data"][key] for key in images.split()})

@@ -22,6 +22,14 @@ CONVVIT = {
     embed_dims=(768, 1024, 1280), depths=(2, 2, 31), num_heads=16, mlp_ratios=(8.0, 8.0, 4.0)
   ),
 }
+# Fields of models.vit.ViT in which BEiT and BEiT V2 differ from MAE (microsoft/unilm)
+BEIT = dict(
+  positions="none",
+  relative_positions=True,
+  key_bias=False,
+  layer_scale=True,
+  learned_positions=False,
+)
 # Fields of models.vit.ViT by size (Dosovitskiy et al. 2021; small as in DeiT; huge, /14, as in MAE)
 VIT = {
   "small": dict(patch_size=16, dim=384, depth=12, num_heads=6, mlp_dim=1536),

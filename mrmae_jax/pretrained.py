@@ -41,7 +41,7 @@ def load(
   Args:
     path: the workdir of a run, on disk or in a bucket (gs://BUCKET/RUN); a file of weights in
       ConvMAE's or MAE's names (.safetensors, or .pth with torch installed), as `mrmae convert`
-      writes it; a ViTMAE folder of transformers; or a vision tower of DINO, DINOv2 or CLIP.
+      writes it; a ViTMAE folder of transformers; or a vision tower of BEiT, DINO, DINOv2 or CLIP.
     decoder: load the decoder too, if there is one; `reconstruct` needs it.
     mimic_heads: load the mimic heads of a run too.
     learned_positions: keep the position table as a parameter even if it is the sine-cosine one.
@@ -351,7 +351,7 @@ class PretrainedModel:
     encoder = self.network.encoder
     if "fc_norm" in classifier:  # MAE's and ConvMAE's --global_pool
       x = encode(encoder, params["encoder"], pixels, normed=False)["pooled"]
-      x = layer_norm(1e-6, jnp.float32).apply({"params": classifier["fc_norm"]}, x)
+      x = layer_norm(encoder.eps, jnp.float32).apply({"params": classifier["fc_norm"]}, x)
     else:  # CLS; in a ConvViT without one, the first patch, as in the reference
       x, _ = encoder.apply({"params": params["encoder"]}, pixels)
       x = x[:, 0].astype(jnp.float32)

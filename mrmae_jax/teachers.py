@@ -147,6 +147,11 @@ def read_spec(options: TeacherOptions, images: StudentImages) -> TeacherSpec:
     raise WeightsError(f"{source}: width {module.dim} is not divisible by 4")
   if options.layer == "proj" and not proj_dim:
     raise WeightsError(f"no projection in {source}; choose layer raw or normed")
+  if options.layer == "normed" and not tower.has_norm:
+    raise WeightsError(
+      f"{source} has no last norm, which fine-tuning replaces by fc_norm; choose layer raw, or a "
+      "file of pre-training"
+    )
   last_k = options.last_k
   if last_k != 1 and (options.layer != "raw" or not 1 <= last_k <= module.depth):
     raise WeightsError(

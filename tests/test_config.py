@@ -155,9 +155,11 @@ def test_demo_validates():
   [
     (finetune, "base"),
     (finetune, "large,encoder=vit"),
+    (finetune, "base,encoder=beitv2"),
     (finetune, "huge"),
     (probe, "base"),
     (probe, "small,encoder=vit"),
+    (probe, "large,encoder=beitv2"),
   ],
 )
 def test_configs_that_need_labels(module, argument, tmp_path):

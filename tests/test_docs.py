@@ -81,7 +81,8 @@ SHORTER = [
   (r"--config=(mrmae|convmae):base( |$)", CONVVIT, 0),
   (r"--config=mae:|encoder=vit", VIT, 0),
   (r"--config=mrmae:", f"{FUSED} {TEACHER}", 0),
-  (r"--config=(finetune|probe):base", f"{CONVVIT} {DIGITS}", 0),
+  (r"--config=(finetune|probe):base( |$)", f"{CONVVIT} {DIGITS}", 0),
+  (r"encoder=beitv2", f"{VIT} {DIGITS} --config.init_from=", 0),
   (r"^mrmae (finetune|probe) --config=(finetune|probe):", RUN, 0),
   (r"^mrmae finetune --config=finetune:", "--config.mix.groups=1", 0),
   (r"^mrmae (evaluate|predict)", "--images=digits --holdout_every=5", 0),
@@ -416,6 +417,7 @@ class Place:
       "/path/to/bands": "/tmp/multispectral",
       "/shared": "/tmp",
       "mae_pretrain_vit_base.pth": "mae_pretrain_vit_base.safetensors",
+      "beitv2_base_patch16_224_pt1k_ft1k.pth": "tests/goldens/beitv2/timm_mean.safetensors",
       "/step_1200": "/step_4",  # the first step has no rate, the second spoils the weights
     }
     text = re.sub(r"/path/to/(photos|images)", "/tmp/photos", text)

@@ -494,7 +494,7 @@ def test_every_problem_is_listed_at_once(tmp_path):
     ("hidden_size", 36, "has width 48, its config.json says 36"),
     ("patch_size", 16, "has patch size 8, its config.json says 16"),
     ("model_type", "dinov2", "config.json says dinov2, which is DINOv2"),
-    ("model_type", "vit_mae", "model_type 'vit_mae' is not supported; supported: clip, "),
+    ("model_type", "vit_mae", "model_type 'vit_mae' is not supported; supported: beit, clip, "),
     ("hidden_act", "relu", "hidden_act 'relu' is not supported; supported: gelu, "),
     ("patch_size", "8", "holds a size that is none"),
   ],
@@ -952,7 +952,7 @@ def test_position_tables_keep_constants_and_cls(rule):
 
 
 def test_a_mask_needs_a_table():
-  with pytest.raises(ValueError, match="a mask needs positions='table'"):
+  with pytest.raises(ValueError, match="positions='rope' takes no mask"):
     ViT(8, 12, 1, 1, 12, positions="rope").init(
       jax.random.key(0), jnp.zeros((1, 16, 16, 3)), mask=object()
     )

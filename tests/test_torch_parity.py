@@ -419,3 +419,53 @@ def test_a_classifier_of_transformers(tmp_path):
   with torch.no_grad():
     logits = model(torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())).logits.numpy()
   np.testing.assert_allclose(ours.classify(images), logits, atol=1e-5)
+
+
+def beit(**config):
+  from transformers.models.beit import BeitConfig, BeitForImageClassification
+
+  names = {0: "cat", 1: "dog", 2: "emu"}
+  options = dict(use_relative_position_bias=True, layer_norm_eps=1e-6) | config
+  return BeitForImageClassification(BeitConfig(**WIDE, **options, id2label=names))
+
+
+@pytest.mark.parametrize(
+  "options",
+  [
+    {},
+    dict(use_mean_pooling=False),
+    dict(
+      use_relative_position_bias=False,
+      use_shared_relative_position_bias=True,
+      use_absolute_position_embeddings=True,
+      layer_norm_eps=1e-12,
+    ),
+  ],
+  ids=["mean", "cls", "shared"],
+)
+def test_beit(tmp_path, options):
+  """Every layer and the logits, of transformers' files and of ours, on square images."""
+  model = randomise(beit(**options), 0)
+  model.save_pretrained(tmp_path / "theirs")
+  torch.save(model.state_dict(), tmp_path / "theirs" / "memory.bin")
+  ours = mrmae_jax.load(tmp_path / "theirs")
+  assert ours.class_names == ("cat", "dog", "emu")
+  images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+  pixels = mrmae.normalize(jnp.asarray(images), ours.network.mean, ours.network.std)
+  inputs = torch.from_numpy(np.asarray(pixels).transpose(0, 3, 1, 2).copy())
+  with torch.no_grad():
+    expected = model(inputs, output_hidden_states=True)
+  variables = {"params": ours.network.params["encoder"]}
+  _, out = jax.jit(ours.network.encoder.apply)(variables, pixels)
+  for layer, hidden in zip(out["layers"], expected.hidden_states[1:], strict=True):
+    np.testing.assert_allclose(layer, hidden.numpy(), atol=1e-5)
+  np.testing.assert_allclose(ours.classify(images), expected.logits.numpy(), atol=1e-5)
+  # In the names of its memory, beside config.json.
+  memory = model_files.read_model(tmp_path / "theirs" / "memory.bin")
+  jax.tree.map(np.testing.assert_array_equal, memory.params, ours.network.params)
+  model_files.write_model(ours.network, tmp_path / "ours", "hf")
+  written, info = type(model).from_pretrained(tmp_path / "ours", output_loading_info=True)
+  assert not info["missing_keys"] and not info["unexpected_keys"]
+  with torch.no_grad():
+    logits = written.eval()(inputs).logits
+  np.testing.assert_array_equal(logits.numpy(), expected.logits.numpy())

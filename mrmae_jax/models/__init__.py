@@ -6,7 +6,7 @@ import numpy as np
 
 from mrmae_jax.models.convvit import ConvViT
 from mrmae_jax.models.decoder import Decoder
-from mrmae_jax.models.layers import attention_weights
+from mrmae_jax.models.layers import RelativePositions, attention_weights
 from mrmae_jax.models.vit import ViT
 
 ENCODERS = {"convvit": ConvViT, "vit": ViT}
@@ -76,16 +76,21 @@ def head_attention(encoder, params, pixels: jax.Array) -> jax.Array:
     where there is one; registers are left out.
   """
   block = f"{'blocks' if isinstance(encoder, ViT) else 'blocks3'}_{encoder.depth - 1}"
+  attention_params, bias = params[block]["attn"], None
   is_qkv = lambda module, _: module.path == (block, "attn", "qkv")
   _, captured = encoder.apply(
     {"params": params}, pixels, capture_intermediates=is_qkv, mutable=["intermediates"]
   )
   (qkv,) = captured["intermediates"][block]["attn"]["qkv"]["__call__"]
-  q, k, _ = (
-    y.reshape(*y.shape[:2], encoder.num_heads, -1).swapaxes(1, 2)
-    for y in jnp.split(qkv, 3, axis=-1)
-  )
-  weights = attention_weights(q, k)
+  q, k, _ = jnp.split(qkv, 3, axis=-1)
+  if "q_bias" in attention_params:
+    q = q + attention_params["q_bias"].astype(q.dtype)
+  q, k = (y.reshape(*y.shape[:2], encoder.num_heads, -1).swapaxes(1, 2) for y in (q, k))
+  if "relative_positions" in attention_params:
+    grid = tuple(side // encoder.patch_size for side in pixels.shape[1:3])
+    relative = RelativePositions(grid, bool(encoder.cls_token))
+    bias = relative.bias(attention_params["relative_positions"])
+  weights = attention_weights(q, k, bias)
   if registers := getattr(encoder, "num_registers", 0):
     first = int(encoder.cls_token)
     kept = np.r_[:first, first + registers : weights.shape[-1]]

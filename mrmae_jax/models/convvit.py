@@ -189,6 +189,10 @@ class ConvViT(nn.Module):
   def depth(self) -> int:
     return self.depths[2]
 
+  @property
+  def eps(self) -> float:
+    return VIT_EPS
+
   @nn.compact
   def __call__(
     self, images: jax.Array, mask: Mask | None = None, keys: jax.Array | None = None

@@ -330,6 +330,74 @@ def drop_paths(rate: float, depth: int, keys: jax.Array | None) -> list[DropPath
   ]
 
 
+class RelativePositions(NamedTuple):
+  """The tokens of an attention whose logits get a learned number for each distance in the image.
+
+  The table of distances is [(2 h - 1)(2 w - 1) + 3, heads], as in BEiT. Row (yi - yj + h - 1)
+  (2 w - 1) + (xi - xj + w - 1) is for a query patch at row yi, column xi and a key patch at yj, xj.
+  The last three rows are for CLS that looks at a patch, for a patch that looks at CLS, and for CLS
+  that looks at itself. Without CLS they are absent.
+
+  Attributes:
+    grid: (rows, columns) of all patches, visible or not.
+    cls_token: CLS comes before the patches.
+  """
+
+  grid: tuple[int, int]
+  cls_token: bool
+
+  @property
+  def num_rows(self) -> int:
+    """The number of rows of the table."""
+    height, width = self.grid
+    return (2 * height - 1) * (2 * width - 1) + 3 * self.cls_token
+
+  def bias(self, table: jax.Array, mask: Mask | None = None) -> jax.Array:
+    """Returns what a table adds to the logits.
+
+    It is made of slices and reshapes: the gradient of a lookup would add up in any order on GPUs.
+
+    Args:
+      table: [num_rows, heads].
+      mask: the visible patches; None: all of them.
+
+    Returns:
+      [heads, T, T], or with a mask [B, heads, T, T]; queries first, then keys.
+    """
+    height, width = self.grid
+    distances, cls = jnp.split(table, [(2 * height - 1) * (2 * width - 1)])
+    bias = distances.reshape(2 * height - 1, 2 * width - 1, -1).transpose(2, 0, 1)
+    bias = _to_pairs(_to_pairs(bias, width).transpose(0, 2, 3, 1), height)
+    bias = bias.transpose(0, 3, 1, 4, 2).reshape(-1, height * width, height * width)
+    if mask is not None:
+      bias = jnp.broadcast_to(
+        bias.transpose(1, 2, 0), (len(mask.ids_keep), *bias.shape[1:], len(bias))
+      )
+      for _ in range(2):  # of the queries, then of the keys
+        bias = take_visible(bias, mask).swapaxes(1, 2)
+      bias = bias.transpose(0, 3, 1, 2)
+    if not self.cls_token:
+      return bias
+    fill = lambda rows, *shape: jnp.broadcast_to(rows[..., None, None], (*bias.shape[:-2], *shape))
+    to_patch, from_patch, to_itself = cls
+    tokens = bias.shape[-1]
+    top = jnp.concatenate([fill(to_itself, 1, 1), fill(to_patch, 1, tokens)], axis=-1)
+    rest = jnp.concatenate([fill(from_patch, tokens, 1), bias], axis=-1)
+    return jnp.concatenate([top, rest], axis=-2)
+
+
+def _to_pairs(x: jax.Array, n: int) -> jax.Array:
+  """Spreads numbers for distances over pairs: [..., 2 n - 1] -> [..., n, n].
+
+  Entry (i, j) is x[i - j + n - 1]. Rows of 2 n numbers, one after the other, and cut at every 2 n -
+  1st, move on by one each time.
+  """
+  lead = x.shape[:-1]
+  x = jnp.pad(x[..., ::-1], [(0, 0)] * len(lead) + [(0, 1)])
+  x = jnp.broadcast_to(x[..., None, :], (*lead, n, 2 * n)).reshape(*lead, -1)
+  return x[..., : n * (2 * n - 1)].reshape(*lead, n, 2 * n - 1)[..., n - 1 :]
+
+
 def has_fused_attention(dtype: Any, head_dim: int) -> bool:
   """Returns whether cuDNN's attention can be used.
 
@@ -344,31 +412,34 @@ def has_fused_attention(dtype: Any, head_dim: int) -> bool:
   return capability.replace(".", "").isdigit() and float(capability) >= 8
 
 
-def attention_weights(q: jax.Array, k: jax.Array) -> jax.Array:
-  """Computes softmax(q k^T / sqrt(head_dim)), float32 [B, heads, S, T].
+def attention_weights(q: jax.Array, k: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+  """Computes softmax(q k^T / sqrt(head_dim) + bias), float32 [B, heads, S, T].
 
   Args:
     q: [B, heads, S, head_dim].
     k: [B, heads, T, head_dim].
+    bias: float32 [heads, S, T] or [B, heads, S, T]; None adds nothing.
   """
   logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
-  return jax.nn.softmax(logits * q.shape[-1] ** -0.5, axis=-1)
+  logits = logits * q.shape[-1] ** -0.5
+  return jax.nn.softmax(logits if bias is None else logits + bias, axis=-1)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-  """Computes softmax(q k^T / sqrt(head_dim)) v, [B, heads, S, head_dim].
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+  """Computes softmax(q k^T / sqrt(head_dim) + bias) v, [B, heads, S, head_dim].
 
   On GPUs the weights stay in cuDNN's kernel. It is asked for by name:
   `jax.nn.dot_product_attention` would not choose it itself, and is slower than the explicit form on
-  CPU.
+  CPU. A bias takes the explicit form: cuDNN's kernel was not tested with the gradient of one.
 
   Args:
     q: [B, heads, S, head_dim].
     k, v: [B, heads, T, head_dim].
+    bias: see `attention_weights`.
   """
-  if has_fused_attention(q.dtype, q.shape[-1]):
+  if bias is None and has_fused_attention(q.dtype, q.shape[-1]):
     return fused_attention(q, k, v)
-  return attention_weights(q, k).astype(v.dtype) @ v
+  return attention_weights(q, k, bias).astype(v.dtype) @ v
 
 
 def fused_attention(
@@ -402,24 +473,31 @@ class Attention(nn.Module):
     num_heads: divides the width.
     rotate: rotary positions, queries or keys [B, heads, T, head_dim] -> the same; None: no
       rotation.
+    key_bias: query, key and value have one packed bias. False: query and value have biases
+      `q_bias` and `v_bias` [D] and the key, whose bias the softmax does not see, has none (BEiT).
+    relative: the tokens, for a table `relative_positions` of learned distances; None: no table.
     dtype: of the computation.
   """
 
   num_heads: int
   rotate: Callable[[jax.Array], jax.Array] | None = None
+  key_bias: bool = True
+  relative: RelativePositions | None = None
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array, only: Mask | None = None) -> tuple[jax.Array, jax.Array]:
+  def __call__(
+    self, x: jax.Array, only: Mask | None = None, mask: Mask | None = None
+  ) -> tuple[jax.Array, jax.Array]:
     """[B, T, D] -> [B, T, D], and the first token's attention, float32 [B, T], a mean over the
     heads.
 
     The first token is CLS, where there is one. Its row costs nothing unless it is used: jit drops
     it. If `only` is given, queries are computed for its V visible tokens alone: [B, V, D]. They
-    attend to all T tokens.
+    attend to all T tokens. `mask` says which patches the tokens are, for `relative`; None: all.
     """
     dim = x.shape[-1]
-    qkv = Dense(3 * dim, dtype=self.dtype, name="qkv")
+    qkv = Dense(3 * dim, use_bias=self.key_bias, dtype=self.dtype, name="qkv")
     q, k, v = (
       jnp.split(qkv(x), 3, axis=-1)
       if only is None
@@ -428,11 +506,22 @@ class Attention(nn.Module):
         *jnp.split(qkv(x, slice(dim, None)), 2, axis=-1),
       )
     )
+    if not self.key_bias:
+      q, v = (
+        y + self.param(name, nn.initializers.zeros, (dim,)).astype(self.dtype)
+        for name, y in (("q_bias", q), ("v_bias", v))
+      )
     q, k, v = (y.reshape(*y.shape[:2], self.num_heads, -1).swapaxes(1, 2) for y in (q, k, v))
     if self.rotate is not None:
       q, k = self.rotate(q), self.rotate(k)
-    first = attention_weights(q[:, :, :1], k)[:, :, 0].mean(1)
-    x = attend(q, k, v).swapaxes(1, 2)
+    bias = first_bias = None
+    if self.relative is not None:
+      shape = (self.relative.num_rows, self.num_heads)
+      table = self.param("relative_positions", nn.initializers.zeros, shape)
+      bias = self.relative.bias(table, mask)
+      first_bias = bias[..., :1, :]
+    first = attention_weights(q[:, :, :1], k, first_bias)[:, :, 0].mean(1)
+    x = attend(q, k, v, bias).swapaxes(1, 2)
     return Dense(dim, dtype=self.dtype, name="proj")(x.reshape(*x.shape[:2], dim)), first
 
 
@@ -448,7 +537,7 @@ class Block(nn.Module):
       arXiv 2002.05202), instead of fc2(activation(fc1(x))).
     layer_scale: `scale1` and `scale2` are learned gains per channel (Touvron et al. 2021,
       arXiv 2103.17239); otherwise both are 1.
-    rotate: see `Attention`.
+    rotate, key_bias, relative: see `Attention`.
     dtype: of the computation; parameters are float32.
   """
 
@@ -459,20 +548,28 @@ class Block(nn.Module):
   gated: bool = False
   layer_scale: bool = False
   rotate: Callable[[jax.Array], jax.Array] | None = None
+  key_bias: bool = True
+  relative: RelativePositions | None = None
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(
-    self, x: jax.Array, drop: DropPath = DropPath(), only: Mask | None = None
+    self,
+    x: jax.Array,
+    drop: DropPath = DropPath(),
+    only: Mask | None = None,
+    mask: Mask | None = None,
   ) -> tuple[jax.Array, jax.Array]:
     """[B, T, D] -> [B, T, D], and the first token's attention [B, T] (see `Attention`).
 
     If `only` is given, the output holds its V visible tokens alone: [B, V, D]. They attend to all T
-    tokens; the other tokens end before the MLP.
+    tokens; the other tokens end before the MLP. `mask`: see `Attention`.
     """
     dense = lambda features, name: Dense(features, dtype=self.dtype, name=name)
-    attend_to = Attention(self.num_heads, self.rotate, self.dtype, name="attn")
-    mixed, attention = attend_to(layer_norm(self.eps, self.dtype, "norm1")(x), only)
+    attend_to = Attention(
+      self.num_heads, self.rotate, self.key_bias, self.relative, self.dtype, name="attn"
+    )
+    mixed, attention = attend_to(layer_norm(self.eps, self.dtype, "norm1")(x), only, mask)
     x = select_visible(x, only) + drop(self._scale("scale1", mixed), 0)
     h = layer_norm(self.eps, self.dtype, "norm2")(x)
     h = dense(self.mlp_dim * (1 + self.gated), "fc1")(h)

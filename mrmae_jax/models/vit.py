@@ -13,6 +13,7 @@ from mrmae_jax.models.layers import (
   Dense,
   LayerFusion,
   Mask,
+  RelativePositions,
   drop_paths,
   layer_norm,
   patchify,
@@ -22,7 +23,7 @@ from mrmae_jax.models.layers import (
   xavier_uniform,
 )
 
-POSITIONS = ("table", "rope")
+POSITIONS = ("table", "rope", "none")
 
 
 class ViT(nn.Module):
@@ -38,7 +39,10 @@ class ViT(nn.Module):
     num_registers: tokens between CLS and the patches that no output shows (Darcet et al. 2024,
       arXiv 2309.16588).
     positions: "table" adds a table to the patches and to CLS, but not to registers; "rope" rotates
-      the queries and keys of the patches (DINOv3).
+      the queries and keys of the patches (DINOv3); "none" does neither (BEiT).
+    relative_positions: every block has a table of distances, see `layers.RelativePositions`.
+      Registers have no place in it.
+    key_bias: see `layers.Attention`.
     learned_positions: the table is a parameter [1, T, D] instead of the sine-cosine constant.
     rope_theta: base of the rotary periods.
     patch_bias: the patch embedding has a bias (CLIP's has none).
@@ -70,6 +74,8 @@ class ViT(nn.Module):
   num_registers: int = 0
   positions: str = "table"
   rope_theta: float = 100.0
+  relative_positions: bool = False
+  key_bias: bool = True
   patch_bias: bool = True
   norm_pre: bool = False
   activation: str = "gelu"
@@ -90,7 +96,7 @@ class ViT(nn.Module):
     Args:
       images: [B, H, W, C], both sides multiples of `patch_size`.
       mask: the visible patches, one or several sets for each image; None encodes the whole image.
-        A mask needs positions="table".
+        positions="rope" takes none.
       keys: [B], one key per image, which decide the dropped paths; None drops nothing.
 
     Returns:
@@ -104,14 +110,17 @@ class ViT(nn.Module):
         "proj": [B, T, proj_dim], the projection of x, if proj_dim > 0;
         "pooled": [B, D], the output of the pooling head, if there is one.
     """
-    if mask is not None and self.positions != "table":
-      raise ValueError(f"a mask needs positions='table', not {self.positions!r}")
+    if mask is not None and self.positions == "rope":
+      raise ValueError("positions='rope' takes no mask")
+    if self.relative_positions and self.num_registers:
+      raise ValueError(f"{self.num_registers} registers have no relative positions")
     grid = tuple(side // self.patch_size for side in images.shape[1:3])
     x, rotate = self._embed(images, mask, grid)
     if self.norm_pre:
       x = layer_norm(self.eps, self.dtype, "norm_pre")(x)
 
     block = rematerialize(Block, self.remat)
+    relative = RelativePositions(grid, self.cls_token) if self.relative_positions else None
     first_patch = self.cls_token + self.num_registers
     layers = []
     for i, drop in enumerate(drop_paths(self.drop_path, self.depth, keys)):
@@ -123,9 +132,11 @@ class ViT(nn.Module):
         gated=self.gated,
         layer_scale=self.layer_scale,
         rotate=rotate,
+        key_bias=self.key_bias,
+        relative=relative,
         dtype=self.dtype,
         name=f"blocks_{i}",
-      )(x, drop)
+      )(x, drop, mask=mask if self.relative_positions else None)
       layers.append(_cut(x, self.cls_token, first_patch))
     out, x = {"layers": layers}, layers[-1]
     if self.cls_token:
@@ -160,7 +171,7 @@ class ViT(nn.Module):
       pos = position_table(self, grid, cls_token=self.cls_token)
       patches = pos[self.cls_token :]
       x = x + (patches if mask is None else patches[mask.ids_keep])
-    else:
+    elif self.positions == "rope":
       rotate = rotation(grid, self.dim // self.num_heads, self.rope_theta)
     if self.cls_token:
       cls = self.param("cls_token", normal, (1, 1, self.dim))

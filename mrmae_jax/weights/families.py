@@ -17,6 +17,7 @@ from mrmae_jax.weights.table import (
   Layout,
   conv,
   dense,
+  fusion,
   linear,
   norm,
   pack,
@@ -49,6 +50,13 @@ class Names(NamedTuple):
   scale2: str = ""
   head: str = ""  # attention pool
   proj: str = ""  # weight of the projection, with no prefix before it
+  q_bias: str = ""  # where keys have none
+  v_bias: str = ""
+  k_bias: str = ""  # zero, where there is one
+  relative: str = ""  # table of relative positions
+  shared: str = ""  # the same, one for all blocks
+  fc_norm: str = ""  # norm before a classifier of the mean token
+  classifier: str = ""  # with no prefix before it
 
 
 class Family(NamedTuple):
@@ -114,6 +122,7 @@ _VIT_NAMES = Names(
   "layernorm_after",
   ("intermediate.dense",),
   "output.dense",
+  classifier="classifier",
 )
 _VIT5_NAMES = (
   _VIT_NAMES._replace(  # in the memory of transformers 5; its files keep the names above
@@ -125,6 +134,7 @@ _VIT5_NAMES = (
   )
 )
 _DINOV2_NAMES = _VIT_NAMES._replace(
+  classifier="",  # of CLS and the mean token, side by side
   norm1="norm1",
   norm2="norm2",
   fc1=("mlp.fc1",),
@@ -178,6 +188,45 @@ _OPENAI_NAMES = Names(
   proj="proj",
 )
 
+_BEIT_NAMES = _TIMM_NAMES._replace(
+  scale1="gamma_1",
+  scale2="gamma_2",
+  q_bias="attn.q_bias",
+  v_bias="attn.v_bias",
+  k_bias="attn.k_bias",
+  relative="attn.relative_position_bias_table",
+  shared="rel_pos_bias.relative_position_bias_table",
+  fc_norm="fc_norm",
+  classifier="head",
+)
+_BEIT_HF_NAMES = _VIT_NAMES._replace(
+  scale1="lambda_1",
+  scale2="lambda_2",
+  q_bias="attention.attention.query.bias",
+  v_bias="attention.attention.value.bias",
+  k_bias="attention.attention.key.bias",
+  relative="attention.attention.relative_position_bias.relative_position_bias_table",
+  shared="encoder.relative_position_bias.relative_position_bias_table",
+  fc_norm="pooler.layernorm",
+)
+_BEIT_HF5_NAMES = _VIT5_NAMES._replace(  # in the memory of transformers 5
+  scale1="lambda_1",
+  scale2="lambda_2",
+  q_bias="attention.q_proj.bias",
+  v_bias="attention.v_proj.bias",
+  k_bias="attention.k_proj.bias",
+  relative="relative_position_bias.relative_position_bias_table",
+  shared="shared_position_bias.relative_position_bias_table",
+  fc_norm="pooler.layernorm",
+)
+
+# Beside the tower: classifiers, pre-training, necks and heads of segmentation, tables of constants.
+BEIT_IGNORE = (
+  r"(beit\.)?pooler\.layernorm\..*",
+  r"(fc_norm|head|classifier|lm_head|cls_pt_layers|fpn\d|decode_head|auxiliary_head)\..*",
+  r"(.*\.)?(mask_token|relative_position_index|k_bias|key\.bias|k_proj\.bias)",
+  "pos_embed",
+)
 _CLIP = dict(norm_pre=True, patch_bias=False)
 _SCALED = dict(layer_scale=True)
 _VIT_IGNORE = (r"(.*\.)?pooler\.dense\..*", r"classifier\..*", r".*mask_token")
@@ -234,8 +283,48 @@ _DINOV3_BASE = _BASE | dict(
   rope_theta=100.0,
 )
 
+_BEIT_BASE = _VIT_BASE | dict(
+  use_relative_position_bias=False, use_shared_relative_position_bias=False
+)
+# In the names of its authors and timm, of Hugging Face's files, and of transformers 5.
+BEIT = (
+  Family(
+    "BEiT",
+    _BEIT_NAMES,
+    ("cls_token",),
+    ("",),
+    BEIT_IGNORE,
+    positions.BEIT,
+    dict(eps=1e-6, activation="gelu"),
+  ),
+  *(
+    Family(
+      "BEiT",
+      names,
+      ("embeddings.cls_token",),
+      ("beit.", ""),
+      BEIT_IGNORE,
+      positions.BEIT,
+      {},
+      {"beit": _BEIT_BASE},
+    )
+    for names in (_BEIT_HF5_NAMES, _BEIT_HF_NAMES)
+  ),
+)
+
 # The first row that fits is the one.
 FAMILIES = (
+  *(  # BEiT first: its files have the markers of MAE and DINO, too
+    family._replace(markers=(*family.markers, marker))
+    for family in BEIT
+    for marker in (
+      family.names.shared,
+      *(
+        f"{family.names.block.format(0)}.{x}" for x in (family.names.relative, family.names.scale1)
+      ),
+      *(("blocks.0.attn.q_bias",) if not family.model_types else ()),  # a name of its own
+    )
+  ),
   Family(
     "CLIP",
     _CLIP_NAMES,
@@ -392,8 +481,8 @@ FAMILIES = (
 # A type that two namings share gets the last one, that of files.
 MODEL_TYPES = {kind: family for family in FAMILIES for kind in family.model_types}
 SUPPORTED = (
-  "CLIP, DINO, DINOv2, DINOv2 with registers, DINOv3, SigLIP and SigLIP 2 from Hugging Face; DINO, "
-  "DINOv2 and CLIP in timm's and their authors' names"
+  "CLIP, DINO, DINOv2, DINOv2 with registers, DINOv3, SigLIP, SigLIP 2 and BEiT from Hugging Face; "
+  "DINO, DINOv2, CLIP and BEiT in timm's and their authors' names"
 )
 
 _UNSUPPORTED = (  # regular expression (full match) of one tensor -> its model
@@ -445,8 +534,8 @@ def projection_name(names: Names, prefix: str) -> str:
   return (prefix if names.proj == "proj" else "") + names.proj
 
 
-def name_table(family: Family, prefix: str, tower: ViT) -> list[Entry]:
-  """Returns the entries of every parameter of a tower."""
+def name_table(family: Family, prefix: str, tower: ViT, has_norm: bool = True) -> list[Entry]:
+  """Returns the entries of every parameter of a tower; without the last norm if it has none."""
   names = family.names
   at = lambda name: prefix + name
   kernel, bias = dense(
@@ -454,10 +543,11 @@ def name_table(family: Family, prefix: str, tower: ViT) -> list[Entry]:
     at(names.patch_embed),
     linear if family.patch_rank == 2 else conv(tower.patch_size),
   )
-  table = [kernel, *([bias] if tower.patch_bias else []), *norm("norm", at(names.norm))]
+  table = [kernel, *([bias] if tower.patch_bias else [])]
+  table += norm("norm", at(names.norm)) if has_norm else []
   for ours, theirs in (
     ("cls_token", names.cls_token),
-    ("pos_embed", names.pos_embed),
+    ("pos_embed", names.pos_embed if tower.learned_positions else ""),
     ("registers", names.registers if tower.num_registers else ""),
   ):
     if theirs:
@@ -471,23 +561,8 @@ def name_table(family: Family, prefix: str, tower: ViT) -> list[Entry]:
         "proj/kernel", (projection_name(names, prefix),), same if names.proj == "proj" else linear
       )
     )
-  fc1, fc2 = (family.gated_fc1, family.gated_fc2) if tower.gated else (names.fc1, names.fc2)
   for i in range(tower.depth):
-    ours, theirs = f"blocks_{i}", at(names.block.format(i)) + "."
-    table += norm(f"{ours}/norm1", theirs + names.norm1) + norm(
-      f"{ours}/norm2", theirs + names.norm2
-    )
-    table += _packed_qkv(family, f"{ours}/attn/qkv", theirs)
-    table += dense(f"{ours}/attn/proj", theirs + names.out) + dense(f"{ours}/fc2", theirs + fc2)
-    table += [
-      Entry(f"{ours}/fc1/kernel", tuple(f"{theirs}{x}.weight" for x in fc1), linear),
-      Entry(f"{ours}/fc1/bias", tuple(f"{theirs}{x}.bias" for x in fc1), pack),
-    ]
-    if tower.layer_scale:
-      table += [
-        Entry(f"{ours}/scale{k}", (theirs + name,), same)
-        for k, name in ((1, names.scale1), (2, names.scale2))
-      ]
+    table += _block_table(family, tower, f"blocks_{i}", at(names.block.format(i)) + ".")
   if tower.attention_pool:
     theirs = at(names.head)
     table += [
@@ -499,7 +574,32 @@ def name_table(family: Family, prefix: str, tower: ViT) -> list[Entry]:
       *dense("head/fc1", f"{theirs}.mlp.fc1"),
       *dense("head/fc2", f"{theirs}.mlp.fc2"),
     ]
-  return table
+  return table + fusion(tower)
+
+
+def _block_table(family: Family, tower: ViT, ours: str, theirs: str) -> list[Entry]:
+  """Returns the entries of a block; `theirs` stands before the names of its tensors."""
+  names = family.names
+  fc1, fc2 = (family.gated_fc1, family.gated_fc2) if tower.gated else (names.fc1, names.fc2)
+  table = norm(f"{ours}/norm1", theirs + names.norm1) + norm(f"{ours}/norm2", theirs + names.norm2)
+  kernel, bias = _packed_qkv(family, f"{ours}/attn/qkv", theirs)
+  own = {}
+  if not tower.key_bias:
+    own |= {"attn/q_bias": names.q_bias, "attn/v_bias": names.v_bias}
+  if tower.relative_positions:
+    own["attn/relative_positions"] = names.relative
+  if tower.layer_scale:
+    own |= {"scale1": names.scale1, "scale2": names.scale2}
+  return [
+    *table,
+    kernel,
+    *([bias] if tower.key_bias else []),
+    *dense(f"{ours}/attn/proj", theirs + names.out),
+    *dense(f"{ours}/fc2", theirs + fc2),
+    Entry(f"{ours}/fc1/kernel", tuple(f"{theirs}{x}.weight" for x in fc1), linear),
+    Entry(f"{ours}/fc1/bias", tuple(f"{theirs}{x}.bias" for x in fc1), pack),
+    *(Entry(f"{ours}/{name}", (theirs + tensor,), same) for name, tensor in own.items()),
+  ]
 
 
 # A table without a row for CLS, whose row is then zero.

@@ -21,12 +21,13 @@ from mrmae_jax.runs.paths import atomic_write
 from mrmae_jax.weights import torch_files
 from mrmae_jax.weights.tensor import Tensor, first_line
 
-FOLDER_FILES = (  # Hugging Face's names, best first
+FOLDER_FILES = (  # in a folder, best first: Hugging Face's names
   "model.safetensors",
   "model.safetensors.index.json",
   "pytorch_model.bin",
   "pytorch_model.bin.index.json",
   "flax_model.msgpack",
+  "mp_rank_00_model_states.pt",  # DeepSpeed's
 )
 # The types of weights, and of counters and position numbers beside them: numpy's and torch's words,
 # and those of safetensors.

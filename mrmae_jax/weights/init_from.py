@@ -62,7 +62,8 @@ def _options(encoder, section) -> str:
   """Returns the options that make a configuration's `encoder` that of a checkpoint, if any do."""
   fields = model_files.module_fields(encoder)
   if fields["name"] != section.name:
-    return f": a configuration with encoder={fields['name']}"
+    kind = "beitv2" if fields.get("relative_positions") else fields["name"]
+    return f": a configuration with encoder={kind}"
   words = [
     f"--config.encoder.{key}={str(value).replace(' ', '')}"
     for key, value in fields.items()
@@ -88,9 +89,13 @@ def encoder_params(
     if not np.allclose(theirs, ours, atol=1e-3):
       text = lambda values: ",".join(f"{value:.3g}" for value in values)
       notes.append(f"{name} of its images was {text(theirs)}, config.data.{name} is {text(ours)}")
-  if source.grid != grid and "pos_embed" in params:
-    size = lambda grid: f"{grid[0]}x{grid[1]}"
-    notes.append(f"position table {size(source.grid)} interpolated to {size(grid)}")
+  size = lambda grid: f"{grid[0]}x{grid[1]}"
+  for name, words in (
+    ("pos_embed", "position table"),
+    ("relative_positions", "tables of distances"),
+  ):
+    if source.grid != grid and any(path.split("/")[-1] == name for path in params):
+      notes.append(f"{words} {size(source.grid)} interpolated to {size(grid)}")
   return params, notes
 
 

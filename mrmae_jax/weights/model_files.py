@@ -1,6 +1,7 @@
 """Reads and writes trained models: ConvMAE's, MAE's, transformers' ViTMAE and this project's.
 
-Vision towers of other families (transformers' ViT, DINO, DINOv2, CLIP) are read too, not written.
+Vision towers of other families are read too: BEiT, which is also written, and transformers' ViT,
+DINO, DINOv2 and CLIP.
 
 `read_model` takes any of them and is strict: every tensor is used exactly once, or is listed in the
 report as left out by design. Sizes come from what the source states (config.json, a run's
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax.traverse_util import flatten_dict
 
 from mrmae_jax.errors import StorageError, WeightsError, WorkdirError
@@ -32,6 +34,7 @@ from mrmae_jax.models.layers import Mask, sincos_2d
 from mrmae_jax.runs import checkpoint
 from mrmae_jax.runs.paths import atomic_write
 from mrmae_jax.weights import (
+  beit,
   convmae,
   families,
   files,
@@ -64,10 +67,14 @@ from mrmae_jax.weights.table import (
 )
 
 FORMATS = ("convmae", "timm", "hf")
-STUDENTS = ("DINO", "DINOv2", "DINOv2 with registers", "CLIP")  # families that are encoders too
+# Families that are encoders too.
+STUDENTS = ("BEiT", "DINO", "DINOv2", "DINOv2 with registers", "CLIP")
+NO_NORM = "norm (fine-tuning replaces the last norm by fc_norm)"
 NO_DECODER = "no decoder (the source is encoder-only and cannot reconstruct)"
-# Fields in which towers differ from MAE's ViT, whose formats have no place for them.
-TOWER_FIELDS = ("activation", "patch_bias", "norm_pre", "layer_scale", "gated", "num_registers")
+# Fields in which towers differ from MAE's ViT, whose formats have no place for them; and those for
+# which BEiT's formats have one.
+TOWER_FIELDS = ("activation", "patch_bias", "norm_pre", "gated", "num_registers")
+BEIT_FIELDS = ("layer_scale", "positions", "key_bias")
 SAME_TABLE = 1e-5  # a stored position table that differs by less is the sine-cosine one
 
 
@@ -281,9 +288,8 @@ def _read_files(
   entries = map(description.rename, name_table(encoder, decoder, classifier, has_norm))
   params = convert(inventory.tensors, list(entries), expected, source=source)
   if not has_norm:
-    ones, zeros = np.ones(encoder.dim, np.float32), np.zeros(encoder.dim, np.float32)
-    params["encoder"]["norm"] = {"scale": ones, "bias": zeros}
-    inventory.new.append("norm (fine-tuning replaces the last norm by fc_norm)")
+    params["encoder"]["norm"] = tower_params.fresh_norm(encoder.dim)
+    inventory.new.append(NO_NORM)
   report = Report(
     source,
     f"{describe(encoder)}, {description.naming}"
@@ -328,7 +334,7 @@ def _read_tower(
 ) -> LoadedModel:
   """Reads a vision tower as an encoder, with the classifier of a ViTForImageClassification."""
   source, has_config = str(path), bool(family.model_types)
-  overrides = towers.Overrides(0 if has_config else hints.num_heads)
+  overrides = towers.Overrides(0 if has_config else hints.num_heads, grid=hints.grid)
   tower = towers.open_tower(path, "", overrides, dtype, hints.weights)
   if family.name not in STUDENTS:
     raise WeightsError(
@@ -337,18 +343,32 @@ def _read_tower(
     )
   encoder_params, _ = tower_params.read_params(tower, tower.table_grid)
   params, classes = {"encoder": encoder_params}, ()
-  entries = families.name_table(family, tower.prefix, tower.module)
+  entries = families.name_table(family, tower.prefix, tower.module, tower.has_norm)
   others = network.tensors.keys() - {name for entry in entries for name in entry.theirs}
   config = files.read_json(_folder(path) / "config.json") if has_config else {}
-  if "classifier.weight" in others and config["model_type"] == "vit":
-    params["classifier"], classes = _read_head(network.tensors, config, tower.module.dim, source)
-    others -= {"classifier.weight", "classifier.bias"}
-  parts = Counter(name.split(".")[0] for name in others)
-  dropped = {name if parts[x := name.split(".")[0]] == 1 else x for name in others}
+  table = _classifier_table(tower, network.tensors.keys())
+  if table and not tower.has_norm and len(table) == 2:
+    raise WeightsError(
+      f"{source} is damaged: it holds {table[0].theirs[0]}, but neither of the norms before it, "
+      f"{family.names.norm} and {family.names.fc_norm}"
+    )
+  if table:
+    classifier = _read_classifier(network.tensors, table, tower.module.dim, source)
+    params["classifier"] = classifier
+    classes = _class_names(config, len(classifier["head"]["bias"]))
+    others -= {name for entry in table for name in entry.theirs}
+  dropped = _describe_parts(others)
   if encoder_params.pop("proj", None):
     dropped.add("projection")
   encoder = tower.module.clone(proj_dim=0)
   naming = f"{family.name}'s blocks" + (f" behind {network.wrapper!r}" if network.wrapper else "")
+  notes, new = tower.notes if family.name == beit.NAME else None, (NO_DECODER,)
+  if not tower.has_norm:
+    new += (NO_NORM if "classifier" in params else "norm (the source does not hold it)",)
+  has_both = encoder.relative_positions and encoder.positions == "table"
+  both = ("a position table beside the relative positions",) if has_both else ()
+  if family.name == beit.NAME and not has_config and not notes and not hints.mean:
+    naming += f"; {beit.STATISTICS_NOTE}"
   return LoadedModel(
     encoder=encoder,
     decoder=None,
@@ -356,35 +376,63 @@ def _read_tower(
     grid=tower.table_grid,
     mean=tuple(hints.mean or tower.mean),
     std=tuple(hints.std or tower.std),
-    method=METHOD,
-    has_norm=True,
+    method=notes.method if notes else METHOD,
+    has_norm=tower.has_norm,
     report=Report(
       source,
       f"{describe(encoder)}, {naming}",
-      _count_params(params),
-      (NO_DECODER,),
+      (*_count_params(params), *both),
+      new,
       (*network.left_out, *sorted(dropped)),
     ),
-    classes=classes,
+    classes=tuple(notes.classes) if notes else classes,
     rule=family.rule,
   )
 
 
-def _read_head(tensors, config: dict[str, Any], dim: int, source: str):
-  """Returns the classifier of a ViTForImageClassification, and the names of its classes."""
-  names = ("classifier.weight", "classifier.bias")
-  (count,) = shape_of({name: x.shape for name, x in tensors.items()}, names[1], 1, source)
-  leaf = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-  classifier = convert(
+def _describe_parts(names: set[str]) -> set[str]:
+  """Returns the parts of a file to which `names` belong: first words, or names that stand alone."""
+  constants = {name for name in names if name.endswith("relative_position_index")}
+  parts = Counter(name.split(".")[0] for name in names - constants)
+  described = {name if parts[x := name.split(".")[0]] == 1 else x for name in names - constants}
+  return described | ({"relative_position_index (computed here)"} if constants else set())
+
+
+def _classifier_table(tower: towers.Tower, names) -> list[Entry]:
+  """Returns the entries of the classifier of a tower, [] without one.
+
+  Args:
+    tower: whose classifier it is.
+    names: of the tensors of its file.
+  """
+  theirs = tower.family.names
+  table = dense("head", theirs.classifier) if theirs.classifier else []
+  if not table or table[0].theirs[0] not in names:
+    return []
+  fc_norm = norm("fc_norm", tower.prefix + theirs.fc_norm) if theirs.fc_norm else []
+  return [*(fc_norm if fc_norm and fc_norm[0].theirs[0] in names else []), *table]
+
+
+def _read_classifier(tensors, table: list[Entry], dim: int, source: str):
+  """Returns the parameters of a classifier, given its entries."""
+  shapes = {name: x.shape for name, x in tensors.items()}
+  (count,) = shape_of(shapes, table[-1].theirs[0], 1, source)
+  parts = _classifier_shapes(dim, count)
+  names = {name for entry in table for name in entry.theirs}
+  return convert(
     {name: tensors[name] for name in names if name in tensors},
-    dense("head", "classifier"),
-    {"head": {"kernel": leaf(dim, count), "bias": leaf(count)}},
+    table,
+    {part: parts[part] for part in dict.fromkeys(entry.ours.split("/")[0] for entry in table)},
     source=source,
   )
+
+
+def _class_names(config: dict[str, Any], count: int) -> tuple[str, ...]:
+  """Returns the names of the classes in a config.json of transformers; () if it tells none."""
   labels = config.get("id2label") or {}
   classes = tuple(str(labels.get(str(i), f"LABEL_{i}")) for i in range(count))
   # transformers makes up LABEL_0 where it knows no names.
-  return classifier, () if classes[0] == "LABEL_0" else classes
+  return () if classes[0] == "LABEL_0" else classes
 
 
 def _file_decoder(
@@ -543,14 +591,19 @@ def param_shapes(
     mask = Mask(jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, tokens), jnp.int32))
     init = lambda x: decoder.init(key, x, mask, grid)
     shapes["decoder"] = jax.eval_shape(init, visible)["params"]
-  leaf = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-  parts = {
-    "fc_norm": {"scale": leaf(encoder.dim), "bias": leaf(encoder.dim)},
-    "head": {"kernel": leaf(encoder.dim, classes), "bias": leaf(classes)},
-  }
   if classifier:
+    parts = _classifier_shapes(encoder.dim, classes)
     shapes["classifier"] = {name: parts[name] for name in classifier}
   return shapes
+
+
+def _classifier_shapes(dim: int, classes: int) -> dict[str, Any]:
+  """Returns the shapes of the parts that a classifier may have."""
+  leaf = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+  return {
+    "fc_norm": {"scale": leaf(dim), "bias": leaf(dim)},
+    "head": {"kernel": leaf(dim, classes), "bias": leaf(classes)},
+  }
 
 
 def name_table(encoder, decoder, classifier: tuple[str, ...], has_norm: bool) -> list[Entry]:
@@ -578,16 +631,9 @@ def params_at(model: LoadedModel, grid: tuple[int, int]) -> dict[str, Any]:
   """Returns `model.params` for images of another grid.
 
   Learned position tables are interpolated by `model.rule`: bicubically, as in MAE and DeiT, or as
-  the family of a tower does it.
+  the family of a tower does it; tables of relative positions as BEiT does it.
   """
-
-  def resize(part):
-    if grid == model.grid or "pos_embed" not in part:
-      return part
-    table = positions.resize(part["pos_embed"], model.grid, grid, model.rule)
-    return part | {"pos_embed": table}
-
-  return {name: resize(part) for name, part in model.params.items()}
+  return positions.resize_tables(model.params, model.grid, grid, model.rule)
 
 
 def describe(encoder) -> str:
@@ -638,28 +684,34 @@ def write_model(model: LoadedModel, out: str | Path, form: str) -> None:
     out: a .safetensors file; with "hf" a folder, which receives config.json,
       preprocessor_config.json and model.safetensors.
     form: "convmae": a ConvViT in ConvMAE's names; "timm": a ViT in those of timm and MAE; "hf": a
-      ViT as transformers' ViTMAE.
+      ViT as transformers' ViTMAE. A ViT with relative positions takes BEiT's names of timm, or is
+      transformers' Beit.
 
   Raises:
     WeightsError: this model cannot take that form.
   """
   out, is_vit = Path(out).expanduser(), isinstance(model.encoder, ViT)
   _check_form(model, out, form)
+  if _is_beit(model.encoder):
+    model = _with_stored_positions(model)
   classifier, params = tuple(model.params.get("classifier", ())), model.params
   prefix = "" if model.decoder is None else "vit."
   rename = (lambda entry: mae.to_hf(entry, prefix)) if form == "hf" else lambda entry: entry
   if not model.has_norm:
     encoder = {name: x for name, x in params["encoder"].items() if name != "norm"}
     params = params | {"encoder": encoder}
-  entries = name_table(model.encoder, model.decoder, classifier, model.has_norm)
-  tensors = export(params, [rename(entry) for entry in entries])
+  if _is_beit(model.encoder):
+    entries = beit.write_table(model.encoder, form, classifier, model.has_norm)
+  else:
+    entries = name_table(model.encoder, model.decoder, classifier, model.has_norm)
+    entries = [rename(entry) for entry in entries]
+  tensors = export(params, entries)
   for module, name, has_cls in (
     (model.encoder, "pos_embed", is_vit),
     (model.decoder, "decoder_pos_embed", bool(model.encoder.cls_token)),
   ):
-    if (
-      module is not None and not module.learned_positions
-    ):  # a constant of ours, a tensor of theirs
+    is_constant = module is not None and not module.learned_positions
+    if is_constant and not _is_beit(module):  # a constant of ours, a tensor of theirs
       (name,) = rename(Entry("", (name,), same)).theirs
       tensors[name] = constant_positions(module, model.grid, has_cls)
   if form == "hf":
@@ -678,6 +730,21 @@ def write_model(model: LoadedModel, out: str | Path, form: str) -> None:
   files.write_safetensors(out, tensors, {METADATA_KEY: json.dumps(notes)})
 
 
+def _is_beit(module) -> bool:
+  """Returns whether a network has relative positions, for which BEiT's formats have a place."""
+  return isinstance(module, ViT) and module.relative_positions
+
+
+def _with_stored_positions(model: LoadedModel) -> LoadedModel:
+  """Returns a BEiT with its sine-cosine table, if it has one, as a parameter."""
+  encoder = model.encoder
+  if encoder.positions == "none" or encoder.learned_positions:
+    return model
+  table = {"pos_embed": constant_positions(encoder, model.grid, encoder.cls_token)}
+  params = model.params | {"encoder": model.params["encoder"] | table}
+  return model._replace(encoder=encoder.clone(learned_positions=True), params=params)
+
+
 def _check_form(model: LoadedModel, out: Path, form: str) -> None:
   """WeightsError if a model cannot be written to `out` in that form."""
   is_vit = isinstance(model.encoder, ViT)
@@ -692,14 +759,24 @@ def _check_form(model: LoadedModel, out: Path, form: str) -> None:
     raise WeightsError(f"{out}: format {form} is one file; name it *.safetensors")
   if form == "hf" and out.is_file():
     raise WeightsError(f"{out} is a file; format hf is a folder")
-  plain = ViT()
-  if is_vit and (
-    special := [x for x in TOWER_FIELDS if getattr(model.encoder, x) != getattr(plain, x)]
-  ):
+  plain, is_beit = ViT(), _is_beit(model.encoder)
+  fields = TOWER_FIELDS + (() if is_beit else BEIT_FIELDS)
+  if is_vit and (special := [x for x in fields if getattr(model.encoder, x) != getattr(plain, x)]):
     raise WeightsError(
       f"a ViT with {', '.join(special)} has no place in the format {form}; hand it on with mrmae "
       "export"
     )
+  if is_beit and model.decoder is not None:
+    raise WeightsError(
+      f"a ViT with relative_positions takes the names of BEiT, which have no decoder; the format "
+      f"{form} holds the encoder: --parts=encoder"
+    )
+  if is_beit and form == "hf" and (model.encoder.fuse_layers or model.encoder.key_bias):
+    raise WeightsError(
+      "transformers' Beit has no place for fused layers or a bias of the keys; use timm"
+    )
+  if is_beit:
+    return
   has_extras = "classifier" in model.params or model.encoder.fuse_layers or not model.has_norm
   if form == "hf" and has_extras:
     raise WeightsError(
@@ -724,13 +801,36 @@ def hf_preprocessor(size: tuple[int, int], mean, std) -> dict[str, Any]:
 
 
 def _write_hf_configs(model: LoadedModel, folder: Path) -> None:
-  """Writes config.json and preprocessor_config.json of a ViTMAE folder."""
+  """Writes config.json and preprocessor_config.json of a folder of transformers."""
   height, width = (side * model.encoder.patch_size for side in model.grid)
   preprocessor = hf_preprocessor((height, width), model.mean, model.std)
-  config = mae.hf_config(model.encoder, model.decoder, model.grid, len(model.mean), model.method)
+  if _is_beit(model.encoder):
+    config = beit.hf_config(model.encoder, model.grid, len(model.mean), _labels(model))
+    config["use_mean_pooling"] = (
+      "fc_norm" in model.params.get("classifier", {}) or not model.has_norm
+    )
+    if height != width:
+      logging.warning(
+        "%s: images of %dx%d are not square; transformers 5 reads such tables of relative "
+        "positions with rows and columns exchanged and gives other numbers. This project and timm "
+        "read them right.",
+        folder,
+        height,
+        width,
+      )
+  else:
+    config = mae.hf_config(model.encoder, model.decoder, model.grid, len(model.mean), model.method)
   for name, content in (("config", config), ("preprocessor_config", preprocessor)):
     with atomic_write(folder / f"{name}.json") as tmp:
       tmp.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _labels(model: LoadedModel) -> tuple[str, ...]:
+  """Returns the names of the classes, transformers' own where they are unknown; () for none."""
+  if "classifier" not in model.params:
+    return ()
+  count = len(model.params["classifier"]["head"]["bias"])
+  return model.classes or tuple(f"LABEL_{i}" for i in range(count))
 
 
 def untrained(model: LoadedModel, seed: int = 0) -> LoadedModel:

@@ -1,7 +1,6 @@
 """Determines what a file or folder of weights states about its model, before any value is read."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
@@ -13,9 +12,6 @@ from mrmae_jax.weights.table import MAX_SIZE, Entry, check_fields, decoder_field
 
 METHOD = {"mask_ratio": 0.75, "norm_pix": True}  # MAE's, where a source does not tell
 METADATA_KEY = "mrmae_jax"  # of a safetensors file's metadata, as `write_model` writes it
-
-# Tensors of BEiT and BEiT V2 in their authors' and transformers' names.
-_BEIT = r"^blocks\.\d+\.gamma_1$|\.lambda_1$|relative_position_bias_table$"
 
 
 class Hints(NamedTuple):
@@ -70,30 +66,39 @@ def describe_source(path: Path, tensors: dict[str, files.Tensor]) -> Description
   Names that no other family has tell the family; config.json, metadata or shapes tell the sizes.
   """
   source, shapes = str(path), {name: tensor.shape for name, tensor in tensors.items()}
-  if beit := next((name for name in shapes if re.search(_BEIT, name)), ""):
-    raise WeightsError(
-      f"{source} looks like BEiT (found {beit}): its blocks have gains and relative positions, for "
-      "which the encoders here have no place"
-    )
   if {"vit.embeddings.cls_token", "embeddings.cls_token"}.intersection(shapes):
     return _describe_hf(path if path.is_dir() else path.parent, shapes)
   for family, naming in ((convmae, "ConvMAE's names"), (mae, "MAE's names")):
     if not shapes.keys() >= set(family.MARKERS):
       continue
-    rename = lambda entry: entry
-    notes = files.read_metadata(path).get(METADATA_KEY)
-    if not notes:
-      encoder = family.encoder_fields(shapes, source)
-      return Description(naming, rename, encoder, decoder_fields(shapes, source), None)
-    try:
-      return Description(naming, rename, **json.loads(notes))
-    except (ValueError, TypeError, RecursionError):
-      raise _bad_metadata(source) from None
+    if description := read_notes(path, naming):
+      return description
+    encoder = family.encoder_fields(shapes, source)
+    return Description(naming, _same_names, encoder, decoder_fields(shapes, source), None)
   raise WeightsError(
     f"{source} is not a model of this kind (found {', '.join(sorted(shapes)[:3])}); expected "
-    "ConvMAE or MAE in their authors' names, a ViTMAE folder, a tower of DINO, DINOv2 or CLIP, or "
-    "a run's workdir; SigLIP, DINOv3 and timm's CLIP load as teachers"
+    "ConvMAE or MAE in their authors' names, a ViTMAE folder, BEiT, a tower of DINO, DINOv2 or "
+    "CLIP, or a run's workdir; SigLIP, DINOv3 and timm's CLIP load as teachers"
   )
+
+
+def read_notes(path: Path, naming: str) -> Description | None:
+  """Returns what a file that was written here notes about its model; None for other files.
+
+  Raises:
+    WeightsError: the notes are damaged. `check_description` looks at their values.
+  """
+  notes = files.read_metadata(path).get(METADATA_KEY)
+  if not notes:
+    return None
+  try:
+    return Description(naming, _same_names, **json.loads(notes))
+  except (ValueError, TypeError, RecursionError):
+    raise _bad_metadata(str(path)) from None
+
+
+def _same_names(entry: Entry) -> Entry:
+  return entry
 
 
 def _describe_hf(folder: Path, shapes: dict[str, tuple[int, ...]]) -> Description:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mrmae_jax.errors import WeightsError
-from mrmae_jax.weights import convmae, files, mae
+from mrmae_jax.weights import beit, convmae, files, mae
 from mrmae_jax.weights.families import FAMILIES
 from mrmae_jax.weights.tensor import Tensor
 
@@ -71,19 +71,24 @@ def open_network(path: Path, weights: str = "") -> Network:
   if not prefixes:
     if weights:
       raise WeightsError(f"--weights={weights}: {path} holds no network that is known here")
-    return Network(files.check_tensors(stored, path))
+    return Network(beit.arrange(files.check_tensors(stored, path), str(path)))
   prefix = _choose(prefixes, weights, path)
   inner = tuple(x for x in prefixes if len(x) > len(prefix) and x.startswith(prefix))
+  # Beside DeepSpeed's "module" lie the optimizer and others.
+  is_part = lambda name, original: (
+    name.startswith(prefix)
+    and not (inner and name.startswith(inner))
+    and (prefix or original.startswith(prefixes[prefix]))
+  )
   taken = {
     name.removeprefix(prefix): stored[original]
     for name, original in names.items()
-    if name.startswith(prefix) and not (inner and name.startswith(inner))
+    if is_part(name, original)
   }
-  others = [
-    name for name in names if not name.startswith(prefix) or inner and name.startswith(inner)
-  ]
+  others = [name for name, original in names.items() if not is_part(name, original)]
   left_out = _describe_parts(others, [x for x in prefixes if x != prefix])
-  return Network(files.check_tensors(taken, path), prefixes[prefix], left_out)
+  tensors = beit.arrange(files.check_tensors(taken, path), str(path))
+  return Network(tensors, prefixes[prefix], left_out)
 
 
 def _clean(name: str) -> str:
@@ -94,14 +99,15 @@ def _clean(name: str) -> str:
 
 def _find_prefixes(names: dict[str, str]) -> dict[str, str]:
   """Returns what stands before the names of each network: {cleaned: as in the file}."""
-  found = {}
+  found, known = {}, set()  # a family that comes later does not take another prefix off
   for family_prefixes, markers in _FAMILIES:
     for name in names:
-      if not f".{name}".endswith(f".{markers[0]}"):
+      if name in known or not f".{name}".endswith(f".{markers[0]}"):
         continue
       core = name.removesuffix(markers[0])
       if not all(core + marker in names for marker in markers):
         continue
+      known.add(name)
       inner = next(x for x in family_prefixes if f".{core}".endswith(f".{x}"))
       outer = core.removesuffix(inner)
       if names[name].endswith(inner + markers[0]):

@@ -35,10 +35,11 @@ def read_params(tower: Tower, grid: tuple[int, int]) -> tuple[Any, str]:
   return _read_tower(tower, grid)
 
 
-def _param_shapes(module, grid: tuple[int, int]):
+def _param_shapes(tower: Tower, grid: tuple[int, int]):
   """Shapes of a tower's parameters for a grid of patches."""
+  module = tower.module
   height, width = (side * module.patch_size for side in grid)
-  images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
+  images = jax.ShapeDtypeStruct((1, height, width, len(tower.mean)), jnp.float32)
   return jax.eval_shape(module.init, jax.random.key(0), images)["params"]
 
 
@@ -52,16 +53,20 @@ def _random_params(tower: Tower, grid: tuple[int, int]):
       return norms[path[-1].key](leaf.shape, np.float32)
     return 0.02 * rng.standard_normal(leaf.shape, np.float32)
 
-  return jax.tree_util.tree_map_with_path(draw, _param_shapes(tower.module, grid))
+  return jax.tree_util.tree_map_with_path(draw, _param_shapes(tower, grid))
 
 
 def _read_tower(tower: Tower, grid: tuple[int, int]) -> tuple[Any, str]:
   """Reads the parameters of a published tower, and the digest of its files."""
   tensors = networks.open_network(tower.path, tower.weights).tensors
   # A tower without a table has the same parameters at any grid.
-  expected = _param_shapes(tower.module, tower.table_grid or (1, 1))
-  entries = name_table(tower.family, tower.prefix, tower.module)
+  expected = _param_shapes(tower, tower.table_grid or (1, 1))
+  if not tower.has_norm:
+    del expected["norm"]
+  entries = name_table(tower.family, tower.prefix, tower.module, tower.has_norm)
   params = convert(tensors, entries, expected, ignore=tower.family.ignore, source=tower.source)
+  if not tower.has_norm:
+    params["norm"] = fresh_norm(tower.module.dim)
   if tower.family.names.proj == "head.weight" and "head.bias" in tensors:
     if np.abs(tensors["head.bias"].read()).max() > 1e-6:
       raise WeightsError(
@@ -69,9 +74,7 @@ def _read_tower(tower: Tower, grid: tuple[int, int]) -> tuple[Any, str]:
         "head.* from the file"
       )
   if tower.table_grid:
-    params["pos_embed"] = positions.resize(
-      params["pos_embed"], tower.table_grid, grid, tower.family.rule
-    )
+    params = positions.resize_tables(params, tower.table_grid, grid, tower.family.rule)
   used = {name for entry in entries for name in entry.theirs}
   logging.info(
     "%s: %d tensors (%s) used, %d of other parts left out",
@@ -81,6 +84,11 @@ def _read_tower(tower: Tower, grid: tuple[int, int]) -> tuple[Any, str]:
     len(tensors) - len(used),
   )
   return params, files.digest(tower.path)
+
+
+def fresh_norm(dim: int) -> dict[str, np.ndarray]:
+  """Returns the parameters of a LayerNorm at its start."""
+  return {"scale": np.ones(dim, np.float32), "bias": np.zeros(dim, np.float32)}
 
 
 def _read_encoder(workdir: Path) -> tuple[Any, str]:

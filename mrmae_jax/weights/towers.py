@@ -15,7 +15,7 @@ from mrmae_jax.constants import IMAGENET_MEAN, IMAGENET_STD
 from mrmae_jax.errors import StorageError, WeightsError, WorkdirError
 from mrmae_jax.models import ViT, make_encoder
 from mrmae_jax.runs import checkpoint
-from mrmae_jax.weights import files, hub, networks
+from mrmae_jax.weights import beit, files, hub, networks
 from mrmae_jax.weights.families import (
   FAMILIES,
   HF_ACTIVATIONS,
@@ -24,6 +24,7 @@ from mrmae_jax.weights.families import (
   identify,
   projection_name,
 )
+from mrmae_jax.weights.model_sources import Description, check_description, read_notes
 from mrmae_jax.weights.table import MAX_SIZE, check_fields, count_blocks
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -46,6 +47,8 @@ class Tower(NamedTuple):
     family, prefix: how its tensors are called; None: it is the encoder of a run.
     table_grid: (rows, columns) of the stored position table; None: it has no table, or a fixed one.
     weights: which of several networks in a file, see `networks.open_network`.
+    has_norm: its files hold the last norm; fine-tuned ones of BEiT do not.
+    notes: what a file that was written here states; None: another file.
   """
 
   source: str
@@ -58,16 +61,25 @@ class Tower(NamedTuple):
   prefix: str = ""
   table_grid: tuple[int, int] | None = None
   weights: str = ""
+  has_norm: bool = True
+  notes: Description | None = None
 
 
 class Overrides(NamedTuple):
-  """What a user states about a tower; both overrule its files."""
+  """What a user states about a tower; it overrules the files.
+
+  Attributes:
+    num_heads, activation: fields of ViT.
+    grid: (rows, columns) of BEiT's tables of relative positions, where these are not square.
+  """
 
   num_heads: int = 0
   activation: str = ""
+  grid: tuple[int, int] | None = None
 
   def apply(self, fields: dict[str, Any]) -> dict[str, Any]:
-    return fields | {name: value for name, value in self._asdict().items() if value}
+    given = {"num_heads": self.num_heads, "activation": self.activation}
+    return fields | {name: value for name, value in given.items() if value}
 
 
 def open_tower(
@@ -87,6 +99,7 @@ def open_tower(
     WeightsError: there is nothing, it is not a supported tower, or not that of the preset.
   """
   place = Path(os.path.expanduser(path)) if path else None
+  has_norm, notes = True, None
   if place is None:
     folder = hub.fetch(name, hub.CONFIG_FILES)
     family, fields, table_grid = _configured_tower(folder, name)
@@ -95,14 +108,26 @@ def open_tower(
     files.weight_files(place)  # raises where there is nothing
     folder = place if place.is_dir() else place.parent
     tensors = networks.open_network(place, weights).tensors
-    family, prefix, fields, table_grid = _stored_tower(tensors, place, folder, name, overrides)
+    if notes := read_notes(place, "timm's names"):
+      check_description(notes, len(tensors), str(place))
+    family, prefix, fields, table_grid = _stored_tower(
+      tensors, place, folder, name, overrides, notes
+    )
+    has_norm = family.name != beit.NAME or f"{prefix}{family.names.norm}.weight" in tensors
   source = str(place or folder)
   check_fields(ViT, fields, source)
   module = ViT(**fields, dtype=jnp.dtype(dtype))
+  if module.dim % module.num_heads:
+    raise WeightsError(
+      f"{source}: width {module.dim} does not divide into {module.num_heads} heads; check num_heads"
+    )
   if name:
     _check_preset(name, module, table_grid, source)
   statistics = folder / "preprocessor_config.json" if family.model_types else None
-  mean, std = files.image_statistics(statistics, *_statistics(family))
+  channels = None if family.name == beit.NAME else 3
+  mean, std = files.image_statistics(statistics, *_statistics(family), channels)
+  if notes:
+    mean, std = notes.mean, notes.std
   return Tower(
     source=source,
     description=f"{family.name} {_size_name(module)}",
@@ -114,6 +139,8 @@ def open_tower(
     prefix=prefix,
     table_grid=table_grid,
     weights=weights,
+    has_norm=has_norm,
+    notes=notes,
   )
 
 
@@ -195,8 +222,15 @@ def _configured_tower(folder: Path, name: str):
   return tower_config(config, str(folder / "config.json"))
 
 
-def _stored_tower(tensors, path: Path, folder: Path, name: str, overrides: Overrides):
-  """Determines the tower of the tensors in a folder or file.
+def _stored_tower(
+  tensors,
+  path: Path,
+  folder: Path,
+  name: str,
+  overrides: Overrides,
+  notes: Description | None,
+):
+  """Determines the tower of the tensors in a folder or file, or a file written here with `notes`.
 
   Returns:
     Family, prefix of the names, fields of ViT, and the grid of the position table.
@@ -215,9 +249,17 @@ def _stored_tower(tensors, path: Path, folder: Path, name: str, overrides: Overr
       f"{hub.PRESETS[name].family}"
     )
   sizes, num_positions = tower_shapes(family, prefix, shapes, source)
+  grid = (math.isqrt(num_positions),) * 2
+  if family.name == beit.NAME:
+    stated = configured[2] if configured and family.model_types else notes and notes.grid
+    given = overrides.grid or stated
+    fields, grid = beit.describe(tensors, family, prefix, sizes["depth"], given, source)
+    sizes |= fields
+    if notes:
+      return family, prefix, sizes | _noted_fields(notes), grid
   if not family.model_types:
-    grid = (math.isqrt(num_positions),) * 2
-    if math.prod(grid) != num_positions:
+    has_relative = sizes.get("relative_positions", False)  # whose grid is known
+    if math.prod(grid) != num_positions and not has_relative:
       raise WeightsError(
         f"{source}: a position table of {num_positions} patches is not square; give a Hugging Face "
         "folder"
@@ -233,9 +275,16 @@ def _stored_tower(tensors, path: Path, folder: Path, name: str, overrides: Overr
       f"{source} looks like {family.name} (found {markers}); its config.json says "
       f"{config['model_type']}, which is {configured[0].name}"
     )
-  _, fields, grid = configured
-  _check_agreement(family, sizes, num_positions, fields, grid, source)
-  return family, prefix, overrides.apply(fields | sizes), grid
+  _, fields, configured_grid = configured
+  _check_agreement(family, sizes, num_positions, fields, configured_grid, source)
+  is_beit = family.name == beit.NAME
+  return family, prefix, overrides.apply(fields | sizes), grid if is_beit else configured_grid
+
+
+def _noted_fields(notes: Description) -> dict[str, Any]:
+  """Returns the fields of the encoder of a file that was written here."""
+  as_tuple = lambda x: tuple(x) if isinstance(x, list) else x
+  return {key: as_tuple(x) for key, x in notes.encoder.items() if key != "name"}
 
 
 def _check_agreement(family: Family, sizes, num_positions: int, fields, grid, source: str) -> None:
@@ -252,7 +301,7 @@ def _check_agreement(family: Family, sizes, num_positions: int, fields, grid, so
         f"{source} has {word} {sizes[key]}, its config.json says {fields[key]}; fetch both from "
         "one place"
       )
-  if grid and math.prod(grid) != num_positions:
+  if grid and num_positions and math.prod(grid) != num_positions:
     side, cls = math.isqrt(num_positions), "+1" if family.names.cls_token else ""
     raise WeightsError(
       f"{source}: position table is {side}x{side}{cls} for patch {sizes['patch_size']}; its "
@@ -264,9 +313,10 @@ def _complete(family: Family, sizes, source: str, name: str, overrides: Override
   """Fields of ViT for a file without config.json.
 
   Heads have 64 channels in all models that are published in this way; wider ones need
-  `num_heads`, but for DINOv2. A gated MLP, which DINOv2's largest has, always uses SiLU.
+  `num_heads`, but for DINOv2 and for BEiT, whose tables tell. A gated MLP, which DINOv2's largest
+  has, always uses SiLU.
   """
-  width, num_heads = sizes["dim"], overrides.num_heads
+  width, num_heads = sizes["dim"], overrides.num_heads or sizes.get("num_heads")
   if not num_heads and (width % 64 or width > 1024 and not family.name.startswith("DINOv2")):
     raise WeightsError(
       f"{source} does not tell the number of heads, and width {width} is none of the usual ones "
@@ -279,7 +329,7 @@ def _complete(family: Family, sizes, source: str, name: str, overrides: Override
       "(OpenAI's weights) or 'gelu' (most others), or a name"
     )
   usual = {"num_heads": width // 64, "activation": "silu" if sizes["gated"] else activation}
-  return overrides.apply(family.fields | sizes | usual)
+  return overrides.apply(family.fields | usual) | sizes
 
 
 def _check_preset(name: str, module: ViT, table_grid, source: str) -> None:
@@ -333,7 +383,9 @@ def tower_shapes(
   patch = math.isqrt(patch_embed[1] // 3) if family.patch_rank == 2 else patch_embed[-1]
   registers = shape(names.registers, 3)[1] if names.registers else 0
   has_cls_row = bool(names.cls_token) and family.cls_position
-  table = shape(names.pos_embed, 2, 3)[-2] - has_cls_row if names.pos_embed else 0
+  # BEiT has a table or not.
+  has_table = names.pos_embed and (not names.relative or prefix + names.pos_embed in shapes)
+  table = shape(names.pos_embed, 2, 3)[-2] - has_cls_row if has_table else 0
   projection = shapes.get(projection_name(names, prefix), (0, 0))
   blocks = re.compile(
     re.escape(prefix) + names.block.replace(".", r"\.").format(r"([0-9]+)") + r"\..*"
@@ -351,7 +403,7 @@ def tower_shapes(
     gated=gated,
     num_registers=registers,
     proj_dim=projection[1 if names.proj == "proj" else 0],
-    learned_positions=bool(names.pos_embed),
+    learned_positions=bool(has_table),
     attention_pool=f"{prefix}{names.head}.probe" in shapes,
   )
   return fields, table
