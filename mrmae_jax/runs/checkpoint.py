@@ -6,6 +6,7 @@ only when it is complete, record included, so a run that is killed while saving 
 one. Restoring verifies every array, because orbax itself restores a flipped bit silently.
 """
 
+import asyncio
 import contextlib
 import dataclasses
 import hashlib
@@ -24,7 +25,7 @@ from absl import logging
 
 from mrmae_jax.errors import StorageError, WorkdirError, one_line
 from mrmae_jax.runs import distributed
-from mrmae_jax.runs.paths import is_bucket, open_folder
+from mrmae_jax.runs.paths import is_bucket, open_folder, sync, sync_tree
 
 FORMAT = 2  # of the record
 FREE_SPACE = 1.2  # free space on the disk that a save needs, in sizes of the state
@@ -81,6 +82,7 @@ class Checkpoints:
       preservation_policy=_NewestAndBest(keep, {} if scores is None else scores),
       cleanup_tmp_directories=True,
       async_options=ocp.AsyncOptions(timeout_secs=SAVE_TIMEOUT_S),
+      temporary_path_class=None if is_bucket(workdir) else _SyncedPath,
     )
 
   def restore(self, shapes) -> Restored | None:
@@ -254,12 +256,16 @@ class Checkpoints:
   def _recover(self, problem: str) -> str:
     """Reads the folder again after a failed save; returns `problem`.
 
-    After an error orbax lists steps that do not exist. With several processes the run must stop
-    instead: raises StorageError.
+    After an error orbax lists steps that do not exist, and leaves the unfinished checkpoint, whose
+    space the next one may need. With several processes the run must stop instead: raises
+    StorageError.
     """
     if jax.process_count() > 1:
       raise StorageError(f"{self.directory}: {problem}")
     logging.warning("%s: %s", self.directory, problem)
+    if not is_bucket(self.directory):
+      for unfinished in Path(self.directory).glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
     self._manager.reload()
     return problem
 
@@ -269,6 +275,21 @@ class Checkpoints:
       self._manager.close()
     except Exception as error:  # of a save that the run did not wait for
       logging.warning("%s: %s", self.directory, one_line(error))
+
+
+class _SyncedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
+  """The folder of an unfinished checkpoint; once finished, it survives a loss of power.
+
+  Orbax itself waits for the arrays alone, not for its JSON files and the names of folders. The
+  checkpoint before stays until `finalize` returns.
+  """
+
+  async def finalize(self) -> None:
+    """Gives the folder its final name."""
+    await asyncio.to_thread(sync_tree, self.get())
+    await super().finalize()  # it adds small files, without which a checkpoint counts as damaged
+    await asyncio.to_thread(sync_tree, self.get_final())
+    await asyncio.to_thread(sync, self.get_final().parent)
 
 
 @dataclasses.dataclass

@@ -68,7 +68,7 @@ class Log:
     self._total_steps = total_steps
     self._settings = settings or {}
     self._last_results = {}
-    self._unwritten = ""  # records that the disk did not take
+    self._unwritten = b""  # of the records, what the disk has not taken yet
     self._bar = None
     self._writers = {}  # {name: writer} of those that are open
     self._openers = {}  # {name: () -> writer} of those that are opened again after a failure
@@ -101,7 +101,7 @@ class Log:
     if spoiled:
       self.say(f"warning: metrics.jsonl: {spoiled} lines are no records and are left out")
     paths.write_text(self.path, _to_lines(r for r in records if r["step"] <= first_step))
-    self._file = open(self.path, "a", encoding="utf-8")
+    self._file = open(self.path, "ab", buffering=0)  # it says how much of a record a disk took
 
   def _note_start(self, first_step: int) -> None:
     """Adds to WORKDIR/starts.jsonl when, with which command and on what the run starts."""
@@ -140,24 +140,43 @@ class Log:
       return
     # JSON has no nan and no infinity, and a curve has no place for them.
     finite = {name: value for name, value in values.items() if np.isfinite(value)}
-    self._unwritten += json.dumps({"step": step, **finite}) + "\n"
+    self._unwritten += _to_lines([{"step": step, **finite}]).encode()
     try:
-      self._file.write(self._unwritten)
-      self._file.flush()
-      self._unwritten = ""
+      self._write_records()
       self.goodput.write(self._workdir, step)
       self._upload(UPLOAD_EVERY_S)
     except OSError as error:  # a full disk may have space again by the next checkpoint
-      self.say(
-        f"warning: {self.path} cannot be written ({error}); the missing records are kept and "
-        "tried again"
-      )
+      self._warn(error)
     self._last_results |= {name: x for name, x in finite.items() if name not in NOT_RESULTS}
     self._call("TensorBoard", "add_scalars", finite, step)
     self._call("Weights & Biases", "log", finite, step=step)
     numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
     remaining = f"  eta {datetime.timedelta(seconds=round(eta))}" if eta else ""
     self.say(f"step {step}/{self._total_steps}  {numbers}{remaining}")
+
+  def _write_records(self) -> None:
+    """Writes what metrics.jsonl lacks; raises OSError where it cannot.
+
+    A full disk may take a part of a record. The next call continues behind that part.
+    """
+    while self._unwritten:
+      self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+
+  def _warn(self, error: OSError) -> None:
+    self.say(
+      f"warning: {self.path} cannot be written ({one_line(error)}); the missing records are kept "
+      "and tried again"
+    )
+
+  def sync(self) -> None:
+    """Waits until all records are on the disk: steps up to a checkpoint are not computed again."""
+    if not self._is_writer:
+      return
+    try:
+      self._write_records()
+      paths.sync(self.path)
+    except OSError as error:
+      self._warn(error)
 
   def text(self, name: str, content: str) -> None:
     """Writes a text file into the workdir."""
@@ -216,7 +235,10 @@ class Log:
   def close(self) -> None:
     """Closes all logs and copies them to the bucket, if the workdir is in one."""
     if self._is_writer:
+      self.sync()
       self._file.close()
+      if lost := self._unwritten.count(b"\n"):
+        self.say(f"warning: metrics.jsonl lacks its last {lost} records")
       is_plain = lambda value: isinstance(value, (bool, int, float, str))
       settings = {k: v if is_plain(v) else str(v) for k, v in self._settings.items()}
       if settings and self._last_results:
@@ -303,8 +325,9 @@ class Goodput:
     }
 
   def write(self, workdir: epath.Path, step: int) -> None:
-    """Writes the account atomically."""
-    paths.write_text(workdir / "goodput.json", json.dumps(self.account(step), indent=2))
+    """Writes the account atomically. It is written too often to wait for the disk."""
+    text = json.dumps(self.account(step), indent=2)
+    paths.write_text(workdir / "goodput.json", text, lasting=False)
 
   def line(self, step: int) -> str:
     """Returns "goodput 91.3 %: step 300.1 s, compile 20.2 s; 0 steps computed again, 1 starts"."""

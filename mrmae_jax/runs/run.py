@@ -294,6 +294,8 @@ class Run:
 
   def _save(self, step: int, is_last: bool) -> None:
     with supervision.phase("saving"):
+      if self._log:
+        self._log.sync()
       problem = self._checkpoints.save(step, self._state, wait=is_last or step == 1)
     if problem:
       self._log.say(f"warning: checkpoint {step} is not saved: {problem}")
