@@ -9,6 +9,7 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import shlex
 import sys
@@ -23,7 +24,7 @@ from etils import epath
 from tqdm import tqdm
 
 from mrmae_jax import constants, hardware
-from mrmae_jax.errors import one_line
+from mrmae_jax.errors import StorageError, one_line
 from mrmae_jax.runs import paths, supervision, tensorboard
 from mrmae_jax.runs.metrics import (
   NOT_RESULTS,
@@ -68,6 +69,8 @@ class Log:
     self._total_steps = total_steps
     self._settings = settings or {}
     self._last_results = {}
+    self._start = ""  # the line of this run in starts.jsonl
+    self._folder_id = None  # of the workdir
     self._unwritten = b""  # of the records, what the disk has not taken yet
     self._bar = None
     self._writers = {}  # {name: writer} of those that are open
@@ -117,7 +120,42 @@ class Log:
       "versions": ", ".join([f"python {platform.python_version()}", *versions]),
     }
     starts = [*read_json_lines(self._workdir / "starts.jsonl")[0], start]
+    self._start = _to_lines([start])
     paths.write_text(self._workdir / "starts.jsonl", _to_lines(starts))
+    self._folder_id = self._read_folder_id()
+
+  def _read_folder_id(self) -> tuple[int, int] | None:
+    """Returns what tells the workdir from other folders; None if there is no such folder."""
+    try:
+      info = os.stat(self._workdir / ".")
+      return info.st_dev, info.st_ino
+    except (FileNotFoundError, NotADirectoryError):
+      return None
+
+  def check_folder(self) -> None:
+    """Checks that the workdir is still the folder in which the run began.
+
+    Else a second, incomplete run would be written where a disk was unmounted or a folder renamed.
+
+    Raises:
+      StorageError: it is not.
+    """
+    if not self._is_writer or paths.is_bucket(self._workdir):
+      return
+    if self._read_folder_id() != self._folder_id and not self._has_start():
+      self._is_writer = False
+      raise StorageError(
+        f"{self._workdir} is no longer the folder in which this run began: it was moved, removed "
+        "or unmounted. Bring it back, and run the same command again; it resumes after the newest "
+        "checkpoint there"
+      )
+
+  def _has_start(self) -> bool:
+    """Returns whether starts.jsonl names this run: some file systems renumber their folders."""
+    try:
+      return self._start in (self._workdir / "starts.jsonl").read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+      return False
 
   def say(self, text: str) -> None:
     """Prints one line on the console."""
@@ -134,10 +172,17 @@ class Log:
   def scalars(self, step: int, values: dict[str, float], eta: float = 0.0) -> None:
     """Writes numbers to all logs, as one record of metrics.jsonl.
 
-    `eta`: seconds to the end of the run, for the console; 0 if unknown.
+    Args:
+      step: number of updates done.
+      values: numbers by name.
+      eta: seconds to the end of the run, for the console; 0 if unknown.
+
+    Raises:
+      StorageError: see `check_folder`.
     """
     if not self._is_writer:
       return
+    self.check_folder()
     # JSON has no nan and no infinity, and a curve has no place for them.
     finite = {name: value for name, value in values.items() if np.isfinite(value)}
     self._unwritten += _to_lines([{"step": step, **finite}]).encode()

@@ -18,6 +18,7 @@ from mrmae_jax import preflight, sharding, train
 from mrmae_jax.errors import DataError, NonFiniteError, StorageError, WorkdirError
 from mrmae_jax.runs import checkpoint, nonfinite, tensorboard, workdir
 from mrmae_jax.runs.checkpoint import Checkpoints
+from mrmae_jax.runs.log import Log
 from mrmae_jax.runs.metrics import read_metrics
 from tests.faults import small
 from tests.helpers.cli import run_command
@@ -279,21 +280,59 @@ def toy_run(folder, task=None, **values):
   return train.fit(config, task or small.toy_task(), folder), read_metrics(folder)
 
 
-def test_f20_a_workdir_that_vanishes(tmp_path, monkeypatch, capsys):
-  """The workdir is removed after the first save: the next save warns, and the last one fails."""
-  save = Checkpoints.save
+@pytest.mark.parametrize(
+  "fault, log_every",
+  [
+    ("renamed", 100),
+    pytest.param("renamed", 1, marks=pytest.mark.variant),
+    pytest.param("file", 1, marks=pytest.mark.variant),
+    pytest.param("another", 100, marks=pytest.mark.variant),
+    pytest.param("foreign", 1, marks=pytest.mark.variant),
+  ],
+)
+def test_f20_a_workdir_that_vanishes(tmp_path, monkeypatch, fault, log_every):
+  """The workdir is moved after the first save. Nothing is written in its place."""
+  save, folder = Checkpoints.save, tmp_path / "run"
 
-  def save_and_remove(self, step, *args, **kwargs):
+  def save_and_move(self, step, *args, **kwargs):
     result = save(self, step, *args, **kwargs)
     if step == 1:
-      shutil.rmtree(tmp_path / "run")
-      (tmp_path / "run").write_text("a file")  # so that nothing can create it again
+      folder.rename(tmp_path / "moved")
+      if fault == "file":
+        folder.write_text("a file")
+      elif fault == "another":  # as the folder below a disk that was unmounted
+        folder.mkdir()
+      elif fault == "foreign":
+        folder.mkdir()
+        (folder / "starts.jsonl").write_text('{"first_step": 0}\n')
     return result
 
-  monkeypatch.setattr(Checkpoints, "save", save_and_remove)
-  with pytest.raises(StorageError, match="checkpoint 20 could not be saved"):
-    toy_run(tmp_path / "run")
-  assert "warning: checkpoint 4 is not saved" in capsys.readouterr().out
+  monkeypatch.setattr(Checkpoints, "save", save_and_move)
+  with pytest.raises(StorageError, match="run is no longer the folder in which this run began"):
+    toy_run(folder, log_every=log_every)
+  written = {path.name for path in tmp_path.glob("run/*")}
+  assert written <= {"starts.jsonl"}
+  assert folder.exists() == (fault != "renamed")
+  (tmp_path / "found").mkdir()
+  if folder.exists():
+    folder.rename(tmp_path / "found" / "run")
+  (tmp_path / "moved").rename(folder)
+  monkeypatch.undo()
+  _, records = toy_run(folder, log_every=1)
+  assert [r["step"] for r in records] == list(range(1, 21))
+
+
+def test_f20_a_folder_with_a_new_number_is_still_the_workdir(tmp_path):
+  """Some network file systems renumber their folders."""
+  run_log = Log(tmp_path / "run", 9)
+  shutil.copytree(tmp_path / "run", tmp_path / "copy")
+  shutil.rmtree(tmp_path / "run")
+  (tmp_path / "copy").rename(tmp_path / "run")
+  run_log.check_folder()
+  (tmp_path / "run" / "starts.jsonl").unlink()
+  with pytest.raises(StorageError, match="no longer the folder"):
+    run_log.check_folder()
+  run_log.close()
 
 
 def test_f22_slow_storage_does_not_stop_the_steps(tmp_path, monkeypatch, capsys):
