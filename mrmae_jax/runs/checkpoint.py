@@ -34,6 +34,8 @@ FREE_SPACE = 1.2  # free space on the disk that a save needs, in sizes of the st
 SHARED_BYTES = 2**20
 # Keys of an identity that older versions noted, and that a run may change
 OUTDATED = {"data.source"}
+# Key of an identity: digests of a sample of images, of which a few may change
+CONTENTS = "train image contents"
 SAVE_TIMEOUT_S = 300  # orbax waits 1200 s by default, on a full disk in vain
 
 
@@ -103,11 +105,11 @@ class Checkpoints:
     damaged = {}
     for step in sorted(self._manager.all_steps(), reverse=True):
       try:
-        state = self._restore_step(step, shapes)
+        state, note = self._restore_step(step, shapes)
       except _DamagedError as error:
         damaged[step] = str(error)
       else:
-        return Restored(step, state, self._move_damaged(damaged))
+        return Restored(step, state, [*self._move_damaged(damaged), *filter(None, [note])])
     if damaged:
       reasons = "; ".join(f"step {step}: {problem}" for step, problem in damaged.items())
       raise StorageError(
@@ -117,14 +119,18 @@ class Checkpoints:
     return None
 
   def _restore_step(self, step: int, shapes):
-    """Restores and verifies one checkpoint; raises what `restore` raises, or _DamagedError."""
+    """Restores and verifies one checkpoint; raises what `restore` raises, or _DamagedError.
+
+    Returns:
+      (state, a warning or "").
+    """
     record, problem = None, ""
     try:
       record = _read_record(self._manager, step)
     except _DamagedError as error:
       problem = str(error)
     _agree_intact(step, problem)
-    self._check_identity(record["identity"])
+    note = self._check_identity(record["identity"])
     self._check_arrays(step, record["arrays"], shapes)
     try:
       args = ocp.args.Composite(state=_restore_args(shapes))
@@ -133,15 +139,18 @@ class Checkpoints:
       problem = f"it cannot be read ({one_line(error)})"
     _agree_intact(step, problem)
     _verify(record, state)
-    return state
+    return state, note
 
-  def _check_identity(self, stored: dict[str, Any]) -> None:
-    """Raises WorkdirError if the checkpoint is of another run."""
+  def _check_identity(self, stored: dict[str, Any]) -> str:
+    """Raises WorkdirError if the checkpoint is of another run; returns a warning or ""."""
     changed = [
       f"{key}: {stored.get(key)!r} in the checkpoint, {self.identity.get(key)!r} now"
-      for key in sorted((stored.keys() | self.identity.keys()) - OUTDATED)
+      for key in sorted((stored.keys() | self.identity.keys()) - OUTDATED - {CONTENTS})
       if stored.get(key) != self.identity.get(key)
     ]
+    is_replaced, note = _compare_contents(stored.get(CONTENTS), self.identity.get(CONTENTS))
+    if is_replaced:
+      changed.append(note)
     if changed:
       workdir, task = self.directory.parent, stored.get("task")
       other_length = stored.get("epochs") != self.identity.get("epochs")
@@ -154,6 +163,7 @@ class Checkpoints:
         "repeat the settings of the run that is there"
         + (hint if other_length and task in ("pretrain", "finetune") else "")
       )
+    return f"warning: {note}; they count from here on" if note else ""
 
   def _check_arrays(self, step: int, arrays: dict[str, list], shapes) -> None:
     """Raises WorkdirError if a checkpoint has other arrays than `shapes`."""
@@ -407,6 +417,22 @@ def _read_params(manager, step: int, entries: tuple[str, ...], is_averaged: bool
   params = arrays["opt_state"][-1]["average"] if is_averaged else arrays["params"]
   others = tuple(name for name in stored if name not in names)
   return Stored({name: params[name] for name in names}, others, step, record["identity"])
+
+
+def _compare_contents(before: list[str] | None, now: list[str] | None) -> tuple[bool, str]:
+  """Compares the sampled contents of a run's images with those of the same names now.
+
+  Images that cannot be read, then or now, are left out. Checkpoints of older versions have no
+  sample.
+
+  Returns:
+    (whether they were replaced, not only repaired here and there; what has changed, or "").
+  """
+  pairs = [(a, b) for a, b in zip(before or [], now or []) if a and b]
+  count = sum(a != b for a, b in pairs)
+  limit = min(max(2, len(pairs) // 10), len(pairs) // 2)
+  note = f"{count} of {len(pairs)} training images that were compared have other contents now"
+  return count > limit, note if count else ""
 
 
 def _state_handler() -> ocp.PyTreeCheckpointHandler:

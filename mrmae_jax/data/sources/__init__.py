@@ -6,11 +6,11 @@ is listed in KINDS.
 
 import importlib
 
-from mrmae_jax.data.sources.base import Source, SplitRules, check_same_classes
+from mrmae_jax.data.sources.base import Source, SplitRules, check_same_classes, sample_contents
 from mrmae_jax.data.sources.quarantine import FilteredSource
 from mrmae_jax.errors import DataError
 
-__all__ = ["Source", "check_same_classes", "open_source", "open_split"]
+__all__ = ["Source", "check_same_classes", "open_source", "open_split", "sample_contents"]
 
 KINDS = {  # kind -> how it is written
   "digits": "digits",
