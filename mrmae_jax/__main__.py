@@ -14,7 +14,14 @@ from pathlib import Path
 import mrmae_jax
 from mrmae_jax.cli import parser
 from mrmae_jax.cli.console import steady_console
-from mrmae_jax.errors import DataError, Interrupted, StorageError, UsageError, UserError
+from mrmae_jax.errors import (
+  DataError,
+  Interrupted,
+  StorageError,
+  UsageError,
+  UserError,
+  printable,
+)
 
 HELP = {"-h", "--help", "--helpfull"}
 
@@ -62,7 +69,7 @@ def _run(name: str, options: argparse.Namespace, debug: bool) -> int:
     kind = StorageError if name == "train" else UsageError
     return report_error(kind(" ".join(str(error).split())), debug)
   if isinstance(result, str):
-    print(result, flush=True)
+    print(printable(result, keep="\n"), flush=True)
     return 0
   return result
 

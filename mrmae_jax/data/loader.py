@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from mrmae_jax.data.sources import Source
 from mrmae_jax.data.views import View
-from mrmae_jax.errors import DataError
+from mrmae_jax.errors import DataError, printable
 
 MAX_THREADS = 8  # more decoding threads in one process fight for the interpreter
 MAX_DRAWS = 100  # images tried for one place in the stream
@@ -357,7 +357,7 @@ def warn_of_skipped(
   Raises:
     DataError: there are too many.
   """
-  reason, number = list(skipped.values())[-1], len(skipped)
+  reason, number = printable(list(skipped.values())[-1]), len(skipped)
   most = int(options.max_skipped * total)
   if number > most:
     raise DataError(

@@ -277,7 +277,8 @@ def agree(occasion: str, values: dict, error: str | None = None) -> None:
 
 def _disagreements(reports: list[dict]) -> list[str]:
   """Returns the errors of the processes, or else the values that differ from those of process 0."""
-  errors = [f"process {i}: {r['error']}" for i, r in enumerate(reports) if r["error"]]
+  lines = lambda error: error.replace("\n", "; ")
+  errors = [f"process {i}: {lines(r['error'])}" for i, r in enumerate(reports) if r["error"]]
   if errors:
     return errors
   first = reports[0]["values"]

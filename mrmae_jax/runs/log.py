@@ -24,7 +24,7 @@ from etils import epath
 from tqdm import tqdm
 
 from mrmae_jax import constants, hardware
-from mrmae_jax.errors import StorageError, one_line
+from mrmae_jax.errors import StorageError, one_line, printable
 from mrmae_jax.runs import paths, supervision, tensorboard
 from mrmae_jax.runs.metrics import (
   NOT_RESULTS,
@@ -158,7 +158,8 @@ class Log:
       return False
 
   def say(self, text: str) -> None:
-    """Prints one line on the console."""
+    """Prints lines on the console."""
+    text = printable(text, keep="\n")
     if self._bar:
       self._bar.write(text)
     elif self._is_writer:
