@@ -5,6 +5,7 @@
 
 import argparse
 import contextlib
+import errno
 import importlib
 import os
 import sys
@@ -20,6 +21,7 @@ from mrmae_jax.errors import (
   StorageError,
   UsageError,
   UserError,
+  one_line,
   printable,
 )
 
@@ -67,7 +69,8 @@ def _run(name: str, options: argparse.Namespace, debug: bool) -> int:
     return report_error(error, debug)
   except OSError as error:
     kind = StorageError if name == "train" else UsageError
-    return report_error(kind(" ".join(str(error).split())), debug)
+    hint = ": raise the limit with ulimit -n" if error.errno == errno.EMFILE else ""
+    return report_error(kind(f"{one_line(error, 1000)}{hint}"), debug)
   if isinstance(result, str):
     print(printable(result, keep="\n"), flush=True)
     return 0

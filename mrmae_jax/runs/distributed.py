@@ -62,6 +62,12 @@ def start(
       shutdown_timeout_seconds=SHUTDOWN_S,
     )
   except (ValueError, RuntimeError) as error:
+    if index == 0 and "RPC server" in str(error):
+      raise LostError(
+        f"process 0 cannot listen at {address}: another process of this host does (perhaps an "
+        "earlier run that has not ended), or the port is reserved. Give all processes another port "
+        "in --coordinator_address"
+      ) from None
     raise DistributedError(
       f"jax.distributed.initialize: {one_line(error, 1000)}. Outside TPU VMs and Slurm, give "
       "--coordinator_address, --num_processes and --process_id"
@@ -105,7 +111,8 @@ def _complete(
     raise DistributedError(
       f"--process_id={index} must be one of 0 to {count - 1} with --num_processes={count}"
     )
-  if not address.rpartition(":")[2].isdigit():
+  host, _, port = address.rpartition(":")
+  if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
     raise DistributedError(
       f"--coordinator_address={address} must be HOST:PORT of process 0, e.g. 10.0.0.2:8476"
     )
@@ -132,11 +139,10 @@ def _report_waiting(
     text = f"{name} waited {int(waited())} s for the others at "
     if address is None:
       return text + "the address that JAX detected"
-    if index == 0:
+    problem = _reach(address)
+    if index == 0 and not problem.startswith("the name"):
       return text + address
-    if _answers(address):
-      return f"{text}{address}; {address} answers, so others have not come"
-    return f"{text}{address}; nothing answers at {address}"
+    return f"{text}{address}; {problem or f'{address} answers, so others have not come'}"
 
   while not connected.wait(min(NOTICE_S, max(0, timeout_s - waited()))):
     if waited() < timeout_s:
@@ -153,14 +159,16 @@ def _report_waiting(
     os._exit(LostError.exit_code)
 
 
-def _answers(address: str) -> bool:
-  """Returns whether something listens at HOST:PORT."""
+def _reach(address: str) -> str:
+  """Returns why HOST:PORT cannot be reached, or "" if something listens there."""
   host, _, port = address.rpartition(":")
   try:
-    with socket.create_connection((host, int(port)), timeout=2):
-      return True
+    with socket.create_connection((host.strip("[]"), int(port)), timeout=2):
+      return ""
+  except (socket.gaierror, UnicodeError) as error:
+    return f"the name {host} is not known here ({one_line(error)})"
   except OSError:
-    return False
+    return f"nothing answers at {address}"
 
 
 def exchange(occasion: str, text: str, timeout_s: float | None = None) -> list[str]:
