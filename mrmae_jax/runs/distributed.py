@@ -46,9 +46,11 @@ def start(
 
   Raises:
     DistributedError: values that contradict each other or those of the other processes, or nothing
-      from which JAX could detect them.
+      from which JAX could detect them; a port that is in use.
   """
   address, count, index = _complete(coordinator_address, num_processes, process_id)
+  if index == 0:
+    _check_port(address)
   connected = threading.Event()
   arguments = (connected, timeout_s, index, count, address)
   threading.Thread(target=_report_waiting, args=arguments, daemon=True).start()
@@ -62,12 +64,6 @@ def start(
       shutdown_timeout_seconds=SHUTDOWN_S,
     )
   except (ValueError, RuntimeError) as error:
-    if index == 0 and "RPC server" in str(error):
-      raise LostError(
-        f"process 0 cannot listen at {address}: another process of this host does (perhaps an "
-        "earlier run that has not ended), or the port is reserved. Give all processes another port "
-        "in --coordinator_address"
-      ) from None
     raise DistributedError(
       f"jax.distributed.initialize: {one_line(error, 1000)}. Outside TPU VMs and Slurm, give "
       "--coordinator_address, --num_processes and --process_id"
@@ -117,6 +113,24 @@ def _complete(
       f"--coordinator_address={address} must be HOST:PORT of process 0, e.g. 10.0.0.2:8476"
     )
   return address, count, index
+
+
+def _check_port(address: str) -> None:
+  """Checks that process 0 can listen: jaxlib may crash where it cannot.
+
+  Raises:
+    LostError: the port is in use, or reserved.
+  """
+  dual = socket.has_dualstack_ipv6()
+  family = socket.AF_INET6 if dual else socket.AF_INET
+  try:
+    port = int(address.rpartition(":")[2])
+    socket.create_server(("", port), family=family, dualstack_ipv6=dual).close()
+  except OSError as error:
+    raise LostError(
+      f"process 0 cannot listen at {address} ({os.strerror(error.errno)}): an earlier run may not "
+      "have ended; end it, or give all processes another port in --coordinator_address"
+    ) from None
 
 
 def _report_waiting(
