@@ -23,6 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
+from mrmae_jax.config import flatten
 from mrmae_jax.errors import StorageError, WorkdirError, one_line
 from mrmae_jax.runs import distributed
 from mrmae_jax.runs.paths import is_bucket, open_folder, sync, sync_tree
@@ -320,7 +321,8 @@ def read_config(workdir: str | Path) -> dict[str, Any]:
   """Returns the configuration of the run in `workdir`, as plain values.
 
   Raises:
-    WorkdirError: there is no run, or none with a complete checkpoint.
+    WorkdirError: there is no run, or none with a complete checkpoint; or config.json there is not
+      that of the checkpoint, whose arrays it describes.
   """
   folder = open_folder(workdir)
   path = folder / "config.json"
@@ -330,12 +332,22 @@ def read_config(workdir: str | Path) -> dict[str, Any]:
     )
   try:
     config = json.loads(path.read_text())
-  except ValueError as error:
+    flat = flatten(config) if isinstance(config, dict) else {}
+  except (ValueError, RecursionError) as error:
     raise WorkdirError(
-      f"{path} cannot be read ({error}); a run writes it anew when it resumes"
+      f"{path} cannot be read ({one_line(error)}); a run writes it anew when it resumes"
     ) from None
   if not isinstance(config, dict):
     raise WorkdirError(f"{path} holds no run: expected the keys of a configuration")
+  identity = read_identity(workdir)
+  keys = [key for key in identity if "." in key or key in flat or key in ("task", "image_size")]
+  for key in sorted(set(keys) - OUTDATED):
+    if key not in flat or flat[key] != identity[key]:
+      now = repr(flat[key])[:60] if key in flat else "missing"
+      raise WorkdirError(
+        f"{path} is not that of its checkpoint ({key}: {now} in the file, {identity[key]!r} in the "
+        "checkpoint); a run writes it anew when it resumes"
+      )
   return config
 
 

@@ -196,6 +196,48 @@ def test_f15_the_checksum_sees_every_kind_of_change():
     assert total(placed) == total(x)
 
 
+@pytest.fixture(scope="module")
+def described(tmp_path_factory):
+  """A checkpoint of a run, and its configuration."""
+  folder, config = tmp_path_factory.mktemp("described"), small.get_config()
+  checkpoints = Checkpoints(folder, config_lib.identity(config) | {"classes": ["a"]})
+  assert checkpoints.save(4, state_of(4), wait=True) == ""
+  checkpoints.close()
+  (folder / "config.json").write_text(config.to_json())
+  return folder
+
+
+@pytest.mark.parametrize(
+  "content, message",
+  [
+    ("", "cannot be read .Expecting value"),
+    ("[1, 2]", "holds no run: expected the keys"),
+    ("null", "holds no run: expected the keys"),
+    ("[" * 100_000, "cannot be read .maximum recursion"),
+    ('{"a":' * 700 + "1" + "}" * 700, "(cannot be read|is not that of its checkpoint)"),
+    ({"encoder": {"depth": 10**8}}, r"encoder.depth: 100000000 in the file, 1 in the checkpoint"),
+    ({"image_size": [10**8] * 2}, r"image_size: .100000000, 100000000. in the file, .32, 48. in"),
+    ({"encoder": []}, "encoder.depth: missing in the file, 1 in the checkpoint"),
+    ({"image_size": None, "data": "x"}, "data.crop_scale: missing in the file"),
+  ],
+)
+def test_a_config_that_is_not_that_of_its_checkpoint(described, tmp_path, content, message):
+  """Its sizes would otherwise meet the arrays of the checkpoint, or ask for all memory."""
+  folder = shutil.copytree(described, tmp_path / "run")
+  config = checkpoint.read_config(folder)
+  assert config["encoder"]["depth"] == 1
+  if isinstance(content, dict):
+    changed = {
+      key: config[key] | value if isinstance(value, dict) else value
+      for key, value in content.items()
+    }
+    content = json.dumps(config | changed)
+  (folder / "config.json").write_text(content)
+  with pytest.raises(WorkdirError, match=f"config.json .*{message}"):
+    checkpoint.read_config(folder)
+  assert run_command(["features", f"--model={folder}", "--images=digits", "--out=x.npz"]) == 2
+
+
 def test_f18_the_checkpoint_of_format_2_still_opens(tmp_path):
   folder = shutil.copytree(GOLDENS / "checkpoint_format_2", tmp_path / "run")
   checkpoints = Checkpoints(folder, {"seed": 0})
