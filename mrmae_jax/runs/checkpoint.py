@@ -26,7 +26,7 @@ from absl import logging
 from mrmae_jax.config import flatten
 from mrmae_jax.errors import StorageError, WorkdirError, one_line
 from mrmae_jax.runs import distributed
-from mrmae_jax.runs.paths import is_bucket, open_folder, sync, sync_tree
+from mrmae_jax.runs.paths import is_bucket, is_file, open_folder, sync, sync_tree
 
 FORMAT = 2  # of the record
 FREE_SPACE = 1.2  # free space on the disk that a save needs, in sizes of the state
@@ -326,7 +326,7 @@ def read_config(workdir: str | Path) -> dict[str, Any]:
   """
   folder = open_folder(workdir)
   path = folder / "config.json"
-  if not path.is_file() or not ocp.utils.checkpoint_steps(folder / "checkpoints"):
+  if not is_file(path) or not ocp.utils.checkpoint_steps(folder / "checkpoints"):
     raise WorkdirError(
       f"{workdir} holds no run with a checkpoint: expected config.json and checkpoints/STEP there"
     )

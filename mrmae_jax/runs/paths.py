@@ -27,6 +27,11 @@ def is_bucket(address: str | Path) -> bool:
   return "://" in str(address)
 
 
+def is_file(path: epath.Path) -> bool:
+  """Returns whether a path is that of a file; epath takes pipes and devices for files."""
+  return path.is_file() if is_bucket(path) else os.path.isfile(path)
+
+
 def open_folder(address: str | Path) -> epath.Path:
   """Returns a folder on disk or in a bucket as a path for reading and writing; it need not exist.
 
