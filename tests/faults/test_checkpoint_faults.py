@@ -115,8 +115,8 @@ def test_f15_a_flipped_bit_is_harmless_or_found(saved, tmp_path):
 
 
 @pytest.mark.slow
-def test_f15_300_flipped_bits(saved, tmp_path):
-  outcomes = list(flips(saved, tmp_path, 300).values())
+def test_f15_a_thousand_flipped_bits(saved, tmp_path):
+  outcomes = list(flips(saved, tmp_path, 1000).values())
   print({kind: outcomes.count(kind) for kind in sorted(set(outcomes))})
   assert set(outcomes) == {"the newest", "the previous"}
 
