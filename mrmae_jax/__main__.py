@@ -5,6 +5,7 @@
 
 import argparse
 import contextlib
+import errno
 import importlib
 import os
 import sys
@@ -14,7 +15,15 @@ from pathlib import Path
 import mrmae_jax
 from mrmae_jax.cli import parser
 from mrmae_jax.cli.console import steady_console
-from mrmae_jax.errors import DataError, Interrupted, StorageError, UsageError, UserError
+from mrmae_jax.errors import (
+  DataError,
+  Interrupted,
+  StorageError,
+  UsageError,
+  UserError,
+  one_line,
+  printable,
+)
 
 HELP = {"-h", "--help", "--helpfull"}
 
@@ -60,9 +69,10 @@ def _run(name: str, options: argparse.Namespace, debug: bool) -> int:
     return report_error(error, debug)
   except OSError as error:
     kind = StorageError if name == "train" else UsageError
-    return report_error(kind(" ".join(str(error).split())), debug)
+    hint = ": raise the limit with ulimit -n" if error.errno == errno.EMFILE else ""
+    return report_error(kind(f"{one_line(error, 1000)}{hint}"), debug)
   if isinstance(result, str):
-    print(result, flush=True)
+    print(printable(result, keep="\n"), flush=True)
     return 0
   return result
 

@@ -46,7 +46,7 @@ class Mistakes:
   def report(self) -> None:
     """Raises a ConfigError with all messages, one per line, if there are any."""
     if self._messages:
-      raise ConfigError("\n".join(self._messages))
+      raise ConfigError(*self._messages)
 
 
 def find_mistakes(config: ConfigDict) -> Mistakes:

@@ -431,7 +431,7 @@ def start_from(config: ConfigDict, workdir: str) -> None:
     config.data.update({key: stored["data"][key] for key in images.split()})
     for key in ("labels", "quarantine", "exif"):  # older runs lack them
       config.data[key] = stored["data"].get(key, config.data[key])
-  except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+  except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
     raise ConfigError(f"{workdir} is neither a size nor the workdir of a run: {error}") from None
   config.init_from = str(workdir)
 
@@ -451,7 +451,7 @@ def read_stored(path: Path) -> ConfigDict:
     for name in config.evals.keys() - stored["evals"].keys():
       del config.evals[name]
     config.update(stored)
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
     raise ConfigError(
       f"not the configuration of a run ({type(error).__name__}: {error}); expected the config.json "
       "that a run writes into its workdir"

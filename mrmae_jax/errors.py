@@ -3,11 +3,34 @@
 Only the command line catches them. The text says what was given, what was expected, and what to do.
 """
 
+import re
+
+# What a terminal or a page would obey: control characters, other ends of lines, the direction of
+# text. Names of files may hold any of them.
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def printable(text: str, keep: str = "") -> str:
+  """Returns a text with its control characters as escapes: a newline becomes `\\n`.
+
+  Args:
+    text: a name, or a message with names in it.
+    keep: characters that stay as they are.
+  """
+  escape = lambda match: match[0].encode("unicode_escape").decode()
+  return CONTROL.sub(lambda match: match[0] if match[0] in keep else escape(match), text)
+
 
 class UserError(Exception):
-  """An error whose text is for the user; the command line prints it and exits with `exit_code`."""
+  """An error whose text is for the user; the command line prints it and exits with `exit_code`.
+
+  The text is one line, whatever names it holds.
+  """
 
   exit_code = 2
+
+  def __str__(self) -> str:
+    return printable(super().__str__())
 
 
 class UsageError(UserError):
@@ -15,7 +38,10 @@ class UsageError(UserError):
 
 
 class ConfigError(UserError):
-  """Mistakes in a configuration, one per line."""
+  """Mistakes in a configuration, its arguments: each becomes a line."""
+
+  def __str__(self) -> str:
+    return "\n".join(map(printable, map(str, self.args)))
 
 
 class WeightsError(UserError):
@@ -70,4 +96,4 @@ class Interrupted(UserError):
 
 def one_line(error: BaseException, limit: int = 200) -> str:
   """Returns the text of an error in one line of at most `limit` characters, or else its type."""
-  return (" ".join(str(error).split()) or type(error).__name__)[:limit]
+  return (printable(" ".join(str(error).split())) or type(error).__name__)[:limit]

@@ -17,6 +17,7 @@ from mrmae_jax import config as config_lib
 from mrmae_jax import data, optim, sharding
 from mrmae_jax.errors import NonFiniteError
 from mrmae_jax.runs import nonfinite
+from mrmae_jax.runs.checkpoint import CONTENTS
 from mrmae_jax.runs.run import Run
 
 
@@ -308,7 +309,8 @@ def identity(config, task: Task) -> dict[str, Any]:
 
   Teachers and pretrained weights count by their values, which the task names, not by their paths.
   """
-  fingerprint = {"train images": task.source("train").fingerprint}
+  source = task.source("train")
+  fingerprint = {"train images": source.fingerprint, CONTENTS: data.sample_contents(source)}
   return config_lib.identity(config) | fingerprint | task.identity
 
 
@@ -317,5 +319,7 @@ def host_agreement(config, task: Task) -> dict[str, Any]:
   files = sorted(Path(__file__).parent.rglob("*.py"))
   code = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
   environment = {"code": code[:12], "jax": jax.__version__}
-  images = {"images": task.source("train").fingerprint}
+  source = task.source("train")
+  contents = hashlib.sha256("".join(data.sample_contents(source)).encode()).hexdigest()
+  images = {"images": source.fingerprint, "contents of the images": contents[:12]}
   return config_lib.shared_values(config) | images | environment | task.identity

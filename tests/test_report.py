@@ -1,11 +1,16 @@
 """The page about runs, and the files that a run writes for it."""
 
+import base64
 import html.parser
+import io
 import json
+import os
 import re
+import struct
 import sys
 import types
 import xml.etree.ElementTree as ET
+import zlib
 
 import numpy as np
 import pytest
@@ -232,3 +237,83 @@ def test_weights_and_biases_gets_the_same_numbers(tmp_path, monkeypatch, capsys)
     3,
     4,
   ]  # the failure there has no effect here
+
+
+def png_of(width, height):
+  """Returns a PNG whose header claims a size."""
+  content = io.BytesIO()
+  Image.new("L", (1, 1)).save(content, "PNG")
+  head = struct.pack(">II", width, height) + b"\x08\x00\x00\x00\x00"
+  chunk = struct.pack(">I", 13) + b"IHDR" + head + struct.pack(">I", zlib.crc32(b"IHDR" + head))
+  return content.getvalue()[:8] + chunk + content.getvalue()[33:]
+
+
+ODD = [
+  ("goodput.json", "[1, 2]", "goodput.json: "),
+  ("goodput.json", '{"seconds": []}', "goodput.json: 'starts'"),
+  ("goodput.json", json.dumps({"seconds": 3, "starts": 1, "replayed_steps": 0, "goodput": 1}), ""),
+  (
+    "goodput.json",
+    json.dumps({"seconds": {"step": "x"}, "starts": 1, "replayed_steps": 0, "goodput": 1}),
+    "goodput.json: it holds what is no number",
+  ),
+  ("config.json", "[1]", "config.json: 'list' object"),
+  ("config.json", "null", "config.json: "),
+  ("config.json", "[" * 100_000, "config.json: maximum recursion"),
+  ("config.json", '{"items": 1, "a.b": {"": [[]]}, "keys": {"x": null}}', None),
+  ("config.json", None, "config.json: not a file"),
+  ("starts.jsonl", '[1]\n"x"\n{"time": [1], "command": {}}\n', "starts.jsonl: 2 lines are no"),
+  ("metrics.jsonl", '{"step": 1, "loss": NaN}\n', "metrics.jsonl: 1 lines are no records"),
+  ("metrics.jsonl", '{"step": "1", "loss": 1}\n', "metrics.jsonl: 1 lines are no records"),
+  ("metrics.jsonl", f'{{"step": 1, "loss": {"9" * 4000}}}\n', "metrics.jsonl: 1 lines"),
+  (
+    "metrics.jsonl",
+    '{"step": 1, "$_{\\u0000\\n^": 1e299, "y": -1e299}\n{"step": 2, "y": 3}\n',
+    None,
+  ),
+  ("metrics.jsonl", '{"step": 1, "x": true, "y": {"a": 1}}\n', "metrics.jsonl: 1 lines are no"),
+  ("reconstructions/step_0000010.png", None, "step_0000010.png: not a file"),
+  ("reconstructions/step_0000010.png", png_of(40_000, 20_000), "it has 40000 x 20000 pixels|bomb"),
+  ("reconstructions/step_0000010.png", png_of(10**9, 1), "step_0000010.png: "),
+  ("reconstructions/step_0000010.png", b"", "step_0000010.png: cannot identify"),
+  ("reconstructions/step_0000010.png", png_of(9, 9)[:-20], "step_0000010.png: "),
+  ("reconstructions/step_x.png", b"", "step_x.png: its name is not step_NUMBER.png"),
+  ("reconstructions", b"a file", None),
+]
+
+
+@pytest.mark.parametrize("name, content, problem", ODD)
+def test_odd_workdirs_give_a_page_that_names_what_is_odd(
+  tmp_path, monkeypatch, capsys, name, content, problem
+):
+  """`None` as content is a pipe, which must not be opened."""
+  monkeypatch.setattr(report, "line_plot", lambda *_, title, **__: title.encode())
+  folder = tmp_path / "run"
+  (folder / "reconstructions").mkdir(parents=True)
+  (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 1}\n{"step": 2, "loss": 0.5}\n')
+  target = folder / name
+  if name == "reconstructions":
+    target.rmdir()
+  if content is None:
+    os.mkfifo(target)
+  else:
+    target.write_bytes(content if isinstance(content, bytes) else content.encode())
+  assert run_command(["report", f"--runs={folder}", f"--out={tmp_path}/page.html"]) == 0
+  printed = capsys.readouterr().out
+  words = " ".join(Reader((tmp_path / "page.html").read_text()).words)
+  assert ("What could not be read" in words) == (problem is not None)
+  assert printed.count("warning: run: ") == (problem is not None)
+  if problem:
+    assert re.search(problem, printed) and name.rpartition("/")[2] in words
+
+
+def test_odd_numbers_and_names_are_drawn(tmp_path):
+  (tmp_path / "run").mkdir()
+  lines = [{"step": i, "$_{\0\n^": 1e299 * (-1) ** i, "_y": 1e-300 * i} for i in (1, 2, 2**52)]
+  (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+  assert run_command(["report", f"--runs={tmp_path}/run", f"--out={tmp_path}/page.html"]) == 0
+  page = Reader((tmp_path / "page.html").read_text())
+  for image in page.images:
+    svg = base64.b64decode(image["src"].partition("base64,")[2])
+    ET.fromstring(svg)
+  assert len(page.images) == 2

@@ -10,7 +10,7 @@ import numpy as np
 from mrmae_jax.cli import classifiers as lib
 from mrmae_jax.cli.features import show_progress
 from mrmae_jax.data.sources.listing import first_names
-from mrmae_jax.errors import DataError, UsageError
+from mrmae_jax.errors import DataError, UsageError, printable
 from mrmae_jax.runs import supervision
 from mrmae_jax.runs.paths import atomic_write
 from mrmae_jax.viz import plot
@@ -64,6 +64,7 @@ def run(options) -> str:
   classifiers = lib.load_classifiers(options)
   source = lib.open_source(options)
   labels = _find_labels(source, classifiers.class_names)
+  class_names = tuple(map(printable, classifiers.class_names))
   print(source.description, flush=True)
   with supervision.supervised(hang_s=0):
     counts = _count_all(classifiers, source, labels, options)
@@ -74,10 +75,10 @@ def run(options) -> str:
     "accuracy": {name: value.accuracy for name, value in counts.items()},
   }
   *_, last = counts.values()
-  rows = class_rows(last, classifiers.class_names)
-  lines = _describe(result, rows, last, classifiers.class_names)
+  rows = class_rows(last, class_names)
+  lines = _describe(result, rows, last, class_names)
   if options.out:
-    _write(Path(options.out).expanduser(), result, rows, last.confusion, classifiers.class_names)
+    _write(Path(options.out).expanduser(), result, rows, last.confusion, class_names)
     lines.append(f"wrote result.json, classes.csv, confusion.csv and .png to {options.out}")
   return "\n".join(lines)
 
@@ -190,8 +191,8 @@ def _write(folder: Path, result: dict, rows: list[dict], confusion, class_names)
 
 
 def write_csv(path: Path, header, rows) -> None:
-  """Writes a table; names of files that are not text keep their bytes."""
+  """Writes a table, a line to a row; names of files that are not text keep their bytes."""
+  escape = lambda cell: printable(cell) if isinstance(cell, str) else cell
   with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
+    writer.writerows(map(escape, row) for row in (header, *rows))

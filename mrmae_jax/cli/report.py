@@ -1,21 +1,22 @@
 """Writes one page about a run, or several side by side: `mrmae report`."""
 
 import json
-from typing import Any, NamedTuple
+import re
+from typing import Any, Callable, NamedTuple
 
 import numpy as np
 from etils import epath
-from ml_collections import ConfigDict
 from PIL import Image
 
 from mrmae_jax.config import flatten
-from mrmae_jax.errors import UsageError, WorkdirError
-from mrmae_jax.runs.metrics import NOT_RESULTS, read_json_lines, read_metrics
-from mrmae_jax.runs.paths import open_folder
+from mrmae_jax.errors import UsageError, WorkdirError, one_line, printable
+from mrmae_jax.runs.metrics import NOT_RESULTS, read_json_lines, read_records
+from mrmae_jax.runs.paths import is_file, open_folder
 from mrmae_jax.viz.page import Figure, Page
 from mrmae_jax.viz.plot import line_plot
 
 PICTURES = 6  # reconstructions shown of each run, from its first to its last
+MAX_PIXELS = 10**8  # of a picture
 # Order of the curves: FIRST, other losses, evaluations, LAST.
 FIRST = ("loss", "pixel", "mimic")
 LAST = (
@@ -34,7 +35,18 @@ LAST = (
 
 
 class Run(NamedTuple):
-  """What a workdir holds. `series`: {metric: ([steps], [values])}."""
+  """What a workdir holds.
+
+  Attributes:
+    name: of the folder.
+    folder: the workdir.
+    series: {metric: ([steps], [values])}.
+    config: flat.
+    goodput: see `log.Goodput`; {} if there is none.
+    starts: a row for each start.
+    pictures: {step: reconstructions, uint8 [H, W, 3]}.
+    problems: a line for each file of which something could not be read.
+  """
 
   name: str
   folder: epath.Path
@@ -42,33 +54,84 @@ class Run(NamedTuple):
   config: dict[str, Any]
   goodput: dict[str, Any]
   starts: list[dict[str, Any]]
+  pictures: dict[int, np.ndarray]
+  problems: list[str]
 
 
 def read_run(folder: epath.Path) -> Run:
   """Reads a workdir. Files that a running run has not written yet count as empty."""
-  series = {}
-  for record in read_metrics(folder):
+  series, problems = {}, []
+  records, spoiled = read_records(folder / "metrics.jsonl")
+  for record in records:
     for name, value in record.items():
-      if name != "step" and isinstance(value, (int, float)):
-        steps, values = series.setdefault(name, ([], []))
+      if name != "step":
+        steps, values = series.setdefault(printable(name), ([], []))
         steps.append(record["step"])
         values.append(value)
+  rows, spoiled_starts = read_json_lines(folder / "starts.jsonl")
+  starts = [row for row in rows if isinstance(row, dict)]
+  spoiled_starts += len(rows) - len(starts)
+  for name, count in (("metrics.jsonl", spoiled), ("starts.jsonl", spoiled_starts)):
+    if count:
+      problems.append(f"{name}: {count} lines are no records")
   return Run(
-    name=folder.name,
+    name=printable(folder.name),
     folder=folder,
     series=series,
-    config=flatten(ConfigDict(_read_json(folder / "config.json"))),
-    goodput=_read_json(folder / "goodput.json"),
-    starts=[row for row in read_json_lines(folder / "starts.jsonl")[0] if isinstance(row, dict)],
+    config=_read_json(folder / "config.json", flatten, problems),
+    goodput=_read_json(folder / "goodput.json", _check_goodput, problems),
+    starts=starts,
+    pictures=_read_pictures(folder / "reconstructions", problems),
+    problems=problems,
   )
 
 
-def _read_json(path: epath.Path) -> dict[str, Any]:
+def _read_json(path: epath.Path, interpret: Callable, problems: list[str]) -> dict[str, Any]:
+  """Returns `interpret` of the object in a file; {} and a problem if that fails."""
   try:
-    content = json.loads(path.read_text())
-  except (OSError, ValueError, RecursionError):
-    return {}
-  return content if isinstance(content, dict) else {}
+    if path.exists() and not is_file(path):  # a pipe would be read for ever
+      raise ValueError("not a file")
+    return interpret(json.loads(path.read_text()))
+  except FileNotFoundError:
+    pass
+  except (OSError, ValueError, RecursionError, AttributeError, TypeError, LookupError) as error:
+    problems.append(f"{path.name}: {one_line(error)}")
+  return {}
+
+
+def _check_goodput(content: dict[str, Any]) -> dict[str, Any]:
+  """Returns an account; raises an error if it lacks something, or holds what is no number."""
+  numbers = [content[name] for name in ("starts", "replayed_steps", "goodput")]
+  if not all(isinstance(x, (int, float)) for x in (*numbers, *content["seconds"].values())):
+    raise ValueError("it holds what is no number")
+  return content
+
+
+def _read_pictures(folder: epath.Path, problems: list[str]) -> dict[int, np.ndarray]:
+  """Reads up to PICTURES reconstructions of a run, from its first to its last."""
+  paths = {}
+  for path in folder.glob("step_*.png") if folder.is_dir() else ():
+    if step := re.fullmatch(r"step_(\d{1,15})", path.stem):
+      paths[int(step[1])] = path
+    else:
+      problems.append(f"{path.name}: its name is not step_NUMBER.png")
+  pictures, steps = {}, sorted(paths)
+  for i in sorted({round(j) for j in np.linspace(0, len(steps) - 1, PICTURES)}) if steps else ():
+    try:
+      pictures[steps[i]] = _read_picture(paths[steps[i]])
+    except Exception as error:  # damaged pictures raise errors of any type
+      problems.append(f"{paths[steps[i]].name}: {one_line(error)}")
+  return pictures
+
+
+def _read_picture(path: epath.Path) -> np.ndarray:
+  """Reads a PNG as uint8 [H, W, 3]."""
+  if not is_file(path):
+    raise ValueError("not a file")
+  with path.open("rb") as file, Image.open(file, formats=("PNG",)) as image:
+    if image.width * image.height > MAX_PIXELS:
+      raise ValueError(f"it has {image.width} x {image.height} pixels, at most {MAX_PIXELS:,}")
+    return np.asarray(image.convert("RGB"))
 
 
 def find_runs(paths: list[str]) -> list[Run]:
@@ -77,7 +140,7 @@ def find_runs(paths: list[str]) -> list[Run]:
   Raises:
     UsageError: a folder without a run.
   """
-  is_run = lambda folder: (folder / "metrics.jsonl").is_file()
+  is_run = lambda folder: is_file(folder / "metrics.jsonl")
   runs = []
   for path in paths:
     folder = open_folder(path)
@@ -119,6 +182,7 @@ def write_page(runs: list[Run], out: str) -> None:
   _add_goodput(page, [run for run in runs if run.goodput])
   _add_settings(page, runs)
   _add_starts(page, runs)
+  _add_problems(page, runs)
   page.write(out)
 
 
@@ -149,19 +213,14 @@ def _add_curves(page: Page, runs: list[Run], names: list[str]) -> None:
 
 
 def _add_reconstructions(page: Page, run: Run) -> None:
-  """Adds up to PICTURES reconstructions of a run, from its first to its last."""
-  folder = run.folder / "reconstructions"
-  paths = sorted(folder.glob("step_*.png")) if folder.is_dir() else []
-  if not paths:
+  """Adds the reconstructions of a run."""
+  if not run.pictures:
     return
   page.section(
     f"Reconstructions: {run.name}",
     "Original, what the encoder sees, the decoder's output, and that output in the hidden places.",
   )
-  for i in sorted({round(j) for j in np.linspace(0, len(paths) - 1, PICTURES)}):
-    step = int(paths[i].stem.removeprefix("step_"))
-    with paths[i].open("rb") as file:
-      picture = np.asarray(Image.open(file).convert("RGB"))
+  for step, picture in run.pictures.items():
     alt = f"Reconstructions of held-out images by {run.name} after step {step}, one image a row."
     page.figure(Figure(picture, alt, f"Step {step:,}"))
 
@@ -213,6 +272,14 @@ def _add_starts(page: Page, runs: list[Run]) -> None:
   page.table(["run", "when", "command", "devices", "versions"], rows)
 
 
+def _add_problems(page: Page, runs: list[Run]) -> None:
+  """Adds a table of what could not be read, if there is something."""
+  rows = [[run.name, problem] for run in runs for problem in run.problems]
+  if rows:
+    page.section("What could not be read", "It is left out above.")
+    page.table(["run", "file"], rows)
+
+
 def run(options) -> str:
   """Runs `mrmae report`; returns a line for people.
 
@@ -226,4 +293,6 @@ def run(options) -> str:
   except WorkdirError as error:
     raise UsageError(str(error)) from None
   write_page(runs, options.out)
-  return f"wrote {options.out}: {len(runs)} run{'s' if len(runs) > 1 else ''}"
+  lines = [f"warning: {run.name}: {problem}" for run in runs for problem in run.problems]
+  lines.append(f"wrote {options.out}: {len(runs)} run{'s' if len(runs) > 1 else ''}")
+  return "\n".join(lines)

@@ -25,7 +25,7 @@ from mrmae_jax.cli import parser
 from mrmae_jax.cli.configs import find_config, load_config
 from mrmae_jax.errors import UsageError, UserError
 from mrmae_jax.runs.metrics import NOT_RESULTS, read_metrics
-from mrmae_jax.runs.paths import open_folder
+from mrmae_jax.runs.paths import open_folder, write_text
 from mrmae_jax.sweep import point_name
 from mrmae_jax.viz.plot import line_plot
 
@@ -252,7 +252,7 @@ def _train_job(job: Job, environment: dict[str, str], processes: set) -> Failure
     code = process.wait()
     processes.remove(process)
   if code == 0:
-    (folder / "finished").write_text(shlex.join(job.words), encoding="utf-8")
+    write_text(folder / "finished", shlex.join(job.words))
     return None
   lines = (folder / "log.txt").read_bytes()[start:].decode("utf-8", "replace").split("\n")
   lines = [line for line in lines if line.strip()] or ["it wrote nothing"]

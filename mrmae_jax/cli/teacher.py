@@ -14,6 +14,7 @@ import numpy as np
 from mrmae_jax import mrmae, teachers, train
 from mrmae_jax.errors import UsageError
 from mrmae_jax.models import ViT, make_encoder
+from mrmae_jax.runs.paths import sync, sync_tree
 from mrmae_jax.tasks import self_distill
 from mrmae_jax.weights import families, files, model_files, table
 
@@ -86,9 +87,11 @@ def write_folder(folder: Path, encoder: ViT, params, config) -> None:
     tensors = table.export(params, families.name_table(families.MODEL_TYPES["vit"], "", encoder))
     files.write_safetensors(tmp / FILES[2], tensors)
     verify_folder(tmp, encoder, params, config)
+    sync_tree(tmp)
     if folder.exists():
       folder.rename(old)
     tmp.rename(folder)
+    sync(folder.parent)
   finally:
     shutil.rmtree(tmp, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)

@@ -49,7 +49,7 @@ def run(options) -> int:
       raise
     traceback.print_exc()
     code = LostError.exit_code
-    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    reason = f"{type(error).__name__}: {one_line(error, 300)}"
     # If another process failed first, its error is the cause of this one.
     if cause := distributed.who_left():
       reason = f"{cause}; this process ends too"

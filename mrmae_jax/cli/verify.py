@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from mrmae_jax.cli.pack import open_splits
 from mrmae_jax.data import augment
-from mrmae_jax.errors import DataError
+from mrmae_jax.errors import DataError, printable
 from mrmae_jax.runs.paths import atomic_write
 
 CHUNK = 16  # images that a process takes at a time
@@ -63,7 +63,7 @@ def inspect_images(source, channels: int, indices: Iterable[int]) -> ImageStatis
         counts = _classify_file(data)
       image = augment.with_channels(image, channels, name)
     except DataError as error:
-      cause = str(error).removeprefix(f"{name}: ")
+      cause = str(error).removeprefix(f"{printable(name)}: ")
       total += empty_statistics(channels)._replace(bad={name: cause})
       continue
     counts.append(("short_side", 1 << (min(image.shape[:2]).bit_length() - 1)))

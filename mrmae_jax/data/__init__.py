@@ -9,7 +9,13 @@ from mrmae_jax.data.loader import (
   loader_options,
   train_batches,
 )
-from mrmae_jax.data.sources import Source, check_same_classes, open_source, open_split
+from mrmae_jax.data.sources import (
+  Source,
+  check_same_classes,
+  open_source,
+  open_split,
+  sample_contents,
+)
 from mrmae_jax.data.views import (
   ImageView,
   PairView,
@@ -38,5 +44,6 @@ __all__ = [
   "open_split",
   "pair_views",
   "resizer",
+  "sample_contents",
   "train_batches",
 ]

@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import queue
 import re
+import resource
 import signal
 import sys
 import threading
@@ -32,9 +33,10 @@ from tqdm import tqdm
 
 from mrmae_jax.data.sources import Source
 from mrmae_jax.data.views import View
-from mrmae_jax.errors import DataError
+from mrmae_jax.errors import DataError, UserError, printable
 
 MAX_THREADS = 8  # more decoding threads in one process fight for the interpreter
+FILES_PER_WORKER = 20  # that the process of the loader has open: pipes and shared memory
 MAX_DRAWS = 100  # images tried for one place in the stream
 REASON_BYTES = 400  # of the reason why an image was skipped, as it travels with a batch
 CLOSE_S = 1.0  # longest wait in seconds for the thread that fetches batches, at the end
@@ -357,7 +359,7 @@ def warn_of_skipped(
   Raises:
     DataError: there are too many.
   """
-  reason, number = list(skipped.values())[-1], len(skipped)
+  reason, number = printable(list(skipped.values())[-1]), len(skipped)
   most = int(options.max_skipped * total)
   if number > most:
     raise DataError(
@@ -457,12 +459,31 @@ def _iterate(batches: grain.MapDataset, workers: int) -> grain.DatasetIterator:
     grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
   )
   if workers:
+    _allow_open_files(workers)
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()  # Grain hands its flags on to the workers.
     batches = batches.mp_prefetch(
       grain.MultiprocessingOptions(num_workers=workers), _end_with_parent
     )
   return iter(batches)
+
+
+def _allow_open_files(workers: int) -> None:
+  """Lets this process open the pipes and the shared memory of its workers.
+
+  Raises:
+    UserError: the operating system does not let it.
+  """
+  required = FILES_PER_WORKER * (workers + 2)
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  if resource.RLIM_INFINITY in (soft, hard) or soft >= required:
+    return
+  if hard < required:
+    raise UserError(
+      f"this process may open {hard} files (ulimit -n), and {workers} workers need {required}: "
+      f"raise the limit, or set data.workers={max(0, hard // FILES_PER_WORKER - 2)}"
+    )
+  resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _end_with_parent(worker: int, workers: int) -> None:

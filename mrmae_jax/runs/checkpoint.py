@@ -6,6 +6,7 @@ only when it is complete, record included, so a run that is killed while saving 
 one. Restoring verifies every array, because orbax itself restores a flipped bit silently.
 """
 
+import asyncio
 import contextlib
 import dataclasses
 import hashlib
@@ -22,9 +23,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
+from mrmae_jax.config import flatten
 from mrmae_jax.errors import StorageError, WorkdirError, one_line
 from mrmae_jax.runs import distributed
-from mrmae_jax.runs.paths import is_bucket, open_folder
+from mrmae_jax.runs.paths import is_bucket, is_file, open_folder, sync, sync_tree
 
 FORMAT = 2  # of the record
 FREE_SPACE = 1.2  # free space on the disk that a save needs, in sizes of the state
@@ -33,6 +35,8 @@ FREE_SPACE = 1.2  # free space on the disk that a save needs, in sizes of the st
 SHARED_BYTES = 2**20
 # Keys of an identity that older versions noted, and that a run may change
 OUTDATED = {"data.source"}
+# Key of an identity: digests of a sample of images, of which a few may change
+CONTENTS = "train image contents"
 SAVE_TIMEOUT_S = 300  # orbax waits 1200 s by default, on a full disk in vain
 
 
@@ -81,6 +85,7 @@ class Checkpoints:
       preservation_policy=_NewestAndBest(keep, {} if scores is None else scores),
       cleanup_tmp_directories=True,
       async_options=ocp.AsyncOptions(timeout_secs=SAVE_TIMEOUT_S),
+      temporary_path_class=None if is_bucket(workdir) else _SyncedPath,
     )
 
   def restore(self, shapes) -> Restored | None:
@@ -101,11 +106,11 @@ class Checkpoints:
     damaged = {}
     for step in sorted(self._manager.all_steps(), reverse=True):
       try:
-        state = self._restore_step(step, shapes)
+        state, note = self._restore_step(step, shapes)
       except _DamagedError as error:
         damaged[step] = str(error)
       else:
-        return Restored(step, state, self._move_damaged(damaged))
+        return Restored(step, state, [*self._move_damaged(damaged), *filter(None, [note])])
     if damaged:
       reasons = "; ".join(f"step {step}: {problem}" for step, problem in damaged.items())
       raise StorageError(
@@ -115,14 +120,18 @@ class Checkpoints:
     return None
 
   def _restore_step(self, step: int, shapes):
-    """Restores and verifies one checkpoint; raises what `restore` raises, or _DamagedError."""
+    """Restores and verifies one checkpoint; raises what `restore` raises, or _DamagedError.
+
+    Returns:
+      (state, a warning or "").
+    """
     record, problem = None, ""
     try:
       record = _read_record(self._manager, step)
     except _DamagedError as error:
       problem = str(error)
     _agree_intact(step, problem)
-    self._check_identity(record["identity"])
+    note = self._check_identity(record["identity"])
     self._check_arrays(step, record["arrays"], shapes)
     try:
       args = ocp.args.Composite(state=_restore_args(shapes))
@@ -131,15 +140,18 @@ class Checkpoints:
       problem = f"it cannot be read ({one_line(error)})"
     _agree_intact(step, problem)
     _verify(record, state)
-    return state
+    return state, note
 
-  def _check_identity(self, stored: dict[str, Any]) -> None:
-    """Raises WorkdirError if the checkpoint is of another run."""
+  def _check_identity(self, stored: dict[str, Any]) -> str:
+    """Raises WorkdirError if the checkpoint is of another run; returns a warning or ""."""
     changed = [
       f"{key}: {stored.get(key)!r} in the checkpoint, {self.identity.get(key)!r} now"
-      for key in sorted((stored.keys() | self.identity.keys()) - OUTDATED)
+      for key in sorted((stored.keys() | self.identity.keys()) - OUTDATED - {CONTENTS})
       if stored.get(key) != self.identity.get(key)
     ]
+    is_replaced, note = _compare_contents(stored.get(CONTENTS), self.identity.get(CONTENTS))
+    if is_replaced:
+      changed.append(note)
     if changed:
       workdir, task = self.directory.parent, stored.get("task")
       other_length = stored.get("epochs") != self.identity.get("epochs")
@@ -152,6 +164,7 @@ class Checkpoints:
         "repeat the settings of the run that is there"
         + (hint if other_length and task in ("pretrain", "finetune") else "")
       )
+    return f"warning: {note}; they count from here on" if note else ""
 
   def _check_arrays(self, step: int, arrays: dict[str, list], shapes) -> None:
     """Raises WorkdirError if a checkpoint has other arrays than `shapes`."""
@@ -254,12 +267,16 @@ class Checkpoints:
   def _recover(self, problem: str) -> str:
     """Reads the folder again after a failed save; returns `problem`.
 
-    After an error orbax lists steps that do not exist. With several processes the run must stop
-    instead: raises StorageError.
+    After an error orbax lists steps that do not exist, and leaves the unfinished checkpoint, whose
+    space the next one may need. With several processes the run must stop instead: raises
+    StorageError.
     """
     if jax.process_count() > 1:
       raise StorageError(f"{self.directory}: {problem}")
     logging.warning("%s: %s", self.directory, problem)
+    if not is_bucket(self.directory):
+      for unfinished in Path(self.directory).glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
     self._manager.reload()
     return problem
 
@@ -269,6 +286,21 @@ class Checkpoints:
       self._manager.close()
     except Exception as error:  # of a save that the run did not wait for
       logging.warning("%s: %s", self.directory, one_line(error))
+
+
+class _SyncedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
+  """The folder of an unfinished checkpoint; once finished, it survives a loss of power.
+
+  Orbax itself waits for the arrays alone, not for its JSON files and the names of folders. The
+  checkpoint before stays until `finalize` returns.
+  """
+
+  async def finalize(self) -> None:
+    """Gives the folder its final name."""
+    await asyncio.to_thread(sync_tree, self.get())
+    await super().finalize()  # it adds small files, without which a checkpoint counts as damaged
+    await asyncio.to_thread(sync_tree, self.get_final())
+    await asyncio.to_thread(sync, self.get_final().parent)
 
 
 @dataclasses.dataclass
@@ -289,22 +321,33 @@ def read_config(workdir: str | Path) -> dict[str, Any]:
   """Returns the configuration of the run in `workdir`, as plain values.
 
   Raises:
-    WorkdirError: there is no run, or none with a complete checkpoint.
+    WorkdirError: there is no run, or none with a complete checkpoint; or config.json there is not
+      that of the checkpoint, whose arrays it describes.
   """
   folder = open_folder(workdir)
   path = folder / "config.json"
-  if not path.is_file() or not ocp.utils.checkpoint_steps(folder / "checkpoints"):
+  if not is_file(path) or not ocp.utils.checkpoint_steps(folder / "checkpoints"):
     raise WorkdirError(
       f"{workdir} holds no run with a checkpoint: expected config.json and checkpoints/STEP there"
     )
   try:
     config = json.loads(path.read_text())
-  except ValueError as error:
+    flat = flatten(config) if isinstance(config, dict) else {}
+  except (ValueError, RecursionError) as error:
     raise WorkdirError(
-      f"{path} cannot be read ({error}); a run writes it anew when it resumes"
+      f"{path} cannot be read ({one_line(error)}); a run writes it anew when it resumes"
     ) from None
   if not isinstance(config, dict):
     raise WorkdirError(f"{path} holds no run: expected the keys of a configuration")
+  identity = read_identity(workdir)
+  keys = [key for key in identity if "." in key or key in flat or key in ("task", "image_size")]
+  for key in sorted(set(keys) - OUTDATED):
+    if key not in flat or flat[key] != identity[key]:
+      now = repr(flat[key])[:60] if key in flat else "missing"
+      raise WorkdirError(
+        f"{path} is not that of its checkpoint ({key}: {now} in the file, {identity[key]!r} in the "
+        "checkpoint); a run writes it anew when it resumes"
+      )
   return config
 
 
@@ -386,6 +429,22 @@ def _read_params(manager, step: int, entries: tuple[str, ...], is_averaged: bool
   params = arrays["opt_state"][-1]["average"] if is_averaged else arrays["params"]
   others = tuple(name for name in stored if name not in names)
   return Stored({name: params[name] for name in names}, others, step, record["identity"])
+
+
+def _compare_contents(before: list[str] | None, now: list[str] | None) -> tuple[bool, str]:
+  """Compares the sampled contents of a run's images with those of the same names now.
+
+  Images that cannot be read, then or now, are left out. Checkpoints of older versions have no
+  sample.
+
+  Returns:
+    (whether they were replaced, not only repaired here and there; what has changed, or "").
+  """
+  pairs = [(a, b) for a, b in zip(before or [], now or []) if a and b]
+  count = sum(a != b for a, b in pairs)
+  limit = min(max(2, len(pairs) // 10), len(pairs) // 2)
+  note = f"{count} of {len(pairs)} training images that were compared have other contents now"
+  return count > limit, note if count else ""
 
 
 def _state_handler() -> ocp.PyTreeCheckpointHandler:

@@ -46,9 +46,11 @@ def start(
 
   Raises:
     DistributedError: values that contradict each other or those of the other processes, or nothing
-      from which JAX could detect them.
+      from which JAX could detect them; a port that is in use.
   """
   address, count, index = _complete(coordinator_address, num_processes, process_id)
+  if index == 0:
+    _check_port(address)
   connected = threading.Event()
   arguments = (connected, timeout_s, index, count, address)
   threading.Thread(target=_report_waiting, args=arguments, daemon=True).start()
@@ -105,11 +107,30 @@ def _complete(
     raise DistributedError(
       f"--process_id={index} must be one of 0 to {count - 1} with --num_processes={count}"
     )
-  if not address.rpartition(":")[2].isdigit():
+  host, _, port = address.rpartition(":")
+  if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
     raise DistributedError(
       f"--coordinator_address={address} must be HOST:PORT of process 0, e.g. 10.0.0.2:8476"
     )
   return address, count, index
+
+
+def _check_port(address: str) -> None:
+  """Checks that process 0 can listen: jaxlib may crash where it cannot.
+
+  Raises:
+    LostError: the port is in use, or reserved.
+  """
+  dual = socket.has_dualstack_ipv6()
+  family = socket.AF_INET6 if dual else socket.AF_INET
+  try:
+    port = int(address.rpartition(":")[2])
+    socket.create_server(("", port), family=family, dualstack_ipv6=dual).close()
+  except OSError as error:
+    raise LostError(
+      f"process 0 cannot listen at {address} ({os.strerror(error.errno)}): an earlier run may not "
+      "have ended; end it, or give all processes another port in --coordinator_address"
+    ) from None
 
 
 def _report_waiting(
@@ -132,11 +153,10 @@ def _report_waiting(
     text = f"{name} waited {int(waited())} s for the others at "
     if address is None:
       return text + "the address that JAX detected"
-    if index == 0:
+    problem = _reach(address)
+    if index == 0 and not problem.startswith("the name"):
       return text + address
-    if _answers(address):
-      return f"{text}{address}; {address} answers, so others have not come"
-    return f"{text}{address}; nothing answers at {address}"
+    return f"{text}{address}; {problem or f'{address} answers, so others have not come'}"
 
   while not connected.wait(min(NOTICE_S, max(0, timeout_s - waited()))):
     if waited() < timeout_s:
@@ -153,14 +173,16 @@ def _report_waiting(
     os._exit(LostError.exit_code)
 
 
-def _answers(address: str) -> bool:
-  """Returns whether something listens at HOST:PORT."""
+def _reach(address: str) -> str:
+  """Returns why HOST:PORT cannot be reached, or "" if something listens there."""
   host, _, port = address.rpartition(":")
   try:
-    with socket.create_connection((host, int(port)), timeout=2):
-      return True
+    with socket.create_connection((host.strip("[]"), int(port)), timeout=2):
+      return ""
+  except (socket.gaierror, UnicodeError) as error:
+    return f"the name {host} is not known here ({one_line(error)})"
   except OSError:
-    return False
+    return f"nothing answers at {address}"
 
 
 def exchange(occasion: str, text: str, timeout_s: float | None = None) -> list[str]:
@@ -277,7 +299,8 @@ def agree(occasion: str, values: dict, error: str | None = None) -> None:
 
 def _disagreements(reports: list[dict]) -> list[str]:
   """Returns the errors of the processes, or else the values that differ from those of process 0."""
-  errors = [f"process {i}: {r['error']}" for i, r in enumerate(reports) if r["error"]]
+  lines = lambda error: error.replace("\n", "; ")
+  errors = [f"process {i}: {lines(r['error'])}" for i, r in enumerate(reports) if r["error"]]
   if errors:
     return errors
   first = reports[0]["values"]

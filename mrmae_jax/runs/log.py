@@ -9,6 +9,7 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import shlex
 import sys
@@ -23,7 +24,7 @@ from etils import epath
 from tqdm import tqdm
 
 from mrmae_jax import constants, hardware
-from mrmae_jax.errors import one_line
+from mrmae_jax.errors import StorageError, one_line, printable
 from mrmae_jax.runs import paths, supervision, tensorboard
 from mrmae_jax.runs.metrics import (
   NOT_RESULTS,
@@ -68,7 +69,9 @@ class Log:
     self._total_steps = total_steps
     self._settings = settings or {}
     self._last_results = {}
-    self._unwritten = ""  # records that the disk did not take
+    self._start = ""  # the line of this run in starts.jsonl
+    self._folder_id = None  # of the workdir
+    self._unwritten = b""  # of the records, what the disk has not taken yet
     self._bar = None
     self._writers = {}  # {name: writer} of those that are open
     self._openers = {}  # {name: () -> writer} of those that are opened again after a failure
@@ -101,7 +104,7 @@ class Log:
     if spoiled:
       self.say(f"warning: metrics.jsonl: {spoiled} lines are no records and are left out")
     paths.write_text(self.path, _to_lines(r for r in records if r["step"] <= first_step))
-    self._file = open(self.path, "a", encoding="utf-8")
+    self._file = open(self.path, "ab", buffering=0)  # it says how much of a record a disk took
 
   def _note_start(self, first_step: int) -> None:
     """Adds to WORKDIR/starts.jsonl when, with which command and on what the run starts."""
@@ -117,10 +120,46 @@ class Log:
       "versions": ", ".join([f"python {platform.python_version()}", *versions]),
     }
     starts = [*read_json_lines(self._workdir / "starts.jsonl")[0], start]
+    self._start = _to_lines([start])
     paths.write_text(self._workdir / "starts.jsonl", _to_lines(starts))
+    self._folder_id = self._read_folder_id()
+
+  def _read_folder_id(self) -> tuple[int, int] | None:
+    """Returns what tells the workdir from other folders; None if there is no such folder."""
+    try:
+      info = os.stat(self._workdir / ".")
+      return info.st_dev, info.st_ino
+    except (FileNotFoundError, NotADirectoryError):
+      return None
+
+  def check_folder(self) -> None:
+    """Checks that the workdir is still the folder in which the run began.
+
+    Else a second, incomplete run would be written where a disk was unmounted or a folder renamed.
+
+    Raises:
+      StorageError: it is not.
+    """
+    if not self._is_writer or paths.is_bucket(self._workdir):
+      return
+    if self._read_folder_id() != self._folder_id and not self._has_start():
+      self._is_writer = False
+      raise StorageError(
+        f"{self._workdir} is no longer the folder in which this run began: it was moved, removed "
+        "or unmounted. Bring it back, and run the same command again; it resumes after the newest "
+        "checkpoint there"
+      )
+
+  def _has_start(self) -> bool:
+    """Returns whether starts.jsonl names this run: some file systems renumber their folders."""
+    try:
+      return self._start in (self._workdir / "starts.jsonl").read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+      return False
 
   def say(self, text: str) -> None:
-    """Prints one line on the console."""
+    """Prints lines on the console."""
+    text = printable(text, keep="\n")
     if self._bar:
       self._bar.write(text)
     elif self._is_writer:
@@ -134,30 +173,56 @@ class Log:
   def scalars(self, step: int, values: dict[str, float], eta: float = 0.0) -> None:
     """Writes numbers to all logs, as one record of metrics.jsonl.
 
-    `eta`: seconds to the end of the run, for the console; 0 if unknown.
+    Args:
+      step: number of updates done.
+      values: numbers by name.
+      eta: seconds to the end of the run, for the console; 0 if unknown.
+
+    Raises:
+      StorageError: see `check_folder`.
     """
     if not self._is_writer:
       return
+    self.check_folder()
     # JSON has no nan and no infinity, and a curve has no place for them.
     finite = {name: value for name, value in values.items() if np.isfinite(value)}
-    self._unwritten += json.dumps({"step": step, **finite}) + "\n"
+    self._unwritten += _to_lines([{"step": step, **finite}]).encode()
     try:
-      self._file.write(self._unwritten)
-      self._file.flush()
-      self._unwritten = ""
+      self._write_records()
       self.goodput.write(self._workdir, step)
       self._upload(UPLOAD_EVERY_S)
     except OSError as error:  # a full disk may have space again by the next checkpoint
-      self.say(
-        f"warning: {self.path} cannot be written ({error}); the missing records are kept and "
-        "tried again"
-      )
+      self._warn(error)
     self._last_results |= {name: x for name, x in finite.items() if name not in NOT_RESULTS}
     self._call("TensorBoard", "add_scalars", finite, step)
     self._call("Weights & Biases", "log", finite, step=step)
     numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
     remaining = f"  eta {datetime.timedelta(seconds=round(eta))}" if eta else ""
     self.say(f"step {step}/{self._total_steps}  {numbers}{remaining}")
+
+  def _write_records(self) -> None:
+    """Writes what metrics.jsonl lacks; raises OSError where it cannot.
+
+    A full disk may take a part of a record. The next call continues behind that part.
+    """
+    while self._unwritten:
+      self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+
+  def _warn(self, error: OSError) -> None:
+    self.say(
+      f"warning: {self.path} cannot be written ({one_line(error)}); the missing records are kept "
+      "and tried again"
+    )
+
+  def sync(self) -> None:
+    """Waits until all records are on the disk: steps up to a checkpoint are not computed again."""
+    if not self._is_writer:
+      return
+    try:
+      self._write_records()
+      paths.sync(self.path)
+    except OSError as error:
+      self._warn(error)
 
   def text(self, name: str, content: str) -> None:
     """Writes a text file into the workdir."""
@@ -216,7 +281,10 @@ class Log:
   def close(self) -> None:
     """Closes all logs and copies them to the bucket, if the workdir is in one."""
     if self._is_writer:
+      self.sync()
       self._file.close()
+      if lost := self._unwritten.count(b"\n"):
+        self.say(f"warning: metrics.jsonl lacks its last {lost} records")
       is_plain = lambda value: isinstance(value, (bool, int, float, str))
       settings = {k: v if is_plain(v) else str(v) for k, v in self._settings.items()}
       if settings and self._last_results:
@@ -303,8 +371,9 @@ class Goodput:
     }
 
   def write(self, workdir: epath.Path, step: int) -> None:
-    """Writes the account atomically."""
-    paths.write_text(workdir / "goodput.json", json.dumps(self.account(step), indent=2))
+    """Writes the account atomically. It is written too often to wait for the disk."""
+    text = json.dumps(self.account(step), indent=2)
+    paths.write_text(workdir / "goodput.json", text, lasting=False)
 
   def line(self, step: int) -> str:
     """Returns "goodput 91.3 %: step 300.1 s, compile 20.2 s; 0 steps computed again, 1 starts"."""

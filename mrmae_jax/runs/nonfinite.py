@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from mrmae_jax.runs.checkpoint import Checkpoints
+from mrmae_jax.runs.paths import is_bucket, sync_tree
 
 HINT = "try a lower optim.blr, a longer warm-up, optim.clip_norm, or dtype=float32"
 
@@ -93,6 +94,8 @@ def write_bundle(workdir, config, identity, step: int, state, batch, metrics: di
     }
     (folder / "config.json").write_text(config.to_json(indent=2))
     (folder / "bundle.json").write_text(json.dumps(bundle, indent=2))
+  if not is_bucket(workdir):
+    sync_tree(folder)
   return folder
 
 

@@ -294,6 +294,8 @@ class Run:
 
   def _save(self, step: int, is_last: bool) -> None:
     with supervision.phase("saving"):
+      self._log.check_folder()
+      self._log.sync()
       problem = self._checkpoints.save(step, self._state, wait=is_last or step == 1)
     if problem:
       self._log.say(f"warning: checkpoint {step} is not saved: {problem}")
@@ -321,6 +323,7 @@ class Run:
   def _evaluate(self, step: int) -> None:
     if not self._evaluators:
       return
+    self._log.check_folder()
     began, results, state = time.monotonic(), {}, self._state
     self._evaluating = True
     averaged = optim.averaged_params(state.opt_state)

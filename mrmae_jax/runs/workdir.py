@@ -127,7 +127,11 @@ def check_shared(workdir: str | Path) -> None:
 
 
 def _acquire(file: TextIO, workdir: str | Path) -> bool:
-  """Locks the open file; returns False where the file system has no locks."""
+  """Locks the open file; returns False where the file system has no locks.
+
+  The library filelock names no holder beside flock. Where there is no flock it leaves a marker,
+  which would outlive a run that was killed.
+  """
   end = time.monotonic() + PATIENCE_S
   while True:
     try:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from mrmae_jax.errors import printable
 from mrmae_jax.runs.paths import atomic_write
 
 _STYLE = """:root {
@@ -88,9 +89,9 @@ class Page:
     Blank lines divide the paragraphs of `text`.
     """
     self._headings.append(heading)
-    self._blocks.append(f'<h2 id="s{len(self._headings)}">{html.escape(heading)}</h2>')
+    self._blocks.append(f'<h2 id="s{len(self._headings)}">{_escape(heading)}</h2>')
     self._blocks += [
-      f"<p>{html.escape(paragraph)}</p>" for paragraph in text.split("\n\n") if paragraph.strip()
+      f"<p>{_escape(paragraph)}</p>" for paragraph in text.split("\n\n") if paragraph.strip()
     ]
 
   def figure(self, figure: Figure) -> None:
@@ -107,7 +108,7 @@ class Page:
 
   def table(self, header: list, rows: list[list]) -> None:
     """Adds a table; str() turns its cells into text, and `header` names its columns."""
-    cells = lambda tag, row: "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row)
+    cells = lambda tag, row: "".join(f"<{tag}>{_escape(str(cell))}</{tag}>" for cell in row)
     self._blocks.append(
       f"{_SCROLL.format('Table')}<table><thead><tr>{cells('th', header)}</tr></thead><tbody>"
       + "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
@@ -116,9 +117,9 @@ class Page:
 
   def write(self, path: str | Path) -> None:
     """Writes the file atomically; raises OSError if that fails."""
-    title, subtitle = html.escape(self._title), html.escape(self._subtitle)
+    title, subtitle = _escape(self._title), _escape(self._subtitle)
     contents = "".join(
-      f'<li><a href="#s{i}">{html.escape(heading)}</a></li>'
+      f'<li><a href="#s{i}">{_escape(heading)}</a></li>'
       for i, heading in enumerate(self._headings, 1)
     )
     lines = [
@@ -150,6 +151,11 @@ class Page:
       tmp.write_bytes("\n".join(lines).encode("utf-8", "replace"))
 
 
+def _escape(text: str) -> str:
+  """Returns text as HTML."""
+  return html.escape(printable(text, keep="\n"))
+
+
 def _img(figure: Figure) -> str:
   """Returns the picture as an <img> that holds its own data."""
   if isinstance(figure.picture, bytes):
@@ -159,11 +165,11 @@ def _img(figure: Figure) -> str:
     height, width, _ = figure.picture.shape
     size = f' width="{width}" height="{height}"'
   source = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-  return f'<img src="{source}" alt="{html.escape(figure.alt)}"{size}>'
+  return f'<img src="{source}" alt="{_escape(figure.alt)}"{size}>'
 
 
 def _figcaption(figure: Figure) -> str:
-  return f"<figcaption>{html.escape(figure.caption)}</figcaption>" if figure.caption else ""
+  return f"<figcaption>{_escape(figure.caption)}</figcaption>" if figure.caption else ""
 
 
 def encode_png(picture: np.ndarray) -> bytes:

@@ -4,6 +4,8 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 
+from mrmae_jax.errors import printable
+
 
 class Tensor(NamedTuple):
   """A tensor in a file: shape and type are known, `read()` returns its values."""
@@ -20,4 +22,4 @@ class Tensor(NamedTuple):
 def first_line(error: Exception) -> str:
   """Returns the first line of an error's text, printable and at most 300 characters."""
   line = (str(error).splitlines() or [type(error).__name__])[0][:300]
-  return line if line.isprintable() else ascii(line)
+  return printable(line)

@@ -18,6 +18,7 @@ from mrmae_jax import preflight, sharding, train
 from mrmae_jax.errors import DataError, NonFiniteError, StorageError, WorkdirError
 from mrmae_jax.runs import checkpoint, nonfinite, tensorboard, workdir
 from mrmae_jax.runs.checkpoint import Checkpoints
+from mrmae_jax.runs.log import Log
 from mrmae_jax.runs.metrics import read_metrics
 from tests.faults import small
 from tests.helpers.cli import run_command
@@ -114,8 +115,8 @@ def test_f15_a_flipped_bit_is_harmless_or_found(saved, tmp_path):
 
 
 @pytest.mark.slow
-def test_f15_300_flipped_bits(saved, tmp_path):
-  outcomes = list(flips(saved, tmp_path, 300).values())
+def test_f15_a_thousand_flipped_bits(saved, tmp_path):
+  outcomes = list(flips(saved, tmp_path, 1000).values())
   print({kind: outcomes.count(kind) for kind in sorted(set(outcomes))})
   assert set(outcomes) == {"the newest", "the previous"}
 
@@ -193,6 +194,48 @@ def test_f15_the_checksum_sees_every_kind_of_change():
   for spec in (("data",), (None, "fsdp"), ("data", "fsdp")):
     placed = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec)))
     assert total(placed) == total(x)
+
+
+@pytest.fixture(scope="module")
+def described(tmp_path_factory):
+  """A checkpoint of a run, and its configuration."""
+  folder, config = tmp_path_factory.mktemp("described"), small.get_config()
+  checkpoints = Checkpoints(folder, config_lib.identity(config) | {"classes": ["a"]})
+  assert checkpoints.save(4, state_of(4), wait=True) == ""
+  checkpoints.close()
+  (folder / "config.json").write_text(config.to_json())
+  return folder
+
+
+@pytest.mark.parametrize(
+  "content, message",
+  [
+    ("", "cannot be read .Expecting value"),
+    ("[1, 2]", "holds no run: expected the keys"),
+    ("null", "holds no run: expected the keys"),
+    ("[" * 100_000, "cannot be read .maximum recursion"),
+    ('{"a":' * 700 + "1" + "}" * 700, "(cannot be read|is not that of its checkpoint)"),
+    ({"encoder": {"depth": 10**8}}, r"encoder.depth: 100000000 in the file, 1 in the checkpoint"),
+    ({"image_size": [10**8] * 2}, r"image_size: .100000000, 100000000. in the file, .32, 48. in"),
+    ({"encoder": []}, "encoder.depth: missing in the file, 1 in the checkpoint"),
+    ({"image_size": None, "data": "x"}, "data.crop_scale: missing in the file"),
+  ],
+)
+def test_a_config_that_is_not_that_of_its_checkpoint(described, tmp_path, content, message):
+  """Its sizes would otherwise meet the arrays of the checkpoint, or ask for all memory."""
+  folder = shutil.copytree(described, tmp_path / "run")
+  config = checkpoint.read_config(folder)
+  assert config["encoder"]["depth"] == 1
+  if isinstance(content, dict):
+    changed = {
+      key: config[key] | value if isinstance(value, dict) else value
+      for key, value in content.items()
+    }
+    content = json.dumps(config | changed)
+  (folder / "config.json").write_text(content)
+  with pytest.raises(WorkdirError, match=f"config.json .*{message}"):
+    checkpoint.read_config(folder)
+  assert run_command(["features", f"--model={folder}", "--images=digits", "--out=x.npz"]) == 2
 
 
 def test_f18_the_checkpoint_of_format_2_still_opens(tmp_path):
@@ -279,21 +322,59 @@ def toy_run(folder, task=None, **values):
   return train.fit(config, task or small.toy_task(), folder), read_metrics(folder)
 
 
-def test_f20_a_workdir_that_vanishes(tmp_path, monkeypatch, capsys):
-  """The workdir is removed after the first save: the next save warns, and the last one fails."""
-  save = Checkpoints.save
+@pytest.mark.parametrize(
+  "fault, log_every",
+  [
+    ("renamed", 100),
+    pytest.param("renamed", 1, marks=pytest.mark.variant),
+    pytest.param("file", 1, marks=pytest.mark.variant),
+    pytest.param("another", 100, marks=pytest.mark.variant),
+    pytest.param("foreign", 1, marks=pytest.mark.variant),
+  ],
+)
+def test_f20_a_workdir_that_vanishes(tmp_path, monkeypatch, fault, log_every):
+  """The workdir is moved after the first save. Nothing is written in its place."""
+  save, folder = Checkpoints.save, tmp_path / "run"
 
-  def save_and_remove(self, step, *args, **kwargs):
+  def save_and_move(self, step, *args, **kwargs):
     result = save(self, step, *args, **kwargs)
     if step == 1:
-      shutil.rmtree(tmp_path / "run")
-      (tmp_path / "run").write_text("a file")  # so that nothing can create it again
+      folder.rename(tmp_path / "moved")
+      if fault == "file":
+        folder.write_text("a file")
+      elif fault == "another":  # as the folder below a disk that was unmounted
+        folder.mkdir()
+      elif fault == "foreign":
+        folder.mkdir()
+        (folder / "starts.jsonl").write_text('{"first_step": 0}\n')
     return result
 
-  monkeypatch.setattr(Checkpoints, "save", save_and_remove)
-  with pytest.raises(StorageError, match="checkpoint 20 could not be saved"):
-    toy_run(tmp_path / "run")
-  assert "warning: checkpoint 4 is not saved" in capsys.readouterr().out
+  monkeypatch.setattr(Checkpoints, "save", save_and_move)
+  with pytest.raises(StorageError, match="run is no longer the folder in which this run began"):
+    toy_run(folder, log_every=log_every)
+  written = {path.name for path in tmp_path.glob("run/*")}
+  assert written <= {"starts.jsonl"}
+  assert folder.exists() == (fault != "renamed")
+  (tmp_path / "found").mkdir()
+  if folder.exists():
+    folder.rename(tmp_path / "found" / "run")
+  (tmp_path / "moved").rename(folder)
+  monkeypatch.undo()
+  _, records = toy_run(folder, log_every=1)
+  assert [r["step"] for r in records] == list(range(1, 21))
+
+
+def test_f20_a_folder_with_a_new_number_is_still_the_workdir(tmp_path):
+  """Some network file systems renumber their folders."""
+  run_log = Log(tmp_path / "run", 9)
+  shutil.copytree(tmp_path / "run", tmp_path / "copy")
+  shutil.rmtree(tmp_path / "run")
+  (tmp_path / "copy").rename(tmp_path / "run")
+  run_log.check_folder()
+  (tmp_path / "run" / "starts.jsonl").unlink()
+  with pytest.raises(StorageError, match="no longer the folder"):
+    run_log.check_folder()
+  run_log.close()
 
 
 def test_f22_slow_storage_does_not_stop_the_steps(tmp_path, monkeypatch, capsys):

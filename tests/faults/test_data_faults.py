@@ -12,6 +12,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tarfile
 import time
 import types
 import zlib
@@ -22,9 +23,17 @@ import pytest
 from mrmae_jax import config as config_lib
 from mrmae_jax import preflight, train
 from mrmae_jax.cli.verify import _classify_file
-from mrmae_jax.data import LoaderOptions, augment, element_shapes, open_source
+from mrmae_jax.data import (
+  LoaderOptions,
+  augment,
+  element_shapes,
+  open_source,
+  sample_contents,
+)
 from mrmae_jax.data.sources.quarantine import FilteredSource
-from mrmae_jax.errors import ConfigError, DataError
+from mrmae_jax.errors import ConfigError, DataError, WorkdirError
+from mrmae_jax.runs import checkpoint
+from tests.faults import small
 from tests.helpers.cli import run_command
 from tests.helpers.images import (
   SIZE,
@@ -856,3 +865,93 @@ def test_only_files_of_a_sane_size_are_opened(tmp_path):
         source[index]
     else:
       assert source[index]["image"]
+
+
+# Images that are replaced by others under the same names.
+
+
+def photographs(root, seed=0, count=40):
+  """Writes small photographs that differ with the seed."""
+  for i in range(count):
+    path = root / "ab"[i % 2] / f"{i:03d}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(encode(photo(8, 8, 1000 * seed + i), "PNG"))
+
+
+def contents(root):
+  return sample_contents(open_source(f"folder:{root}", "train", holdout_every=0))
+
+
+def test_replaced_images_are_told_from_repaired_ones(tmp_path):
+  photographs(tmp_path / "photos")
+  before = contents(tmp_path / "photos")
+  assert len(before) == 40 and contents(tmp_path / "photos") == before
+  shutil.copytree(tmp_path / "photos", tmp_path / "moved")
+  assert contents(tmp_path / "moved") == before
+  first, second, third = sorted((tmp_path / "moved").rglob("*.png"))[:3]
+  first.write_bytes(encode(photo(8, 8, 5000), "PNG"))
+  second.write_bytes(b"")  # unreadable, then or now: does not count
+  third.unlink()
+  repaired = contents(tmp_path / "moved")
+  compare = checkpoint._compare_contents
+  assert compare(before, repaired) == (
+    False,
+    "1 of 38 training images that were compared have other contents now",
+  )
+  assert compare(before, before) == (False, "")
+  assert compare(None, before) == compare([], []) == (False, "")
+  photographs(tmp_path / "photos", seed=1)
+  assert compare(before, contents(tmp_path / "photos"))[0]
+  assert compare(["a"], ["b"])[0] and compare(["a", "b"], ["c", "d"])[0]
+  assert not compare(["a", "b"], ["a", "c"])[0]
+
+
+@pytest.mark.parametrize("kind", ["zip", "wds", "quarantine"])
+def test_archives_and_lists_know_contents_too(tmp_path, kind):
+  samples = []
+  for seed in (0, 1):
+    photographs(tmp_path / "photos", seed, 6)
+    source, options = f"folder:{tmp_path}/photos", {}
+    if kind == "zip":
+      source = f"folder:{shutil.make_archive(tmp_path / f'{seed}', 'zip', tmp_path / 'photos')}"
+    elif kind == "wds":
+      source = f"wds:{tmp_path}/{seed}.tar"
+      with tarfile.open(tmp_path / f"{seed}.tar", "w") as archive:
+        for path in sorted((tmp_path / "photos").rglob("*.png")):
+          archive.add(path, path.name)
+    else:
+      options = {"quarantine": str(tmp_path / "list.json")}
+      (tmp_path / "list.json").write_text('{"train": ["a/000.png"]}')
+    samples.append(sample_contents(open_source(source, "train", holdout_every=0, **options)))
+  assert len(samples[0]) == len(samples[1]) == 6 - (kind == "quarantine")
+  assert not set(samples[0]) & set(samples[1])
+
+
+def test_large_images_make_a_smaller_sample_and_digits_none(tmp_path, monkeypatch):
+  photographs(tmp_path)
+  size = (tmp_path / "a" / "000.png").stat().st_size
+  monkeypatch.setattr("mrmae_jax.data.sources.base.SAMPLE_BYTES", 10 * size)
+  assert 8 <= len(contents(tmp_path)) <= 12
+  assert sample_contents(open_source("digits", "train")) == []
+
+
+def test_a_run_whose_images_were_replaced_does_not_resume(tmp_path, capsys):
+  photographs(tmp_path / "photos", count=64)
+  config = small.get_config()
+  config.data.source, config.data.holdout_every = f"folder:{tmp_path}/photos", 0
+  config.epochs, config.log_every = 1.0, 4
+
+  def fit():
+    source = open_source(config.data.source, "train", holdout_every=0)
+    task = small.toy_task()._replace(source=lambda split: source)
+    train.fit(config, task, tmp_path / "run")
+
+  fit()
+  photographs(tmp_path / "photos", seed=1, count=2)
+  fit()
+  assert "warning: 2 of 64 training images that were compared have other contents now" in (
+    capsys.readouterr().out
+  )
+  photographs(tmp_path / "photos", seed=1, count=64)
+  with pytest.raises(WorkdirError, match="holds a different run .64 of 64 training images that"):
+    fit()

@@ -4,6 +4,7 @@ import contextlib
 import json
 import resource
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,6 +12,7 @@ from mrmae_jax import train
 from mrmae_jax.cli.console import SteadyStream
 from mrmae_jax.errors import WorkdirError
 from mrmae_jax.runs import log, metrics, workdir
+from mrmae_jax.runs.checkpoint import Checkpoints
 from tests.faults import small
 from tests.helpers.programs import Program, finish
 
@@ -62,6 +64,47 @@ def test_a_disk_without_any_space(tmp_path, monkeypatch, capsys):
   assert printed.count("nothing is written to TensorBoard") == 1
   assert [r["step"] for r in metrics.read_metrics(tmp_path)] == [1, 2, 3, 4]
   assert all(p.stat().st_size for p in (tmp_path / "tensorboard").glob("events*"))
+
+
+def test_a_short_full_disk_leaves_each_record_once(tmp_path, capsys):
+  """The disk takes a part of a record, then nothing for three records, then everything."""
+  run_log = log.Log(tmp_path, 9)
+  run_log.scalars(1, {"loss": 1.0})
+  for _ in range(2):
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    with file_limit(size + 10):
+      for step in range(2, 5):
+        run_log.scalars(step, {"loss": 1.0 / step})
+    assert (tmp_path / "metrics.jsonl").stat().st_size == size + 10
+    run_log.sync()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines[:4]] == [1, 2, 3, 4]
+  run_log.scalars(5, {"loss": 0.2})
+  run_log.close()
+  lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+  assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 2, 3, 4, 5]
+  assert "metrics.jsonl cannot be written" in capsys.readouterr().out
+
+
+def test_records_that_find_no_space_until_the_end_are_counted(tmp_path, capsys):
+  run_log = log.Log(tmp_path, 9)
+  with file_limit(10):
+    for step in range(1, 4):
+      run_log.scalars(step, {"loss": 1.0})
+    run_log.close()
+  assert "warning: metrics.jsonl lacks its last 3 records" in capsys.readouterr().out
+
+
+def test_an_unfinished_checkpoint_goes_when_its_save_fails(tmp_path):
+  """Its space is what the next save needs."""
+  checkpoints = Checkpoints(tmp_path, {})
+  state = {"w": jnp.asarray(np.random.default_rng(0).standard_normal(10_000))}
+  with file_limit(1_500):
+    assert checkpoints.save(4, state, wait=True)
+  assert list((tmp_path / "checkpoints").iterdir()) == []
+  assert checkpoints.save(8, state, wait=True) == ""
+  assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["8"]
+  checkpoints.close()
 
 
 # The limit comes behind the first line that is printed, which needs space itself.

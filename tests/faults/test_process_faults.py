@@ -281,11 +281,11 @@ def test_f40_a_compilation_cache_full_of_rubbish(tmp_path, reference, monkeypatc
   assert losses(tmp_path / "two") == reference
 
 
-# A save every third of 60 steps, evaluations, an average of the parameters.
-KILLED = ("--config.epochs=0.668", "--config.checkpoint_every=0.034", "--config.eval_every=0.1")
+# A save every third step, evaluations, an average of the parameters.
+KILLED = ("--config.checkpoint_every=0.034", "--config.eval_every=0.1")
 
 
-def killed_at_random(folder, count, kills, seed=0):
+def killed_at_random(folder, count, kills, seed=0, steps=60):
   """Kills a run of `count` processes again and again, lets it end, and compares every loss.
 
   Most kills come in the middle of a save; returns how many did.
@@ -298,6 +298,7 @@ def killed_at_random(folder, count, kills, seed=0):
         folder / name,
         logs[i],
         *KILLED,
+        f"--config.epochs={steps * 16 / 1438}",
         index=i,
         count=count,
         port=port,
@@ -309,13 +310,13 @@ def killed_at_random(folder, count, kills, seed=0):
     ], logs[0]
 
   processes, log = begin("reference", 0.0)
-  assert finish(processes, 120) == [0] * count, log.read_text()[-3000:]
+  assert finish(processes, 120 + steps) == [0] * count, log.read_text()[-3000:]
   expected, rng, torn = losses(folder / "reference"), random.Random(seed), 0
   unfinished = lambda: [
     p for p in (folder / "run" / "checkpoints").glob("*") if not p.name.isdigit()
   ]
   for _ in range(kills):
-    if last_step(folder / "run") > 50:  # nearly at its end: once more from the beginning
+    if last_step(folder / "run") > steps - 10:  # nearly at its end: once more from the beginning
       shutil.rmtree(folder / "run")
     before = max(
       (int(p.name) for p in (folder / "run" / "checkpoints").glob("*") if p.name.isdigit()),
@@ -331,10 +332,10 @@ def killed_at_random(folder, count, kills, seed=0):
     finish(processes, 60)
     torn += bool(unfinished())
   processes, log = begin("run", 0.0)
-  assert finish(processes, 120) == [0] * count, log.read_text()[-3000:]
-  assert losses(folder / "run") == expected and len(expected) == 60
+  assert finish(processes, 120 + steps) == [0] * count, log.read_text()[-3000:]
+  assert losses(folder / "run") == expected and len(expected) == steps
   left = sorted(p.name for p in (folder / "run" / "checkpoints").iterdir())
-  assert len(left) == 2 and "60" in left and not (folder / "run" / "damaged").exists(), left
+  assert len(left) == 2 and str(steps) in left and not (folder / "run" / "damaged").exists(), left
   return torn
 
 
@@ -343,9 +344,9 @@ def test_f1_killed_in_the_middle_of_saves(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count, kills", [(1, 25), (2, 25)])
-def test_f1_killed_fifty_times(tmp_path, count, kills):
-  torn = killed_at_random(tmp_path, count, kills, seed=count)
+@pytest.mark.parametrize("count, kills, steps", [(1, 25, 60), (2, 25, 60), (1, 200, 800)])
+def test_f1_killed_again_and_again(tmp_path, count, kills, steps):
+  torn = killed_at_random(tmp_path, count, kills, seed=count, steps=steps)
   print(f"{torn} of {kills} kills left an unfinished checkpoint")
   assert torn > kills / 4
 

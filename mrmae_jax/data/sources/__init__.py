@@ -6,11 +6,11 @@ is listed in KINDS.
 
 import importlib
 
-from mrmae_jax.data.sources.base import Source, SplitRules, check_same_classes
+from mrmae_jax.data.sources.base import Source, SplitRules, check_same_classes, sample_contents
 from mrmae_jax.data.sources.quarantine import FilteredSource
-from mrmae_jax.errors import DataError
+from mrmae_jax.errors import DataError, printable
 
-__all__ = ["Source", "check_same_classes", "open_source", "open_split"]
+__all__ = ["Source", "check_same_classes", "open_source", "open_split", "sample_contents"]
 
 KINDS = {  # kind -> how it is written
   "digits": "digits",
@@ -98,4 +98,7 @@ def open_source(
     ) from error
   rules = SplitRules(train_split, eval_split, data_dir, holdout_every, labels)
   source = module.make_source(address, split, rules)
+  for text in ("description", "left_out"):  # with names of files and folders
+    if hasattr(source, text):
+      setattr(source, text, printable(getattr(source, text)))
   return FilteredSource(source, split, quarantine) if quarantine else source

@@ -1,10 +1,14 @@
 """What all sources share: the protocol, and the rules by which images are split."""
 
+import hashlib
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from mrmae_jax.errors import DataError, MissingSplitError
+
+SAMPLE = 128  # images whose contents a run remembers
+SAMPLE_BYTES = 256 * 2**20  # and as many bytes of them at most
 
 
 class Source(Protocol):
@@ -18,7 +22,8 @@ class Source(Protocol):
     description: one line for the log. A source may have an attribute `left_out`, a part of it:
       the files that are not read, "" if there are none.
     fingerprint: identifies the images by number and name. It is the same on every host that has
-      the same images, wherever they lie.
+      the same images, wherever they lie. A source may have an attribute `is_known_by_names`: the
+      fingerprint is the same for images with other contents.
   """
 
   class_names: tuple[str, ...]
@@ -58,6 +63,31 @@ class SplitRules(NamedTuple):
   data_dir: str
   holdout_every: int
   labels: str = ""
+
+
+def sample_contents(source: Source) -> list[str]:
+  """Returns digests of images that are spread over a source, in a fixed order.
+
+  The fingerprint of a folder says nothing of contents, and to read them all would take hours. This
+  reads SAMPLE images, or fewer if these are large; an image that cannot be read has the digest "".
+
+  Returns:
+    [] for a source whose fingerprint depends on the contents.
+  """
+  digests, num_bytes = [], 0
+  if not getattr(source, "is_known_by_names", False):
+    return digests
+  spread = np.random.default_rng(0).permutation(len(source))[:SAMPLE]
+  for index in spread:
+    try:
+      content = bytes(memoryview(source[int(index)]["image"]).cast("B"))
+    except DataError:
+      content = b""
+    digests.append(hashlib.sha256(content).hexdigest()[:8] if content else "")
+    num_bytes += len(content)
+    if num_bytes > SAMPLE_BYTES:
+      break
+  return digests
 
 
 def describe_classes(class_names: tuple[str, ...]) -> str:

@@ -46,6 +46,8 @@ class FolderSource:
   The examples of .npy files hold pixels, those of other files encoded bytes.
   """
 
+  is_known_by_names = True
+
   def __init__(
     self,
     root: str,

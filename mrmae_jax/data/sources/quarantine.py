@@ -45,6 +45,7 @@ class FilteredSource:
     self.class_names = source.class_names
     self.description = f"{source.description}; without {len(excluded)} of these in quarantine"
     self.left_out = getattr(source, "left_out", "")
+    self.is_known_by_names = getattr(source, "is_known_by_names", False)
     digest = hashlib.sha256("\0".join(excluded).encode(errors="surrogateescape"))
     self.fingerprint = (
       f"{source.fingerprint}, without {len(excluded)}, names {digest.hexdigest()[:12]}"

@@ -47,6 +47,8 @@ class Sample(NamedTuple):
 class WdsSource:
   """The samples of shards, in the order of the shards."""
 
+  is_known_by_names = True
+
   def __init__(
     self, shards: list["_Shard"], indices: np.ndarray, classes, description: str, left_out: str
   ):
