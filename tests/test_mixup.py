@@ -152,14 +152,15 @@ def test_deterministic_in_the_key_and_compiled_once():
   assert np.abs(results[0][0] - results[2][0]).max() > 1
   # Mixing and normalising commute.
   mean, std = jnp.array([120.0, 110, 100]), jnp.array([60.0, 55, 50])
-  late = mix(jax.random.key(1), (images - mean) / std, LABELS, CLASSES, **RECIPE)[0]
-  np.testing.assert_allclose(late, (results[2][0] - mean) / std, atol=1e-5)
-  assert (
-    mix(jax.random.key(0), jnp.zeros((2, 4, 4, 3), jnp.bfloat16), LABELS[:2], CLASSES, **RECIPE)[
-      0
-    ].dtype
-    == jnp.bfloat16
+  late = jax.jit(lambda x: mix(jax.random.key(1), x, LABELS, CLASSES, **RECIPE)[0])(
+    (images - mean) / std
   )
+  np.testing.assert_allclose(late, (results[2][0] - mean) / std, atol=1e-5)
+  half = jax.ShapeDtypeStruct((2, 4, 4, 3), jnp.bfloat16)
+  mixed = jax.eval_shape(
+    lambda x: mix(jax.random.key(0), x, LABELS[:2], CLASSES, **RECIPE)[0], half
+  )
+  assert mixed.dtype == jnp.bfloat16
 
 
 def test_same_on_eight_devices():

@@ -34,7 +34,7 @@ def batch_of(count, seed=0):
 def run(task, config, steps):
   tx, schedule = make_tx(task, 10, steps)
   step = jax.jit(train.make_train_step(task, tx, schedule, 0, config.optim.accum_steps))
-  state = init_state(task, tx)
+  state = jax.jit(lambda: init_state(task, tx))()
   for i in range(steps):
     state, metrics = step(state, task.frozen, batch_of(16, i))
   return state, metrics

@@ -198,7 +198,7 @@ class ShuffledLabels:
 
 def test_training_moves_the_weights(trained):
   _, _, task, state = trained
-  fresh, _ = task.init(jax.random.key(0))
+  fresh, _ = jax.jit(task.init)(jax.random.key(0))
   fc1 = lambda params: leaves(params["encoder"]["blocks_0"]["fc1"])
   assert not any(np.array_equal(a, b) for a, b in zip(fc1(state.params), fc1(fresh)))
 
@@ -309,7 +309,7 @@ def test_contrast_by_its_definition():
 def test_the_teacher_and_the_center_follow_and_prototypes_rest_in_the_first_epoch():
   config = tiny(batch_size=8)
   task = self_distill.make(config)
-  params, extra = task.init(jax.random.key(0))
+  params, extra = jax.jit(task.init)(jax.random.key(0))
   student = jax.tree.map(lambda x: x + 0.1, params)
   batch = {"image": np.random.default_rng(0).integers(0, 256, (8, 2, 16, 16, 3), np.uint8)}
   keys = jax.random.split(jax.random.key(1), 8)
