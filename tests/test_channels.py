@@ -621,6 +621,7 @@ def test_four_channels_exported(run, exported, held_out_views, folder, tmp_path)
   assert archive["features"].shape == (6, 24)
 
 
+@pytest.mark.variant
 def test_doctor_and_show_teacher_on_four_channels(folder, tmp_path, examine):
   code, out = examine(
     "image_size=(160, 224)",

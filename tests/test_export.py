@@ -13,7 +13,7 @@ from tests.helpers.cli import run_command
 from tests.helpers.models import CONVVIT, VIT, make_student
 
 
-@pytest.mark.parametrize("kind", ["encoder", "classifier"])
+@pytest.mark.parametrize("kind", [pytest.param("encoder", marks=pytest.mark.variant), "classifier"])
 def test_the_same_numbers_without_this_project(tmp_path, kind, capsys):
   classes = 3 if kind == "classifier" else 0
   encoder = VIT.clone(learned_positions=True) if classes else CONVVIT

@@ -164,9 +164,8 @@ def test_accuracy_counts_every_image_once_on_any_devices():
     return {"logits": logits}
 
   task = predicting_task(predict, config)
-  labels = np.array(
-    [example["label"] for example in (data.open_split(config.data, "eval")[i] for i in range(199))]
-  )
+  held_out = data.open_split(config.data, "eval")
+  labels = np.array([held_out[i]["label"] for i in range(199)])
   results = []
   for devices, batch_size in ((1, 64), (8, 40)):
     mesh = sharding.make_mesh(devices=jax.devices()[:devices])

@@ -195,7 +195,14 @@ def test_depthwise_conv_equals_lax_conv(monkeypatch, shape):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)  # sums of up to 240 products
 
 
-@pytest.mark.parametrize("cls, masks", [(False, 1), (True, 1), (False, 3)])
+@pytest.mark.parametrize(
+  "cls, masks",
+  [
+    pytest.param(False, 1, marks=pytest.mark.variant),
+    pytest.param(True, 1, marks=pytest.mark.variant),
+    (False, 3),
+  ],
+)
 def test_masked_tokens_alone_are_predicted_the_same(cls, masks):
   """The last block and the prediction leave visible tokens out, which are still attended to.
 

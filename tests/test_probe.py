@@ -82,7 +82,11 @@ def test_heads_and_batch_norm_by_definition():
 
 @pytest.mark.parametrize(
   "encoder, pool",
-  [pytest.param("convvit", "mean", marks=pytest.mark.variant), ("vit", "cls"), ("vit", "mean")],
+  [
+    pytest.param("convvit", "mean", marks=pytest.mark.variant),
+    ("vit", "cls"),
+    pytest.param("vit", "mean", marks=pytest.mark.variant),
+  ],
 )
 def test_features_are_those_of_the_frozen_encoder(tmp_path, encoder, pool):
   """A LayerNorm that has learnt nothing on the mean token, or the CLS token after the last norm."""
