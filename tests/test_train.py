@@ -304,7 +304,7 @@ def test_f13_a_different_run_in_the_workdir_is_refused(runs):
 
 
 def restore(workdir):
-  config = tiny.get_config()
+  config = tiny.get_config("vit")
   config.epochs = 0.225
   task = pretrain.make(config)
   tx, _ = make_tx(task, 50, 8)

@@ -707,8 +707,10 @@ def test_f30_the_first_image_too():
 # A pipe stands for a disk that does not answer: it is opened, although it is no file.
 UNCHECKED = """
 import sys
+from mrmae_jax import data
 from mrmae_jax.data.sources import folder
 folder._check_file = lambda path: None
+data.sample_contents = lambda source: []  # it would read the pipe before the first step
 sys.argv[0] = "mrmae"
 from mrmae_jax import __main__ as entry
 entry.run_process()
