@@ -82,7 +82,7 @@ def encoder_params(
   grid = _grid(config, encoder)
   params = flatten_dict(model_files.params_at(source, grid)["encoder"], sep="/")
   notes = [f"starting from {source.report}"]
-  if isinstance(encoder, ViT) and source.encoder.eps != encoder.eps:
+  if source.encoder.eps != encoder.eps:
     notes.append(f"eps of its norms was {source.encoder.eps:g}, here it is {encoder.eps:g}")
   for name in ("mean", "std"):
     theirs, ours = getattr(source, name), tuple(config.data[name])
