@@ -4,6 +4,7 @@ Each case is NAME.json (dimensions) and NAME.safetensors (inputs, weights, outpu
 the folder MRMAE_SEGMENTATION_GOLDENS, by default tests/goldens/segmentation.
 """
 
+import csv
 import functools
 import json
 import os
@@ -19,14 +20,15 @@ from safetensors.numpy import load_file, save_file
 
 import mrmae_jax
 from mrmae_jax import mrmae, segmentation
-from mrmae_jax.constants import IMAGENET_MEAN, IMAGENET_STD
+from mrmae_jax.cli import label_pictures
 from mrmae_jax.errors import WeightsError
 from mrmae_jax.models import ViT, upernet
 from mrmae_jax.pretrained import PretrainedModel
 from mrmae_jax.weights import mmseg, model_files
 from mrmae_jax.weights.table import convert, export
+from tests.helpers.cli import run_command
 from tests.helpers.images import photo
-from tests.helpers.models import make_student
+from tests.helpers.models import make_segmenter, make_student
 
 GOLDENS = Path(
   os.environ.get("MRMAE_SEGMENTATION_GOLDENS", Path(__file__).parent / "goldens" / "segmentation")
@@ -262,37 +264,11 @@ def test_sizes_and_resized_images(name):
     assert np.abs(ours - theirs).max() <= 1
 
 
-def fine_tuned(seed=0, classes=4, **fields):
-  """A small segmentation model with random weights and statistics, and no golden."""
-  encoder = ViT(8, 24, 4, 2, 48, learned_positions=True, relative_positions=True, **fields)
-  segmenter = upernet.Segmenter(encoder, classes, 8, 8, levels=(0, 1, 2, 3))
-  shapes = jax.eval_shape(segmenter.init, jax.random.key(seed), jnp.zeros((1, 32, 32, 3)))
-  rng = np.random.default_rng(seed)
-  draw = lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32)
-  params = jax.tree.map(draw, shapes["params"])
-  stats = jax.tree.map(lambda x: np.abs(draw(x)) + 1, shapes["batch_stats"])
-  encoder_params = params.pop("encoder")
-  encoder_params["norm"] = {"scale": np.ones(24, np.float32), "bias": np.zeros(24, np.float32)}
-  return model_files.LoadedModel(
-    encoder=encoder,
-    decoder=None,
-    params={"encoder": encoder_params, "segmenter": params, "batch_stats": stats},
-    grid=(4, 4),
-    mean=IMAGENET_MEAN,
-    std=IMAGENET_STD,
-    method={"mask_ratio": 0.75, "norm_pix": True},
-    has_norm=False,
-    report=None,
-    classes=("sky", "sea", "land", "other")[:classes],
-    segmenter=segmenter,
-  )
-
-
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-  """The file of `fine_tuned`."""
+  """The file of `make_segmenter`."""
   path = tmp_path_factory.mktemp("segmentation") / "model.safetensors"
-  model_files.write_model(fine_tuned(), path, "mmseg")
+  model_files.write_model(make_segmenter(), path, "mmseg")
   return path
 
 
@@ -304,7 +280,7 @@ def same_params(actual, expected):
 
 
 def test_a_written_file_gives_the_model_bit_for_bit(written):
-  model, expected = model_files.read_model(written), fine_tuned()
+  model, expected = model_files.read_model(written), make_segmenter()
   for field in ("encoder", "segmenter", "grid", "mean", "std", "classes", "has_norm"):
     assert getattr(model, field) == getattr(expected, field)
   same_params(model.params, expected.params)
@@ -403,7 +379,7 @@ def test_images_of_any_size_are_segmented_with_few_programs(written):
       "params": {"encoder": model.network.params["encoder"], **model.network.params["segmenter"]},
       "batch_stats": model.network.params["batch_stats"],
     },
-    mrmae.normalize(images[5][None], IMAGENET_MEAN, IMAGENET_STD),
+    mrmae.normalize(images[5][None], model.network.mean, model.network.std),
   )[0]
   expected = upernet.resize(direct, (32, 32))[0].argmax(-1)
   assert np.mean(labels[5] == expected) > 0.999
@@ -429,3 +405,73 @@ def test_impossible_ways_to_look_are_refused(written, options, message):
     model.segment(np.zeros((1, 32, 32, 3), np.uint8), **options)
   with pytest.raises(ValueError, match=r"expected \[H, W, 3\]"):
     model.segment(np.zeros((32, 32, 3), np.uint8))
+
+
+@pytest.fixture
+def photos(tmp_path):
+  """A folder with two images in different sub-folders, and one that is damaged."""
+  for i, name in enumerate(("a/x.jpg", "b/x.png")):
+    (tmp_path / "photos" / name).parent.mkdir(parents=True)
+    Image.fromarray(photo(40 + 8 * i, 60, seed=i)).save(tmp_path / "photos" / name)
+  (tmp_path / "photos" / "b" / "broken.jpg").write_bytes(b"<html>")
+  return tmp_path / "photos"
+
+
+def test_predict_writes_label_pictures(written, photos, tmp_path, capsys):
+  words = ["predict", f"--models={written}", f"--images=folder:{photos}", f"--out={tmp_path}/out"]
+  assert run_command(words) == 3
+  assert "broken.jpg" in capsys.readouterr().err and not (tmp_path / "out").exists()
+  assert run_command([*words, "--on_error=skip", "--max_skipped=0.5"]) == 0
+  assert "labels, overlays and classes.csv of 2 images" in capsys.readouterr().out
+  model, total = mrmae_jax.load(written), []
+  for name in ("a/x.jpg", "b/x.png"):
+    picture = np.asarray(Image.open(photos / name))
+    file = Path(name).with_suffix(".png")
+    label = np.asarray(Image.open(tmp_path / "out" / "labels" / file))
+    np.testing.assert_array_equal(label, model.segment([picture])[0])
+    overlay = np.asarray(Image.open(tmp_path / "out" / "overlays" / file))
+    assert overlay.shape == picture.shape
+    color = label_pictures.colors(4)[label[0, 0]]
+    assert np.abs(overlay[0, 0] - (picture[0, 0] / 2 + color / 2)).max() <= 1
+    total.append(label.reshape(-1))
+  with open(tmp_path / "out" / "classes.csv", newline="") as file:
+    header, *rows = csv.reader(file)
+  assert header == ["value", "class", "color", "share of pixels"]
+  assert [row[1] for row in rows] == ["sky", "sea", "land", "other"]
+  shares = np.bincount(np.concatenate(total), minlength=4) / sum(map(len, total))
+  np.testing.assert_allclose([float(row[3]) for row in rows], shares, rtol=1e-4)
+  assert run_command([*words, "--on_error=skip"]) == 2
+  assert "exists; give another name or remove it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  "options, message",
+  [
+    (["--out=x.csv"], "classes of pixels apart, not of images"),
+    (["--out=x.csv", "--flip"], "--mode, --scales and --flip are for segmentation"),
+    (["--out=x.txt"], "must end in .csv or .parquet"),
+    (["--out=x", "--crop=1"], "--crop and --average are for classifiers"),
+    (["--out=x", "--scales=9"], "give numbers above 0 and at most 8"),
+    (["--out=x", "--models=a,b"], "segmentation takes one model"),
+    (["--out=x", "--models=CLASSIFIER"], "does not segment; --out=x must end in .csv or .parquet"),
+  ],
+)
+def test_predict_refuses_what_does_not_fit(written, photos, tmp_path, options, message, capsys):
+  student = make_student(ViT(8, 16, 1, 2, 32), None, classes=3)
+  model_files.write_model(student, tmp_path / "classifier.safetensors", "timm")
+  given = [x.replace("CLASSIFIER", f"{tmp_path}/classifier.safetensors") for x in options]
+  words = ["predict", f"--models={written}", f"--images=folder:{photos}", *given]
+  assert run_command(words) == 2
+  assert message in capsys.readouterr().err
+
+
+def test_pictures_of_one_name_are_refused(written, photos, tmp_path, capsys):
+  Image.fromarray(photo(40, 60)).save(photos / "a" / "x.png")
+  words = ["predict", f"--models={written}", f"--images=folder:{photos}", f"--out={tmp_path}/out"]
+  assert run_command(words) == 2
+  assert "would both be written as labels/a/x.png; rename one" in capsys.readouterr().err
+
+
+def test_colors_differ():
+  colors = label_pictures.colors(256)
+  assert len({tuple(color) for color in colors.tolist()}) == 256 and colors.max() < 256
