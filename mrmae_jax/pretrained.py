@@ -400,7 +400,9 @@ class PretrainedModel:
   def export_params(self, image_size: tuple[int, int]) -> dict[str, np.ndarray]:
     """Returns the parameters for images of (height, width), {path joined by "/": array}."""
     grid = tuple(side // self.network.encoder.patch_size for side in image_size)
-    return flatten_dict(model_files.params_at(self.network, grid), sep="/")
+    params = model_files.params_at(self.network, grid)
+    unused = ("segmenter", "batch_stats")
+    return flatten_dict({name: x for name, x in params.items() if name not in unused}, sep="/")
 
   def _prepare(self, images):
     """Checks images; returns the parameters for their grid, and the images."""

@@ -7,6 +7,7 @@ the folder MRMAE_SEGMENTATION_GOLDENS, by default tests/goldens/segmentation.
 import csv
 import functools
 import json
+import math
 import os
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
 from flax.traverse_util import flatten_dict
 from PIL import Image
 from safetensors.numpy import load_file, save_file
@@ -25,6 +27,7 @@ from mrmae_jax.errors import WeightsError
 from mrmae_jax.models import ViT, upernet
 from mrmae_jax.pretrained import PretrainedModel
 from mrmae_jax.weights import mmseg, model_files
+from mrmae_jax.weights.model_sources import METADATA_KEY
 from mrmae_jax.weights.table import convert, export
 from tests.helpers.cli import run_command
 from tests.helpers.images import photo
@@ -475,3 +478,61 @@ def test_pictures_of_one_name_are_refused(written, photos, tmp_path, capsys):
 def test_colors_differ():
   colors = label_pictures.colors(256)
   assert len({tuple(color) for color in colors.tolist()}) == 256 and colors.max() < 256
+
+
+def test_damaged_notes_are_an_error(tmp_path, written):
+  with safetensors.safe_open(written, "numpy") as file:
+    notes = json.loads(file.metadata()[METADATA_KEY])
+  tensors, path = load_file(written), tmp_path / "changed.safetensors"
+  for change, message in (
+    ({"segmenter": {"levels": [0, 1], "pool_scales": [1, 2, 3, 6]}}, "are not four of the blocks"),
+    ({"segmenter": {"levels": [0, 1, 2, 3], "pool_scales": [0, 2, 3, 6]}}, "notes about the model"),
+    ({"segmenter": {"levels": "all"}}, "notes about the model"),
+    ({"segmenter": [1]}, "notes about the model"),
+    ({"grid": "4x4"}, "notes about the model"),
+    ({"grid": [1, 16]}, "needs at least 2 x 2 tokens"),
+    ({"grid": [5, 5]}, "pos_embed has 17 rows"),
+    ({"has_norm": 1}, "notes about the model"),
+    ({"classes": ["sky"]}, "names 1 classes and holds 4"),
+    ({"encoder": notes["encoder"] | {"depth": 5}}, "missing"),
+    ({"encoder": notes["encoder"] | {"cls_token": False}}, "disagree|rows|expected"),
+  ):
+    save_file(tensors, path, {METADATA_KEY: json.dumps(notes | change)})
+    with pytest.raises(WeightsError, match=message):
+      model_files.read_model(path)
+
+
+def test_channels_are_dropped_image_by_image():
+  segmenter = make_segmenter().segmenter
+  keys = jax.random.split(jax.random.key(0), 200)
+  keep = {head: segmenter._keep(head, 64, keys) for head in ("decode_head", "auxiliary_head")}
+  for x in keep.values():
+    np.testing.assert_allclose(np.unique(x), [0, 1 / 0.9], rtol=1e-6)
+    assert abs(float((x == 0).mean()) - 0.1) < 0.01
+  assert not np.array_equal(*keep.values())
+  alone = segmenter._keep("decode_head", 64, keys[7:8])
+  np.testing.assert_array_equal(alone[0], keep["decode_head"][7])
+  assert segmenter._keep("decode_head", 64, None) is None
+  assert segmenter.clone(dropout=0.0)._keep("decode_head", 64, keys) is None
+
+
+def test_the_loss_of_nothing_labelled_is_zero():
+  logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 4, 5)).astype(np.float32))
+  labels = jnp.full((2, 70, 9), 255, jnp.uint8)
+  for of_all in (True, False):
+    loss = lambda x: segmentation.cross_entropy(x, labels, of_all)
+    value, gradient = jax.jit(jax.value_and_grad(loss))(logits)
+    assert value == 0 and not np.any(gradient)
+
+
+@pytest.mark.parametrize("old, new", [(15, 2), (15, 6), (16, 3), (2, 6), (3, 3)])
+def test_windows_of_pooling(old, new):
+  matrix = upernet.pooling_matrix(old, new)
+  for i, row in enumerate(matrix):
+    inside = np.arange(math.floor(i * old / new), math.ceil((i + 1) * old / new))
+    np.testing.assert_array_equal(np.flatnonzero(row), inside)
+    np.testing.assert_allclose(row[inside], 1 / len(inside), rtol=1e-6)
+
+
+def test_levels_as_published():
+  assert upernet.usual_levels(12) == (3, 5, 7, 11) and upernet.usual_levels(24) == (7, 11, 15, 23)

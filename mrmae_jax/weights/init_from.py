@@ -62,7 +62,8 @@ def _options(encoder, section) -> str:
   """Returns the options that make a configuration's `encoder` that of a checkpoint, if any do."""
   fields = model_files.module_fields(encoder)
   if fields["name"] != section.name:
-    kind = "beitv2" if fields.get("relative_positions") else fields["name"]
+    is_beit = fields["name"] == "vit" and fields["relative_positions"]
+    kind = "beitv2" if is_beit else fields["name"]
     return f": a configuration with encoder={kind}"
   words = [
     f"--config.encoder.{key}={str(value).replace(' ', '')}"

@@ -340,17 +340,34 @@ def _folder(path: Path) -> Path:
   return path if path.is_dir() else path.parent
 
 
+def _describe_segmenter(path: Path, tensors: dict[str, files.Tensor], hints: Hints) -> Description:
+  """Returns what a segmentation model notes about itself, or else what its tensors tell.
+
+  Args:
+    path: of the file.
+    tensors: those of the backbone.
+    hints: of the user.
+  """
+  description, source = read_notes(path, mmseg.NAMING), str(path)
+  if description is None:
+    fields, grid = mmseg.encoder_fields(tensors, hints.grid, source)
+    description = Description(mmseg.NAMING, lambda entry: entry, fields, {}, grid)
+  check_description(description, len(tensors), source)
+  return description
+
+
 def _read_segmenter(path: Path, network: networks.Network, hints: Hints, dtype) -> LoadedModel:
   """Reads a segmentation model in mmsegmentation's names."""
   source, tensors = str(path), network.tensors
-  notes = read_notes(path, mmseg.NAMING)
-  fields, grid = mmseg.encoder_fields(tensors, hints.grid or (notes and notes.grid), source)
-  description = notes or Description(mmseg.NAMING, lambda entry: entry, fields, {}, grid)
-  check_description(description, len(tensors), source)
-  encoder = file_encoder(description, hints, dtype, source)
+  description = _describe_segmenter(path, tensors, hints)
+  if "num_heads" in description.encoder:  # notes or tables of relative positions tell
+    hints = hints._replace(num_heads=0)
+  encoder, grid = file_encoder(description, hints, dtype, source), hints.grid or description.grid
   shapes = {name: tensor.shape for name, tensor in tensors.items()}
   if encoder.learned_positions:
     grid = _find_grid(shapes, "pos_embed", encoder, grid, source)
+  elif not grid:
+    raise WeightsError(f"{source} does not tell the grid of its tables; give grid=(rows, columns)")
   patch_embed = f"patch_embed{'' if isinstance(encoder, ViT) else 1}.proj.weight"
   channels = shape_of(shapes, patch_embed, 4, source)[1]
   mean, std = input_statistics(hints, description, channels, source)
@@ -373,11 +390,7 @@ def _read_segmenter(path: Path, network: networks.Network, hints: Hints, dtype) 
   loaded = _count_params({name: params[name] for name in ("encoder", "segmenter")})
   params["encoder"]["norm"] = tower_params.fresh_norm(encoder.dim)
   classes = tuple(description.classes) or files.read_classes(path)
-  if classes and len(classes) != segmenter.num_classes:
-    raise WeightsError(
-      f"{source} is damaged: it names {len(classes)} classes and holds {segmenter.num_classes}; "
-      "write it again"
-    )
+  _check_classes(classes, segmenter.num_classes, source)
   constants = [x for x in (*tensors, *network.heads) if re.fullmatch(mmseg.CONSTANTS, x)]
   dropped = [f"{len(constants)} counters and table indices"] if constants else []
   model = f"{describe(encoder)}, {mmseg.describe(segmenter)}, {mmseg.NAMING}"
@@ -562,12 +575,16 @@ def _find_classifier(
     names = [name for name in tensors if name.startswith("fc_norm.")]
     inventory.drop(names, "fc_norm (of a classifier that the source does not hold)")
   num_classes = tensors["head.weight"].shape[0] if classifier else 0
-  if description.classes and len(description.classes) != num_classes:
-    raise WeightsError(
-      f"{source} is damaged: it names {len(description.classes)} classes and holds {num_classes}; "
-      "write it again"
-    )
+  _check_classes(description.classes, num_classes, source)
   return classifier, num_classes, has_norm
+
+
+def _check_classes(classes: tuple[str, ...], count: int, source: str) -> None:
+  """WeightsError if a source names classes, and not as many as it holds."""
+  if classes and len(classes) != count:
+    raise WeightsError(
+      f"{source} is damaged: it names {len(classes)} classes and holds {count}; write it again"
+    )
 
 
 def _find_grid(shapes, name: str, encoder, grid, source: str) -> tuple[int, int]:
