@@ -17,13 +17,15 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from PIL import Image
 
-from mrmae_jax import mrmae
+from mrmae_jax import mrmae, segmentation
 from mrmae_jax.errors import WeightsError
 from mrmae_jax.models import encode, head_attention
 from mrmae_jax.models.layers import layer_norm
 from mrmae_jax.reconstruction import reconstruct
 from mrmae_jax.weights import model_files
 
+MODES = ("slide", "whole")  # of `PretrainedModel.segment`
+MAX_SCALE = 8
 PLATFORMS = ("cpu", "cuda", "tpu")  # that an exported model runs on
 
 
@@ -41,14 +43,16 @@ def load(
   Args:
     path: the workdir of a run, on disk or in a bucket (gs://BUCKET/RUN); a file of weights in
       ConvMAE's or MAE's names (.safetensors, or .pth with torch installed), as `mrmae convert`
-      writes it; a ViTMAE folder of transformers; or a vision tower of BEiT, DINO, DINOv2 or CLIP.
+      writes it; a segmentation model in mmsegmentation's names; a ViTMAE folder of transformers; or
+      a vision tower of BEiT, DINO, DINOv2 or CLIP.
     decoder: load the decoder too, if there is one; `reconstruct` needs it.
     mimic_heads: load the mimic heads of a run too.
     learned_positions: keep the position table as a parameter even if it is the sine-cosine one.
     dtype: of the computation, "float32" or "bfloat16". Parameters and results are float32.
     **hints: facts for files that do not tell: num_heads, decoder_heads, grid (rows, columns of
       tokens in training), mean and std of the input (one number per channel, of pixels in [0, 1]);
-      weights, the one to take of several networks in a file, e.g. "ema".
+      weights, the one to take of several networks in a file, e.g. "ema"; levels, the four blocks
+      of a ViT, from 0, that segmentation reads.
 
   Returns:
     The model, ready to use. Its `report` lists what was loaded and what was not.
@@ -155,6 +159,31 @@ def _check_values(images) -> None:
   )
 
 
+def _one_image(image, channels: int) -> np.ndarray:
+  """Returns one image of any size as uint8 [H, W, C]; ValueError if it is none."""
+  array = np.asarray(as_array(_list_element(image, channels), channels))
+  if array.ndim != 3 or array.shape[2] != channels or not array.size:
+    raise ValueError(
+      f"an image of shape {array.shape} given; expected [H, W, {channels}], and images as an array "
+      f"[B, H, W, {channels}] or a list"
+    )
+  _check_values(array)
+  return array if array.dtype == np.uint8 else np.rint(255 * np.clip(array, 0, 1)).astype(np.uint8)
+
+
+def _check_rule(mode: str, stride, window: tuple[int, int], scales) -> None:
+  """Raises ValueError unless images can be looked at in this way."""
+  if mode not in MODES:
+    raise ValueError(f"mode={mode!r} given; expected {' or '.join(MODES)}")
+  if len(stride) != 2 or not all(1 <= step <= side for step, side in zip(stride, window)):
+    raise ValueError(
+      f"stride={stride} given; expected (rows, columns), each at least 1 and at most the window's "
+      f"{window}"
+    )
+  if not scales or not all(0 < scale <= MAX_SCALE for scale in scales):
+    raise ValueError(f"scales={scales} given; expected numbers above 0, at most {MAX_SCALE}")
+
+
 class PretrainedModel:
   """A trained model that takes images and normalizes them itself.
 
@@ -167,8 +196,8 @@ class PretrainedModel:
   Attributes:
     network: modules and parameters (`weights.model_files.LoadedModel`).
     report: str() of it lists what was loaded, what is new and what was dropped, both by design.
-    class_names: of a fine-tuned model, in the order of its logits; () where its source does not
-      tell.
+    class_names: of a fine-tuned or segmentation model, in the order of its logits; () where its
+      source does not tell.
   """
 
   def __init__(self, network: model_files.LoadedModel):
@@ -176,6 +205,7 @@ class PretrainedModel:
     self._model = mrmae.Model(network.encoder, network.decoder, (), network.mean, network.std)
     self._params = {}  # grid -> parameters on the device
     self._encode = jax.jit(self._features)
+    self._slide = jax.jit(self._window_means, static_argnames="crop")
     self._classify = jax.jit(self._logits)
     self._attend = jax.jit(self._head_attention)
     self._reconstruct = jax.jit(self._reconstructions, static_argnums=(3, 4))
@@ -191,9 +221,12 @@ class PretrainedModel:
       - "grid": (rows, columns) of tokens in training.
       - "image_size": (height, width) in training.
       - "mean", "std": of the input, one number per channel.
-      - "classes": number of classes, 0 without a classifier.
+      - "classes": number of classes, of images or of pixels; 0 for other models.
     """
     network, classifier = self.network, self.network.params.get("classifier")
+    classes = len(classifier["head"]["bias"]) if classifier else 0
+    if network.segmenter is not None:
+      classes = network.segmenter.num_classes
     return {
       "encoder": model_files.module_fields(network.encoder),
       "decoder": network.decoder and model_files.module_fields(network.decoder),
@@ -201,7 +234,7 @@ class PretrainedModel:
       "image_size": tuple(side * network.encoder.patch_size for side in network.grid),
       "mean": network.mean,
       "std": network.std,
-      "classes": len(classifier["head"]["bias"]) if classifier else 0,
+      "classes": classes,
     }
 
   def encode(self, images) -> dict[str, jax.Array]:
@@ -257,6 +290,51 @@ class PretrainedModel:
         "encode"
       )
     return self._classify(*self._prepare(images))
+
+  def segment(
+    self,
+    images,
+    *,
+    mode: str = "slide",
+    stride: tuple[int, int] | None = None,
+    scales: tuple[float, ...] = (1.0,),
+    flip: bool = False,
+  ) -> list[np.ndarray]:
+    """Returns the class of every pixel of images, as `class_names` counts them from 0.
+
+    Images have any size. Each one is resized, its aspect kept, until its shorter side is that of
+    training, or its longer side four times as long. The averaged logits are resized back. "slide"
+    compiles one program for several sizes, "whole" one for each.
+
+    Args:
+      images: uint8 or float in [0, 1]: an array [B, H, W, C], or a list of arrays [H, W, C] and
+        Pillow's images, each of its own size.
+      mode: "slide" looks through windows of the size of training, as published results do; "whole"
+        at the whole image at once, with interpolated positions.
+      stride: (rows, columns) between windows, in pixels; None: two thirds of a window.
+      scales: sizes at which the image is looked at, relative to that of training; probabilities are
+        averaged.
+      flip: look at mirrored images too.
+
+    Returns:
+      uint8 [H, W] for each image, uint16 if there are more than 256 classes.
+
+    Raises:
+      WeightsError: the model does not segment.
+      ValueError: an image has another shape, type or range, or an argument is not possible.
+    """
+    if self.network.segmenter is None:
+      raise WeightsError(f"{self.report.source} {self._problem_of_segmenting()}")
+    window = self.config["image_size"]
+    stride = tuple(stride or (side * 2 // 3 for side in window))
+    _check_rule(mode, stride, window, scales)
+    token = self.network.encoder.patch_size if mode == "whole" else 0
+    rule = segmentation.Rule(window, stride, tuple(map(float, scales)), flip, token)
+    channels, labels = len(self.network.mean), []
+    for image in [images] if isinstance(images, Image.Image) else images:
+      image = _one_image(image, channels)
+      labels.append(self._segment_image(image, rule))
+    return labels
 
   def reconstruct(
     self, images, mask_ratio: float | None = None, norm_pix: bool | None = None, seed: int = 0
@@ -322,7 +400,9 @@ class PretrainedModel:
   def export_params(self, image_size: tuple[int, int]) -> dict[str, np.ndarray]:
     """Returns the parameters for images of (height, width), {path joined by "/": array}."""
     grid = tuple(side // self.network.encoder.patch_size for side in image_size)
-    return flatten_dict(model_files.params_at(self.network, grid), sep="/")
+    params = model_files.params_at(self.network, grid)
+    unused = ("segmenter", "batch_stats")
+    return flatten_dict({name: x for name, x in params.items() if name not in unused}, sep="/")
 
   def _prepare(self, images):
     """Checks images; returns the parameters for their grid, and the images."""
@@ -330,11 +410,51 @@ class PretrainedModel:
     images = as_array(images, channels)
     _check_shape(images.shape, patch, channels)
     _check_values(images)
-    grid = (images.shape[1] // patch, images.shape[2] // patch)
-    if grid not in self._params:
-      with jax.ensure_compile_time_eval():  # inside of a user's jit too these are arrays
-        self._params[grid] = jax.device_put(model_files.params_at(self.network, grid))
-    return self._params[grid], images
+    return self._params_at((images.shape[1] // patch, images.shape[2] // patch)), images
+
+  def _params_at(self, grid: tuple[int, int]):
+    """Returns the parameters for a grid on the device, where grids share what is not a table."""
+    own = self.network.params
+    with jax.ensure_compile_time_eval():  # inside of a user's jit too these are arrays
+      if not self._params:
+        self._params[self.network.grid] = jax.device_put(own)
+      if grid not in self._params:
+        placed, resized = self._params[self.network.grid], model_files.params_at(self.network, grid)
+        place = lambda new, old, there: there if new is old else jax.device_put(new)
+        self._params[grid] = jax.tree.map(place, resized, own, placed)
+    return self._params[grid]
+
+  def _problem_of_segmenting(self) -> str:
+    if "classifier" not in self.network.params:
+      return "holds no decode_head; give a segmentation model in mmsegmentation's names"
+    kernel = self.network.params["classifier"]["head"]["kernel"]
+    return (
+      f"holds a classifier (head {list(kernel.shape[::-1])}) and no decode_head; give a "
+      "segmentation model in mmsegmentation's names, or use classify"
+    )
+
+  def _segment_image(self, image, rule: segmentation.Rule) -> np.ndarray:
+    """Returns the class of every pixel of an image uint8 [H, W, C]."""
+    patch = self.network.encoder.patch_size
+
+    def network(view):
+      window = rule.window(view.size)
+      params = self._params_at(tuple(side // patch for side in window))
+      return self._slide(params, view.pixels, view.starts, view.count, crop=window)
+
+    views = segmentation.make_views(image, self.network.mean, rule)
+    return segmentation.predict(network, views, image.shape[:2])
+
+  def _window_means(self, params, pixels, starts, count, crop):
+    variables = {
+      "params": {"encoder": params["encoder"], **params["segmenter"]},
+      "batch_stats": params["batch_stats"],
+    }
+
+    def network(windows):
+      return self.network.segmenter.apply(variables, self._normalize(windows))[0]
+
+    return segmentation.slide(network, pixels, starts, count, crop)
 
   def _normalize(self, images):
     return mrmae.normalize(images, self.network.mean, self.network.std)

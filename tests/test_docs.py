@@ -39,6 +39,8 @@ from PIL import Image
 from mrmae_jax import __main__ as entry
 from mrmae_jax import config
 from mrmae_jax.cli import parser
+from mrmae_jax.weights import model_files
+from tests.helpers.models import make_segmenter
 from tests.helpers.programs import run_program
 
 ROOT = Path(__file__).parent.parent
@@ -387,6 +389,7 @@ class Place:
     (path / ".venv" / "bin" / "activate").touch()
     (path / "shorter.json").write_text(json.dumps(SHORTER))
     images(path / "photos", 40, (90, 70))
+    model_files.write_model(make_segmenter(), path / "upernet.safetensors", "mmseg")
     (path / "shards").mkdir()
     with tarfile.open(path / "shards/train-0.tar", "w") as shard:
       for photo in (path / "photos").rglob("*.png"):
@@ -417,6 +420,8 @@ class Place:
       "/path/to/bands": "/tmp/multispectral",
       "/shared": "/tmp",
       "mae_pretrain_vit_base.pth": "mae_pretrain_vit_base.safetensors",
+      "--model=convmae_upernet.pth --format=convmae": "--model=convmae_upernet.pth --format=timm",
+      "convmae_upernet.pth": "upernet.safetensors",
       "beitv2_base_patch16_224_pt1k_ft1k.pth": "tests/goldens/beitv2/timm_mean.safetensors",
       "/step_1200": "/step_4",  # the first step has no rate, the second spoils the weights
     }

@@ -22,7 +22,7 @@ HEAVY = ("torch", "tensorflow", "transformers", "keras")
 FLOORS = (
   ("errors", "constants", "hardware", "program", "sweep", "sharding", "optim", "mixup", "models"),
   ("config", "mrmae"),
-  ("checks", "reconstruction", "runs"),
+  ("checks", "reconstruction", "runs", "segmentation"),
   ("data", "weights", "viz"),
   ("pretrained", "teachers", "train", "evals"),
   ("__init__", "preflight", "tasks"),

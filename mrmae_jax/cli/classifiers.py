@@ -44,7 +44,12 @@ def load_classifiers(options) -> Classifiers:
   models, names = {}, {}
   for path in options.models:
     models[path] = pretrained.load(path, num_heads=options.num_heads, decoder=False)
-    names[path] = _class_names(path, models[path], options.classes)
+    if models[path].network.segmenter is not None:
+      raise UsageError(
+        f"{path} tells the classes of pixels apart, not of images; mrmae predict --out=DIR, a"
+        " folder, writes pictures of them"
+      )
+    names[path] = class_names(path, models[path], options.classes)
   first, *others = names
   for path in others:
     if set(names[path]) != set(names[first]):
@@ -57,7 +62,7 @@ def load_classifiers(options) -> Classifiers:
   return Classifiers(models, names[first], columns)
 
 
-def _class_names(path: str, model, file: str) -> tuple[str, ...]:
+def class_names(path: str, model, file: str) -> tuple[str, ...]:
   """Returns the names of a model's classes: its own, or else the lines of `file`."""
   count = model.config["classes"]
   if not count:

@@ -28,7 +28,7 @@ COMMANDS = {
   "features": "features of images to a file",
   "knn": "k-NN, few-shot and linear accuracy of such files",
   "evaluate": "accuracy of a fine-tuned model, or of several as one, in all and per class",
-  "predict": "the class of each image, by a fine-tuned model or by several as one",
+  "predict": "the class of each image or pixel, by a fine-tuned model or by several as one",
   "visualize": "reconstructions, attention, features of a model, as pictures and a page",
   "report": "one page about a run or several: curves, throughput, pictures",
   "convert": "weights in the names of ConvMAE, timm or Hugging Face",
@@ -468,11 +468,31 @@ true class); of several models these tables are the ensemble's."""
 def _predict(parser: Parser) -> None:
   parser.epilog = """\
   mrmae predict --models=RUN --images=folder:/my/photos --out=classes.csv
+  mrmae predict --models=upernet.safetensors --images=folder:/my/photos --out=DIR
 
-The file holds the columns name, class and probability, a row for each image in order. It appears
-whole or not at all. The images need no labels."""
+The file holds the columns name, class and probability, a row for each image in order. The images
+need no labels. A segmentation model takes a folder: labels/ gets a PNG for each image, of its size,
+whose values are the classes of the pixels; overlays/ the image under their colors; classes.csv the
+value, name, color and share of each class. File or folder appear whole or not at all."""
   _classifiers(parser, "")
-  parser.add_argument("--out", required=True, help="the file, .csv or .parquet")
+  parser.add_argument(
+    "--out", required=True, help="the file, .csv or .parquet; for segmentation a new folder"
+  )
+  parser.add_argument(
+    "--mode",
+    choices=("slide", "whole"),
+    default="slide",
+    help="of segmentation: through windows of the size of training, or the whole image at once",
+  )
+  parser.add_argument(
+    "--scales",
+    type=comma_list(positive),
+    default=(1.0,),
+    help="of segmentation: sizes of the image, relative to training, whose results are averaged",
+  )
+  parser.add_argument(
+    "--flip", action="store_true", help="of segmentation: average with the mirrored image"
+  )
 
 
 def _visualize(parser: Parser) -> None:
@@ -554,14 +574,18 @@ def _convert(parser: Parser) -> None:
   mrmae convert --model=RUN --out=encoder.safetensors --format=convmae --parts=encoder
 
 Formats: convmae, a ConvViT in the names of Alpha-VL/ConvMAE; timm, a ViT in those of timm and
-facebookresearch/mae; hf, a ViT as a folder of transformers' ViTMAE. The parameters are the same bit
+facebookresearch/mae; hf, a ViT as a folder of transformers' ViTMAE; mmseg, a segmentation model in
+mmsegmentation's names. The parameters are the same bit
 for bit, on the way and back. What is left out by design (mimic heads) is printed."""
   parser.add_argument("--model", required=True, help="workdir, weight file or ViTMAE folder")
   parser.add_argument(
     "--out", required=True, help="the .safetensors file; with --format=hf the folder"
   )
   parser.add_argument(
-    "--format", choices=("convmae", "timm", "hf"), default="convmae", help="names of the tensors"
+    "--format",
+    choices=("convmae", "timm", "hf", "mmseg"),
+    default="convmae",
+    help="names of the tensors",
   )
   parser.add_argument(
     "--parts",

@@ -28,6 +28,7 @@ from mrmae_jax.models.layers import (
   DropPath,
   LayerFusion,
   Mask,
+  RelativePositions,
   depthwise_conv,
   drop_paths,
   from_blocks,
@@ -41,10 +42,8 @@ from mrmae_jax.models.layers import (
   to_blocks,
 )
 
-# The reference hard-codes torch's default in the convolutional blocks and patch embeddings, and
-# passes 1e-6 to the transformer blocks and the last norm.
+# The reference hard-codes torch's default in the convolutional blocks and patch embeddings.
 CONV_EPS = 1e-5
-VIT_EPS = 1e-6
 
 
 def torch_uniform(fan_in: int):
@@ -157,6 +156,10 @@ class ConvViT(nn.Module):
       last one's; () for none.
     learned_positions: the position table is a parameter [1, N, D], as in ConvMAE's fine-tuning,
       instead of a constant.
+    relative_positions: every block of the transformer stage has a table of distances, see
+      `layers.RelativePositions`; ConvMAE's segmentation adds them to the positions.
+    layer_scale: those blocks have learned gains on both branches, see `layers.Block`.
+    eps: epsilon of the transformer stage and of the last norm; ConvMAE's segmentation has 1e-5.
     sparse: run the convolutional stages on the visible blocks only when there is a mask.
     drop_path: drop rate of the last block; it rises linearly from 0 over the blocks of all stages.
     remat: what the backward pass recomputes, see `rematerialize`.
@@ -172,6 +175,9 @@ class ConvViT(nn.Module):
   fuse_stages: bool = True
   fuse_layers: tuple[int, ...] = ()
   learned_positions: bool = False
+  relative_positions: bool = False
+  layer_scale: bool = False
+  eps: float = 1e-6
   sparse: bool = True
   drop_path: float = 0.0
   remat: str = "none"
@@ -188,10 +194,6 @@ class ConvViT(nn.Module):
   @property
   def depth(self) -> int:
     return self.depths[2]
-
-  @property
-  def eps(self) -> float:
-    return VIT_EPS
 
   @nn.compact
   def __call__(
@@ -261,18 +263,21 @@ class ConvViT(nn.Module):
       skips = [jnp.pad(y, ((0, 0), (1, 0), (0, 0))) for y in skips]
 
     out["layers"] = []
+    relative = RelativePositions(grid, self.cls_token) if self.relative_positions else None
     for i in range(self.depth):
       block = rematerialize(Block, self.remat)(
         self.num_heads,
         int(dim * self.mlp_ratios[2]),
-        VIT_EPS,
+        self.eps,
+        layer_scale=self.layer_scale,
+        relative=relative,
         dtype=self.dtype,
         name=f"blocks3_{i}",
       )
-      x, attention = block(x, next(drops))
+      x, attention = block(x, next(drops), mask=mask if self.relative_positions else None)
       out["layers"].append(x)
     if self.cls_token:
       out["attention"] = attention[:, 1:]
     if self.fuse_layers:
       x = LayerFusion(self.dtype, name="fusion")([out["layers"][i] for i in self.fuse_layers] + [x])
-    return layer_norm(VIT_EPS, self.dtype, "norm")(sum(skips, start=x)), out
+    return layer_norm(self.eps, self.dtype, "norm")(sum(skips, start=x)), out

@@ -51,14 +51,22 @@ def encoder_table(module: ConvViT) -> list[Entry]:
       ):
         table += dense(f"{ours}/{layer}", f"{theirs}.{name}", conv(1))
   for i in range(module.depth):
-    table += timm_block(f"blocks3_{i}", f"blocks3.{i}")
+    ours, theirs = f"blocks3_{i}", f"blocks3.{i}"
+    table += timm_block(ours, theirs)
+    if module.relative_positions:
+      name = f"{theirs}.attn.relative_position_bias_table"
+      table.append(Entry(f"{ours}/attn/relative_positions", (name,), same))
+    if module.layer_scale:
+      table += [Entry(f"{ours}/scale{k}", (f"{theirs}.gamma_{k}",), same) for k in (1, 2)]
   for name, exists in (("cls_token", module.cls_token), ("pos_embed", module.learned_positions)):
     table += [Entry(name, (name,), same)] if exists else []
   return table + fusion(module) + dense("patch_embed4", "patch_embed4") + norm("norm", "norm")
 
 
 def encoder_fields(shapes: dict[str, tuple[int, ...]], source: str) -> dict[str, Any]:
-  """Derives fields of ConvViT from shapes: all but heads, fused layers and the kind of positions.
+  """Derives fields of ConvViT from shapes: all but fused layers and the kind of positions.
+
+  Heads show in a table of relative positions alone.
 
   Raises:
     WeightsError: a tensor that the sizes depend on is missing or has another rank.
@@ -71,7 +79,9 @@ def encoder_fields(shapes: dict[str, tuple[int, ...]], source: str) -> dict[str,
     shape_of(shapes, f"blocks{stage}.0.mlp.fc1.weight", 2 if stage == 3 else 4, source)[0]
     for stage in (1, 2, 3)
   ]
+  table = shapes.get("blocks3.0.attn.relative_position_bias_table", ())
   return dict(
+    **({"num_heads": table[1]} if len(table) == 2 else {}),
     name="convvit",
     patch_sizes=tuple(shape[-1] for shape in projections),
     embed_dims=dims,
@@ -79,4 +89,6 @@ def encoder_fields(shapes: dict[str, tuple[int, ...]], source: str) -> dict[str,
     mlp_ratios=tuple(map(mlp_ratio, hidden, dims)),
     cls_token="cls_token" in shapes,
     fuse_stages="stage1_output_decode.weight" in shapes,
+    relative_positions=bool(table),
+    layer_scale="blocks3.0.gamma_1" in shapes,
   )

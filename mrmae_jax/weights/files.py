@@ -201,6 +201,12 @@ def read_metadata(path: Path) -> dict[str, str]:
     return stored.metadata() or {}
 
 
+def read_classes(path: Path) -> tuple[str, ...]:
+  """Returns the classes that a PyTorch file of mmsegmentation names; () for other files."""
+  is_torch = path.is_file() and _reader(path) is torch_files.read_torch
+  return torch_files.read_classes(path) if is_torch else ()
+
+
 def write_safetensors(
   path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None
 ) -> None:

@@ -62,7 +62,8 @@ def _options(encoder, section) -> str:
   """Returns the options that make a configuration's `encoder` that of a checkpoint, if any do."""
   fields = model_files.module_fields(encoder)
   if fields["name"] != section.name:
-    kind = "beitv2" if fields.get("relative_positions") else fields["name"]
+    is_beit = fields["name"] == "vit" and fields["relative_positions"]
+    kind = "beitv2" if is_beit else fields["name"]
     return f": a configuration with encoder={kind}"
   words = [
     f"--config.encoder.{key}={str(value).replace(' ', '')}"
@@ -82,7 +83,7 @@ def encoder_params(
   grid = _grid(config, encoder)
   params = flatten_dict(model_files.params_at(source, grid)["encoder"], sep="/")
   notes = [f"starting from {source.report}"]
-  if isinstance(encoder, ViT) and source.encoder.eps != encoder.eps:
+  if source.encoder.eps != encoder.eps:
     notes.append(f"eps of its norms was {source.encoder.eps:g}, here it is {encoder.eps:g}")
   for name in ("mean", "std"):
     theirs, ours = getattr(source, name), tuple(config.data[name])

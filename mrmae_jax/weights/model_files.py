@@ -1,7 +1,7 @@
 """Reads and writes trained models: ConvMAE's, MAE's, transformers' ViTMAE and this project's.
 
 Vision towers of other families are read too: BEiT, which is also written, and transformers' ViT,
-DINO, DINOv2 and CLIP.
+DINO, DINOv2 and CLIP. So are the segmentation models of ConvMAE, MAE and BEiT.
 
 `read_model` takes any of them and is strict: every tensor is used exactly once, or is listed in the
 report as left out by design. Sizes come from what the source states (config.json, a run's
@@ -18,6 +18,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ from flax.traverse_util import flatten_dict
 from mrmae_jax.errors import StorageError, WeightsError, WorkdirError
 from mrmae_jax.models import ConvViT, Decoder, ViT, make_decoder, make_encoder
 from mrmae_jax.models.layers import Mask, sincos_2d
+from mrmae_jax.models.upernet import Segmenter
 from mrmae_jax.runs import checkpoint
 from mrmae_jax.runs.paths import atomic_write
 from mrmae_jax.weights import (
@@ -39,6 +41,7 @@ from mrmae_jax.weights import (
   families,
   files,
   mae,
+  mmseg,
   networks,
   positions,
   tower_params,
@@ -53,6 +56,7 @@ from mrmae_jax.weights.model_sources import (
   describe_source,
   file_encoder,
   input_statistics,
+  read_notes,
   with_heads,
 )
 from mrmae_jax.weights.table import (
@@ -66,10 +70,12 @@ from mrmae_jax.weights.table import (
   shape_of,
 )
 
-FORMATS = ("convmae", "timm", "hf")
+FORMATS = ("convmae", "timm", "hf", "mmseg")
 # Families that are encoders too.
 STUDENTS = ("BEiT", "DINO", "DINOv2", "DINOv2 with registers", "CLIP")
 NO_NORM = "norm (fine-tuning replaces the last norm by fc_norm)"
+ABSENT_NORM = "norm (the source does not hold it)"
+UNUSED_NORM = "norm (segmentation does not use it)"
 NO_DECODER = "no decoder (the source is encoder-only and cannot reconstruct)"
 # Fields in which towers differ from MAE's ViT, whose formats have no place for them; and those for
 # which BEiT's formats have one.
@@ -113,7 +119,8 @@ class LoadedModel(NamedTuple):
     decoder: Decoder; None if the source has none, or it was not asked for.
     params: {"encoder", "decoder" if there is one, "classifier" if it was fine-tuned, "mimic_heads"
       if asked for}, float32 numpy arrays. A classifier is {"head"} on the normed first token, or
-      {"fc_norm", "head"} on the mean token of the last block.
+      {"fc_norm", "head"} on the mean token of the last block. A segmentation model has "segmenter",
+      the parameters of neck and heads, and "batch_stats", their running statistics.
     grid: (rows, columns) of its position tables.
     mean, std: of its input, one number per channel.
     method: {"mask_ratio", "norm_pix"} of its pre-training; MAE's where the source does not tell.
@@ -123,6 +130,7 @@ class LoadedModel(NamedTuple):
     classes: names of the classifier's classes in the order of the logits; () where the source does
       not tell.
     rule: how its encoder's learned positions are interpolated.
+    segmenter: UperNet around the encoder; None if it is another model.
   """
 
   encoder: ConvViT | ViT
@@ -136,6 +144,7 @@ class LoadedModel(NamedTuple):
   report: Report | None
   classes: tuple[str, ...] = ()
   rule: positions.Rule = positions.BICUBIC
+  segmenter: Segmenter | None = None
 
 
 def read_model(
@@ -254,6 +263,8 @@ def _read_files(
 ) -> LoadedModel:
   """Reads a file or folder of weights in foreign names."""
   source, network = str(path), networks.open_network(path, hints.weights)
+  if network.heads:
+    return _read_segmenter(path, network, hints, dtype)
   if family := _find_tower(path, network.tensors):
     return _read_tower(path, network, family, hints, dtype)
   inventory = _Inventory(network.tensors)
@@ -289,7 +300,7 @@ def _read_files(
   params = convert(inventory.tensors, list(entries), expected, source=source)
   if not has_norm:
     params["encoder"]["norm"] = tower_params.fresh_norm(encoder.dim)
-    inventory.new.append(NO_NORM)
+    inventory.new.append(NO_NORM if classifier else ABSENT_NORM)
   report = Report(
     source,
     f"{describe(encoder)}, {description.naming}"
@@ -329,6 +340,82 @@ def _folder(path: Path) -> Path:
   return path if path.is_dir() else path.parent
 
 
+def _describe_segmenter(path: Path, tensors: dict[str, files.Tensor], hints: Hints) -> Description:
+  """Returns what a segmentation model notes about itself, or else what its tensors tell.
+
+  Args:
+    path: of the file.
+    tensors: those of the backbone.
+    hints: of the user.
+  """
+  description, source = read_notes(path, mmseg.NAMING), str(path)
+  if description is None:
+    fields, grid = mmseg.encoder_fields(tensors, hints.grid, source)
+    description = Description(mmseg.NAMING, lambda entry: entry, fields, {}, grid)
+  check_description(description, len(tensors), source)
+  return description
+
+
+def _read_segmenter(path: Path, network: networks.Network, hints: Hints, dtype) -> LoadedModel:
+  """Reads a segmentation model in mmsegmentation's names."""
+  source, tensors = str(path), network.tensors
+  description = _describe_segmenter(path, tensors, hints)
+  if "num_heads" in description.encoder:  # notes or tables of relative positions tell
+    hints = hints._replace(num_heads=0)
+  encoder, grid = file_encoder(description, hints, dtype, source), hints.grid or description.grid
+  shapes = {name: tensor.shape for name, tensor in tensors.items()}
+  if encoder.learned_positions:
+    grid = _find_grid(shapes, "pos_embed", encoder, grid, source)
+  elif not grid:
+    raise WeightsError(f"{source} does not tell the grid of its tables; give grid=(rows, columns)")
+  patch_embed = f"patch_embed{'' if isinstance(encoder, ViT) else 1}.proj.weight"
+  channels = shape_of(shapes, patch_embed, 4, source)[1]
+  mean, std = input_statistics(hints, description, channels, source)
+  head_shapes = {name: tensor.shape for name, tensor in network.heads.items()}
+  noted = description.segmenter
+  segmenter = Segmenter(
+    encoder,
+    **mmseg.head_fields(head_shapes, noted.get("pool_scales", ()), source),
+    levels=mmseg.choose_levels(encoder, hints.levels or noted.get("levels", ()), source),
+    dtype=dtype,
+  )
+  params = convert(
+    {mmseg.BACKBONE + name: x for name, x in tensors.items()} | network.heads,
+    mmseg.segmenter_table(segmenter),
+    mmseg.segmenter_shapes(segmenter, grid, channels, source),
+    ignore=(mmseg.CONSTANTS,),
+    source=source,
+  )
+  statistics = len(jax.tree.leaves(params["batch_stats"]))
+  loaded = _count_params({name: params[name] for name in ("encoder", "segmenter")})
+  params["encoder"]["norm"] = tower_params.fresh_norm(encoder.dim)
+  classes = tuple(description.classes) or files.read_classes(path)
+  _check_classes(classes, segmenter.num_classes, source)
+  constants = [x for x in (*tensors, *network.heads) if re.fullmatch(mmseg.CONSTANTS, x)]
+  dropped = [f"{len(constants)} counters and table indices"] if constants else []
+  model = f"{describe(encoder)}, {mmseg.describe(segmenter)}, {mmseg.NAMING}"
+  return LoadedModel(
+    encoder=encoder,
+    decoder=None,
+    params=params,
+    grid=grid,
+    mean=mean,
+    std=std,
+    method=description.method,
+    has_norm=False,
+    report=Report(
+      source,
+      model,
+      (*loaded, f"running statistics ({statistics} tensors)"),
+      (UNUSED_NORM,),
+      (*network.left_out, *dropped),
+    ),
+    classes=classes,
+    rule=positions.BICUBIC,
+    segmenter=segmenter,
+  )
+
+
 def _read_tower(
   path: Path, network: networks.Network, family: families.Family, hints: Hints, dtype
 ) -> LoadedModel:
@@ -364,7 +451,7 @@ def _read_tower(
   naming = f"{family.name}'s blocks" + (f" behind {network.wrapper!r}" if network.wrapper else "")
   notes, new = tower.notes if family.name == beit.NAME else None, (NO_DECODER,)
   if not tower.has_norm:
-    new += (NO_NORM if "classifier" in params else "norm (the source does not hold it)",)
+    new += (NO_NORM if "classifier" in params else ABSENT_NORM,)
   has_both = encoder.relative_positions and encoder.positions == "table"
   both = ("a position table beside the relative positions",) if has_both else ()
   if family.name == beit.NAME and not has_config and not notes and not hints.mean:
@@ -480,19 +567,24 @@ def _find_classifier(
   if "head.0.running_mean" in tensors:
     names = [name for name in tensors if name.startswith("head.")]
     inventory.drop(names, "head (a linear probe behind BatchNorm)")
-  has_norm = "norm.weight" in tensors or "fc_norm.weight" not in tensors
+  is_replaced = "fc_norm.weight" in tensors or not description.has_norm
+  has_norm = "norm.weight" in tensors or not is_replaced
   if "head.weight" in tensors:
     classifier = ("fc_norm", "head") if "fc_norm.weight" in tensors else ("head",)
-  elif not has_norm:
+  elif "fc_norm.weight" in tensors and not has_norm:
     names = [name for name in tensors if name.startswith("fc_norm.")]
     inventory.drop(names, "fc_norm (of a classifier that the source does not hold)")
   num_classes = tensors["head.weight"].shape[0] if classifier else 0
-  if description.classes and len(description.classes) != num_classes:
-    raise WeightsError(
-      f"{source} is damaged: it names {len(description.classes)} classes and holds {num_classes}; "
-      "write it again"
-    )
+  _check_classes(description.classes, num_classes, source)
   return classifier, num_classes, has_norm
+
+
+def _check_classes(classes: tuple[str, ...], count: int, source: str) -> None:
+  """WeightsError if a source names classes, and not as many as it holds."""
+  if classes and len(classes) != count:
+    raise WeightsError(
+      f"{source} is damaged: it names {len(classes)} classes and holds {count}; write it again"
+    )
 
 
 def _find_grid(shapes, name: str, encoder, grid, source: str) -> tuple[int, int]:
@@ -685,13 +777,16 @@ def write_model(model: LoadedModel, out: str | Path, form: str) -> None:
       preprocessor_config.json and model.safetensors.
     form: "convmae": a ConvViT in ConvMAE's names; "timm": a ViT in those of timm and MAE; "hf": a
       ViT as transformers' ViTMAE. A ViT with relative positions takes BEiT's names of timm, or is
-      transformers' Beit.
+      transformers' Beit. "mmseg": a segmentation model in mmsegmentation's names.
 
   Raises:
     WeightsError: this model cannot take that form.
   """
   out, is_vit = Path(out).expanduser(), isinstance(model.encoder, ViT)
   _check_form(model, out, form)
+  if form == "mmseg":
+    _write_segmenter(model, out)
+    return
   if _is_beit(model.encoder):
     model = _with_stored_positions(model)
   classifier, params = tuple(model.params.get("classifier", ())), model.params
@@ -718,7 +813,12 @@ def write_model(model: LoadedModel, out: str | Path, form: str) -> None:
     _write_hf_configs(model, out)
     files.write_safetensors(out / "model.safetensors", tensors)
     return
-  notes = {
+  files.write_safetensors(out, tensors, {METADATA_KEY: json.dumps(_notes(model))})
+
+
+def _notes(model: LoadedModel) -> dict[str, Any]:
+  """Returns what a written file notes about its model, see `Description`."""
+  return {
     "encoder": module_fields(model.encoder),
     "decoder": model.decoder and module_fields(model.decoder),
     "grid": model.grid,
@@ -726,7 +826,15 @@ def write_model(model: LoadedModel, out: str | Path, form: str) -> None:
     "std": model.std,
     "method": model.method,
     "classes": model.classes,
-  }
+  } | ({} if model.has_norm or "classifier" in model.params else {"has_norm": False})
+
+
+def _write_segmenter(model: LoadedModel, out: Path) -> None:
+  """Writes a segmentation model as a .safetensors file."""
+  encoder = {name: x for name, x in model.params["encoder"].items() if name != "norm"}
+  tensors = export(model.params | {"encoder": encoder}, mmseg.segmenter_table(model.segmenter))
+  segmenter = {x: getattr(model.segmenter, x) for x in ("levels", "pool_scales")}
+  notes = _notes(model) | {"segmenter": segmenter}
   files.write_safetensors(out, tensors, {METADATA_KEY: json.dumps(notes)})
 
 
@@ -750,7 +858,13 @@ def _check_form(model: LoadedModel, out: Path, form: str) -> None:
   is_vit = isinstance(model.encoder, ViT)
   if form not in FORMATS:
     raise WeightsError(f"format {form!r} is not one of {', '.join(FORMATS)}")
-  if is_vit == (form == "convmae"):
+  if (model.segmenter is not None) != (form == "mmseg"):
+    raise WeightsError(
+      f"a segmentation model cannot be written as {form!r}; use mmseg, or --parts=encoder"
+      if model.segmenter is not None
+      else "the format mmseg is for segmentation models; this one has no decode_head"
+    )
+  if form != "mmseg" and is_vit == (form == "convmae"):
     raise WeightsError(
       f"a {describe(model.encoder)} cannot be written as {form!r}; use "
       f"{'timm or hf' if is_vit else 'convmae'}"
@@ -759,6 +873,8 @@ def _check_form(model: LoadedModel, out: Path, form: str) -> None:
     raise WeightsError(f"{out}: format {form} is one file; name it *.safetensors")
   if form == "hf" and out.is_file():
     raise WeightsError(f"{out} is a file; format hf is a folder")
+  if form == "mmseg":
+    return
   plain, is_beit = ViT(), _is_beit(model.encoder)
   fields = TOWER_FIELDS + (() if is_beit else BEIT_FIELDS)
   if is_vit and (special := [x for x in fields if getattr(model.encoder, x) != getattr(plain, x)]):
@@ -838,9 +954,10 @@ def untrained(model: LoadedModel, seed: int = 0) -> LoadedModel:
   height, width = (side * model.encoder.patch_size for side in model.grid)
   pixels = jnp.zeros((1, height, width, len(model.mean)))
   params = jax.jit(model.encoder.init)(jax.random.key(seed), pixels)["params"]
-  return model._replace(decoder=None, params={"encoder": params}, classes=())
+  return model._replace(decoder=None, segmenter=None, params={"encoder": params}, classes=())
 
 
 def encoder_only(model: LoadedModel) -> LoadedModel:
-  """Returns a model without its decoder and classifier."""
-  return model._replace(decoder=None, params={"encoder": model.params["encoder"]}, classes=())
+  """Returns a model without its decoder, classifier and segmentation."""
+  params = {"encoder": model.params["encoder"]}
+  return model._replace(decoder=None, segmenter=None, params=params, classes=())

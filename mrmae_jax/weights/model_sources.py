@@ -24,6 +24,7 @@ class Hints(NamedTuple):
     grid: (rows, columns) of the position tables; None: square.
     mean, std: of the input, one number per channel; None: ImageNet's, for three channels.
     weights: which of several networks in a file, see `networks.open_network`.
+    levels: blocks of a ViT that give UperNet's levels; (): the usual ones.
   """
 
   num_heads: int = 0
@@ -32,6 +33,7 @@ class Hints(NamedTuple):
   mean: tuple[float, ...] | None = None
   std: tuple[float, ...] | None = None
   weights: str = ""
+  levels: tuple[int, ...] = ()
 
 
 class Description(NamedTuple):
@@ -43,6 +45,9 @@ class Description(NamedTuple):
     encoder, decoder: fields of the modules; "name" of the encoder is a key of `models.ENCODERS`.
     grid: (rows, columns) of the position tables; None: square.
     mean, std, method, classes: see `LoadedModel`.
+    segmenter: "levels" and "pool_scales" of `models.upernet.Segmenter`, which shapes do not tell;
+      {} for other models and files.
+    has_norm: the encoder has its last norm, where no classifier tells.
   """
 
   naming: str
@@ -54,6 +59,8 @@ class Description(NamedTuple):
   std: tuple[float, ...] | None = None
   method: dict[str, Any] = METHOD
   classes: tuple[str, ...] = ()
+  segmenter: dict[str, Any] = {}
+  has_norm: bool = True
 
   def their_name(self, name: str) -> str:
     """Returns this source's name of the tensor that ConvMAE or MAE calls `name`."""
@@ -145,7 +152,7 @@ def check_description(description: Description, num_tensors: int, source: str) -
       files.check_statistics(description.mean, description.std, source, channels=None)
     grid = description.grid or (1, 1)
     ratio, norm_pix = description.method["mask_ratio"], description.method["norm_pix"]
-    classes = description.classes
+    classes, segmenter = description.classes, dict(description.segmenter)
     is_valid = (
       ({"dim", "patch_size"} <= fields.keys() or {"embed_dims", "patch_sizes"} <= fields.keys())
       and len(grid) == 2
@@ -153,8 +160,12 @@ def check_description(description: Description, num_tensors: int, source: str) -
       and type(ratio) in (int, float)
       and 0 <= ratio <= 1
       and type(norm_pix) is bool
+      and type(description.has_norm) is bool
       and type(classes) in (tuple, list)
       and all(type(name) is str for name in classes)
+      and (not segmenter or segmenter.keys() == {"levels", "pool_scales"})
+      and all(type(x) is int and 0 <= x <= MAX_SIZE for list_ in segmenter.values() for x in list_)
+      and 0 not in segmenter.get("pool_scales", ())
     )
   except (ValueError, TypeError, KeyError):
     is_valid = False

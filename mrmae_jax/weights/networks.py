@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mrmae_jax.errors import WeightsError
-from mrmae_jax.weights import beit, convmae, files, mae
+from mrmae_jax.weights import beit, convmae, files, mae, mmseg
 from mrmae_jax.weights.families import FAMILIES
 from mrmae_jax.weights.tensor import Tensor
 
@@ -37,11 +37,13 @@ class Network(NamedTuple):
     tensors: by their names without wrappers.
     wrapper: what stands before the names in the file; "" for nothing.
     left_out: one line about each other part of the file.
+    heads: where the network is the backbone of mmsegmentation, the tensors of the heads beside it.
   """
 
   tensors: dict[str, Tensor]
   wrapper: str = ""
   left_out: tuple[str, ...] = ()
+  heads: dict[str, Tensor] = {}
 
 
 def open_network(path: Path, weights: str = "") -> Network:
@@ -85,10 +87,20 @@ def open_network(path: Path, weights: str = "") -> Network:
     for name, original in names.items()
     if is_part(name, original)
   }
-  others = [name for name, original in names.items() if not is_part(name, original)]
+  around = prefix.removesuffix(mmseg.BACKBONE)
+  heads = {
+    name.removeprefix(around): stored[original]
+    for name, original in names.items()
+    if around != prefix and name.startswith(tuple(around + head for head in mmseg.HEADS))
+  }
+  others = [
+    name
+    for name, original in names.items()
+    if not is_part(name, original) and name.removeprefix(around) not in heads
+  ]
   left_out = _describe_parts(others, [x for x in prefixes if x != prefix])
   tensors = beit.arrange(files.check_tensors(taken, path), str(path))
-  return Network(tensors, prefixes[prefix], left_out)
+  return Network(tensors, prefixes[prefix], left_out, files.check_tensors(heads, path))
 
 
 def _clean(name: str) -> str:

@@ -91,6 +91,21 @@ def read_torch(file: Path) -> dict[str, Tensor]:
   return {name: tensor(x) for name, x in tensors.items()}
 
 
+def read_classes(file: Path) -> tuple[str, ...]:
+  """Returns the names of the classes that mmsegmentation notes beside weights; () for none.
+
+  They are "CLASSES" of "meta", or since its version 1 "classes" of "dataset_meta" in there.
+  """
+  import torch  # `read_torch` has found it
+
+  meta = _load_content(file, zipfile.is_zipfile(file), torch).get("meta")
+  meta = meta if isinstance(meta, dict) else {}
+  newer = meta.get("dataset_meta")
+  names = meta.get("CLASSES") or (newer.get("classes") if isinstance(newer, dict) else ())
+  is_list = isinstance(names, (tuple, list)) and all(isinstance(x, str) for x in names)
+  return tuple(names) if is_list else ()
+
+
 def _load_content(file: Path, is_zip: bool, torch) -> dict:
   """Unpickles a file without executing it; returns its state dictionary, and all around that."""
   # torch would believe a file's name, which it does not know for a stream.

@@ -9,6 +9,7 @@ import numpy as np
 from mrmae_jax import mrmae
 from mrmae_jax.models.convvit import ConvViT
 from mrmae_jax.models.decoder import Decoder, MimicHead
+from mrmae_jax.models.upernet import Segmenter
 from mrmae_jax.models.vit import ViT
 from mrmae_jax.tasks import pretrain
 from mrmae_jax.weights import model_files
@@ -134,4 +135,30 @@ def make_student(encoder, decoder=DECODER, classes=0, fc_norm=True, has_norm=Tru
     has_norm,
     None,
     tuple("zyxwvut"[:classes]),
+  )
+
+
+def make_segmenter(seed=0, classes=4, **fields):
+  """A small segmentation model with random weights and statistics, and no golden."""
+  encoder = ViT(8, 24, 4, 2, 48, learned_positions=True, relative_positions=True, **fields)
+  segmenter = Segmenter(encoder, classes, 8, 8, levels=(0, 1, 2, 3))
+  shapes = jax.eval_shape(segmenter.init, jax.random.key(seed), jnp.zeros((1, 32, 32, 3)))
+  rng = np.random.default_rng(seed)
+  draw = lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32)
+  params = jax.tree.map(draw, shapes["params"])
+  stats = jax.tree.map(lambda x: np.abs(draw(x)) + 1, shapes["batch_stats"])
+  encoder_params = params.pop("encoder")
+  encoder_params["norm"] = {"scale": np.ones(24, np.float32), "bias": np.zeros(24, np.float32)}
+  return model_files.LoadedModel(
+    encoder=encoder,
+    decoder=None,
+    params={"encoder": encoder_params, "segmenter": params, "batch_stats": stats},
+    grid=(4, 4),
+    mean=(0.1, 0.2, 0.3),
+    std=(0.4, 0.5, 0.6),
+    method={"mask_ratio": 0.75, "norm_pix": True},
+    has_norm=False,
+    report=None,
+    classes=("sky", "sea", "land", "other")[:classes],
+    segmenter=segmenter,
   )
