@@ -24,7 +24,8 @@ import mrmae_jax
 from mrmae_jax import mrmae, segmentation
 from mrmae_jax.cli import label_pictures
 from mrmae_jax.errors import WeightsError
-from mrmae_jax.models import ViT, upernet
+from mrmae_jax.models import ConvViT, ViT, upernet
+from mrmae_jax.models.layers import Mask
 from mrmae_jax.pretrained import PretrainedModel
 from mrmae_jax.weights import mmseg, model_files
 from mrmae_jax.weights.model_sources import METADATA_KEY
@@ -536,3 +537,28 @@ def test_windows_of_pooling(old, new):
 
 def test_levels_as_published():
   assert upernet.usual_levels(12) == (3, 5, 7, 11) and upernet.usual_levels(24) == (7, 11, 15, 23)
+
+
+def test_relative_positions_of_a_convvit_know_the_visible_tokens():
+  fields = dict(fuse_stages=False, relative_positions=True, layer_scale=True)
+  sparse = ConvViT((2, 2, 2), (4, 8, 16), (1, 1, 1), 2, (2, 2, 2), **fields)
+  images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 24, 32, 3)).astype(np.float32))
+  shapes = jax.eval_shape(sparse.init, jax.random.key(0), images)
+  rng = np.random.default_rng(1)
+  params = jax.tree.map(lambda x: rng.normal(0, 0.5, x.shape).astype(np.float32), shapes)
+  ids = np.stack([rng.permutation(12) for _ in range(2)])
+  mask = Mask(jnp.asarray(ids[:, :5]), jnp.asarray(np.argsort(ids, axis=1)))
+
+  @jax.jit
+  def encode(params):
+    without = jax.tree_util.tree_map_with_path(
+      lambda path, x: x * (path[-1].key != "relative_positions"), params
+    )
+    return [
+      sparse.clone(sparse=is_sparse).apply(tree, images, mask)[0]
+      for is_sparse, tree in ((True, params), (False, params), (True, without))
+    ]
+
+  visible, dense, without = encode(params)
+  close(visible, np.asarray(dense), FORWARD, "sparse against dense")
+  assert np.abs(visible - without).max() > 1e-3
