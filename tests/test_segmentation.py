@@ -168,8 +168,7 @@ def hints_of(case):
 
 @pytest.mark.parametrize(
   "name",
-  # MAE's differs from BEiT's by its position table and one packed bias.
-  [pytest.param(x, marks=pytest.mark.variant if x.startswith("mae") else ()) for x in NETWORKS],
+  [pytest.param(x, marks=() if x.startswith("conv") else pytest.mark.variant) for x in NETWORKS],
 )
 def test_levels_logits_losses_gradients_and_statistics(tmp_path, name):
   case, expected, model = CASES[name], lambda prefix: named(name, prefix), stored(tmp_path, name)
