@@ -407,11 +407,11 @@ def test_a_folder_of_deepspeed_holds_a_model(tmp_path):
   same(read, model)
 
 
-def test_the_network_of_a_segmenter_is_taken_out_of_its_file(tmp_path):
+def test_the_network_of_a_segmenter_without_its_head_is_taken_out_of_its_file(tmp_path):
   model, path = random_model((4, 4)), tmp_path / "x.safetensors"
   model_files.write_model(model, path, "timm")
   tensors = {f"state_dict.backbone.{name}": x for name, x in load_file(path).items()}
-  others = ("state_dict.backbone.fpn1.0.weight", "state_dict.decode_head.conv_seg.weight")
+  others = ("state_dict.backbone.fpn1.0.weight", "state_dict.neck.conv.weight")
   tensors |= {name: np.ones((2, 2), np.float32) for name in others}
   save_file({name: x for name, x in tensors.items() if ".norm." not in name}, path)
   read = model_files.read_model(path)
