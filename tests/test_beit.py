@@ -30,6 +30,7 @@ from mrmae_jax.tasks import finetune, pretrain, probe
 from mrmae_jax.weights import beit, model_files, positions
 from mrmae_jax.weights.table import export
 from tests import tiny
+from tests.helpers.goldens import close, read_tensors
 from tests.helpers.programs import Program, run_program, wait_for
 from tests.helpers.runs import metrics
 
@@ -41,16 +42,8 @@ PRETRAINED = [name for name, case in CASES.items() if "vocab_size" in case]
 TABLES = [name for name, case in CASES.items() if "cases" in case and name != "index"]
 
 
-def close(actual, expected, tolerance, name, largest=None):
-  largest = largest or np.abs(expected).max()
-  error = np.abs(np.asarray(actual) - expected).max() / max(largest, 1e-12)
-  assert error < tolerance, f"{name}: largest error {error:.1e}, allowed {tolerance:.0e}"
-
-
 def named(name, prefix):
-  """The tensors of a case under a prefix, without it."""
-  tensors = load_file(GOLDENS / f"{name}.safetensors")
-  return {key.removeprefix(prefix): x for key, x in tensors.items() if key.startswith(prefix)}
+  return read_tensors(GOLDENS, name, prefix)
 
 
 def grid_of(case):

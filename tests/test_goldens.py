@@ -31,6 +31,7 @@ from mrmae_jax.models.vit import ViT
 from mrmae_jax.pretrained import PretrainedModel
 from mrmae_jax.weights import convmae, files, mae, model_files
 from mrmae_jax.weights.table import convert, export
+from tests.helpers.goldens import close, read_tensors
 
 GOLDENS = Path(os.environ.get("MRMAE_GOLDENS", Path(__file__).parent / "goldens"))
 FORWARD, GRADIENT = 1e-5, 1e-4  # relative to the largest entry; float32 sums in another order
@@ -119,20 +120,6 @@ def load(name, sparse):
   return model, params, to_ours, tensors, images, mask, dims
 
 
-def close(actual, expected, tolerance, name):
-  error = np.abs(np.asarray(actual) - expected).max() / max(np.abs(expected).max(), 1e-12)
-  assert error < tolerance, (
-    f"{name}: largest error {error:.1e} of the largest entry, allowed {tolerance:.0e}"
-  )
-
-
-def test_the_folder_holds_cases():
-  families = {family_of(json.loads((GOLDENS / f"{name}.json").read_text())) for name, _ in CASES}
-  assert families == {convmae, mae} or (families and "MRMAE_GOLDENS" in os.environ), (
-    f"no golden cases in {GOLDENS}"
-  )
-
-
 @pytest.mark.parametrize("name, sparse", [mark_variants(*case) for case in CASES])
 def test_forward(name, sparse):
   model, params, _, tensors, images, mask, dims = load(name, sparse)
@@ -200,11 +187,7 @@ def named(prefix, name):
   """The tensors of a case under a prefix, without it; skips where there is no such case."""
   if not (GOLDENS / f"{name}.safetensors").is_file():
     pytest.skip(f"no {name} in {GOLDENS}")
-  return {
-    k.removeprefix(prefix): v
-    for k, v in load_file(GOLDENS / f"{name}.safetensors").items()
-    if k.startswith(prefix)
-  }
+  return read_tensors(GOLDENS, name, prefix)
 
 
 def opened(path, **options):

@@ -31,6 +31,7 @@ from mrmae_jax.weights import mmseg, model_files
 from mrmae_jax.weights.model_sources import METADATA_KEY
 from mrmae_jax.weights.table import convert, export
 from tests.helpers.cli import run_command
+from tests.helpers.goldens import close, read_tensors
 from tests.helpers.images import photo
 from tests.helpers.models import make_segmenter, make_student
 
@@ -42,16 +43,8 @@ CASES = {path.stem: json.loads(path.read_text()) for path in sorted(GOLDENS.glob
 NETWORKS = [name for name, case in CASES.items() if "image_size" in case and "channels" in case]
 
 
-def close(actual, expected, tolerance, name, largest=None):
-  largest = largest or np.abs(expected).max()
-  error = np.abs(np.asarray(actual) - expected).max() / max(largest, 1e-12)
-  assert error < tolerance, f"{name}: largest error {error:.1e}, allowed {tolerance:.0e}"
-
-
 def named(name, prefix):
-  """The tensors of a case under a prefix, without it."""
-  tensors = load_file(GOLDENS / f"{name}.safetensors")
-  return {key.removeprefix(prefix): x for key, x in tensors.items() if key.startswith(prefix)}
+  return read_tensors(GOLDENS, name, prefix)
 
 
 def channels_last(x):

@@ -575,8 +575,8 @@ def _convert(parser: Parser) -> None:
 
 Formats: convmae, a ConvViT in the names of Alpha-VL/ConvMAE; timm, a ViT in those of timm and
 facebookresearch/mae; hf, a ViT as a folder of transformers' ViTMAE; mmseg, a segmentation model in
-mmsegmentation's names. The parameters are the same bit
-for bit, on the way and back. What is left out by design (mimic heads) is printed."""
+mmsegmentation's names. The parameters are the same bit for bit, on the way and back. What is left
+out by design (mimic heads) is printed."""
   parser.add_argument("--model", required=True, help="workdir, weight file or ViTMAE folder")
   parser.add_argument(
     "--out", required=True, help="the .safetensors file; with --format=hf the folder"

@@ -35,7 +35,7 @@ LAST = (
 
 
 class Run(NamedTuple):
-  """What a workdir holds.
+  """The files of a workdir, read.
 
   Attributes:
     name: of the folder.

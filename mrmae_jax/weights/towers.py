@@ -66,7 +66,7 @@ class Tower(NamedTuple):
 
 
 class Overrides(NamedTuple):
-  """What a user states about a tower; it overrules the files.
+  """Facts about a tower that a user states, which overrule the files.
 
   Attributes:
     num_heads, activation: fields of ViT.

@@ -1,4 +1,4 @@
-"""What is said to be complete is on the disk, and would survive a loss of power.
+"""Finished checkpoints and files are on the disk and survive a loss of power.
 
 The tests record in which order files are synced and renamed: a name may appear only after the
 content, and "done" may be said only after the name is on the disk.

@@ -1,5 +1,6 @@
 """What all sources share: the protocol, and the rules by which images are split."""
 
+import functools
 import hashlib
 from typing import Any, NamedTuple, Protocol
 
@@ -65,6 +66,7 @@ class SplitRules(NamedTuple):
   labels: str = ""
 
 
+@functools.lru_cache(maxsize=1)  # hosts compare it before the run records it: read it once
 def sample_contents(source: Source) -> list[str]:
   """Returns digests of images that are spread over a source, in a fixed order.
 
