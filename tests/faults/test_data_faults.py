@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tarfile
 import time
-import types
 import zlib
 
 import numpy as np
@@ -293,8 +292,9 @@ def test_f26_the_policy_may_change_when_a_run_continues():
   config = config_lib.pretrain()
 
   def identity(num_files):
-    source = lambda split: types.SimpleNamespace(fingerprint=f"{num_files} files")
-    return train.identity(config, train.Task(None, None, None, None, source, None))
+    source = Numbered(num_files)
+    source.fingerprint = f"{num_files} files"
+    return train.identity(config, train.Task(None, None, None, None, lambda split: source, None))
 
   before = identity(3)
   config.data.update(on_error="skip", max_skipped=0.5, timeout_s=1.0, workers=3)
