@@ -134,9 +134,11 @@ def inspect_source(source, channels: int, workers: int, progress) -> ImageStatis
   Raises:
     DataError: a process died.
   """
+  context = multiprocessing.get_context("forkserver")  # imports once, however many the workers
+  context.set_forkserver_preload([__name__])
   chunks = iter([range(i, min(i + CHUNK, len(source))) for i in range(0, len(source), CHUNK)])
   total = empty_statistics(channels)
-  with futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+  with futures.ProcessPoolExecutor(workers, context) as pool:
     running = {
       pool.submit(inspect_images, source, channels, chunk): chunk
       for chunk in itertools.islice(chunks, 2 * workers)
