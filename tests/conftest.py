@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.programs import xla_flags
+from tests.helpers.programs import fork_workers, xla_flags
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}".strip()
@@ -25,6 +25,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the cache of their 
   os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="mrmae_jax_cache")
   atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
+fork_workers()
 
 # The files that take longest begin first, so that no process works alone at the end.
 LONGEST = ("multihost", "process_faults", "train", "self_distill", "buckets", "compile", "channels")

@@ -1,6 +1,7 @@
 """mrmae doctor finds mistakes before they cost hours; mrmae finds its commands."""
 
 import fcntl
+import functools
 import json
 import os
 import sys
@@ -123,22 +124,23 @@ def test_planted_images(examine, tmp_path):
 
 
 def test_planted_workdirs(examine, tmp_path, monkeypatch):
+  look = functools.partial(examine, config="tests/faults/small.py")
   (tmp_path / "file").write_text("")
-  code, out = examine(workdir=tmp_path / "file" / "run")  # 20 no place to write
+  code, out = look(workdir=tmp_path / "file" / "run")  # 20 no place to write
   assert code == 2 and "cannot write to" in out
   (tmp_path / "run" / "checkpoints" / "40").mkdir(parents=True)  # 21 a run is there
-  code, out = examine()
+  code, out = look()
   assert code == 0 and "holds a run with a checkpoint of step 40" in out
   with open(tmp_path / "run" / "lock", "w", encoding="utf-8") as file:  # 22 and is running
     file.write(json.dumps({"pid": os.getpid(), "host": "here", "since": "now"}))
     file.flush()
     fcntl.flock(file, fcntl.LOCK_EX)
-    code, out = examine()
+    code, out = look()
   assert code == 2 and "is in use by another run" in out and str(os.getpid()) in out
   monkeypatch.setattr(
     doctor.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})()
   )  # 23 a full disk
-  code, out = examine(workdir=tmp_path / "new")
+  code, out = look(workdir=tmp_path / "new")
   assert code == 5 and "0.0 GB are free in" in out
 
 

@@ -46,7 +46,7 @@ def test_any_size_and_type(paths):
   for name, token in (("convvit", 8), ("vit", 4)):
     model = mrmae_jax.load(paths[name])
     assert model.config["image_size"] == (3 * token, 5 * token) and model.config["classes"] == 0
-    for height, width in ((24, 40), (16, 64), (8, 8)):
+    for height, width in ((24, 40), (8, 16)):
       images = rng.integers(0, 256, (2, height, width, 3), np.uint8)
       features = model.encode(images)
       count = height // token * (width // token)

@@ -104,7 +104,7 @@ def test_positions_are_interpolated_to_another_image_size(tmp_path):
 def test_another_architecture_is_refused(tmp_path):
   finished_run(tmp_path)
   with pytest.raises(
-    WeightsError, match=r"another architecture: depths .*\(1, 1, 2\).* there, .*\(1, 1, 3\).* here"
+    WeightsError, match=r"another architecture: depths .*\(1, 1, 1\).* there, .*\(1, 1, 3\).* here"
   ):
     finetune.make(tiny.finetune_config(init_from=str(tmp_path), encoder__depths=(1, 1, 3)))
   with pytest.raises(WeightsError, match="no such file or folder"):

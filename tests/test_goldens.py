@@ -55,9 +55,11 @@ CASES = list(find_cases())
 
 
 def mark_variants(name, sparse, *norm_pix):
-  """Returns the parameters of a test; the dense form and raw pixels are variants."""
-  conv = (name, not sparse) in CASES  # a ViT has one form
-  is_variant = conv and not sparse or norm_pix == (False,)
+  """Returns the parameters of a test; most forms of a network and of its loss are variants."""
+  dims = json.loads((GOLDENS / f"{name}.json").read_text())
+  is_dense = (name, not sparse) in CASES and not sparse  # a ViT has one form
+  is_gradient_of_several = norm_pix and dims.get("complementary_masks", 1) > 1
+  is_variant = bool(is_dense or norm_pix == (False,) or is_gradient_of_several)
   return pytest.param(name, sparse, *norm_pix, marks=[pytest.mark.variant] * is_variant)
 
 

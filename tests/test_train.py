@@ -3,7 +3,6 @@ is not finite.
 """
 
 import json
-import logging
 import re
 import shutil
 from pathlib import Path
@@ -17,14 +16,13 @@ from etils import epath
 from PIL import Image
 from safetensors.numpy import load_file
 
-from mrmae_jax import data, hardware, optim, preflight, sharding, train
+from mrmae_jax import data, hardware, optim, sharding, train
 from mrmae_jax.errors import WorkdirError
 from mrmae_jax.runs import log
 from mrmae_jax.runs.checkpoint import Checkpoints
 from mrmae_jax.runs.run import is_due
 from mrmae_jax.tasks import pretrain
 from tests import tiny
-from tests.faults import small
 from tests.helpers.programs import Program, run_program, wait_for
 from tests.helpers.tasks import init_state, make_tx
 
@@ -227,8 +225,10 @@ def runs(tmp_path_factory):
   end.
   """
   folder = tmp_path_factory.mktemp("runs")
-  code, out, err = run(folder / "whole", *LONG, devices=8)
+  whole = command(folder / "whole", *LONG)
+  code, out, err = run_program(whole, devices=8, env={"JAX_LOG_COMPILES": "1"})
   assert code == 0, err
+  (folder / "whole.err").write_text(err)
   killed = folder / "killed"
   process = Program(command(killed, *LONG, *SLOW), folder / "log", devices=8)
   wait_for(
@@ -370,21 +370,9 @@ def test_check_writes_nothing(tmp_path):
   assert not (tmp_path / "absent").exists()
 
 
-def test_one_compilation(tmp_path, caplog):
-  config = small.get_config()
-  preflight.check(config, jax.device_count())
-  jax.config.update("jax_log_compiles", True)
-  try:
-    with caplog.at_level(logging.WARNING):
-      train.fit(config, pretrain.make(config), tmp_path)
-  finally:
-    jax.config.update("jax_log_compiles", False)
-  compiled = [
-    r.getMessage()
-    for r in caplog.records
-    if "Finished XLA compilation of jit(train_step)" in r.getMessage()
-  ]
-  assert len(compiled) == 1
+def test_one_compilation(runs):
+  errors = (runs[0] / "whole.err").read_text()
+  assert errors.count("Finished XLA compilation of jit(train_step)") == 1
 
 
 def test_log_survives_a_torn_line_and_drops_what_is_computed_again(tmp_path):

@@ -17,7 +17,7 @@ def get_config(encoder: str = "convvit"):
     c.encoder = config.encoder("vit", "base")
     c.encoder.update(patch_size=8, dim=24, depth=2, num_heads=2, mlp_dim=48)
   else:
-    c.encoder.update(patch_sizes=(2, 2, 2), embed_dims=(8, 12, 24), depths=(1, 1, 2), num_heads=2)
+    c.encoder.update(patch_sizes=(2, 2, 2), embed_dims=(8, 12, 24), depths=(1, 1, 1), num_heads=2)
   c.decoder.update(dim=16, depth=1, num_heads=2)
   c.teacher.path = str(TEACHERS / "hf_clip_full")  # 8-pixel patches, random weights
   c.teacher.dtype = "float32"

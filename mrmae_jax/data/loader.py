@@ -21,7 +21,6 @@ import resource
 import signal
 import sys
 import threading
-import time
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -493,11 +492,9 @@ def _end_with_parent(worker: int, workers: int) -> None:
   thread that started them, which is grain's.
   """
   del worker, workers
-  parent = multiprocessing.parent_process().pid
 
   def watch():
-    while os.getppid() == parent:
-      time.sleep(0.5)
+    multiprocessing.parent_process().join()
     os._exit(1)  # nobody is left to clean up for
 
   threading.Thread(target=watch, daemon=True).start()

@@ -32,7 +32,7 @@ def make_model(encoder, dtype=jnp.float32, mimic=None, **fields):
       dict(
         patch_sizes=(2, 2, 2),
         embed_dims=(8, 12, 24),
-        depths=(2, 1, 2),
+        depths=(1, 1, 2),
         num_heads=3,
         mlp_ratios=(2, 3, 2),
       )
@@ -41,7 +41,7 @@ def make_model(encoder, dtype=jnp.float32, mimic=None, **fields):
     encoder = ConvViT(**fields, sparse=encoder == "sparse", dtype=dtype)
   return mrmae.Model(
     encoder,
-    Decoder(encoder.patch_size**2 * 3, 16, 2, 2, dtype=dtype),
+    Decoder(encoder.patch_size**2 * 3, 16, 1, 2, dtype=dtype),
     (mrmae.Mimic("mimic", MimicHead(TEACHER_DIM, dtype=dtype), 1.3, **(mimic or {})),),
     (0.4, 0.5, 0.6),
     (0.2, 0.3, 0.25),
@@ -63,8 +63,14 @@ def random_params(model, size, seed=0, mask_ratio=0.75):
       0.1 * values if len(leaf.shape) == 1 else values * np.prod(leaf.shape[:-1]) ** -0.5
     )
 
+  return jax.tree_util.tree_map_with_path(fill, param_shapes(model, size, mask_ratio))
+
+
+@functools.cache
+def param_shapes(model, size, mask_ratio):
+  """Returns the shapes of a model's parameters; many tests ask for those of the same few models."""
   init = functools.partial(pretrain.init_params, model, size, mask_ratio)
-  return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(init, jax.random.key(0)))
+  return jax.eval_shape(init, jax.random.key(0))
 
 
 def setup(encoder, seed=0, batch=3, size=(HEIGHT, WIDTH), mask_ratio=0.75, **kwargs):

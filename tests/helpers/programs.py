@@ -31,6 +31,20 @@ IMPORTED = (
 )
 
 
+def fork_workers() -> None:
+  """Forks the worker processes of loaders from the parent too, instead of spawning them.
+
+  Each would import jax and grain for two seconds. Programs spawn theirs as users do.
+  """
+  get_context = multiprocessing.get_context
+  context = get_context("forkserver")
+  context.set_forkserver_preload([*IMPORTED, __name__])
+  context.set_forkserver_preload = lambda modules: None  # there is one parent, for all
+  multiprocessing.get_context = lambda method=None: get_context(
+    "forkserver" if method == "spawn" else method
+  )
+
+
 def xla_flags(devices: int) -> str:
   """Returns XLA_FLAGS for small models, whose time goes into compiling them.
 
@@ -60,10 +74,10 @@ class Program:
     files = [str(log), str(errors or log)]
     for file in files:
       Path(file).write_text("")  # there from the start, for whoever watches it
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*IMPORTED, __name__])
     arguments = ([str(word) for word in words], files, env, str(cwd), waits or {})
-    self._process = context.Process(target=_become, args=arguments)
+    self._process = multiprocessing.get_context("forkserver").Process(
+      target=_become, args=arguments
+    )
     self._process.start()
     self.pid = self._process.pid
 
