@@ -337,7 +337,7 @@ def test_batches_do_not_depend_on_shards_and_workers(shards, workers):
 
 def test_crop_and_flip_are_drawn_first():
   """Crop and flip are drawn first, so other options do not change them."""
-  source, steps = Numbered(16), 40
+  source, steps = Numbered(16), 16
   plain = np.concatenate([b["image"] for b in train_steps(source, steps)])
 
   def same(**options):

@@ -100,13 +100,13 @@ def test_memory_a_device_falls_as_the_rule_says():
 
 
 DIVIDED = """
-import json, jax
+import json, jax, sys
 from mrmae_jax.tasks import pretrain
 from mrmae_jax import program as program_lib
 from mrmae_jax.cli import compile as tool
 from tests import tiny
 found = []
-for devices, fsdp, images in [(1, 1, 2), (8, 8, 2), (64, 64, 4), (256, 256, 2), (256, 1, 4)]:
+for devices, fsdp, images in json.loads(sys.argv[1]):
   c = tiny.get_config("vit")
   c.teacher.path, c.image_size, c.batch_size, c.mesh.fsdp = "", (32, 32), devices * images, fsdp
   c.encoder.update(dim=64, depth=1, mlp_dim=256)
@@ -117,12 +117,20 @@ print(json.dumps(found))
 """
 
 
-def test_what_1_to_256_devices_hold_and_exchange():
+@pytest.mark.parametrize(
+  "meshes",  # devices, fsdp, images a device
+  [
+    [(1, 1, 2), (16, 16, 4)],
+    pytest.param([(8, 8, 2), (64, 64, 4), (256, 256, 2), (256, 1, 4)], marks=pytest.mark.variant),
+  ],
+)
+def test_what_1_to_256_devices_hold_and_exchange(meshes):
   """State falls as the rule says.
 
   What is exchanged are parameters, gradients and metrics, whatever the batch and the devices.
   """
-  done = run_program(["-c", DIVIDED], devices=256)
+  devices = max(devices for devices, *_ in meshes)
+  done = run_program(["-c", DIVIDED, json.dumps(meshes)], devices=devices)
   assert done.returncode == 0, done.stderr[-3000:]
   for one in json.loads(done.stdout.splitlines()[-1]):
     rows, fsdp, exchanged = one["shards"], one["fsdp"], one["collectives"]

@@ -54,12 +54,10 @@ def test_a_sound_run(examine, tmp_path):
 
 def test_the_step_is_compiled_and_timed(capsys, monkeypatch):
   monkeypatch.chdir(ROOT)
-  monkeypatch.setattr(
-    sys, "argv", ["doctor", "--config=tests/tiny.py:vit", "--config.teacher.path="]
-  )
+  monkeypatch.setattr(sys, "argv", ["doctor", "--config=tests/faults/small.py"])
   assert run_command(sys.argv) == 0
   out = capsys.readouterr().out
-  assert "ms a step, " in out and "for 8 steps" in out and "GiB a device" in out
+  assert "ms a step, " in out and "for 20 steps" in out and "GiB a device" in out
   assert "warn  no teacher: this is MAE or ConvMAE" in out
 
 

@@ -184,10 +184,10 @@ def test_a_run_from_start_to_end(tmp_path):
 
   The same command continues; another start is refused.
   """
-  finished_run(tmp_path / "pretrained")
+  finished_run(tmp_path / "pretrained", "vit")
   (tmp_path / "finetune.py").write_text(
     "from tests import tiny\ndef get_config():\n"
-    f"  return tiny.finetune_config(init_from={str(tmp_path / 'pretrained')!r}, "
+    f"  return tiny.finetune_config('vit', init_from={str(tmp_path / 'pretrained')!r}, "
     "optim__ema_decay=0.9)\n"
   )
 
@@ -210,7 +210,7 @@ def test_a_run_from_start_to_end(tmp_path):
   model = mrmae_jax.load(tmp_path / "run")  # logits as the task gives them
   assert model.class_names == tuple("0123456789")
   images = np.random.default_rng(0).integers(0, 256, (3, 32, 48, 3), np.uint8)
-  config = tiny.finetune_config()
+  config = tiny.finetune_config("vit")
   own = read_params(tmp_path / "run", "encoder", "fc_norm", "head").params
   expected = finetune.make(config).predict(own, (), {}, {"image": jnp.asarray(images)}, None)[
     "logits"

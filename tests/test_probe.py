@@ -155,8 +155,8 @@ def test_a_run_with_a_break(tmp_path):
 
   Resumed from its checkpoint it says it is finished; it is no model to load.
   """
-  finished_run(tmp_path / "pretrained")
-  config = tiny.probe_config(init_from=str(tmp_path / "pretrained"))
+  finished_run(tmp_path / "pretrained", "vit")
+  config = tiny.probe_config("vit", init_from=str(tmp_path / "pretrained"))
   state = train.fit(config, probe.make(config), tmp_path / "run")
   again = train.fit(config, probe.make(config), tmp_path / "run")
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(again))

@@ -126,7 +126,7 @@ def make_student(encoder, decoder=DECODER, classes=0, fc_norm=True, has_norm=Tru
   """A student with no parameter at its start: swapped norms and lost biases show."""
   rng = np.random.default_rng(seed)
   classifier = (("fc_norm", "head") if fc_norm else ("head",)) if classes else ()
-  shapes = model_files.param_shapes(encoder, decoder, GRID, classifier, classes)
+  shapes = student_shapes(encoder, decoder, classifier, classes)
   params = jax.tree.map(
     lambda x: rng.standard_normal(x.shape).astype(np.float32) * 0.3 + 0.1, shapes
   )
@@ -142,6 +142,11 @@ def make_student(encoder, decoder=DECODER, classes=0, fc_norm=True, has_norm=Tru
     None,
     tuple("zyxwvut"[:classes]),
   )
+
+
+@functools.cache
+def student_shapes(encoder, decoder, classifier, classes):
+  return model_files.param_shapes(encoder, decoder, GRID, classifier, classes)
 
 
 def make_segmenter(seed=0, classes=4, **fields):
