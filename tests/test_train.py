@@ -30,10 +30,10 @@ ROOT = Path(__file__).parent.parent
 SHARED = Path(__file__).parent / "goldens"
 
 
-@pytest.fixture(scope="module")
-def setup():
+@pytest.fixture(scope="module", params=["vit", pytest.param("convvit", marks=pytest.mark.variant)])
+def setup(request):
   """Tiny configuration, its task, five batches, and the state before the first step."""
-  config = tiny.get_config()
+  config = tiny.get_config(request.param)
   source = data.open_split(config.data, "train")
   plain = config.copy_and_resolve_references()
   plain.data.update(crop_scale=(0.5, 1.0), flip=False)
