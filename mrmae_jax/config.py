@@ -84,6 +84,7 @@ POOLS = ("mean", "cls")
 ACTIVATIONS = ("gelu", "quick_gelu", "gelu_tanh", "silu")
 OBJECTIVES = ("dino", "contrast")
 TABLES = ("table", "none")
+SCHEDULES = ("cosine", "poly")
 
 ENCODER = dict(  # the keys of every encoder
   learned_positions=Key(False, "train the position table, which starts as the sine-cosine one"),
@@ -157,7 +158,8 @@ DATA = dict(
 )
 OPTIM = dict(
   blr=Key(1.5e-4, "base learning rate; the peak is blr * batch_size / 256", POSITIVE),
-  min_lr=Key(0.0, "absolute learning rate at the end of the cosine", NOT_NEGATIVE),
+  schedule=Key("cosine", "fall of the learning rate after the warm-up; poly: linear", SCHEDULES),
+  min_lr=Key(0.0, "absolute learning rate at the end of the schedule", NOT_NEGATIVE),
   warmup_epochs=Key(40.0, "epochs in which the learning rate rises linearly from 0", NOT_NEGATIVE),
   b1=Key(0.9, "decay of AdamW's first moment", BELOW_1),
   b2=Key(0.95, "decay of AdamW's second moment", BELOW_1),
@@ -575,7 +577,8 @@ def identity(config: ConfigDict) -> dict[str, Any]:
   images by their fingerprint, wherever they lie.
   """
   # Keys that came later count where they are set: older runs, which lack them, resume.
-  usual = {f"encoder.{name}": key.default for name, key in TOWER.items()} | {"data.exif": "ignore"}
+  usual = {f"encoder.{name}": key.default for name, key in TOWER.items()}
+  usual |= {"data.exif": "ignore", "optim.schedule": "cosine"}
   values = _without(config, "local", "free")
   return {name: x for name, x in values.items() if name not in usual or x != usual[name]}
 
