@@ -18,14 +18,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from PIL import Image
 
 from mrmae_jax import mrmae, segmentation
+from mrmae_jax.checks import MAX_SCALE
+from mrmae_jax.config import MODES
 from mrmae_jax.errors import WeightsError
 from mrmae_jax.models import encode, head_attention
 from mrmae_jax.models.layers import layer_norm
 from mrmae_jax.reconstruction import reconstruct
 from mrmae_jax.weights import model_files
 
-MODES = ("slide", "whole")  # of `PretrainedModel.segment`
-MAX_SCALE = 8
 PLATFORMS = ("cpu", "cuda", "tpu")  # that an exported model runs on
 
 

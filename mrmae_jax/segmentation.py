@@ -228,21 +228,36 @@ def mean_probabilities(
     size: (height, width) of the original image.
   """
   height, width = size
-  rows, columns = [], []
-  padded = -(-width // WIDTH_BUCKET) * WIDTH_BUCKET, -(-height // BAND) * BAND
-  for logits, view in zip(maps, views):
-    matrix = bilinear_matrix(view.size[1], width)
-    columns.append(_pad(matrix[::-1] if view.is_mirrored else matrix, padded[0], logits.shape[1]))
-    rows.append(_pad(bilinear_matrix(view.size[0], height), padded[1], logits.shape[0]))
+  padded = -(-height // BAND) * BAND, -(-width // WIDTH_BUCKET) * WIDTH_BUCKET
+  matrices = [resize_matrices(view, size, padded) for view in views]
   for top in range(0, height, BAND):
-    total = jnp.zeros((BAND, padded[0], maps[0].shape[-1]), jnp.float32)
-    for logits, matrix, across in zip(maps, rows, columns):
-      total = _add_probabilities(total, logits, matrix[top : top + BAND], across)
+    total = jnp.zeros((BAND, padded[1], maps[0].shape[-1]), jnp.float32)
+    for logits, (rows, columns) in zip(maps, matrices):
+      total = _add_probabilities(total, logits, rows[top : top + BAND], columns)
     yield total[: height - top, :width] / len(maps)
 
 
-def _pad(matrix: np.ndarray, rows: int, columns: int) -> np.ndarray:
-  return np.pad(matrix, [(0, new - old) for new, old in zip((rows, columns), matrix.shape)])
+def resize_matrices(
+  view: View, size: tuple[int, int], padded: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the matrices that resize a view's logits to the original size; see `combine`.
+
+  Args:
+    view: of which they undo the padding and the mirroring.
+    size: (height, width) of the original image.
+    padded: (rows, columns) of the results; rows beyond `size` are zero.
+
+  Returns:
+    float32 [padded height, H] and [padded width, W] for logits [H, W, K].
+  """
+  matrices = [bilinear_matrix(*sides) for sides in zip(view.size, size)]
+  if view.is_mirrored:
+    matrices[1] = matrices[1][::-1]
+  shapes = zip(padded, view.pixels.shape)
+  fill = lambda matrix, shape: np.pad(
+    matrix, [(0, new - old) for new, old in zip(shape, matrix.shape)]
+  )
+  return tuple(map(fill, matrices, shapes))
 
 
 @jax.jit

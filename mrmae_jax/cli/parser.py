@@ -16,12 +16,14 @@ PANELS = ("reconstruction", "ratios", "focused", "attention", "pca", "cosine", "
 TASKS = {
   "pretrain": "pretrain",
   "finetune": "finetune",
+  "segment": "segment",
   "probe": "probe",
   "teacher": "self_distill",
 }
 COMMANDS = {
   "pretrain": "pre-train: MR-MAE, ConvMAE or MAE (--config=mrmae:base)",
   "finetune": "fine-tune a classifier (--config=finetune:base)",
+  "segment": "train a class for every pixel (--config=segment:convmae_base)",
   "probe": "linear probe by the published protocol (--config=probe)",
   "teacher": "train a small teacher on your own images, without labels (--config=teacher)",
   "doctor": "would this run start, how long would it take, and are its settings sound?",
@@ -827,6 +829,7 @@ def _debug(parser: Parser) -> None:
 _ADD_OPTIONS = {
   "pretrain": _pretrain,
   "finetune": _pretrain,
+  "segment": _pretrain,
   "probe": _pretrain,
   "teacher": _teacher,
   "doctor": _doctor,
