@@ -109,15 +109,24 @@ def fit_size(size: tuple[int, int], short: int, scale: float = 1.0) -> tuple[int
   return tuple(max(1, int(side * factor + 0.5)) for side in size)
 
 
-def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-  """Resizes uint8 [H, W, C] bilinearly without antialiasing, OpenCV's INTER_LINEAR to one level."""
+def resize_image(
+  image: np.ndarray,
+  size: tuple[int, int],
+  box: tuple[slice, slice] = (slice(None), slice(None)),
+) -> np.ndarray:
+  """Resizes uint8 [H, W, C] bilinearly without antialiasing, OpenCV's INTER_LINEAR to one level.
+
+  Only a `box` of rows and columns of the result is computed and returned.
+  """
   if image.shape[:2] == tuple(size):
-    return image
-  x = image
-  for axis, new in enumerate(size):
-    low, high, way = bilinear_taps(image.shape[axis], new)
+    return image[box]
+  taps = [
+    [x[part] for x in bilinear_taps(old, new)] for old, new, part in zip(image.shape, size, box)
+  ]
+  x = image[tuple(slice(low[0], high[-1] + 1) for low, high, _ in taps)]
+  for axis, (low, high, way) in enumerate(taps):
     way = way.reshape(-1, *(1,) * (2 - axis))
-    x = x.take(low, axis) * (1 - way) + x.take(high, axis) * way
+    x = x.take(low - low[0], axis) * (1 - way) + x.take(high - low[0], axis) * way
   return np.rint(x).astype(np.uint8)
 
 
