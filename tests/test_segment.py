@@ -13,11 +13,10 @@ import pytest
 
 from mrmae_jax import config as config_lib
 from mrmae_jax import evals, segmentation, sharding, train
-from mrmae_jax.data import Views
 from mrmae_jax.errors import DataError
 from mrmae_jax.evals import miou
 from tests.helpers.goldens import read_tensors
-from tests.helpers.scenes import Squares, whole_view
+from tests.helpers.scenes import Squares
 
 GOLDENS = Path(__file__).parent / "goldens" / "segmentation"
 
@@ -58,7 +57,7 @@ def measured_task(source):
     init=None,
     loss=None,
     predict=lambda params, extra, frozen, batch, keys: {"logits": network(batch["image"])},
-    views=Views(None, whole_view),
+    views=None,
     source=lambda split: source,
     optimizer=None,
   )
@@ -131,7 +130,8 @@ def test_each_host_has_images_of_its_own(monkeypatch):
   monkeypatch.setattr(jax, "process_count", lambda: 3)
   for host in range(3):
     monkeypatch.setattr(jax, "process_index", lambda host=host: host)
-    rows = list(evals.host_batches(source, whole_view, config, 3))
+    view = functools.partial(miou.whole_scene, channels=3, exif="ignore")
+    rows = list(evals.host_batches(source, view, config, 3))
     sizes[host] = [row["image"].shape[1:3] for row in rows if row["valid"][0]]
   every = sorted(size for part in sizes.values() for size in part)
   assert every == sorted(source[i]["image"].shape[:2] for i in range(7))

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from PIL import Image, ImageOps
 
-from mrmae_jax import evals, segmentation, sharding
+from mrmae_jax import data, evals, segmentation, sharding
 from mrmae_jax.config import token_size
 from mrmae_jax.errors import DataError
 from mrmae_jax.models.upernet import combine
@@ -129,7 +129,9 @@ class Evaluator:
     self._frozen, self._config, self._mesh = frozen, config, mesh
     self._local = sharding.local_mesh(mesh)
     self._place = NamedSharding(self._local, P("images"))
-    self._source, self._view = task.source("eval"), task.views.eval
+    self._source = task.source("eval")
+    channels, exif = len(config.data.mean), config.data.exif
+    self._view = functools.partial(whole_scene, channels=channels, exif=exif)
     self._class_names = task.source("train").class_names
     self._rule = make_rule(config, **look)
     self._folder, self._images = workdir / "segmentations", images
@@ -264,9 +266,8 @@ class Evaluator:
     columns = [[], [], []]
     for _, (scene, predicted) in sorted(rows.items()):
       image = scene.image[..., [min(i, scene.image.shape[2] - 1) for i in range(3)]]
-      truth = paint_classes(image, scene.label)
-      truth[scene.label == IGNORED] = 0
-      for column, x in zip(columns, (image, truth, paint_classes(image, predicted))):
+      painted = paint_classes(image, scene.label, IGNORED), paint_classes(image, predicted)
+      for column, x in zip(columns, (image, *painted)):
         column.append(ImageOps.pad(Image.fromarray(x), self._rule.crop[::-1], color="white"))
     picture = draw_grid([np.stack(column) / 255 for column in columns], list(TITLES), NOTE)
     path = self._folder / f"step_{step:07d}.png"
@@ -276,6 +277,12 @@ class Evaluator:
       Image.fromarray(picture).save(encoded, "PNG")
       path.write_bytes(encoded.getvalue())
     return {path: picture}
+
+
+def whole_scene(example: dict[str, Any], rng, channels: int, exif: str) -> dict[str, np.ndarray]:
+  """Returns a scene at its own size, as a view; see `data.decode_scene`."""
+  del rng
+  return dict(zip(("image", "label"), data.decode_scene(example, channels, exif)))
 
 
 def make_rule(config, mode: str, stride, scales, flip: bool) -> segmentation.Rule:

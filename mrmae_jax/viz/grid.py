@@ -59,18 +59,21 @@ def class_colors(count: int) -> np.ndarray:
   return np.stack(bits, axis=-1).astype(np.uint8)
 
 
-def paint_classes(image: np.ndarray, label: np.ndarray) -> np.ndarray:
+def paint_classes(image: np.ndarray, label: np.ndarray, ignored: int = -1) -> np.ndarray:
   """Lays the colors of classes over an image.
 
   Args:
     image: uint8 [H, W, 3] or [H, W, 1].
     label: classes, int [H, W].
+    ignored: a value that is no class; its pixels become black.
 
   Returns:
     uint8 [H, W, 3].
   """
   colors = class_colors(int(label.max()) + 1)[label]
-  return ((1 - OPACITY) * image + OPACITY * colors).astype(np.uint8)
+  painted = ((1 - OPACITY) * image + OPACITY * colors).astype(np.uint8)
+  painted[label == ignored] = 0
+  return painted
 
 
 def interleave(columns: list[np.ndarray]) -> np.ndarray:

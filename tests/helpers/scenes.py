@@ -1,4 +1,4 @@
-"""Scenes for tests: a few colored squares on a ground, and views of them."""
+"""Scenes for tests: a few colored squares on a ground."""
 
 import numpy as np
 
@@ -33,12 +33,7 @@ class Squares:
 
   def __getitem__(self, index):
     image, label = self._scenes[index]
-    return {"image": image, "label": label, "name": self.name(index)}
+    return {"image": image, "label": label, "name": self.name(index), "label_name": ""}
 
   def name(self, index):
     return f"squares/{index}"
-
-
-def whole_view(example, rng):
-  del rng
-  return {"image": example["image"], "label": example["label"]}
