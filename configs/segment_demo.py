@@ -15,9 +15,9 @@ def get_config():
   pretrained = demo.get_config()
   c = config.segment()
   c.init_from = "/tmp/mrmae_demo"
-  c.image_size = (64, 64)
-  c.batch_size = 16
-  c.epochs = 3.0
+  c.image_size = (48, 48)
+  c.batch_size = 8
+  c.epochs = 1.5
   c.dtype = pretrained.dtype
   c.encoder = pretrained.encoder
   c.encoder.update(drop_path=0.1, learned_positions=True, relative_positions=True, layer_scale=True)
@@ -25,8 +25,8 @@ def get_config():
   c.data.update(source="scenes:digits", zero_is_unlabelled=False, holdout_every=5)
   c.data.update(scale=(0.75, 1.5), flip=False)  # a mirrored 2 is not a digit
   c.data.mean = c.data.std = (0.5, 0.5, 0.5)
-  c.optim.update(blr=3e-2, warmup_epochs=0.2, layer_decay=0.9)
+  c.optim.update(blr=6e-2, warmup_epochs=0.1, layer_decay=0.9)
   c.log_every = 50
-  c.eval_every = 1.0
+  c.eval_every = 0.75
   c.checkpoint_every = 1.0
   return c

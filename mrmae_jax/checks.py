@@ -35,7 +35,8 @@ class Mistakes:
   def need(self, is_right, message: str, *keys: str) -> bool:
     """Notes `message`, and that the values of `keys` cannot be used, unless `is_right`."""
     if not is_right:
-      self._messages.append(message)
+      if message not in self._messages:  # both splits of a data set have the same one
+        self._messages.append(message)
       self._unusable += keys
     return bool(is_right)
 
