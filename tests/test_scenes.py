@@ -438,6 +438,18 @@ def test_training_sees_parts_of_scenes_with_their_labels():
   assert 0 < padded < 30
 
 
+def test_opencv_gives_the_same_crops_in_other_pixels():
+  pytest.importorskip("cv2")
+  example = painted(label_of().repeat(4, 0).repeat(4, 1)) | {"image": photo(120, 160)}
+  for seed in range(3):
+    pillow, cv2 = (
+      make_views(resize=resize, photometric=False).train(example, np.random.default_rng(seed))
+      for resize in ("pillow", "cv2")
+    )
+    assert np.abs(pillow["image"].astype(int) - cv2["image"]).max() <= 1
+    assert (pillow["label"] != cv2["label"]).mean() < 0.3
+
+
 def test_half_of_the_views_are_mirrored():
   label = np.zeros((24, 32), np.uint8)
   label[:, 16:] = 1
