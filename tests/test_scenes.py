@@ -321,7 +321,7 @@ BROKEN = {  # changes of the files, None for one that is removed; the message
   "no image": ({"images/training/scene_1.jpg": None}, "1 of 3 labels have no image: scene_1.png"),
   "jpeg": (
     {"annotations/training/*": None, "annotations/training/scene_0.jpg": encode(COLORS)},
-    r"3 of 3 images have no label: .*, found 1 .jpg \(only PNG keeps classes\)",
+    r"3 of 3 images have no label: .*, found 1 .jpg of annotations \(only PNG keeps classes\)",
   ),
   "two images": ({"images/training/scene_1.png": encode(COLORS, "PNG")}, "would share a label"),
 }
@@ -338,6 +338,14 @@ def test_folders_that_are_refused(tmp_path, case):
       files[name] = content
   with pytest.raises(DataError, match=message.replace("{", r"\{")):
     scenes(write(tmp_path, files))
+
+
+def test_files_that_are_not_read_are_counted(tmp_path):
+  others = {"images/training/a.txt": "", "annotations/training/a.xml": ""}
+  others["annotations/training/scene_0.jpg"] = encode(COLORS)
+  source = scenes(write(tmp_path, scene_files() | others))
+  assert source.left_out == "left out: 1 .txt; 1 .xml, 1 .jpg of annotations"
+  assert source.description.endswith(source.left_out) and len(source) == 3
 
 
 def test_at_most_three_names_of_each_kind(tmp_path):
@@ -436,6 +444,18 @@ def test_training_sees_parts_of_scenes_with_their_labels():
     assert close.mean() > 0.75  # all but at the borders of classes
     padded += is_padded.any()
   assert 0 < padded < 30
+
+
+def test_opencv_gives_the_same_crops_in_other_pixels():
+  pytest.importorskip("cv2")
+  example = painted(label_of().repeat(4, 0).repeat(4, 1)) | {"image": photo(120, 160)}
+  for seed in range(3):
+    pillow, cv2 = (
+      make_views(resize=resize, photometric=False).train(example, np.random.default_rng(seed))
+      for resize in ("pillow", "cv2")
+    )
+    assert np.abs(pillow["image"].astype(int) - cv2["image"]).max() <= 1
+    assert (pillow["label"] != cv2["label"]).mean() < 0.3
 
 
 def test_half_of_the_views_are_mirrored():

@@ -20,6 +20,7 @@ from mrmae_jax.data.sources.base import (
 from mrmae_jax.data.sources.digits import DigitsSource
 from mrmae_jax.data.sources.folder import FolderSource, check_root
 from mrmae_jax.data.sources.listing import (
+  Listing,
   describe_suffixes,
   first_names,
   is_folder,
@@ -145,25 +146,28 @@ def make_source(address: str, split: str, rules: SplitRules) -> Source:
   splits = find_splits(os.path.join(root, "images"), rules)
   is_held_out = splits.eval_root is None
   folder = splits.train_root if split == "train" or is_held_out else splits.eval_root
-  listing, notes, left_out = list_images(folder), [splits.note], ""
+  listing, notes = list_images(folder), [splits.note]
   indices = range(len(listing.paths))
   if is_held_out:
     indices = hold_out(len(indices), split, rules.holdout_every, f"scenes:{root}")
     notes.append(holdout_note(split, rules.holdout_every))
-  if listing.left_out:
-    left_out = f"left out: {listing.left_out}"
-  has_labels = rules.zero_is_unlabelled is not None
-  classes = read_classes(root, rules.zero_is_unlabelled) if has_labels else ()
+  parts, classes = [listing.left_out], ()
+  if has_labels := rules.zero_is_unlabelled is not None:
+    classes = read_classes(root, rules.zero_is_unlabelled)
+    annotations = _find_annotations(root, folder)
+    files = list_images(annotations)
+    labels = _pair(listing.paths, files, folder, annotations)
+    parts.append(_describe_others(files))
+  left_out = "; ".join(filter(None, parts))
+  left_out = f"left out: {left_out}" if left_out else ""
   kinds = describe_classes(classes) if has_labels else "labels are not read"
   head = f"scenes:{folder}: {len(indices)} images, {kinds}"
   description = "; ".join(filter(None, (head, *notes, left_out)))
   images = FolderSource(folder, [listing.paths[i] for i in indices], description, left_out=left_out)
   if not has_labels:
     return images
-  annotations = _find_annotations(root, folder)
-  labels = _pair(listing.paths, list_images(annotations).paths, folder, annotations)
-  files = FolderSource(annotations, [labels[i] for i in indices], f"labels: {annotations}")
-  return ScenesSource(images, files, classes, rules.zero_is_unlabelled)
+  labels = FolderSource(annotations, [labels[i] for i in indices], f"labels: {annotations}")
+  return ScenesSource(images, labels, classes, rules.zero_is_unlabelled)
 
 
 def _find_root(address: str) -> str:
@@ -186,14 +190,14 @@ def _find_annotations(root: str, folder: str) -> str:
   return os.path.join(root, part)
 
 
-def _pair(images: list[str], files: list[str], folder: str, annotations: str) -> list[str]:
+def _pair(images: list[str], files: Listing, folder: str, annotations: str) -> list[str]:
   """Returns the label file of each image, the .png of the same path but for the suffix.
 
   Raises:
     DataError: an image or a label has no partner, or two images have the same one.
   """
   stem = lambda path: os.path.splitext(path)[0]
-  labels = {stem(path): path for path in files if path.lower().endswith(LABEL_SUFFIX)}
+  labels = {stem(path): path for path in files.paths if _is_label(path)}
   stems = collections.Counter(map(stem, images))
   shared = [path for path in images if stems[stem(path)] > 1]
   missing = [path for path in images if stem(path) not in labels]
@@ -204,9 +208,8 @@ def _pair(images: list[str], files: list[str], folder: str, annotations: str) ->
       " share a label; rename or remove some"
     )
   if missing or unused:
-    others = collections.Counter(os.path.splitext(path)[1].lower() for path in files)
-    del others[LABEL_SUFFIX]
-    kinds = f", found {describe_suffixes(others)} (only PNG keeps classes)" if others else ""
+    others = _describe_others(files)
+    kinds = f", found {others} (only PNG keeps classes)" if others else ""
     raise DataError(
       f"{folder}: {len(missing)} of {len(images)} images have no label:"
       f" {first_names(missing, MAX_NAMES)}; {len(unused)} of {len(labels)} labels have no image:"
@@ -214,6 +217,17 @@ def _pair(images: list[str], files: list[str], folder: str, annotations: str) ->
       f" the suffix {LABEL_SUFFIX}{kinds}; add the missing files, or remove the others"
     )
   return [labels[stem(path)] for path in images]
+
+
+def _is_label(path: str) -> bool:
+  return path.lower().endswith(LABEL_SUFFIX)
+
+
+def _describe_others(files: Listing) -> str:
+  """Returns "3 .jpg of annotations" for the files that are no labels, "" if all are."""
+  suffixes = (os.path.splitext(path)[1].lower() for path in files.paths if not _is_label(path))
+  others = files.other_suffixes + collections.Counter(suffixes)
+  return f"{describe_suffixes(others)} of annotations" if others else ""
 
 
 def read_classes(root: str, zero_is_unlabelled: bool) -> tuple[str, ...]:
