@@ -426,11 +426,13 @@ class PretrainedModel:
 
   def _problem_of_segmenting(self) -> str:
     if "classifier" not in self.network.params:
-      return "holds no decode_head; give a segmentation model in mmsegmentation's names"
+      return (
+        "holds no decode_head; give a run of mrmae segment, or a file in mmsegmentation's names"
+      )
     kernel = self.network.params["classifier"]["head"]["kernel"]
     return (
       f"holds a classifier (head {list(kernel.shape[::-1])}) and no decode_head; give a "
-      "segmentation model in mmsegmentation's names, or use classify"
+      "run of mrmae segment, a file in mmsegmentation's names, or use classify"
     )
 
   def _segment_image(self, image, rule: segmentation.Rule) -> np.ndarray:

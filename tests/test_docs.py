@@ -77,6 +77,12 @@ DOCTOR = "mrmae doctor --no-compile --config=photos --config.data.source=folder:
 SHORTER = [
   (r"--config=demo( |$)", "--config.epochs=0.2 --config.optim.warmup_epochs=0.1", 0),
   (r"--config=demo_finetune", "--config.epochs=0.2 --config.optim.warmup_epochs=0.1", 0),
+  (r"--config=segment_demo", "--config.epochs=0.02 --config.optim.warmup_epochs=0.01", 0),
+  (
+    r"--config=segment:",
+    f"{RUN} {CONVVIT} --config.image_size=(32,32) --config.upernet.channels=8",
+    0,
+  ),
   (r"--config=photos", f"{RUN} {NARROW} {DECODER} --config.teacher.dtype=float32", 0),
   (r"^mrmae pretrain --config=photos.*clip_vit_b16", TEACHER, 0),
   (r"--config=(mrmae|convmae|mae):", f"{RUN} {DECODER} {DIGITS}", 0),

@@ -68,7 +68,7 @@ def _load(options):
   if model.network.segmenter is None:
     raise UsageError(
       f"{path} does not segment; --out={options.out} must end in .csv or .parquet for a "
-      "classifier, and a folder takes a segmentation model in mmsegmentation's names"
+      "classifier, and a folder takes a run of mrmae segment or a file in mmsegmentation's names"
     )
   count = model.config["classes"]
   if count > MOST_CLASSES:
