@@ -4,6 +4,7 @@ that belong to the state, starts from every kind of file, mistakes with their wo
 
 import functools
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -186,6 +187,20 @@ def test_eight_devices_and_micro_batches_equal_one_after_the_other():
   same, metrics = step(spiked, (), sharding.global_batch(batch, mesh))
   assert metrics["skipped"] == 1
   jax.tree.map(np.testing.assert_array_equal, same.extra, state.extra)
+
+
+@pytest.mark.variant
+def test_a_run_that_lost_its_last_steps_does_them_again_bit_for_bit(tmp_path):
+  config = tiny.segment_config(keep_checkpoints=3)
+  del config.evals["miou"]
+  whole = jax.device_get(train.fit(config, segment.make(config), tmp_path))
+  assert whole.step == 4
+  for folder in (tmp_path / "checkpoints").iterdir():
+    if folder.name != "1":
+      shutil.rmtree(folder)
+  again = jax.device_get(train.fit(config, segment.make(config), tmp_path))
+  jax.tree.map(np.testing.assert_array_equal, again, whole)
+  assert any(np.any(x != 1) for x in jax.tree.leaves(whole.extra))
 
 
 def random_state(task, step=5):

@@ -173,10 +173,10 @@ class Evaluator:
     for counts, predicted, scenes in self._results():
       total += np.asarray(counts, np.int64).sum(0)
       images += len(scenes)
-      for scene, classes in zip(scenes, predicted):
-        if scene.index < self._images:
+      if min(scene.index for scene in scenes) < self._images:
+        for scene, classes in zip(scenes, np.asarray(predicted)):
           height, width = scene.label.shape
-          rows[scene.index] = scene, np.asarray(classes)[:height, :width]
+          rows[scene.index] = scene, classes[:height, :width]
     total, images = self._add_hosts(total, images)
     if not total[2].any():
       raise DataError(
@@ -264,7 +264,7 @@ class Evaluator:
   def _draw(self, rows: dict[int, tuple[Scene, np.ndarray]], step: int) -> dict:
     """Returns {path: picture} of images, truths and predictions; host 0 writes the file."""
     columns = [[], [], []]
-    for _, (scene, predicted) in sorted(rows.items()):
+    for _, (scene, predicted) in sorted(rows.items())[: self._images]:
       image = scene.image[..., [min(i, scene.image.shape[2] - 1) for i in range(3)]]
       painted = paint_classes(image, scene.label, IGNORED), paint_classes(image, predicted)
       for column, x in zip(columns, (image, *painted)):
