@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from flax.traverse_util import flatten_dict
+from PIL import Image
 
 import mrmae_jax
 from mrmae_jax import config as config_lib
@@ -21,9 +22,12 @@ from mrmae_jax.errors import ConfigError, DataError, WeightsError
 from mrmae_jax.evals import miou
 from mrmae_jax.models import ViT
 from mrmae_jax.runs.checkpoint import Checkpoints
+from mrmae_jax.runs.log import Log, summary
+from mrmae_jax.runs.metrics import read_metrics
 from mrmae_jax.tasks import segment
 from mrmae_jax.weights import model_files
 from tests import tiny
+from tests.helpers.cli import run_command
 from tests.helpers.goldens import read_tensors
 from tests.helpers.models import make_segmenter, make_student
 from tests.helpers.runs import finished_run
@@ -152,6 +156,7 @@ def test_each_host_has_images_of_its_own(monkeypatch):
 # The task.
 
 
+@pytest.mark.variant
 def test_eight_devices_and_micro_batches_equal_one_after_the_other():
   """Loss, every gradient and the statistics, with dropped paths and channels."""
   config = tiny.segment_config(optim__accum_steps=2)
@@ -331,3 +336,32 @@ def test_knn_is_refused():
   config.evals.knn = config_lib.pretrain().evals.knn
   with pytest.raises(ConfigError, match="config.evals.knn is not an evaluator of .*; it has miou"):
     preflight.check(config, num_devices=1)
+
+
+@pytest.mark.variant
+def test_doctor_shows_scenes_and_their_classes(tmp_path, examine):
+  (tmp_path / "c.py").write_text(
+    "from tests import tiny\n\n\ndef get_config():\n  return tiny.segment_config()\n"
+  )
+  code, text = examine("--no-compile", f"--out={tmp_path}/x.png", config=tmp_path / "c.py")
+  assert code == 0 and "pixels of the first 100 labels: ground: 87" in text
+  assert "x.png shows 16 of the first images as training sees them" in text
+  with Image.open(tmp_path / "x.png") as picture:
+    assert picture.size[0] > 4 * 128
+
+
+def test_results_of_classes_are_logged_and_pictures_shown(tmp_path, capsys):
+  """But no line and no curve shows them: there may be hundreds."""
+  values = {"miou/mIoU": 0.5, "miou/IoU_tree": 0.25}
+  log = Log(tmp_path, 10, 0, {}, "")
+  log.scalars(3, values)
+  log.close()
+  printed = capsys.readouterr().out
+  assert "miou/mIoU 0.5" in printed and "tree" not in printed + "".join(summary(tmp_path))
+  (record,) = read_metrics(tmp_path)
+  assert record.items() >= values.items()
+  (tmp_path / "segmentations").mkdir()
+  Image.new("RGB", (9, 9)).save(tmp_path / "segmentations" / "step_0000003.png")
+  assert run_command(["report", f"--runs={tmp_path}", f"--out={tmp_path}/page.html"]) == 0
+  page = (tmp_path / "page.html").read_text()
+  assert "Image, true classes, predicted classes." in page and "miou/IoU_tree" in page
