@@ -3,8 +3,10 @@
 Command:   mrmae segment --config=configs/segment_demo.py --workdir=/tmp/mrmae_demo_segmented
            (--config.init_from= for the same from random weights)
 Hardware:  2 CPU cores
-Cost:      TODO
-Expected:  TODO
+Cost:      13 minutes on 2 CPU cores that other programs used too
+Expected:  mIoU 0.03 to 0.17 on 200 held-out scenes, the ground 0.97: the shapes of the digits are
+           found in a hundred steps, their classes begin to differ in the last of the 1,000; more
+           steps with --config.epochs=N (one seed)
 """
 
 from mrmae_jax import config
