@@ -35,8 +35,8 @@ does not fit is refused before anything is compiled.
 """
 NOTES = {  # introductions of sections
   "evals": "An evaluator runs if its section is there: `reconstruct` and `knn` in `pretrain`, "
-  "`knn` in `teacher`, `accuracy` in `finetune` and `probe`. A configuration file can add "
-  "`evals.knn` to any command; it needs images with classes.",
+  "`knn` in `teacher`, `accuracy` in `finetune` and `probe`, `miou` in `segment`. A configuration "
+  "file can add `evals.knn` to the other commands; it needs images with classes.",
   "teacher": "A configuration file can add teachers: `extra_teachers.NAME`, made by `teacher()` of "
   "`mrmae_jax.config`, has the same keys. Its loss is `mimic_NAME`.",
 }

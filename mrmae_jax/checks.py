@@ -23,6 +23,7 @@ from mrmae_jax.config import (
 from mrmae_jax.errors import ConfigError
 
 MAX_TOKENS = 2**16  # of an image
+MAX_SCALE = 8  # of an image at which segmentation looks
 
 
 class Mistakes:
@@ -34,7 +35,8 @@ class Mistakes:
   def need(self, is_right, message: str, *keys: str) -> bool:
     """Notes `message`, and that the values of `keys` cannot be used, unless `is_right`."""
     if not is_right:
-      self._messages.append(message)
+      if message not in self._messages:  # both splits of a data set have the same one
+        self._messages.append(message)
       self._unusable += keys
     return bool(is_right)
 
@@ -89,7 +91,8 @@ def _find_mistake(value, key: Key) -> str:
   """Returns what is wrong with the value of a key, or "" if it is right."""
   default = key.default
   if default is None:
-    return "" if value is None or isinstance(value, str) else "must be a text"
+    words = {str: "a text", bool: "True or False"}[key.unset]
+    return "" if value is None or isinstance(value, key.unset) else f"must be {words}"
   if is_tuple := isinstance(default, tuple):
     if not isinstance(value, (tuple, list)) or not (key.many or len(value) == len(default)):
       count = {2: "two numbers", 3: "three numbers"}.get(len(default), "several values")
@@ -114,9 +117,11 @@ def _check_warmup(config, need) -> None:
   )
 
 
-def _check_crops(config, need) -> None:
-  low, high = config.data.crop_scale
-  need(low <= high, f"config.data.crop_scale={(low, high)} must satisfy 0 < low <= high <= 1")
+def _check_ranges(config, need) -> None:
+  for key, limits in (("crop_scale", "0 < low <= high <= 1"), ("scale", "0 < low <= high")):
+    if key in config.data:
+      low, high = config.data[key]
+      need(low <= high, f"config.data.{key}={(low, high)} must satisfy {limits}")
 
 
 def _check_keep_best(config, need) -> None:
@@ -135,10 +140,17 @@ def _check_channels(config, need) -> None:
     "of the images, std > 0",
     "data.mean",
   )
+  if len(data.mean) == 3:
+    return
   need(
-    not data.randaug or len(data.mean) == 3,
-    f"config.data.randaug={data.randaug!r} is for RGB; leave it empty for images of "
+    not data.get("randaug"),
+    f"config.data.randaug={data.get('randaug')!r} is for RGB; leave it empty for images of "
     f"{len(data.mean)} channels (config.data.mean): --config.data.randaug=",
+  )
+  need(
+    not data.get("photometric"),
+    f"config.data.photometric=True is for RGB; images of {len(data.mean)} channels "
+    "(config.data.mean) need --config.data.photometric=False",
   )
 
 
@@ -253,13 +265,15 @@ def _check_teachers(config, need) -> None:
     )
 
 
-def _check_transfer(config, need) -> None:
-  """Checks what fine-tuning and probing start from."""
+def _check_start(config, need) -> None:
   need(
     config.init_from is not None,
     "config.init_from is not set; give a workdir or a file of weights, or config.init_from= "
     "(empty) to start from random weights",
   )
+
+
+def _check_pool(config, need) -> None:
   need(
     config.pool != "cls" or _has_cls(config),
     "config.pool='cls' needs an encoder with a CLS token: config.encoder.cls_token=True",
@@ -282,6 +296,55 @@ def _check_grid(config, need) -> None:
       optim[key] == off,
       f"config.optim.{key}={optim[key]} has no meaning for a probe; leave it at {off:g}",
     )
+
+
+def _check_heads(config, need) -> None:
+  """Checks the heads of segmentation, and that BatchNorm has a batch."""
+  heads, fields, levels = config.upernet, config.encoder, tuple(config.upernet.levels)
+  need(
+    len(heads.pool_scales), "config.upernet.pool_scales=() must hold one or more sides, e.g. (1, 2)"
+  )
+  if fields.name == "convvit":
+    need(
+      not levels,
+      f"config.upernet.levels={levels} are blocks of a ViT; the levels of a convvit are its "
+      "stages: leave it empty",
+    )
+  else:
+    need(
+      not levels or len(levels) == 4 and max(levels) < fields.depth,
+      f"config.upernet.levels={levels} must be four of the blocks 0 to {fields.depth - 1}, or () "
+      "for the usual ones",
+    )
+  micro = config.batch_size // config.optim.accum_steps
+  need(
+    micro >= 2,
+    f"config.batch_size={config.batch_size} with optim.accum_steps={config.optim.accum_steps} "
+    f"makes micro-batches of {micro}; BatchNorm needs 2 images or more in each",
+  )
+  least, grid = 3 if fields.name == "convvit" else 2, token_size(config)
+  need(
+    min(config.image_size) >= least * grid,
+    f"config.image_size={tuple(config.image_size)} is smaller than {least} x {least} tokens of "
+    f"{grid} pixels, which the deepest level of the head needs",
+  )
+
+
+def _check_miou(config, need) -> None:
+  """Checks how the evaluator of segmentation looks at images."""
+  if "miou" not in config.evals:
+    return
+  stride, window = tuple(config.evals.miou.stride), tuple(config.image_size)
+  need(
+    not stride or len(stride) == 2 and all(a <= b for a, b in zip(stride, window)),
+    f"config.evals.miou.stride={stride} must be (rows, columns), each at most the window's "
+    f"{window}, or () for two thirds of it",
+  )
+  scales = tuple(config.evals.miou.scales)
+  need(
+    scales and max(scales) <= MAX_SCALE,
+    f"config.evals.miou.scales={scales} must hold numbers above 0 and at most {MAX_SCALE}",
+  )
 
 
 def _check_distill(config, need) -> None:
@@ -322,9 +385,9 @@ def _check_distill(config, need) -> None:
 CHECKS: dict[str, dict[Callable, tuple[str, ...]]] = {
   "": {  # of every task
     _check_warmup: ("optim.warmup_epochs", "epochs"),
-    _check_crops: ("data.crop_scale",),
+    _check_ranges: ("data.crop_scale", "data.scale"),
     _check_keep_best: ("keep_best",),
-    _check_channels: ("data.mean", "data.std", "data.randaug"),
+    _check_channels: ("data.mean", "data.std", "data.randaug", "data.photometric"),
     _check_encoder: ("encoder", "image_size"),
   },
   "pretrain": {
@@ -333,12 +396,19 @@ CHECKS: dict[str, dict[Callable, tuple[str, ...]]] = {
     _check_teachers: ("teacher", "extra_teachers", "method", "encoder"),
   },
   "finetune": {
-    _check_transfer: ("init_from", "pool", "encoder"),
+    _check_start: ("init_from",),
+    _check_pool: ("pool", "encoder"),
     _check_mix: ("batch_size", "optim.accum_steps", "mix"),
   },
   "probe": {
-    _check_transfer: ("init_from", "pool", "encoder"),
+    _check_start: ("init_from",),
+    _check_pool: ("pool", "encoder"),
     _check_grid: ("optim",),
+  },
+  "segment": {
+    _check_start: ("init_from",),
+    _check_heads: ("encoder", "upernet", "batch_size", "optim.accum_steps", "image_size"),
+    _check_miou: ("evals", "image_size"),
   },
   "self_distill": {
     _check_no_drop_path: ("encoder",),

@@ -4,7 +4,7 @@ A `Key` holds a default, its meaning, what a value must be, and whether a run th
 change it. Help, checks, departures from the recipe and the identity of a run follow from the keys.
 A new task needs an entry of `TASKS`, a module in `tasks/` and, as a command, an entry of
 `cli/parser.py`; `checks.py` compares keys with each other. Files in `configs/` start from
-`pretrain()`, `finetune()`, `probe()` or `self_distill()`. Nothing here imports jax.
+`pretrain()`, `finetune()`, `probe()`, `segment()` or `self_distill()`. Nothing here imports jax.
 """
 
 import json
@@ -34,12 +34,13 @@ class Key(NamedTuple):
   """One key of a configuration.
 
   Attributes:
-    default: its value; None for a text that is not set yet.
+    default: its value; None for one that is not set yet.
     help: its meaning, for --help.
     allowed: the rule of a number, or of each number of a tuple; or the texts to choose from.
     resume: "same" for a value that a run keeps when it resumes; "free" for one that may change;
       "local" for one that may differ among hosts too, because it says where things lie.
     many: the type of the elements of a tuple that may have any length.
+    unset: the type of a value that is not set yet.
   """
 
   default: Any
@@ -47,6 +48,7 @@ class Key(NamedTuple):
   allowed: Rule | tuple[str, ...] | None = None
   resume: str = "same"
   many: type | None = None
+  unset: type = str
 
 
 def between(smallest: int, largest: int) -> Rule:
@@ -84,6 +86,10 @@ POOLS = ("mean", "cls")
 ACTIVATIONS = ("gelu", "quick_gelu", "gelu_tanh", "silu")
 OBJECTIVES = ("dino", "contrast")
 TABLES = ("table", "none")
+SCHEDULES = ("cosine", "poly")
+HEAD_STARTS = ("same", "new")
+DENOMINATORS = ("all", "labeled")
+MODES = ("slide", "whole")
 
 ENCODER = dict(  # the keys of every encoder
   learned_positions=Key(False, "train the position table, which starts as the sine-cosine one"),
@@ -117,6 +123,7 @@ ENCODERS = {
     cls_token=Key(False, "prepend a CLS token to the transformer stage, as in ConvMAE v2"),
     fuse_stages=Key(True, "add the outputs of the convolutional stages to the last block's"),
     sparse=Key(True, "convolve the visible blocks only: same numbers, a quarter of the work"),
+    **{name: TOWER[name] for name in ("eps", "layer_scale", "relative_positions")},
   ),
   "vit": ENCODER
   | dict(
@@ -132,7 +139,7 @@ ENCODERS = {
 DATA = dict(
   source=Key(
     None,
-    "digits, folder:PATH (or .zip, .tar), tfds:NAME, hf:NAME, wds:PATTERN, packed:PATH",
+    "digits, folder:PATH (.zip, .tar), tfds:NAME, hf:NAME, wds:PATTERN, packed:PATH, scenes:PATH",
     resume="local",
   ),
   train_split=Key("train", "split of tfds, or sub-folder, to train on; .: the whole folder"),
@@ -141,7 +148,7 @@ DATA = dict(
   holdout_every=Key(10, "without an eval split, hold out every k-th image; 0: none", HOLDOUT),
   labels=Key("", "table of a folder's labels, CSV or TSV: file, label", resume="local"),
   crop_scale=Key((0.2, 1.0), "area range of RandomResizedCrop, of the image's area", PART),
-  resize=Key("pillow", "bicubic resizing as in the references; cv2: faster, aliased", RESIZE),
+  resize=Key("pillow", "resizing as in the references; cv2: OpenCV's, faster, aliased", RESIZE),
   flip=Key(True, "horizontal flips"),
   randaug=Key("", "RandAugment of RGB images as timm writes it, e.g. rand-m9-mstd0.5-inc1"),
   erase_prob=Key(0.0, "probability of random erasing", SHARE),
@@ -155,9 +162,24 @@ DATA = dict(
   max_skipped=Key(0.01, "largest share of images that on_error=skip may skip", SHARE, "free"),
   timeout_s=Key(600.0, "longest wait for a batch in seconds; 0: no limit", NOT_NEGATIVE, "free"),
 )
+SCENES = {  # the data of segmentation: no crops to one size, no labels of whole images
+  name: key
+  for name, key in DATA.items()
+  if name not in ("crop_scale", "randaug", "erase_prob", "eval_crop", "labels")
+} | dict(
+  scale=Key((0.5, 2.0), "range of the random scale of an image", POSITIVE),
+  max_share=Key(0.75, "largest share of one class in a crop; 1: any", PART),
+  photometric=Key(True, "random brightness, contrast, saturation and hue"),
+  zero_is_unlabelled=Key(
+    None,
+    "label 0 means unlabelled, and k is class k - 1, as in ADE20K; needed for scenes:PATH",
+    unset=bool,
+  ),
+)
 OPTIM = dict(
   blr=Key(1.5e-4, "base learning rate; the peak is blr * batch_size / 256", POSITIVE),
-  min_lr=Key(0.0, "absolute learning rate at the end of the cosine", NOT_NEGATIVE),
+  schedule=Key("cosine", "fall of the learning rate after the warm-up; poly: linear", SCHEDULES),
+  min_lr=Key(0.0, "absolute learning rate at the end of the schedule", NOT_NEGATIVE),
   warmup_epochs=Key(40.0, "epochs in which the learning rate rises linearly from 0", NOT_NEGATIVE),
   b1=Key(0.9, "decay of AdamW's first moment", BELOW_1),
   b2=Key(0.95, "decay of AdamW's second moment", BELOW_1),
@@ -202,6 +224,15 @@ EVALS = {  # modules of mrmae_jax.evals
     bank=Key(50_000, "most training images to compare with; 0: all", between(0, 10**9), "free"),
   ),
   "accuracy": dict(batch_size=Key(256, "images per forward pass", WIDTH, "free")),
+  "miou": dict(  # see segmentation.Rule
+    mode=Key(
+      "slide", "through windows of image_size; whole: the whole image at once", MODES, "free"
+    ),
+    stride=Key((), "(rows, columns) between windows; (): two thirds of one", WIDTH, "free", int),
+    scales=Key((1.0,), "sizes, relative to training, that are averaged", POSITIVE, "free", float),
+    flip=Key(False, "average with the mirrored image", resume="free"),
+    images=Key(8, "number of images in the pictures; 0: no pictures", between(0, 1000), "free"),
+  ),
 }
 DECODER = dict(
   dim=Key(512, "width of the decoder", WIDTH),
@@ -247,6 +278,20 @@ TRANSFER = dict(  # the keys of tasks that start from a pre-trained encoder
   init_from=Key(None, "workdir or file to start from; empty: random weights", resume="local"),
   pool=Key("mean", "mean of the patch tokens; cls: the CLS token", POOLS),
 )
+UPERNET = dict(
+  channels=Key(768, "width of the decode head; 1024 in large models", WIDTH),
+  aux_channels=Key(256, "width of the auxiliary head; 0: none", between(0, 2**17)),
+  aux_weight=Key(0.4, "weight of the auxiliary head's loss", NOT_NEGATIVE),
+  pool_scales=Key((1, 2, 3, 6), "sides of the pooled maps of the decode head", BLOCKS, many=int),
+  levels=Key(
+    (),
+    "four blocks of a ViT, from 0, that the heads read; (): after 1/3, 1/2, 2/3 and all",
+    between(0, 1000),
+    many=int,
+  ),
+  dropout=Key(0.1, "share of channels dropped before the classifiers", BELOW_1),
+  mean_over=Key("all", "pixels in the loss's denominator; labeled: no others", DENOMINATORS),
+)
 GRID = Key((0.1, 0.25, 0.5, 1.0, 2.0, 4.0), "factors of blr, a head for each", POSITIVE, many=float)
 DISTILL = dict(
   objective=Key("dino", "match prototypes; contrast: find the image in the batch", OBJECTIVES),
@@ -269,14 +314,16 @@ class TaskSchema(NamedTuple):
   Attributes:
     sections: its keys and sections.
     recipe: values that differ from the defaults of the keys.
-    evals: its evaluators; "knn" can be added to any task.
+    evals: its evaluators.
     splits: the splits of the data that it cannot do without.
+    takes_knn: the evaluator "knn" can be added; it needs classes of whole images.
   """
 
   sections: dict[str, Any]
   recipe: dict[str, Any]
   evals: tuple[str, ...]
   splits: tuple[str, ...] = ("train",)
+  takes_knn: bool = True
 
 
 TASKS = {  # modules of mrmae_jax.tasks
@@ -317,6 +364,39 @@ TASKS = {  # modules of mrmae_jax.tasks
     ),
     evals=("accuracy",),
     splits=("train", "eval"),
+  ),
+  "segment": TaskSchema(
+    sections=COMMON
+    | dict(
+      init_from=TRANSFER["init_from"],
+      head=Key("same", "heads of a segmentation model in init_from; new: fresh ones", HEAD_STARTS),
+      data=SCENES,
+      upernet=UPERNET,
+    ),
+    recipe=dict(
+      image_size=(512, 512),
+      batch_size=16,
+      epochs=126.67,  # 160,000 steps with the 20,210 images of ADE20K
+      eval_every=12.667,
+      checkpoint_every=3.1667,
+      encoder=dict(
+        drop_path=0.2,
+        learned_positions=True,
+        relative_positions=True,
+        layer_scale=True,
+        eps=1e-5,
+      ),
+      optim=dict(
+        blr=1e-4 * 256 / 16,
+        schedule="poly",
+        warmup_epochs=1.18753,  # 1,500 steps
+        b2=0.999,
+        layer_decay=0.75,
+      ),
+    ),
+    evals=("miou",),
+    splits=("train", "eval"),
+    takes_knn=False,
   ),
   "self_distill": TaskSchema(
     sections=COMMON | dict(encoder=ENCODERS["vit"], distill=DISTILL),
@@ -364,6 +444,14 @@ def probe() -> ConfigDict:
   return defaults("probe")
 
 
+def segment() -> ConfigDict:
+  """Returns segmentation by the published recipe of ConvMAE-B at 512 px.
+
+  Source: Alpha-VL/ConvMAE SEG/configs.
+  """
+  return defaults("segment")
+
+
 def self_distill() -> ConfigDict:
   """Returns the training of a small teacher without labels: a ViT that teaches itself (DINO)."""
   return defaults("self_distill")
@@ -408,29 +496,37 @@ def _make(section: dict[str, Any]) -> ConfigDict:
     if isinstance(key, dict):
       c[name] = _make(key)
     else:
-      c[name] = placeholder(str) if key.default is None else key.default
+      c[name] = placeholder(key.unset) if key.default is None else key.default
   return c
 
 
 def start_from(config: ConfigDict, workdir: str) -> None:
-  """Makes `config`, of `finetune` or `probe`, start from a run: its encoder, images, precision.
+  """Makes `config` start from a run: its encoder, precision, mean and std of the images.
+
+  For `finetune` and `probe` also the images and their size; `segment` has scenes of its own.
 
   Raises:
     ConfigError: the workdir does not hold a run.
   """
   try:
     stored = _read_json(Path(workdir).expanduser() / "config.json")
-    kept = {key: config.encoder[key] for key in ("drop_path", "learned_positions")}
+    names = ("drop_path", "learned_positions")
+    if config.task == "segment":
+      names += ("relative_positions", "layer_scale")
+    kept = {key: config.encoder[key] for key in names}
     name = stored["encoder"]["name"]
     config.encoder = _make(ENCODERS[name])  # older runs lack keys
     config.encoder.update(stored["encoder"] | kept)
     if config.encoder.get("positions") == "none":
       config.encoder.learned_positions = False  # there is no table to learn
-    config.update({key: stored[key] for key in ("image_size", "dtype")})
-    images = "source train_split eval_split data_dir holdout_every flip eval_crop mean std"
-    config.data.update({key: stored["data"][key] for key in images.split()})
-    for key in ("labels", "quarantine", "exif"):  # older runs lack them
-      config.data[key] = stored["data"].get(key, config.data[key])
+    config.dtype = stored["dtype"]
+    config.data.update({key: stored["data"][key] for key in ("mean", "std")})
+    if config.task != "segment":
+      config.image_size = stored["image_size"]
+      images = "source train_split eval_split data_dir holdout_every flip eval_crop"
+      config.data.update({key: stored["data"][key] for key in images.split()})
+      for key in ("labels", "quarantine", "exif"):  # older runs lack them
+        config.data[key] = stored["data"].get(key, config.data[key])
   except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
     raise ConfigError(f"{workdir} is neither a size nor the workdir of a run: {error}") from None
   config.init_from = str(workdir)
@@ -575,7 +671,8 @@ def identity(config: ConfigDict) -> dict[str, Any]:
   images by their fingerprint, wherever they lie.
   """
   # Keys that came later count where they are set: older runs, which lack them, resume.
-  usual = {f"encoder.{name}": key.default for name, key in TOWER.items()} | {"data.exif": "ignore"}
+  usual = {f"encoder.{name}": key.default for name, key in TOWER.items()}
+  usual |= {"data.exif": "ignore", "optim.schedule": "cosine"}
   values = _without(config, "local", "free")
   return {name: x for name, x in values.items() if name not in usual or x != usual[name]}
 
@@ -610,7 +707,7 @@ def require_sections(config: ConfigDict) -> None:
       "make it with encoder() of mrmae_jax.config"
     )
   for name in config.evals:
-    if name not in (known := dict.fromkeys((*schema.evals, "knn"))):
+    if name not in (known := dict.fromkeys((*schema.evals, *("knn",) * schema.takes_knn))):
       raise ConfigError(
         f"config.evals.{name} is not an evaluator of the task {task!r}; it has {', '.join(known)}"
       )

@@ -1,7 +1,7 @@
 """Optimizers of the MAE family: AdamW for pre-training and fine-tuning, LARS for the linear probe.
 
 Also an average of the weights, and the rule that an update may be skipped. Schedules are evaluated
-per step: warm-up, then half a cosine.
+per step: warm-up, then half a cosine or a straight line.
 """
 
 import re
@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+
+WARMUP_RATIO = 1e-6  # of `warmup_poly`
 
 
 class Steps(NamedTuple):
@@ -48,6 +50,23 @@ def warmup_cosine(
   return schedule
 
 
+def warmup_poly(
+  peak: float, min_lr: float, warmup_steps: float, total_steps: int
+) -> optax.Schedule:
+  """Returns the schedule of segmentation: a straight line from `peak` at step 0 to `min_lr` at the
+  end, multiplied by a warm-up that rises from 1e-6 to 1 over `warmup_steps`.
+
+  Source: mmcv 1.x, PolyLrUpdaterHook with power 1.
+  """
+
+  def schedule(step):
+    line = min_lr + (peak - min_lr) * (total_steps - step) / total_steps
+    share = jnp.clip(step / max(warmup_steps, 1e-9), 0, 1)
+    return line * (share + (1 - share) * WARMUP_RATIO)
+
+  return schedule
+
+
 def peak_rate(config, batch_size: int) -> float:
   """Returns the largest learning rate of a schedule: blr * batch_size / 256."""
   return config.blr * batch_size / 256
@@ -61,8 +80,10 @@ def make_schedule(config, batch_size: int, steps: Steps) -> optax.Schedule:
     batch_size: images per update; the peak rate is blr * batch_size / 256.
     steps: length of the training.
   """
+  schedules = {"cosine": warmup_cosine, "poly": warmup_poly}
+  warmup_steps = config.warmup_epochs * steps.per_epoch
   peak = peak_rate(config, batch_size)
-  return warmup_cosine(peak, config.min_lr, config.warmup_epochs * steps.per_epoch, steps.total)
+  return schedules[config.schedule](peak, config.min_lr, warmup_steps, steps.total)
 
 
 def make_optimizer(config, batch_size: int, steps: Steps):

@@ -108,7 +108,7 @@ def _check_source(config, mistakes: Mistakes) -> None:
 def _check_image_options(config, mistakes: Mistakes) -> None:
   """Looks for the program that resizes images, and reads the description of RandAugment."""
   for make, key in ((randaugment.parse, "randaug"), (data.resizer, "resize")):
-    if not mistakes.usable(f"data.{key}"):
+    if key not in config.data or not mistakes.usable(f"data.{key}"):
       continue
     try:
       make(config.data[key])

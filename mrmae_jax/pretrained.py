@@ -18,14 +18,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from PIL import Image
 
 from mrmae_jax import mrmae, segmentation
+from mrmae_jax.checks import MAX_SCALE
+from mrmae_jax.config import MODES
 from mrmae_jax.errors import WeightsError
 from mrmae_jax.models import encode, head_attention
 from mrmae_jax.models.layers import layer_norm
 from mrmae_jax.reconstruction import reconstruct
 from mrmae_jax.weights import model_files
 
-MODES = ("slide", "whole")  # of `PretrainedModel.segment`
-MAX_SCALE = 8
 PLATFORMS = ("cpu", "cuda", "tpu")  # that an exported model runs on
 
 
@@ -426,11 +426,13 @@ class PretrainedModel:
 
   def _problem_of_segmenting(self) -> str:
     if "classifier" not in self.network.params:
-      return "holds no decode_head; give a segmentation model in mmsegmentation's names"
+      return (
+        "holds no decode_head; give a run of mrmae segment, or a file in mmsegmentation's names"
+      )
     kernel = self.network.params["classifier"]["head"]["kernel"]
     return (
       f"holds a classifier (head {list(kernel.shape[::-1])}) and no decode_head; give a "
-      "segmentation model in mmsegmentation's names, or use classify"
+      "run of mrmae segment, a file in mmsegmentation's names, or use classify"
     )
 
   def _segment_image(self, image, rule: segmentation.Rule) -> np.ndarray:

@@ -109,15 +109,24 @@ def fit_size(size: tuple[int, int], short: int, scale: float = 1.0) -> tuple[int
   return tuple(max(1, int(side * factor + 0.5)) for side in size)
 
 
-def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-  """Resizes uint8 [H, W, C] bilinearly without antialiasing, OpenCV's INTER_LINEAR to one level."""
+def resize_image(
+  image: np.ndarray,
+  size: tuple[int, int],
+  box: tuple[slice, slice] = (slice(None), slice(None)),
+) -> np.ndarray:
+  """Resizes uint8 [H, W, C] bilinearly without antialiasing, OpenCV's INTER_LINEAR to one level.
+
+  Only a `box` of rows and columns of the result is computed and returned.
+  """
   if image.shape[:2] == tuple(size):
-    return image
-  x = image
-  for axis, new in enumerate(size):
-    low, high, way = bilinear_taps(image.shape[axis], new)
+    return image[box]
+  taps = [
+    [x[part] for x in bilinear_taps(old, new)] for old, new, part in zip(image.shape, size, box)
+  ]
+  x = image[tuple(slice(low[0], high[-1] + 1) for low, high, _ in taps)]
+  for axis, (low, high, way) in enumerate(taps):
     way = way.reshape(-1, *(1,) * (2 - axis))
-    x = x.take(low, axis) * (1 - way) + x.take(high, axis) * way
+    x = x.take(low - low[0], axis) * (1 - way) + x.take(high - low[0], axis) * way
   return np.rint(x).astype(np.uint8)
 
 
@@ -228,21 +237,36 @@ def mean_probabilities(
     size: (height, width) of the original image.
   """
   height, width = size
-  rows, columns = [], []
-  padded = -(-width // WIDTH_BUCKET) * WIDTH_BUCKET, -(-height // BAND) * BAND
-  for logits, view in zip(maps, views):
-    matrix = bilinear_matrix(view.size[1], width)
-    columns.append(_pad(matrix[::-1] if view.is_mirrored else matrix, padded[0], logits.shape[1]))
-    rows.append(_pad(bilinear_matrix(view.size[0], height), padded[1], logits.shape[0]))
+  padded = -(-height // BAND) * BAND, -(-width // WIDTH_BUCKET) * WIDTH_BUCKET
+  matrices = [resize_matrices(view, size, padded) for view in views]
   for top in range(0, height, BAND):
-    total = jnp.zeros((BAND, padded[0], maps[0].shape[-1]), jnp.float32)
-    for logits, matrix, across in zip(maps, rows, columns):
-      total = _add_probabilities(total, logits, matrix[top : top + BAND], across)
+    total = jnp.zeros((BAND, padded[1], maps[0].shape[-1]), jnp.float32)
+    for logits, (rows, columns) in zip(maps, matrices):
+      total = _add_probabilities(total, logits, rows[top : top + BAND], columns)
     yield total[: height - top, :width] / len(maps)
 
 
-def _pad(matrix: np.ndarray, rows: int, columns: int) -> np.ndarray:
-  return np.pad(matrix, [(0, new - old) for new, old in zip((rows, columns), matrix.shape)])
+def resize_matrices(
+  view: View, size: tuple[int, int], padded: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the matrices that resize a view's logits to the original size; see `combine`.
+
+  Args:
+    view: of which they undo the padding and the mirroring.
+    size: (height, width) of the original image.
+    padded: (rows, columns) of the results; rows beyond `size` are zero.
+
+  Returns:
+    float32 [padded height, H] and [padded width, W] for logits [H, W, K].
+  """
+  matrices = [bilinear_matrix(*sides) for sides in zip(view.size, size)]
+  if view.is_mirrored:
+    matrices[1] = matrices[1][::-1]
+  shapes = zip(padded, view.pixels.shape)
+  fill = lambda matrix, shape: np.pad(
+    matrix, [(0, new - old) for new, old in zip(shape, matrix.shape)]
+  )
+  return tuple(map(fill, matrices, shapes))
 
 
 @jax.jit

@@ -77,6 +77,24 @@ def fsdp_shardings(tree, mesh: Mesh, min_size: int = 2**14):
   return jax.tree.map(rule, tree)
 
 
+def local_mesh(mesh: Mesh) -> Mesh:
+  """Returns a mesh ("images",) over this host's devices in `mesh`, for work of each host alone."""
+  devices = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+  return Mesh(np.array(devices, dtype=object), ("images",))
+
+
+def to_local(tree, mesh: Mesh, local: Mesh):
+  """Returns the arrays of a tree on `mesh` as whole arrays on each device of `local_mesh`.
+
+  All hosts must call it.
+  """
+  whole = jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(tree)
+  assemble = lambda x: jax.make_array_from_single_device_arrays(
+    x.shape, replicated(local), [shard.data for shard in x.addressable_shards]
+  )
+  return jax.tree.map(assemble, whole)
+
+
 def table(trees: dict[str, Any], depth: int = 2) -> list[dict[str, Any]]:
   """Lists how arrays are sharded: one row per part of the trees and kind of sharding.
 

@@ -533,7 +533,8 @@ def test_every_key_is_explained_and_takes_its_default():
 def test_what_a_run_that_resumes_may_change():
   config = tiny.get_config()
   config.extra_teachers.dino = config_lib.teacher()
-  config.data.exif = "apply"
+  config.data.exif, config.optim.schedule = "apply", "poly"  # keys that came later
+  config.encoder.update(eps=1e-5, layer_scale=True, relative_positions=True)
   before = config_lib.identity(config)
   json.dumps(before)  # as it is stored
   assert before["image_size"] == [32, 48] and before["extra_teachers.dino.loss"] == "mse"

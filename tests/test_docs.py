@@ -77,6 +77,12 @@ DOCTOR = "mrmae doctor --no-compile --config=photos --config.data.source=folder:
 SHORTER = [
   (r"--config=demo( |$)", "--config.epochs=0.2 --config.optim.warmup_epochs=0.1", 0),
   (r"--config=demo_finetune", "--config.epochs=0.2 --config.optim.warmup_epochs=0.1", 0),
+  (r"--config=segment_demo", "--config.epochs=0.02 --config.optim.warmup_epochs=0.01", 0),
+  (
+    r"--config=segment:",
+    f"{RUN} {CONVVIT} --config.image_size=(32,32) --config.upernet.channels=8",
+    0,
+  ),
   (r"--config=photos", f"{RUN} {NARROW} {DECODER} --config.teacher.dtype=float32", 0),
   (r"^mrmae pretrain --config=photos.*clip_vit_b16", TEACHER, 0),
   (r"--config=(mrmae|convmae|mae):", f"{RUN} {DECODER} {DIGITS}", 0),
@@ -390,6 +396,14 @@ class Place:
     (path / "shorter.json").write_text(json.dumps(SHORTER))
     images(path / "photos", 40, (90, 70))
     model_files.write_model(make_segmenter(), path / "upernet.safetensors", "mmseg")
+    for split in ("training", "validation"):
+      images(path / "scenes/images" / split, 8, (64, 80), classes=1)
+      for image in (path / "scenes/images" / split).rglob("*.png"):
+        label = np.random.default_rng(0).integers(0, 4, Image.open(image).size[::-1], np.uint8)
+        file = path / "scenes/annotations" / image.relative_to(path / "scenes/images")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(label).save(file)
+    (path / "scenes/classes.txt").write_text("sky\nsea\nsand\n")
     (path / "shards").mkdir()
     with tarfile.open(path / "shards/train-0.tar", "w") as shard:
       for photo in (path / "photos").rglob("*.png"):
@@ -416,6 +430,7 @@ class Place:
       "FINETUNED_1": "/tmp/mrmae_demo_finetuned",
       "FINETUNED_2": "/tmp/dir0",  # the first DIR of the page
       "/path/to/imagenet": "/tmp/photos",
+      "/path/to/scenes": "/tmp/scenes",
       "/path/to/shards": "/tmp/shards",
       "/path/to/bands": "/tmp/multispectral",
       "/shared": "/tmp",

@@ -15,8 +15,9 @@ from safetensors.numpy import load_file
 
 from mrmae_jax import optim, sharding
 from mrmae_jax.models.convvit import ConvViT
+from mrmae_jax.models.upernet import Segmenter
 from mrmae_jax.models.vit import ViT
-from mrmae_jax.weights import convmae
+from mrmae_jax.weights import convmae, mmseg
 from mrmae_jax.weights.table import dense, norm
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -49,6 +50,7 @@ def options(**changes):
   """A constant rate of 0.1 with a batch of 256."""
   values = dict(
     blr=0.1,
+    schedule="cosine",
     min_lr=0.1,
     warmup_epochs=0.0,
     b1=0.9,
@@ -61,6 +63,28 @@ def options(**changes):
     ema_decay=0.0,
   )
   return ml_collections.ConfigDict(values | changes)
+
+
+SEGMENTATION = {  # encoders of the cases in segmentation/layer_decay.json
+  "convmae": ConvViT(
+    embed_dims=(8, 8, 16),
+    depths=(2, 2, 4),
+    num_heads=2,
+    fuse_stages=False,
+    learned_positions=True,
+    relative_positions=True,
+    layer_scale=True,
+  ),
+  "mae": ViT(
+    dim=16,
+    depth=4,
+    num_heads=2,
+    mlp_dim=64,
+    learned_positions=True,
+    relative_positions=True,
+    layer_scale=True,
+  ),
+}
 
 
 def optimiser(**changes):
@@ -92,6 +116,35 @@ def test_rates_and_decay_of_every_name_equal_the_reference():
   assert ours.keys() == golden.keys() and len(ours) == 97
   for name, (scale, decay) in golden.items():
     assert ours[name] == (pytest.approx(scale, rel=1e-12), decay), name
+
+
+@pytest.mark.parametrize("name", SEGMENTATION)
+def test_rates_and_decay_of_segmentation_equal_the_reference(name):
+  golden = json.loads((GOLDENS / "segmentation" / "layer_decay.json").read_text())[name]
+  segmenter = Segmenter(SEGMENTATION[name], 3, 8, 8, levels=(0, 1, 2, 3))
+  images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+  params = dict(jax.eval_shape(segmenter.init, jax.random.key(0), images)["params"])
+  del params["encoder"]["norm"]  # of pre-training
+  scales = flat(optim.layer_scales(params, golden["layer_decay"]))
+  decayed = flat(optim.decay_mask(params))  # positions are decayed, as in the published runs
+  ours = {}
+  for entry in mmseg.segmenter_table(segmenter):
+    part = entry.ours.removeprefix("segmenter/")
+    if not part.startswith("batch_stats/"):
+      ours[entry.theirs[0]] = (scales.pop(part), 0.05 * decayed[part])
+  assert not scales and ours.keys() == golden["parameters"].keys()
+  for tensor, (scale, decay) in golden["parameters"].items():
+    assert ours[tensor] == (pytest.approx(scale, rel=1e-12), decay), tensor
+
+
+def test_the_poly_schedule_equals_the_reference():
+  golden = json.loads((GOLDENS / "segmentation" / "poly_schedule.json").read_text())
+  config = options(
+    schedule="poly", blr=golden["lr"], min_lr=golden["min_lr"], warmup_epochs=1500 / 80000
+  )
+  schedule = jax.jit(optim.make_schedule(config, 256, optim.Steps(80000, golden["steps"])))
+  for step, rate in golden["lr_at"]:
+    assert float(schedule(jnp.int32(step))) == pytest.approx(rate, rel=1e-5), step
 
 
 def test_layers_of_a_vit():

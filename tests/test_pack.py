@@ -253,7 +253,7 @@ def test_pillow_is_the_default_and_evaluation_has_no_choice(root, monkeypatch):
 )
 def test_resizes_that_are_not_there(root, monkeypatch, resize, message):
   monkeypatch.setitem(sys.modules, "cv2", None)
-  augment._cv2.cache_clear()
+  augment.load_cv2.cache_clear()
   source = open_source(f"folder:{root}/folder", "train")
   with pytest.raises(DataError, match=message):
     train_steps(source, 1, resize=resize)

@@ -22,11 +22,11 @@ from safetensors.numpy import load_file, save_file
 
 import mrmae_jax
 from mrmae_jax import mrmae, segmentation
-from mrmae_jax.cli import label_pictures
 from mrmae_jax.errors import WeightsError
 from mrmae_jax.models import ConvViT, ViT, upernet
 from mrmae_jax.models.layers import Mask
 from mrmae_jax.pretrained import PretrainedModel
+from mrmae_jax.viz import grid
 from mrmae_jax.weights import mmseg, model_files
 from mrmae_jax.weights.model_sources import METADATA_KEY
 from mrmae_jax.weights.table import convert, export
@@ -426,7 +426,7 @@ def test_predict_writes_label_pictures(written, photos, tmp_path, capsys):
     np.testing.assert_array_equal(label, model.segment([picture])[0])
     overlay = np.asarray(Image.open(tmp_path / "out" / "overlays" / file))
     assert overlay.shape == picture.shape
-    color = label_pictures.colors(4)[label[0, 0]]
+    color = grid.class_colors(4)[label[0, 0]]
     assert np.abs(overlay[0, 0] - (picture[0, 0] / 2 + color / 2)).max() <= 1
     total.append(label.reshape(-1))
   with open(tmp_path / "out" / "classes.csv", newline="") as file:
@@ -468,7 +468,7 @@ def test_pictures_of_one_name_are_refused(written, photos, tmp_path, capsys):
 
 
 def test_colors_differ():
-  colors = label_pictures.colors(256)
+  colors = grid.class_colors(256)
   assert len({tuple(color) for color in colors.tolist()}) == 256 and colors.max() < 256
 
 

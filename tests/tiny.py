@@ -47,6 +47,23 @@ def finetune_config(encoder="convvit", **values):
   return changed(c, **values)
 
 
+def segment_config(encoder="vit", **values):
+  """Segmentation of scenes of digits by what `tiny` pre-trains."""
+  pretrained, c = get_config(encoder), config.segment()
+  c.encoder = pretrained.encoder
+  c.encoder.update(drop_path=0.2, learned_positions=True, relative_positions=True, layer_scale=True)
+  for key in ("image_size", "batch_size", "dtype", "log_every"):
+    c[key] = pretrained[key]
+  c.epochs = 0.032  # 4 steps of 2,000 scenes
+  c.checkpoint_every = 0.008
+  c.upernet.update(channels=8, aux_channels=8)
+  c.data.update(source="scenes:digits", zero_is_unlabelled=False, flip=False)
+  c.optim.warmup_epochs = 0.008
+  c.evals.miou.images = 2
+  c.init_from = ""
+  return changed(c, **values)
+
+
 def probe_config(encoder="convvit", **values):
   """Probing of what `tiny` pre-trains."""
   pretrained, c = get_config(encoder), config.probe()

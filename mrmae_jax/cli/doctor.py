@@ -30,7 +30,8 @@ from mrmae_jax.errors import (
 from mrmae_jax.evals.reconstruct import bands_shown
 from mrmae_jax.runs.paths import open_folder
 from mrmae_jax.runs.run import make_evaluators
-from mrmae_jax.viz.grid import draw_grid
+from mrmae_jax.segmentation import IGNORED
+from mrmae_jax.viz.grid import draw_grid, interleave, paint_classes
 
 COUNT = 16  # images that doctor decodes
 
@@ -90,7 +91,9 @@ def examine(config, workdir: str | None, report: Report, out: str, should_compil
     source = data.open_split(config.data, "train")
     images = decode_images(config, source, report)
     batch = make_batch(config, source)
-    check_images(config, source, images, batch, report)
+    check_images(config, source, images, batch["image"], report)
+    if config.task == "segment":
+      report.ok(data.describe_labels(source, config.data.on_error == "skip"))
     if out:
       draw_batch(config, batch, out, report)
     check_schedule(config, len(source), devices[0].platform, report)
@@ -174,19 +177,20 @@ def decode_images(config, source, report: Report) -> list[np.ndarray]:
   return images
 
 
-def make_batch(config, source) -> np.ndarray:
-  """Returns the first images as training sees them, uint8 [B, H, W, C]."""
+def make_batch(config, source) -> dict[str, np.ndarray]:
+  """Returns the first examples as training sees them: "image" uint8 [B, H, W, C], "label"."""
+  views = data.scene_views(config) if config.task == "segment" else data.image_views(config)
   batches = data.train_batches(
     source,
-    data.image_views(config).train,
+    views.train,
     seed=config.seed,
     batch_size=min(config.batch_size, COUNT),
     options=data.loader_options(config.data)._replace(workers=0),
   )
-  return next(iter(batches))["image"]
+  return next(iter(batches))
 
 
-def check_images(config, source, images, batch: np.ndarray, report: Report) -> None:
+def check_images(config, source, images, pixels: np.ndarray, report: Report) -> None:
   """Checks sizes, contents and statistics of some images, and what the evaluators need."""
   sizes = [min(image.shape[:2]) for image in images]
   kinds = {
@@ -197,17 +201,17 @@ def check_images(config, source, images, batch: np.ndarray, report: Report) -> N
     f"{len(images)} images decoded: short side {min(sizes)} to {max(sizes)} pixels, "
     f"{' and '.join(sorted(kinds))}"
   )
-  if "constant" in kinds:
+  if "constant" in kinds and config.task == "pretrain":
     report.warn(
       "some of them are of one color: with config.method.norm_pix there is nothing to "
       "reconstruct in these"
     )
   size, median = tuple(config.image_size), float(np.median(sizes))
-  if median * config.data.crop_scale[1] ** 0.5 < 0.75 * min(size):
+  if median * config.data.get("crop_scale", (1, 1))[1] ** 0.5 < 0.75 * min(size):
     report.warn(
       f"they are smaller (median {median:g}) than config.image_size={size}: most crops are enlarged"
     )
-  x = (batch / 255 - np.array(config.data.mean)) / np.array(config.data.std)
+  x = (pixels / 255 - np.array(config.data.mean)) / np.array(config.data.std)
   if abs(x.mean()) > 1.5 or not 0.25 < x.std() < 3:
     report.warn(
       f"normalized pixels have mean {x.mean():.2f} and deviation {x.std():.2f}, not near 0 and 1: "
@@ -219,15 +223,20 @@ def check_images(config, source, images, batch: np.ndarray, report: Report) -> N
     report.warn(f"nothing is held out, so evaluations are left out or use training images: {error}")
 
 
-def draw_batch(config, batch: np.ndarray, path: str, report: Report) -> None:
-  """Writes a picture of a batch in up to four columns."""
+def draw_batch(config, batch: dict[str, np.ndarray], path: str, report: Report) -> None:
+  """Writes a picture of a batch in up to four columns; beside a scene stand its classes."""
   bands, caption = bands_shown(config)
-  pixels = batch[..., bands].astype(np.float32) / 255
+  pixels = batch["image"][..., bands]
+  if config.task == "segment":
+    painted = [paint_classes(*scene, IGNORED) for scene in zip(pixels, batch["label"])]
+    pixels = interleave([pixels, np.stack(painted)])
+  pixels = pixels.astype(np.float32) / 255
   columns = [pixels[i::4] for i in range(min(4, len(pixels)))]
   columns = [column[: len(columns[-1])] for column in columns]
   titles = ["as training", "sees them"] + [""] * (len(columns) - 2)
   Image.fromarray(draw_grid(columns, titles, caption)).save(path)
-  report.ok(f"{path} shows {sum(map(len, columns))} of the first images as training sees them")
+  count = sum(map(len, columns)) // (2 if config.task == "segment" else 1)
+  report.ok(f"{path} shows {count} of the first images as training sees them")
 
 
 def check_schedule(config, num_images: int, backend: str, report: Report) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from mrmae_jax import pretrained
+from mrmae_jax.checks import MAX_SCALE
 from mrmae_jax.cli import classifiers
 from mrmae_jax.cli.evaluate import write_csv
 from mrmae_jax.cli.features import show_progress
@@ -16,8 +17,8 @@ from mrmae_jax.data.loader import warn_of_skipped
 from mrmae_jax.errors import DataError, UsageError
 from mrmae_jax.runs import supervision
 from mrmae_jax.runs.paths import atomic_folder
+from mrmae_jax.viz.grid import class_colors, paint_classes
 
-OPACITY = 0.5  # of the colors over an image
 MOST_CLASSES = 256  # of a picture with a palette
 
 
@@ -42,7 +43,7 @@ def run(options) -> str:
       _write(folder, files[index], image, label)
       written += 1
     shares = counts / max(counts.sum(), 1)
-    rows = zip(range(len(names)), names, map(_hex, colors(len(names))), shares)
+    rows = zip(range(len(names)), names, map(_hex, class_colors(len(names))), shares)
     shown = ((*row, f"{share:.6g}") for *row, share in rows)
     write_csv(folder / "classes.csv", ("value", "class", "color", "share of pixels"), shown)
   return f"wrote {options.out}: labels, overlays and classes.csv of {written} images"
@@ -58,17 +59,16 @@ def _load(options):
     raise UsageError(f"--models={','.join(options.models)}: segmentation takes one model")
   if options.crop is not None or options.average != "probabilities":
     raise UsageError("--crop and --average are for classifiers; leave them out with --out=DIR")
-  if not options.scales or max(options.scales) > pretrained.MAX_SCALE:
+  if not options.scales or max(options.scales) > MAX_SCALE:
     raise UsageError(
-      f"--scales={','.join(map(str, options.scales))}: give numbers above 0 and at most "
-      f"{pretrained.MAX_SCALE}"
+      f"--scales={','.join(map(str, options.scales))}: give numbers above 0 and at most {MAX_SCALE}"
     )
   (path,) = options.models
   model = pretrained.load(path, num_heads=options.num_heads, decoder=False)
   if model.network.segmenter is None:
     raise UsageError(
       f"{path} does not segment; --out={options.out} must end in .csv or .parquet for a "
-      "classifier, and a folder takes a segmentation model in mmsegmentation's names"
+      "classifier, and a folder takes a run of mrmae segment or a file in mmsegmentation's names"
     )
   count = model.config["classes"]
   if count > MOST_CLASSES:
@@ -113,24 +113,14 @@ def _segment(
 
 def _write(folder: Path, file: str, image: np.ndarray, label: np.ndarray) -> None:
   """Writes labels/FILE, whose values are classes, and overlays/FILE."""
-  palette = colors(MOST_CLASSES)
   picture = Image.fromarray(label)
-  picture.putpalette(palette.tobytes())  # numbers to programs, colors to people
+  picture.putpalette(class_colors(MOST_CLASSES).tobytes())  # numbers to programs, colors to people
   gray = image[:, :, :1] if image.shape[2] != 3 else image
-  overlay = (1 - OPACITY) * gray + OPACITY * palette[label]
-  for kind, x in (("labels", picture), ("overlays", Image.fromarray(overlay.astype(np.uint8)))):
+  overlay = Image.fromarray(paint_classes(gray, label))
+  for kind, x in (("labels", picture), ("overlays", overlay)):
     path = folder / kind / file
     path.parent.mkdir(parents=True, exist_ok=True)
     x.save(path)
-
-
-def colors(count: int) -> np.ndarray:
-  """Returns a color for each class, uint8 [count, 3], those of PASCAL VOC without its black."""
-  classes = np.arange(1, count + 1)
-  bits = [
-    sum(((classes >> (3 * i + channel)) & 1) << (7 - i) for i in range(3)) for channel in range(3)
-  ]
-  return np.stack(bits, axis=-1).astype(np.uint8)
 
 
 def _hex(color: np.ndarray) -> str:

@@ -31,7 +31,7 @@ def run(options) -> str:
   out = Path(options.out).expanduser()
   if out.exists():
     raise UsageError(f"--out={options.out} exists; give another name or remove it")
-  sources = open_splits(options, options.quarantine)
+  sources = open_splits(options, quarantine=options.quarantine)
   print(*(source.description for source in sources.values()), sep="\n", flush=True)
   names = ("source", *SOURCE_OPTIONS, "short_side", "quality")
   index_options = {name: getattr(options, name) for name in names}
@@ -56,8 +56,8 @@ def run(options) -> str:
   )
 
 
-def open_splits(options, quarantine: str = "") -> dict[str, data.Source]:
-  """Opens the splits that --splits names, without the images in the file `quarantine`.
+def open_splits(options, **others) -> dict[str, data.Source]:
+  """Opens the splits that --splits names, with other arguments of `data.open_source`.
 
   Without --splits a split that the images do not have is left out with a note.
 
@@ -71,7 +71,7 @@ def open_splits(options, quarantine: str = "") -> dict[str, data.Source]:
   sources, problem = {}, None
   for split in options.splits or SPLITS:
     try:
-      sources[split] = data.open_source(options.source, split, quarantine=quarantine, **rules)
+      sources[split] = data.open_source(options.source, split, **rules, **others)
     except MissingSplitError as error:
       if options.splits:
         raise

@@ -10,18 +10,23 @@ from typing import Callable, NoReturn
 
 from mrmae_jax.errors import UsageError
 
-IMAGES = "folder:/path (or a .zip or .tar), digits, tfds:NAME, hf:NAME, wds:PATTERN, packed:/path"
+IMAGES = (
+  "folder:/path (or a .zip or .tar), digits, tfds:NAME, hf:NAME, wds:PATTERN, packed:/path, "
+  "scenes:/path"
+)
 PANELS = ("reconstruction", "ratios", "focused", "attention", "pca", "cosine", "neighbors")
 # The training commands, and the tasks that they train.
 TASKS = {
   "pretrain": "pretrain",
   "finetune": "finetune",
+  "segment": "segment",
   "probe": "probe",
   "teacher": "self_distill",
 }
 COMMANDS = {
   "pretrain": "pre-train: MR-MAE, ConvMAE or MAE (--config=mrmae:base)",
   "finetune": "fine-tune a classifier (--config=finetune:base)",
+  "segment": "train a class for every pixel (--config=segment:convmae_base)",
   "probe": "linear probe by the published protocol (--config=probe)",
   "teacher": "train a small teacher on your own images, without labels (--config=teacher)",
   "doctor": "would this run start, how long would it take, and are its settings sound?",
@@ -631,8 +636,18 @@ they are (shorter side), how many are gray, CMYK, 16-bit, with alpha, animated, 
 EXIF orientation (see config.data.exif), and mean and deviation of each channel, for
 config.data.mean and std. An image is bad if training cannot read it, or if it is a JPEG whose
 decoder notices damage. Not all damage can be seen: of random changes of one byte, all are found in
-PNGs and one in six in JPEGs. Exit code: 0 all images are good, 3 some are bad."""
+PNGs and one in six in JPEGs. Exit code: 0 all images are good, 3 some are bad.
+
+Of scenes (scenes:/path) labels are decoded too: each has a class of classes.txt in every pixel and
+the size of its image. The report holds the share of each class."""
   parser.add_argument("--source", required=True, help=f"images: {IMAGES}")
+  parser.add_argument(
+    "--zero_is_unlabelled",
+    type=str.lower,
+    choices=("true", "false"),
+    default="",
+    help="of scenes: true if 0 means unlabelled and 1 is the first class, as in ADE20K",
+  )
   parser.add_argument(
     "--splits", type=comma_list(), default=(), help="train, eval or both; default: those there are"
   )
@@ -827,6 +842,7 @@ def _debug(parser: Parser) -> None:
 _ADD_OPTIONS = {
   "pretrain": _pretrain,
   "finetune": _pretrain,
+  "segment": _pretrain,
   "probe": _pretrain,
   "teacher": _teacher,
   "doctor": _doctor,

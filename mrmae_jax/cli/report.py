@@ -10,12 +10,18 @@ from PIL import Image
 
 from mrmae_jax.config import flatten
 from mrmae_jax.errors import UsageError, WorkdirError, one_line, printable
-from mrmae_jax.runs.metrics import NOT_RESULTS, read_json_lines, read_records
+from mrmae_jax.runs.metrics import NOT_RESULTS, is_detail, read_json_lines, read_records
 from mrmae_jax.runs.paths import is_file, open_folder
 from mrmae_jax.viz.page import Figure, Page
 from mrmae_jax.viz.plot import line_plot
 
-PICTURES = 6  # reconstructions shown of each run, from its first to its last
+PICTURES = 6  # shown of each run, from its first to its last
+KINDS = {  # folders of pictures, and what these show
+  "reconstructions": (
+    "Original, what the encoder sees, the decoder's output, and that output in the hidden places."
+  ),
+  "segmentations": "Image, true classes, predicted classes.",
+}
 MAX_PIXELS = 10**8  # of a picture
 # Order of the curves: FIRST, other losses, evaluations, LAST.
 FIRST = ("loss", "pixel", "mimic")
@@ -44,7 +50,7 @@ class Run(NamedTuple):
     config: flat.
     goodput: see `log.Goodput`; {} if there is none.
     starts: a row for each start.
-    pictures: {step: reconstructions, uint8 [H, W, 3]}.
+    pictures: {key of KINDS: {step: uint8 [H, W, 3]}}.
     problems: a line for each file of which something could not be read.
   """
 
@@ -54,7 +60,7 @@ class Run(NamedTuple):
   config: dict[str, Any]
   goodput: dict[str, Any]
   starts: list[dict[str, Any]]
-  pictures: dict[int, np.ndarray]
+  pictures: dict[str, dict[int, np.ndarray]]
   problems: list[str]
 
 
@@ -81,7 +87,7 @@ def read_run(folder: epath.Path) -> Run:
     config=_read_json(folder / "config.json", flatten, problems),
     goodput=_read_json(folder / "goodput.json", _check_goodput, problems),
     starts=starts,
-    pictures=_read_pictures(folder / "reconstructions", problems),
+    pictures={kind: _read_pictures(folder / kind, problems) for kind in KINDS},
     problems=problems,
   )
 
@@ -108,7 +114,7 @@ def _check_goodput(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_pictures(folder: epath.Path, problems: list[str]) -> dict[int, np.ndarray]:
-  """Reads up to PICTURES reconstructions of a run, from its first to its last."""
+  """Reads up to PICTURES pictures of a run, from its first to its last."""
   paths = {}
   for path in folder.glob("step_*.png") if folder.is_dir() else ():
     if step := re.fullmatch(r"step_(\d{1,15})", path.stem):
@@ -176,9 +182,9 @@ def write_page(runs: list[Run], out: str) -> None:
   )
   names = sorted({name for run in runs for name in run.series}, key=_order)
   _add_results(page, runs, [name for name in names if name not in NOT_RESULTS])
-  _add_curves(page, runs, names)
+  _add_curves(page, runs, [name for name in names if not is_detail(name)])
   for run in runs:
-    _add_reconstructions(page, run)
+    _add_pictures(page, run)
   _add_goodput(page, [run for run in runs if run.goodput])
   _add_settings(page, runs)
   _add_starts(page, runs)
@@ -212,17 +218,14 @@ def _add_curves(page: Page, runs: list[Run], names: list[str]) -> None:
   page.row(figures)
 
 
-def _add_reconstructions(page: Page, run: Run) -> None:
-  """Adds the reconstructions of a run."""
-  if not run.pictures:
-    return
-  page.section(
-    f"Reconstructions: {run.name}",
-    "Original, what the encoder sees, the decoder's output, and that output in the hidden places.",
-  )
-  for step, picture in run.pictures.items():
-    alt = f"Reconstructions of held-out images by {run.name} after step {step}, one image a row."
-    page.figure(Figure(picture, alt, f"Step {step:,}"))
+def _add_pictures(page: Page, run: Run) -> None:
+  """Adds the pictures that the evaluators of a run have drawn."""
+  for kind, pictures in run.pictures.items():
+    if pictures:
+      page.section(f"{kind.capitalize()}: {run.name}", KINDS[kind])
+    for step, picture in pictures.items():
+      alt = f"{kind.capitalize()} of held-out images by {run.name} after step {step}, one a row."
+      page.figure(Figure(picture, alt, f"Step {step:,}"))
 
 
 def _add_goodput(page: Page, runs: list[Run]) -> None:

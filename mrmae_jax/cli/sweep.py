@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from mrmae_jax.cli import parser
 from mrmae_jax.cli.configs import find_config, load_config
 from mrmae_jax.errors import UsageError, UserError
-from mrmae_jax.runs.metrics import NOT_RESULTS, read_metrics
+from mrmae_jax.runs.metrics import NOT_RESULTS, is_detail, read_metrics
 from mrmae_jax.runs.paths import open_folder, write_text
 from mrmae_jax.sweep import point_name
 from mrmae_jax.viz.plot import line_plot
@@ -338,7 +338,7 @@ def _make_table(jobs, metrics, failures, records) -> list[list[Any]]:
     raise UsageError(
       f"no point has logged {', '.join(unknown)}; there are {', '.join(logged) or 'no metrics'}"
     )
-  metrics = metrics or [name for name in logged if name not in NOT_RESULTS]
+  metrics = metrics or [name for name in logged if name not in NOT_RESULTS and not is_detail(name)]
   keys = list(dict.fromkeys(key for job in jobs for key in job.point))
   table = [["name", *keys, "state", "step", *metrics]]
   for job in jobs:

@@ -17,10 +17,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from mrmae_jax import data
 from mrmae_jax.cli.pack import open_splits
 from mrmae_jax.data import augment
-from mrmae_jax.errors import DataError, printable
+from mrmae_jax.data.scenes import check_size, count_pixels, label_shares
+from mrmae_jax.errors import DataError, UsageError, printable
 from mrmae_jax.runs.paths import atomic_write
+from mrmae_jax.segmentation import IGNORED
 
 CHUNK = 16  # images that a process takes at a time
 ORIENTATION = 0x0112  # EXIF tag; 1: as stored
@@ -34,34 +37,44 @@ class ImageStatistics(NamedTuple):
     counts: number of images with ("format", "JPEG"), ("mode", "RGB"), ("kind", "gray"),
       ("short_side", 128), which stands for 128 to 255, ...
     values: how often each channel has each value, int64 [C, 256].
+    labels: how many pixels of scenes have each class, and 255 for ignored ones, int64 [256].
   """
 
   bad: dict[str, str]
   counts: collections.Counter
   values: np.ndarray
+  labels: np.ndarray
 
   def __add__(self, other):
     return ImageStatistics(
-      self.bad | other.bad, self.counts + other.counts, self.values + other.values
+      self.bad | other.bad,
+      self.counts + other.counts,
+      self.values + other.values,
+      self.labels + other.labels,
     )
 
 
 def empty_statistics(channels: int) -> ImageStatistics:
   """Returns the statistics of zero images with `channels` channels."""
-  return ImageStatistics({}, collections.Counter(), np.zeros((channels, 256), np.int64))
+  values, labels = np.zeros((channels, 256), np.int64), np.zeros(256, np.int64)
+  return ImageStatistics({}, collections.Counter(), values, labels)
 
 
 def inspect_images(source, channels: int, indices: Iterable[int]) -> ImageStatistics:
   """Reads and decodes some images of a source."""
   total = empty_statistics(channels)
   for i in indices:
-    name = source.name(i)
+    name, labels = source.name(i), np.zeros(256, np.int64)
     try:
-      image, counts = source[i]["image"], [("format", "pixels")]
+      example = source[i]
+      image, counts = example["image"], [("format", "pixels")]
       if not isinstance(image, np.ndarray):
-        data, image = image, augment.decode_image(image, name, strict=True)
-        counts = _classify_file(data)
+        file, image = image, augment.decode_image(image, name, strict=True)
+        counts = _classify_file(file)
       image = augment.with_channels(image, channels, name)
+      if isinstance(example["label"], np.ndarray):  # of a scene
+        check_size(example, image.shape[:2])
+        labels = count_pixels(example["label"])
     except DataError as error:
       cause = str(error).removeprefix(f"{printable(name)}: ")
       total += empty_statistics(channels)._replace(bad={name: cause})
@@ -69,7 +82,7 @@ def inspect_images(source, channels: int, indices: Iterable[int]) -> ImageStatis
     counts.append(("short_side", 1 << (min(image.shape[:2]).bit_length() - 1)))
     histograms = [picture.histogram() for picture in augment.pictures(image)]
     values = np.array(histograms).reshape(channels, 256)
-    total += ImageStatistics({}, collections.Counter(counts), values)
+    total += ImageStatistics({}, collections.Counter(counts), values, labels)
   return total
 
 
@@ -97,8 +110,8 @@ def _classify_file(data: bytes) -> list[tuple[str, str]]:
     ]
 
 
-def summarize(statistics: ImageStatistics, images: int) -> dict[str, Any]:
-  """Returns the report on a split of `images` images, as JSON values."""
+def summarize(statistics: ImageStatistics, source: data.Source) -> dict[str, Any]:
+  """Returns the report on a split, as JSON values."""
   level, pixels = np.arange(256), int(statistics.values[0].sum())
   mean = [int(v @ level) / (255 * pixels) if pixels else None for v in statistics.values]
   std = [
@@ -111,8 +124,11 @@ def summarize(statistics: ImageStatistics, images: int) -> dict[str, Any]:
   table["short_side"] = {
     f"{least}-{2 * least - 1}": count for least, count in sorted(table["short_side"].items())
   }
+  if statistics.labels.any():
+    classes, unlabelled = label_shares(statistics.labels, source.class_names)
+    table["labels"] = {"classes": classes, "unlabelled": unlabelled}
   return {
-    "images": images,
+    "images": len(source),
     "bad": len(statistics.bad),
     "pixels": pixels,
     "mean": mean,
@@ -166,7 +182,15 @@ def run(options) -> str:
   Raises:
     UsageError, DataError: options that do not fit; bad images, after the files are written.
   """
-  sources = open_splits(options)
+  is_given, has_scenes = bool(options.zero_is_unlabelled), options.source.startswith("scenes:")
+  if is_given != has_scenes:
+    raise UsageError(
+      f"--source={options.source}, --zero_is_unlabelled={options.zero_is_unlabelled or '(none)'}:"
+      " scenes need it, true or false (what the value 0 means in their label files), and others"
+      " do not take it"
+    )
+  zero_is_unlabelled = options.zero_is_unlabelled == "true" if has_scenes else None
+  sources = open_splits(options, zero_is_unlabelled=zero_is_unlabelled)
   for split, source in sources.items():
     print(f"{split}: {source.description}", file=sys.stderr, flush=True)
   total = sum(map(len, sources.values()))
@@ -176,7 +200,7 @@ def run(options) -> str:
       split: inspect_source(source, options.channels, workers, bar.update)
       for split, source in sources.items()
     }
-  report = {split: summarize(statistics[split], len(sources[split])) for split in sources}
+  report = {split: summarize(statistics[split], source) for split, source in sources.items()}
   report = {"source": options.source, **report}
   for split, source in sources.items():
     report[split]["description"] = source.description
@@ -197,5 +221,11 @@ def run(options) -> str:
       f"{len(bad)} of {total} images are bad, the first: {bad[0]}; leave them out with {advice} "
       "in a run, or repair them"
     )
+  for split, value in statistics.items():
+    if 0 < value.labels.sum() == value.labels[IGNORED]:
+      raise DataError(
+        f"{split}: no labelled pixel in all {len(sources[split])} files; is --zero_is_unlabelled"
+        " right?"
+      )
   left_out = dict.fromkeys(getattr(source, "left_out", "") for source in sources.values())
   return "; ".join([f"all {total} images are good", *filter(None, left_out)])

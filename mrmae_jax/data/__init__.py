@@ -9,6 +9,12 @@ from mrmae_jax.data.loader import (
   loader_options,
   train_batches,
 )
+from mrmae_jax.data.scenes import (
+  SceneView,
+  decode_scene,
+  describe_labels,
+  scene_views,
+)
 from mrmae_jax.data.sources import (
   Source,
   check_same_classes,
@@ -31,11 +37,14 @@ __all__ = [
   "ImageView",
   "LoaderOptions",
   "PairView",
+  "SceneView",
   "Source",
   "View",
   "Views",
   "check_same_classes",
   "center_view",
+  "decode_scene",
+  "describe_labels",
   "element_shapes",
   "eval_batches",
   "image_views",
@@ -45,5 +54,6 @@ __all__ = [
   "pair_views",
   "resizer",
   "sample_contents",
+  "scene_views",
   "train_batches",
 ]

@@ -116,6 +116,25 @@ def decode_image(data: bytes, name: str, strict: bool = False, exif: str = "igno
       its bytes can hold. The size is read from the header, before any pixel memory is allocated.
     MemoryError: memory ran out, which says nothing about the file.
   """
+
+  def convert(picture):
+    image = _decode_opened(picture, data, strict)
+    return turn(image, orientation(picture)) if exif == "apply" else image
+
+  return convert_file(data, name, convert)
+
+
+def convert_file(data: bytes, name: str, convert: Callable[[Image.Image], Any]) -> Any:
+  """Returns what a function makes of the picture in an image file.
+
+  Args:
+    data: content of the file.
+    name: name of the file, for messages.
+    convert: decodes an opened picture of acceptable size; its errors are those of the file.
+
+  Raises:
+    DataError, MemoryError: as in `decode_image`.
+  """
   if not data:
     raise DataError(f"{name}: the file is empty; replace or remove it")
   try:
@@ -123,8 +142,7 @@ def decode_image(data: bytes, name: str, strict: bool = False, exif: str = "igno
       width, height = picture.size
       most = min(MAX_PIXELS, MAX_PIXELS_PER_BYTE * len(data))
       if width * height <= most:
-        image = _decode_opened(picture, data, strict)
-        return turn(image, orientation(picture)) if exif == "apply" else image
+        return convert(picture)
     cause = (
       f"its header claims {width} x {height} pixels, at most {most:,} of {len(data):,} bytes are"
       " decoded"
@@ -248,14 +266,15 @@ def resize_cv2(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
   On 1,000 ImageNet photographs, random crops to 224 pixels, the values differ from Pillow's by 2.3
   levels on average, 48 at the 99.9th percentile, 173 at most: crops that shrink are aliased.
   """
-  cv2 = _cv2()
+  cv2 = load_cv2()
   resized = cv2.resize(image, size[::-1], interpolation=cv2.INTER_CUBIC)
   return resized.reshape(*size, -1)  # cv2 drops the axis of one channel
 
 
 @functools.cache
-def _cv2():
-  import cv2  # an extra
+def load_cv2():
+  """Returns the module cv2, which an extra installs; ImportError without it."""
+  import cv2
 
   cv2.setNumThreads(0)  # the loader has threads or processes itself
   return cv2
@@ -272,7 +291,7 @@ def resizer(name: str) -> Callable[[np.ndarray, tuple[int, int]], np.ndarray]:
   if name != "cv2":
     raise DataError(f"resize={name!r} given; expected 'pillow' or 'cv2'")
   try:
-    _cv2()
+    load_cv2()
   except ImportError as error:
     raise DataError(
       f"resize='cv2' needs OpenCV ({error}); install the fast extra (pip install mrmae_jax[fast])"

@@ -10,6 +10,7 @@ the log, "" for none.
 from typing import Iterator
 
 import jax
+import numpy as np
 
 from mrmae_jax import data, sharding
 from mrmae_jax.runs import supervision
@@ -30,6 +31,14 @@ def global_batches(
     batch_size: a multiple of the devices, see `padded_batch_size`.
     limit: if positive, only this many images, evenly spaced.
   """
+  for batch in host_batches(source, view, config, batch_size, limit):
+    yield sharding.global_batch(batch, mesh)
+
+
+def host_batches(
+  source, view, config, batch_size: int, limit: int = 0
+) -> Iterator[dict[str, np.ndarray]]:
+  """Yields this host's rows of the batches that `global_batches` makes."""
   batches = data.eval_batches(
     source,
     view,
@@ -42,7 +51,7 @@ def global_batches(
   try:
     for batch in batches:
       supervision.beat()
-      yield sharding.global_batch(batch, mesh)
+      yield batch
   finally:
     batches.close()
 

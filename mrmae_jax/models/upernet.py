@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mrmae_jax.models import make_encoder
 from mrmae_jax.models.convvit import ConvViT, torch_uniform
 from mrmae_jax.models.layers import Dense, gelu
 
@@ -333,3 +334,30 @@ def usual_levels(depth: int) -> tuple[int, ...]:
   3, 5, 7, 11 of 12 and 7, 11, 15, 23 of 24, as published.
   """
   return tuple(max(1, round(depth * share)) - 1 for share in (1 / 3, 1 / 2, 2 / 3, 1))
+
+
+def make_segmenter(fields, heads, num_classes: int, dtype) -> Segmenter:
+  """Returns the network that the sections `encoder` and `upernet` of a configuration describe.
+
+  Its encoder has no fusion layers, which serve pre-training alone.
+
+  Args:
+    fields: see `models.make_encoder`.
+    heads: mapping with fields of `Segmenter`; others are left out.
+    num_classes: K.
+    dtype: of the computation.
+  """
+  fields = dict(fields) | {"fuse_layers": ()}
+  if fields["name"] == "convvit":
+    fields["fuse_stages"] = False
+  encoder, levels = make_encoder(fields, dtype), tuple(heads["levels"])
+  return Segmenter(
+    encoder,
+    num_classes,
+    heads["channels"],
+    heads["aux_channels"],
+    tuple(heads["pool_scales"]),
+    levels if isinstance(encoder, ConvViT) else levels or usual_levels(encoder.depth),
+    heads["dropout"],
+    dtype,
+  )

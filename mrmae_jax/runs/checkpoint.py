@@ -369,15 +369,17 @@ class Stored(NamedTuple):
     others: names of the entries that were not read.
     step: number of updates done.
     identity: of the run, see `Checkpoints`.
+    extra: of the state, a tree of numpy arrays; None if it was not asked for.
   """
 
   params: dict[str, Any]
   others: tuple[str, ...]
   step: int
   identity: dict[str, Any]
+  extra: Any = None
 
 
-def read_params(workdir: str | Path, *entries: str) -> Stored:
+def read_params(workdir: str | Path, *entries: str, with_extra: bool = False) -> Stored:
   """Reads the newest intact parameters of the run in `workdir`.
 
   For a run that averages its parameters (`optim.ema_decay`) these are the averages.
@@ -385,6 +387,7 @@ def read_params(workdir: str | Path, *entries: str) -> Stored:
   Args:
     workdir: folder of the run.
     entries: e.g. "encoder". The first one must exist; others are skipped if they do not.
+    with_extra: read `TrainState.extra` too.
 
   Raises:
     WorkdirError: there is no checkpoint, or it does not have the first entry.
@@ -396,14 +399,16 @@ def read_params(workdir: str | Path, *entries: str) -> Stored:
   with _open_manager(directory, ocp.PyTreeCheckpointHandler(), create=False) as manager:
     for step in sorted(manager.all_steps(), reverse=True):
       try:
-        return _read_params(manager, step, entries, is_averaged)
+        return _read_params(manager, step, entries, is_averaged, with_extra)
       except _DamagedError as error:
         damaged.append(f"checkpoint {step} is damaged: {error}")
         logging.warning("%s: %s", directory, damaged[-1])
   raise StorageError(f"no checkpoint in {directory} is intact ({'; '.join(damaged)})")
 
 
-def _read_params(manager, step: int, entries: tuple[str, ...], is_averaged: bool) -> Stored:
+def _read_params(
+  manager, step: int, entries: tuple[str, ...], is_averaged: bool, with_extra: bool
+) -> Stored:
   record = _read_record(manager, step)
   stored = dict.fromkeys(
     name.split("/")[1] for name in record["arrays"] if name.startswith("params/")
@@ -420,6 +425,7 @@ def _read_params(manager, step: int, entries: tuple[str, ...], is_averaged: bool
       item = {"opt_state": state["opt_state"]}
     else:
       item = {"params": {name: state["params"][name] for name in names}}
+    item |= {"extra": state["extra"]} if with_extra else {}
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
     args = ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True)
     arrays = manager.restore(step, args=ocp.args.Composite(state=args))["state"]
@@ -428,7 +434,8 @@ def _read_params(manager, step: int, entries: tuple[str, ...], is_averaged: bool
   _verify(record, arrays)
   params = arrays["opt_state"][-1]["average"] if is_averaged else arrays["params"]
   others = tuple(name for name in stored if name not in names)
-  return Stored({name: params[name] for name in names}, others, step, record["identity"])
+  chosen = {name: params[name] for name in names}
+  return Stored(chosen, others, step, record["identity"], arrays.get("extra"))
 
 
 def _compare_contents(before: list[str] | None, now: list[str] | None) -> tuple[bool, str]:

@@ -28,6 +28,7 @@ from mrmae_jax.errors import StorageError, one_line, printable
 from mrmae_jax.runs import paths, supervision, tensorboard
 from mrmae_jax.runs.metrics import (
   NOT_RESULTS,
+  is_detail,
   read_json_lines,
   read_metrics,
   read_records,
@@ -193,10 +194,13 @@ class Log:
       self._upload(UPLOAD_EVERY_S)
     except OSError as error:  # a full disk may have space again by the next checkpoint
       self._warn(error)
-    self._last_results |= {name: x for name, x in finite.items() if name not in NOT_RESULTS}
+    self._last_results |= {
+      name: x for name, x in finite.items() if name not in NOT_RESULTS and not is_detail(name)
+    }
     self._call("TensorBoard", "add_scalars", finite, step)
     self._call("Weights & Biases", "log", finite, step=step)
-    numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+    shown = {name: value for name, value in values.items() if not is_detail(name)}
+    numbers = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
     remaining = f"  eta {datetime.timedelta(seconds=round(eta))}" if eta else ""
     self.say(f"step {step}/{self._total_steps}  {numbers}{remaining}")
 
@@ -439,7 +443,7 @@ def summary(workdir: str | Path) -> list[str]:
       series.setdefault(name, []).append((record["step"], value))
   lines = []
   for name, points in series.items():
-    if name not in NOT_RESULTS:
+    if name not in NOT_RESULTS and not is_detail(name):
       (first_step, first), (last_step, last) = points[0], points[-1]
       lines.append(f"{name}: {first:.4g} at step {first_step}, {last:.4g} at step {last_step}")
   return lines

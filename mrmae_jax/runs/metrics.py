@@ -22,8 +22,13 @@ NOT_RESULTS = {
   "evaluation_s",
   "skipped",
 }
-
+DETAIL = "/IoU_"  # in the names of results of each class, of which there may be hundreds
 LARGEST = 1e300  # of the numbers in a record
+
+
+def is_detail(name: str) -> bool:
+  """Returns whether a metric is logged but not printed or drawn, being one of too many."""
+  return DETAIL in name
 
 
 def read_metrics(workdir: str | Path) -> list[dict]:

@@ -5,6 +5,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 MIN_WIDTH = 128  # of one image in pixels, so that digits are legible
 MAX_WIDTH = 1200  # of a table; images wider than MIN_WIDTH are shrunk to fit
+OPACITY = 0.5  # of the colors of classes over an image
 COLOR_SCALE = (  # dark violet, blue, teal, green, light yellow; ever lighter
   (0.13, 0.04, 0.24),
   (0.15, 0.27, 0.50),
@@ -47,6 +48,32 @@ def draw_grid(columns: list[np.ndarray], titles: list[str], note: str = "") -> n
   if note:
     draw.text((gap, canvas.height - line), note, "black", font)
   return np.asarray(canvas)
+
+
+def class_colors(count: int) -> np.ndarray:
+  """Returns a color for each class, uint8 [count, 3], those of PASCAL VOC without its black."""
+  classes = np.arange(1, count + 1)
+  bits = [
+    sum(((classes >> (3 * i + channel)) & 1) << (7 - i) for i in range(3)) for channel in range(3)
+  ]
+  return np.stack(bits, axis=-1).astype(np.uint8)
+
+
+def paint_classes(image: np.ndarray, label: np.ndarray, ignored: int = -1) -> np.ndarray:
+  """Lays the colors of classes over an image.
+
+  Args:
+    image: uint8 [H, W, 3] or [H, W, 1].
+    label: classes, int [H, W].
+    ignored: a value that is no class; its pixels become black.
+
+  Returns:
+    uint8 [H, W, 3].
+  """
+  colors = class_colors(int(label.max()) + 1)[label]
+  painted = ((1 - OPACITY) * image + OPACITY * colors).astype(np.uint8)
+  painted[label == ignored] = 0
+  return painted
 
 
 def interleave(columns: list[np.ndarray]) -> np.ndarray:

@@ -16,12 +16,15 @@ FREE_FIELDS = {"sparse", "drop_path", "remat", "fuse_stages", "fuse_layers", "ep
 FUSION = ("stage1_output_decode", "stage2_output_decode", "fusion")
 
 
-def read_source(config, encoder: ConvViT | ViT, **options) -> model_files.LoadedModel:
+def read_source(
+  config, encoder: ConvViT | ViT, new: tuple[str, ...] = (), **options
+) -> model_files.LoadedModel:
   """Reads the model of `config.init_from`, whose encoder must be `encoder`.
 
   Args:
     config: validated configuration.
     encoder: that of the run.
+    new: fields of the encoder that it may have and the source not.
     **options: of `model_files.read_model`: decoder, mimic_heads, decoder_heads.
 
   Raises:
@@ -40,7 +43,8 @@ def read_source(config, encoder: ConvViT | ViT, **options) -> model_files.Loaded
       "between numbers of channels: give images, mean and std of as many channels, or "
       "config.init_from= (empty) to start from random weights"
     )
-  if different := _differences(source.encoder, encoder, FREE_FIELDS):
+  added = {field for field in new if getattr(encoder, field)}
+  if different := _differences(source.encoder, encoder, FREE_FIELDS | added):
     raise WeightsError(
       f"config.init_from={config.init_from} is another architecture: {'; '.join(different)}. "
       f"Set config.encoder to that of the checkpoint{_options(source.encoder, config.encoder)}"

@@ -32,7 +32,7 @@ from flax.traverse_util import flatten_dict
 from mrmae_jax.errors import StorageError, WeightsError, WorkdirError
 from mrmae_jax.models import ConvViT, Decoder, ViT, make_decoder, make_encoder
 from mrmae_jax.models.layers import Mask, sincos_2d
-from mrmae_jax.models.upernet import Segmenter
+from mrmae_jax.models.upernet import Segmenter, make_segmenter
 from mrmae_jax.runs import checkpoint
 from mrmae_jax.runs.paths import atomic_write
 from mrmae_jax.weights import (
@@ -198,12 +198,13 @@ def _read_run(
         f"{path} is a run of mrmae teacher; its teacher is the folder {path}/teacher, or that of "
         "--out, for config.teacher.path and transformers' ViTModel"
       )
+    if config["task"] == "segment":
+      return _read_segmentation_run(path, config, dtype)
     optional = ("decoder",) * with_decoder + ("mimic_heads",) * with_heads
-    params, others, step, identity = checkpoint.read_params(
-      path, "encoder", "fc_norm", "head", *optional
-    )
+    stored = checkpoint.read_params(path, "encoder", "fc_norm", "head", *optional)
   except (StorageError, WorkdirError) as error:
     raise WeightsError(str(error)) from None
+  params = stored.params
   classifier = {part: params.pop(part) for part in ("fc_norm", "head") if part in params}
   data, method = config["data"], config.get("method", {})
   encoder = make_encoder(config["encoder"], dtype)
@@ -220,7 +221,8 @@ def _read_run(
   if "decoder" in params:
     decoder = make_decoder(config["decoder"], encoder, len(data["mean"]), dtype)
   dropped = tuple(
-    "decoder (not asked for)" if part == "decoder" else part.replace("_", " ") for part in others
+    "decoder (not asked for)" if part == "decoder" else part.replace("_", " ")
+    for part in stored.others
   )
   return LoadedModel(
     encoder=encoder,
@@ -235,9 +237,37 @@ def _read_run(
     },
     has_norm="fc_norm" not in classifier,
     report=Report(
-      f"{path} after {step} steps", describe(encoder), _count_params(params), (), dropped
+      f"{path} after {stored.step} steps", describe(encoder), _count_params(params), (), dropped
     ),
-    classes=tuple(identity.get("classes", ())),
+    classes=tuple(stored.identity.get("classes", ())),
+  )
+
+
+def _read_segmentation_run(path: str | Path, config: dict[str, Any], dtype) -> LoadedModel:
+  """Reads the newest checkpoint of a run of segmentation."""
+  parts = ("neck", "decode_head", "auxiliary_head")
+  stored = checkpoint.read_params(path, "encoder", *parts, with_extra=True)
+  classes, data = tuple(stored.identity["classes"]), config["data"]
+  segmenter = make_segmenter(config["encoder"], config["upernet"], len(classes), dtype)
+  params = {
+    "encoder": stored.params["encoder"],
+    "segmenter": {name: stored.params[name] for name in parts if name in stored.params},
+    "batch_stats": stored.extra,
+  }
+  model = f"{describe(segmenter.encoder)}, {mmseg.describe(segmenter)}"
+  name = f"{path} after {stored.step} steps"
+  return LoadedModel(
+    encoder=segmenter.encoder,
+    decoder=None,
+    params=params,
+    grid=tuple(side // segmenter.encoder.patch_size for side in config["image_size"]),
+    mean=tuple(data["mean"]),
+    std=tuple(data["std"]),
+    method=METHOD,
+    has_norm=False,
+    report=Report(name, model, _count_params(params), (), ()),
+    classes=classes,
+    segmenter=segmenter,
   )
 
 

@@ -160,13 +160,13 @@ def test_f15_features_come_from_an_intact_checkpoint(saved, tmp_path):
   folder = shutil.copytree(saved, tmp_path / "run")
   config = small.get_config()
   (folder / "config.json").write_text(config.to_json())
-  params, _, step, _ = checkpoint.read_params(folder, "kernel")
+  params, _, step, *_ = checkpoint.read_params(folder, "kernel")
   assert step == 8
   np.testing.assert_array_equal(params["kernel"], state_of(8)["params"]["kernel"])
   for data in (folder / "checkpoints" / "8" / "state").rglob("d/*"):
     for place in range(100, data.stat().st_size, 50):
       flip(data, 8 * place)
-  params, _, step, _ = checkpoint.read_params(folder, "kernel")
+  params, _, step, *_ = checkpoint.read_params(folder, "kernel")
   assert step == 4
   np.testing.assert_array_equal(params["kernel"], state_of(4)["params"]["kernel"])
 

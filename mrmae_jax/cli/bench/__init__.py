@@ -101,10 +101,10 @@ def compile_step(plan: train.Plan, task: train.Task, batch: dict | None = None) 
 
 
 def _random_batch(shapes: dict[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
-  """Returns random pixels for arrays of uint8, and random 0s and 1s for others, such as labels."""
+  """Returns random pixels for "image", and random 0s and 1s for others, such as labels."""
   rng = np.random.default_rng(0)
-  draw = lambda x: rng.integers(0, 256 if x.dtype == np.uint8 else 2, x.shape).astype(x.dtype)
-  return {name: draw(x) for name, x in shapes.items()}
+  limit = lambda name: 256 if name == "image" else 2
+  return {name: rng.integers(0, limit(name), x.shape).astype(x.dtype) for name, x in shapes.items()}
 
 
 def alternate(

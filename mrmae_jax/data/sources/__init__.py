@@ -1,4 +1,5 @@
-"""Sources of images, one module per kind: digits, a folder, a prepared tfds dataset, packed shards.
+"""Sources of images, one module per kind: digits, a folder, a prepared tfds dataset, packed shards,
+scenes with a class for every pixel.
 
 A module KIND has `make_source(address, split, rules)`, and is imported when it is needed. Its kind
 is listed in KINDS.
@@ -19,6 +20,7 @@ KINDS = {  # kind -> how it is written
   "hf": "hf:name[:config] or hf:/path",
   "tfds": "tfds:name[/config][:version]",
   "packed": "packed:/path",
+  "scenes": "scenes:/path or scenes:digits",
 }
 PACKAGES = {  # kind -> the packages that it needs beside numpy and Pillow
   "digits": "scikit-learn",
@@ -29,7 +31,23 @@ PACKAGES = {  # kind -> the packages that it needs beside numpy and Pillow
 
 
 def open_split(config, split: str) -> Source:
-  """Opens a split of the dataset of a run's `config.data`; see `open_source`."""
+  """Opens a split of the dataset of a run's `config.data`; see `open_source`.
+
+  Raises:
+    DataError: the images cannot be opened; or the task learns from a class for every pixel, its
+      `config.data` has a key zero_is_unlabelled, and there are none, or the key is not set.
+  """
+  if "zero_is_unlabelled" in config:
+    if not config.source.startswith("scenes:"):
+      raise DataError(
+        f"source={config.source!r} given; expected scenes:/path or scenes:digits, images with a"
+        " class for every pixel"
+      )
+    if config.zero_is_unlabelled is None:
+      raise DataError(
+        "zero_is_unlabelled is not set; expected True if the value 0 in label files means"
+        " unlabelled and 1 is the first class, as in ADE20K, False if 0 is the first class"
+      )
   return open_source(
     config.source,
     split,
@@ -39,6 +57,7 @@ def open_split(config, split: str) -> Source:
     holdout_every=config.holdout_every,
     labels=config.get("labels", ""),  # runs of earlier versions lack the key
     quarantine=config.quarantine,
+    zero_is_unlabelled=config.get("zero_is_unlabelled"),
   )
 
 
@@ -52,6 +71,7 @@ def open_source(
   holdout_every: int = 10,
   labels: str = "",
   quarantine: str = "",
+  zero_is_unlabelled: bool | None = None,
 ) -> Source:
   """Opens one split of a dataset.
 
@@ -69,6 +89,7 @@ def open_source(
     labels: of a folder: a table of labels, see `labels.read_labels`; "" if sub-folders are classes.
     quarantine: a file that lists images to be left out, see `FilteredSource`. The split of the
       other images does not depend on it. "" for none.
+    zero_is_unlabelled: of scenes: see `scenes.read_label`; None for the images without labels.
 
   Raises:
     DataError: the images cannot be opened.
@@ -96,7 +117,7 @@ def open_source(
       f"dataset {spec!r} needs packages that are not installed ({error}); run `pip install"
       f" {PACKAGES[kind]}`"
     ) from error
-  rules = SplitRules(train_split, eval_split, data_dir, holdout_every, labels)
+  rules = SplitRules(train_split, eval_split, data_dir, holdout_every, labels, zero_is_unlabelled)
   source = module.make_source(address, split, rules)
   for text in ("description", "left_out"):  # with names of files and folders
     if hasattr(source, text):

@@ -37,7 +37,8 @@ class Source(Protocol):
     """Returns the example of image `index`: {"image", "label", "name"}.
 
     The image is its encoded bytes or its pixels (uint8 [H, W, C]). The label is an int, -1 when
-    there is none. The name lets a person find the image.
+    there is none. The name lets a person find the image. Of scenes the label is a class for every
+    pixel, uint8 [H, W] with 255 for ignored ones, and "label_name" lets a person find it.
 
     Raises:
       DataError: the image cannot be read.
@@ -64,6 +65,7 @@ class SplitRules(NamedTuple):
   data_dir: str
   holdout_every: int
   labels: str = ""
+  zero_is_unlabelled: bool | None = None
 
 
 @functools.lru_cache(maxsize=1)  # hosts compare it before the run records it: read it once
@@ -82,7 +84,10 @@ def sample_contents(source: Source) -> list[str]:
   spread = np.random.default_rng(0).permutation(len(source))[:SAMPLE]
   for index in spread:
     try:
-      content = bytes(memoryview(source[int(index)]["image"]).cast("B"))
+      example = source[int(index)]
+      content = bytes(memoryview(example["image"]).cast("B"))
+      if isinstance(example["label"], np.ndarray):  # a class for every pixel
+        content += example["label"].tobytes()
     except DataError:
       content = b""
     digests.append(hashlib.sha256(content).hexdigest()[:8] if content else "")

@@ -132,7 +132,11 @@ class _Images(NamedTuple):
 
 def make_source(address: str, split: str, rules: SplitRules) -> FolderSource:
   """Applies the split rules of `open_source` to one directory or archive."""
-  root = _check_root(address, rules)
+  expected = (
+    "a directory of images, a .zip or .tar, or one of these with the sub-folders"
+    f" {rules.train_split!r} and {rules.eval_split!r}"
+  )
+  root = check_root("folder", address, expected)
   splits = find_splits(root, rules)
   train = _find_images(splits.train_root, root, rules)
   classes = train.classes
@@ -275,11 +279,20 @@ def _first_folder(path: str) -> str:
   return path.split(os.sep, 1)[0] if os.sep in path else ""
 
 
-def _check_root(address: str, rules: SplitRules) -> str:
-  """Returns the absolute path of an existing directory or archive."""
+def check_root(kind: str, address: str, expected: str) -> str:
+  """Returns the absolute path of an existing directory or archive.
+
+  Args:
+    kind: of the source, for messages.
+    address: the path.
+    expected: what should lie there, for messages.
+
+  Raises:
+    DataError: there is no such folder on this machine.
+  """
   if "://" in address:
     raise DataError(
-      f"folder:{address}: a folder of images must be on a disk; from a bucket prepared datasets are"
+      f"{kind}:{address}: a folder of images must be on a disk; from a bucket prepared datasets are"
       " read (tfds:NAME with data_dir=gs://BUCKET/FOLDER), folders once they are mounted (gcsfuse,"
       " say)"
     )
@@ -288,10 +301,7 @@ def _check_root(address: str, rules: SplitRules) -> str:
     open_archive(root)
   elif not is_folder(root):
     state = "is a file" if os.path.exists(root) else "does not exist"
-    raise DataError(
-      f"folder:{root}: {state}; expected a directory of images, a .zip or .tar, or one of these"
-      f" with the sub-folders {rules.train_split!r} and {rules.eval_split!r}"
-    )
+    raise DataError(f"{kind}:{root}: {state}; expected {expected}")
   return root
 
 

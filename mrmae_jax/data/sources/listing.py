@@ -62,11 +62,11 @@ def describe_suffixes(counts: collections.Counter) -> str:
   return ", ".join(parts) + (f" and {rest} others" if rest else "")
 
 
-def first_names(names) -> str:
+def first_names(names, most: int = MAX_NAMES) -> str:
   """Returns the first of some names in order, and how many more there are; "none" without any."""
   names = sorted(names)
-  more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-  return ", ".join(names[:MAX_NAMES]) + more if names else "none"
+  more = f" and {len(names) - most} more" if len(names) > most else ""
+  return ", ".join(names[:most]) + more if names else "none"
 
 
 @functools.lru_cache(maxsize=4)  # a run asks half a dozen times
