@@ -2,6 +2,8 @@
 
 VERSION = "0.1.0"
 
+IGNORED = 255  # in labels of segmentation: a pixel that nobody has labelled
+
 # Mean and standard deviation per channel of ImageNet's pixels in [0, 1], as torchvision has them
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mrmae_jax.models.upernet import bilinear_matrix, bilinear_taps, combine, resize
+from mrmae_jax.bilinear import bilinear_matrix, fit_size, resize_image
+from mrmae_jax.constants import IGNORED
+from mrmae_jax.models.upernet import combine, resize
 
-IGNORED = 255  # the label of pixels that nobody has labelled
 BAND = 64  # rows of an image whose logits exist at once
 # Few programs are compiled: images are padded to sides of these multiples of the window, and the
 # width of predictions to multiples of a number of pixels.
@@ -98,36 +99,6 @@ class View(NamedTuple):
   starts: np.ndarray
   count: int
   is_mirrored: bool
-
-
-def fit_size(size: tuple[int, int], short: int, scale: float = 1.0) -> tuple[int, int]:
-  """Returns the (height, width) to which an image is resized, its aspect kept.
-
-  It is as large as fits into 4 `short` x `short`, both times `scale`.
-  """
-  factor = min(int(4 * short * scale) / max(size), int(short * scale) / min(size))
-  return tuple(max(1, int(side * factor + 0.5)) for side in size)
-
-
-def resize_image(
-  image: np.ndarray,
-  size: tuple[int, int],
-  box: tuple[slice, slice] = (slice(None), slice(None)),
-) -> np.ndarray:
-  """Resizes uint8 [H, W, C] bilinearly without antialiasing, OpenCV's INTER_LINEAR to one level.
-
-  Only a `box` of rows and columns of the result is computed and returned.
-  """
-  if image.shape[:2] == tuple(size):
-    return image[box]
-  taps = [
-    [x[part] for x in bilinear_taps(old, new)] for old, new, part in zip(image.shape, size, box)
-  ]
-  x = image[tuple(slice(low[0], high[-1] + 1) for low, high, _ in taps)]
-  for axis, (low, high, way) in enumerate(taps):
-    way = way.reshape(-1, *(1,) * (2 - axis))
-    x = x.take(low - low[0], axis) * (1 - way) + x.take(high - low[0], axis) * way
-  return np.rint(x).astype(np.uint8)
 
 
 def window_starts(

@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from mrmae_jax import data, segmentation
+from mrmae_jax import bilinear, data
 from mrmae_jax.cli.verify import inspect_images, summarize
-from mrmae_jax.constants import IMAGENET_MEAN, IMAGENET_STD
+from mrmae_jax.constants import IGNORED, IMAGENET_MEAN, IMAGENET_STD
 from mrmae_jax.data import photometric
 from mrmae_jax.data.scenes import choose_corner, resize_label
 from mrmae_jax.data.sources.scenes import read_classes, read_label
@@ -31,7 +31,6 @@ GOLDENS = Path(
 SAMPLE = os.environ.get("MRMAE_SCENEPARSING_SAMPLE", "")  # three pictures of ADE20K
 CASES = {path.stem: json.loads(path.read_text()) for path in sorted(GOLDENS.glob("*.json"))}
 CLASSES = "sky\nsea\nsand\n"
-IGNORED = segmentation.IGNORED
 
 
 def cases(kind):
@@ -130,8 +129,8 @@ def test_labels_are_resized_to_nearest_neighbors(name, resize):
 @pytest.mark.parametrize("size", [(45, 61), (20, 31), (30, 40)])
 def test_a_box_of_a_resized_image_is_that_of_the_whole(size):
   image, box = photo(30, 40), (slice(3, 19), slice(7, 29))
-  whole = segmentation.resize_image(image, size)
-  np.testing.assert_array_equal(segmentation.resize_image(image, size, box), whole[box])
+  whole = bilinear.resize_image(image, size)
+  np.testing.assert_array_equal(bilinear.resize_image(image, size, box), whole[box])
 
 
 @pytest.mark.skipif(not SAMPLE, reason="MRMAE_SCENEPARSING_SAMPLE is not set")

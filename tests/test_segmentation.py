@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import mrmae_jax
-from mrmae_jax import mrmae, segmentation
+from mrmae_jax import bilinear, mrmae, segmentation
 from mrmae_jax.errors import WeightsError
 from mrmae_jax.models import ConvViT, ViT, upernet
 from mrmae_jax.models.layers import Mask
@@ -252,11 +252,11 @@ def test_sizes_and_resized_images(name):
   for row in CASES[name]["table"]:
     width, height, ratio, long, short, new_width, new_height = row
     if (long, short) == (int(2048 * ratio), int(512 * ratio)):
-      assert segmentation.fit_size((height, width), 512, ratio) == (new_height, new_width)
+      assert bilinear.fit_size((height, width), 512, ratio) == (new_height, new_width)
   tensors = load_file(GOLDENS / f"{name}.safetensors")
   for key in [key for key in tensors if key.startswith("out.image_cv2_")]:
     theirs, number = tensors[key].astype(int), key.removeprefix("out.image_cv2_")
-    ours = segmentation.resize_image(tensors[f"in.image{number}"], theirs.shape[:2])
+    ours = bilinear.resize_image(tensors[f"in.image{number}"], theirs.shape[:2])
     assert np.abs(ours - theirs).max() <= 1
 
 

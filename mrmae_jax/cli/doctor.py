@@ -17,6 +17,7 @@ from mrmae_jax import config as config_lib
 from mrmae_jax import data, hardware, preflight, program, sharding, train
 from mrmae_jax.cli import bench, show_teacher
 from mrmae_jax.cli.train import load_training_config, out_of_memory
+from mrmae_jax.constants import IGNORED
 from mrmae_jax.data import augment
 from mrmae_jax.errors import (
   DataError,
@@ -30,7 +31,6 @@ from mrmae_jax.errors import (
 from mrmae_jax.evals.reconstruct import bands_shown
 from mrmae_jax.runs.paths import open_folder
 from mrmae_jax.runs.run import make_evaluators
-from mrmae_jax.segmentation import IGNORED
 from mrmae_jax.viz.grid import draw_grid, interleave, paint_classes
 
 COUNT = 16  # images that doctor decodes

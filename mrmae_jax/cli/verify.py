@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 from mrmae_jax import data
 from mrmae_jax.cli.pack import open_splits
+from mrmae_jax.constants import IGNORED
 from mrmae_jax.data import augment
 from mrmae_jax.data.scenes import check_size, count_pixels, label_shares
 from mrmae_jax.errors import DataError, UsageError, printable
 from mrmae_jax.runs.paths import atomic_write
-from mrmae_jax.segmentation import IGNORED
 
 CHUNK = 16  # images that a process takes at a time
 ORIENTATION = 0x0112  # EXIF tag; 1: as stored

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mrmae_jax.bilinear import fit_size, resize_image
+from mrmae_jax.constants import IGNORED
 from mrmae_jax.data import augment, photometric
 from mrmae_jax.data.sources import Source
 from mrmae_jax.data.sources.listing import first_names
 from mrmae_jax.data.views import Views
 from mrmae_jax.errors import DataError
-from mrmae_jax.segmentation import IGNORED, fit_size, resize_image
 
 CROP_TRIES = 10  # the box after these is taken unseen
 COUNT = 100  # labels that `describe_labels` reads

@@ -20,10 +20,11 @@ from PIL import Image, ImageOps
 
 from mrmae_jax import data, evals, segmentation, sharding
 from mrmae_jax.config import token_size
+from mrmae_jax.constants import IGNORED
 from mrmae_jax.errors import DataError
 from mrmae_jax.models.upernet import combine
 from mrmae_jax.runs import distributed
-from mrmae_jax.segmentation import BAND, IGNORED, WIDTH_BUCKET
+from mrmae_jax.segmentation import BAND, WIDTH_BUCKET
 from mrmae_jax.viz.grid import draw_grid, paint_classes
 from mrmae_jax.weights import positions
 

@@ -14,32 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mrmae_jax.bilinear import bilinear_matrix
 from mrmae_jax.models import make_encoder
 from mrmae_jax.models.convvit import ConvViT, torch_uniform
 from mrmae_jax.models.layers import Dense, gelu
 
 AUX_LEVEL = 2  # that the auxiliary head reads
 _DROPOUT_KEYS = {"decode_head": 2**20, "auxiliary_head": 2**20 + 1}  # no block has such a number
-
-
-def bilinear_taps(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Returns for each of `new` rows the old rows before and after it, and its way to the second.
-
-  Centers are half-pixel, rows beyond the edge repeat it, and nothing is smoothed when it shrinks:
-  torch's interpolate with align_corners=False, OpenCV's INTER_LINEAR.
-  """
-  center = np.maximum((np.arange(new) + 0.5) * old / new - 0.5, 0)
-  low = np.minimum(center.astype(int), old - 1)
-  return low, np.minimum(low + 1, old - 1), (center - low).astype(np.float32)
-
-
-def bilinear_matrix(old: int, new: int) -> np.ndarray:
-  """Returns float32 [new, old]: new rows as weighted means of old rows; see `bilinear_taps`."""
-  low, high, way = bilinear_taps(old, new)
-  matrix, rows = np.zeros((new, old), np.float32), np.arange(new)
-  matrix[rows, low] = 1 - way
-  matrix[rows, high] += way
-  return matrix
 
 
 def pooling_matrix(old: int, new: int) -> np.ndarray:

@@ -12,9 +12,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from mrmae_jax import data, mrmae, optim
+from mrmae_jax.constants import IGNORED
 from mrmae_jax.errors import DataError, WeightsError
 from mrmae_jax.models.upernet import Segmenter, make_segmenter
-from mrmae_jax.segmentation import IGNORED, cross_entropy
+from mrmae_jax.segmentation import cross_entropy
 from mrmae_jax.tasks import finetune
 from mrmae_jax.train import Task, with_pretrained
 from mrmae_jax.weights import init_from

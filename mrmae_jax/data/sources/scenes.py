@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mrmae_jax.constants import IGNORED
 from mrmae_jax.data import augment
 from mrmae_jax.data.sources.archive import is_file, open_file
 from mrmae_jax.data.sources.base import (
@@ -29,7 +30,6 @@ from mrmae_jax.data.sources.listing import (
 )
 from mrmae_jax.data.sources.splits import find_splits
 from mrmae_jax.errors import DataError
-from mrmae_jax.segmentation import IGNORED
 
 LAYOUT = "images/{training,validation} and annotations/{training,validation}"
 LABEL_SUFFIX = ".png"
