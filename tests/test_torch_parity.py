@@ -10,13 +10,10 @@ import mrmae_jax
 from mrmae_jax import mrmae, teachers
 from mrmae_jax.errors import WeightsError
 from mrmae_jax.models import encode
-from mrmae_jax.models.classifier import Classifier
 from mrmae_jax.models.layers import depthwise_conv, gelu, patchify, sincos_2d
 from mrmae_jax.models.vit import ViT
 from mrmae_jax.pretrained import PretrainedModel
-from mrmae_jax.weights import beit as beit_weights
 from mrmae_jax.weights import files, mae, model_files, positions
-from mrmae_jax.weights.table import export
 from tests.helpers.specs import read_spec
 
 torch = pytest.importorskip("torch")
@@ -472,60 +469,3 @@ def test_beit(tmp_path, options):
   with torch.no_grad():
     logits = written.eval()(inputs).logits
   np.testing.assert_array_equal(logits.numpy(), expected.logits.numpy())
-
-
-@pytest.mark.parametrize("pool, grid", [("avg", (3, 5)), ("token", (4, 4))])
-def test_beit_of_timm(tmp_path, pool, grid):
-  """Logits and every gradient of timm's class; its file and ours are one."""
-  timm_beit = pytest.importorskip("timm.models.beit")
-  from safetensors.torch import save_file
-
-  model = timm_beit.Beit(
-    img_size=tuple(8 * side for side in grid),
-    patch_size=8,
-    embed_dim=36,
-    depth=3,
-    num_heads=3,
-    mlp_ratio=2,
-    num_classes=5,
-    init_values=0.1,
-    use_abs_pos_emb=False,
-    use_rel_pos_bias=True,
-    global_pool=pool,
-  )
-  model = randomise(model, 0)
-  weights = {name: x.contiguous() for name, x in model.state_dict().items()}
-  save_file(weights, tmp_path / "theirs.safetensors")
-  network = model_files.read_model(tmp_path / "theirs.safetensors", grid=grid)
-  assert network.grid == grid
-  model_files.write_model(network, tmp_path / "ours.safetensors", "timm")
-  written = load_file(tmp_path / "ours.safetensors")
-  assert written.keys() == weights.keys()
-  for name, x in weights.items():
-    np.testing.assert_array_equal(written[name], x.numpy(), err_msg=name)
-
-  rng = np.random.default_rng(0)
-  pixels = rng.normal(size=(2, 8 * grid[0], 8 * grid[1], 3)).astype(np.float32)
-  weight = rng.normal(size=(2, 5)).astype(np.float32)
-  expected = model(torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()))
-  (expected * torch.from_numpy(weight)).sum().backward()
-  classifier = Classifier(network.encoder, 5, "mean" if pool == "avg" else "cls")
-
-  @jax.jit
-  def logits_and_gradients(params):
-    logits, back = jax.vjp(lambda p: classifier.apply({"params": p}, pixels)[0], params)
-    return logits, back(weight)[0]
-
-  params = {"encoder": network.params["encoder"], **network.params["classifier"]}
-  logits, gradients = logits_and_gradients(params)
-  np.testing.assert_allclose(logits, expected.detach().numpy(), atol=1e-5)
-  if not network.has_norm:
-    gradients["encoder"].pop("norm")
-  names = tuple(network.params["classifier"])
-  tree = {"encoder": gradients.pop("encoder"), "classifier": gradients}
-  ours = export(tree, beit_weights.write_table(network.encoder, "timm", names, network.has_norm))
-  theirs = {name: x.grad.numpy() for name, x in model.named_parameters() if x.grad is not None}
-  assert ours.keys() == theirs.keys()
-  largest = max(np.abs(x).max() for x in theirs.values())
-  for name, x in theirs.items():
-    np.testing.assert_allclose(ours[name], x, atol=1e-5 * largest, err_msg=name)
