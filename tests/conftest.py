@@ -39,13 +39,13 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def forget_compiled_programs():
-  """Keeps a worker below about 1.5 GB: compiled programs are most of what it holds."""
+  """Keeps a worker at about 1 GB: compiled programs are most of what it holds."""
   yield
   if "jax" not in sys.modules or sys.platform != "linux":
     return
   with open("/proc/self/statm") as statm:
     resident = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-  if resident > 1.4e9:
+  if resident > 1.0e9:
     sys.modules["jax"].clear_caches()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what was freed

@@ -378,7 +378,7 @@ def changed(**overrides):
     ),
     (dict(method__attention_mix=1.5), r"attention_mix=1\.5 must lie in \[0, 1\]"),
     (
-      dict(encoder__fuse_layers=(0, 1)),
+      dict(encoder__fuse_layers=(0, 1), encoder__depths=(1, 1, 2)),
       r"fuse_layers=\(0, 1\) must be different blocks from 0 to 0; the last, 1,",
     ),
   ],
