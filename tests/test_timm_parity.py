@@ -3,6 +3,8 @@
 timm needs a torch with torchvision: pip install torch==2.14.1 torchvision==0.29.1 timm.
 """
 
+import importlib
+
 import jax
 import numpy as np
 import pytest
@@ -12,14 +14,13 @@ from mrmae_jax.models.classifier import Classifier
 from mrmae_jax.weights import beit, model_files
 from mrmae_jax.weights.table import export
 
-torch = pytest.importorskip("torch")
-Beit = pytest.importorskip("timm.models.beit").Beit
-save_file = pytest.importorskip("safetensors.torch").save_file
-
 
 @pytest.mark.parametrize("pool, grid", [("avg", (3, 5)), ("token", (4, 4))])
 def test_beit(tmp_path, pool, grid):
   """Logits and every gradient; timm's file and ours are one."""
+  torch = pytest.importorskip("torch")
+  Beit = pytest.importorskip("timm.models.beit").Beit
+  save_file = importlib.import_module("safetensors.torch").save_file
   model = Beit(
     img_size=tuple(8 * side for side in grid),
     patch_size=8,
