@@ -21,10 +21,9 @@ HEAVY = ("torch", "tensorflow", "transformers", "keras")
 # The rooms from the ground up. A module imports from its own room and from those below.
 FLOORS = (
   ("errors", "constants", "bilinear"),
-  ("hardware", "program", "sweep", "sharding", "optim", "mixup", "models"),
-  ("config", "mrmae"),
-  ("checks", "reconstruction", "runs", "segmentation"),
-  ("data", "weights", "viz"),
+  ("hardware", "program", "sweep", "sharding", "optim", "mixup", "models", "config"),
+  ("mrmae", "checks", "runs", "segmentation"),
+  ("reconstruction", "data", "weights", "viz"),
   ("pretrained", "teachers", "train", "evals"),
   ("__init__", "preflight", "tasks"),
   ("cli",),
