@@ -326,10 +326,9 @@ class PretrainedModel:
     if self.network.segmenter is None:
       raise WeightsError(f"{self.report.source} {self._problem_of_segmenting()}")
     window = self.config["image_size"]
-    stride = tuple(stride or (side * 2 // 3 for side in window))
-    _check_rule(mode, stride, window, scales)
-    token = self.network.encoder.patch_size if mode == "whole" else 0
-    rule = segmentation.Rule(window, stride, tuple(map(float, scales)), flip, token)
+    token = self.network.encoder.patch_size
+    rule = segmentation.make_rule(window, token, mode=mode, stride=stride, scales=scales, flip=flip)
+    _check_rule(mode, rule.stride, window, scales)
     channels, labels = len(self.network.mean), []
     for image in [images] if isinstance(images, Image.Image) else images:
       image = _one_image(image, channels)

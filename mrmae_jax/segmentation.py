@@ -83,6 +83,22 @@ class Rule(NamedTuple):
     return tuple(max(-(-side // self.token), LEAST_TOKENS) * self.token for side in size)
 
 
+def make_rule(
+  window: tuple[int, int], token: int, *, mode: str, stride, scales, flip: bool
+) -> Rule:
+  """Returns the rule of a mode.
+
+  Args:
+    window: (height, width) of an image in training.
+    token: side of a token in pixels.
+    mode: "slide", windows of `window`; "whole", the whole image.
+    stride: (rows, columns) between windows; empty: two thirds of one.
+    scales, flip: see `Rule`.
+  """
+  stride = tuple(stride or (side * 2 // 3 for side in window))
+  return Rule(window, stride, tuple(map(float, scales)), flip, token if mode == "whole" else 0)
+
+
 class View(NamedTuple):
   """An image as the network sees it.
 

@@ -7,13 +7,26 @@ are `results`, the names by which config.keep_best may choose a checkpoint, and 
 the log, "" for none.
 """
 
+import io
 from typing import Iterator
 
 import jax
 import numpy as np
+from PIL import Image
 
 from mrmae_jax import data, sharding
 from mrmae_jax.runs import supervision
+
+
+def write_picture(folder, step: int, picture: np.ndarray) -> dict:
+  """Writes a picture uint8 [H, W, 3] of a step, on host 0; returns {path: picture}."""
+  path = folder / f"step_{step:07d}.png"
+  if jax.process_index() == 0:
+    folder.mkdir(parents=True, exist_ok=True)
+    encoded = io.BytesIO()
+    Image.fromarray(picture).save(encoded, "PNG")
+    path.write_bytes(encoded.getvalue())
+  return {path: picture}
 
 
 def global_batches(

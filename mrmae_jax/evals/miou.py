@@ -7,7 +7,6 @@ host at its share of them.
 """
 
 import functools
-import io
 import json
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ from mrmae_jax import data, evals, segmentation, sharding
 from mrmae_jax.config import token_size
 from mrmae_jax.constants import IGNORED
 from mrmae_jax.errors import DataError
+from mrmae_jax.evals.reconstruct import bands_shown
 from mrmae_jax.models.upernet import combine
 from mrmae_jax.runs import distributed
 from mrmae_jax.segmentation import BAND, WIDTH_BUCKET
@@ -134,8 +134,10 @@ class Evaluator:
     channels, exif = len(config.data.mean), config.data.exif
     self._view = functools.partial(whole_scene, channels=channels, exif=exif)
     self._class_names = task.source("train").class_names
-    self._rule = make_rule(config, **look)
+    window = tuple(config.image_size)
+    self._rule = segmentation.make_rule(window, token_size(config), **look)
     self._folder, self._images = workdir / "segmentations", images
+    self._bands, _ = bands_shown(config)
     self._states = {}  # grid of a window -> arrays of the newest state, on each device
     self.results = ("mIoU", "mAcc", "aAcc")
     keys = jax.random.split(jax.random.key(0), 1)  # predictions do not depend on them
@@ -266,29 +268,15 @@ class Evaluator:
     """Returns {path: picture} of images, truths and predictions; host 0 writes the file."""
     columns = [[], [], []]
     for _, (scene, predicted) in sorted(rows.items())[: self._images]:
-      image = scene.image[..., [min(i, scene.image.shape[2] - 1) for i in range(3)]]
+      image = scene.image[..., self._bands]
       painted = paint_classes(image, scene.label, IGNORED), paint_classes(image, predicted)
       for column, x in zip(columns, (image, *painted)):
         column.append(ImageOps.pad(Image.fromarray(x), self._rule.crop[::-1], color="white"))
     picture = draw_grid([np.stack(column) / 255 for column in columns], list(TITLES), NOTE)
-    path = self._folder / f"step_{step:07d}.png"
-    if jax.process_index() == 0:
-      self._folder.mkdir(parents=True, exist_ok=True)
-      encoded = io.BytesIO()
-      Image.fromarray(picture).save(encoded, "PNG")
-      path.write_bytes(encoded.getvalue())
-    return {path: picture}
+    return evals.write_picture(self._folder, step, picture)
 
 
 def whole_scene(example: dict[str, Any], rng, channels: int, exif: str) -> dict[str, np.ndarray]:
   """Returns a scene at its own size, as a view; see `data.decode_scene`."""
   del rng
   return dict(zip(("image", "label"), data.decode_scene(example, channels, exif)))
-
-
-def make_rule(config, mode: str, stride, scales, flip: bool) -> segmentation.Rule:
-  """Returns how images are looked at; see `config.evals.miou`."""
-  window = tuple(config.image_size)
-  stride = tuple(stride) or tuple(side * 2 // 3 for side in window)
-  token = token_size(config) if mode == "whole" else 0
-  return segmentation.Rule(window, stride, tuple(map(float, scales)), flip, token)

@@ -1,9 +1,6 @@
 """Pictures of held-out images as the decoder reconstructs them: WORKDIR/reconstructions/*.png."""
 
-import io
-
 import jax
-from PIL import Image
 
 from mrmae_jax import evals, sharding
 from mrmae_jax.errors import DataError
@@ -58,13 +55,7 @@ class Evaluator:
     columns = jax.device_get(self._predict(params, extra, self._frozen, self._batch))
     images = [columns[name][: self._images, ..., self._bands] for name in COLUMNS]
     picture = draw_grid(images, list(COLUMNS.values()), self._caption)
-    path = self._folder / f"step_{step:07d}.png"
-    if jax.process_index() == 0:
-      self._folder.mkdir(parents=True, exist_ok=True)
-      encoded = io.BytesIO()
-      Image.fromarray(picture).save(encoded, "PNG")
-      path.write_bytes(encoded.getvalue())
-    return {"pictures": {path: picture}}
+    return {"pictures": evals.write_picture(self._folder, step, picture)}
 
 
 def bands_shown(config) -> tuple[list[int], str]:

@@ -1,4 +1,4 @@
-"""Networks in flax.linen, which import nothing of this project but each other."""
+"""Networks in flax.linen, which import nothing of this project but each other and `bilinear`."""
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,17 @@ def make_encoder(fields, dtype) -> ConvViT | ViT:
     key: tuple(value) if isinstance(value, list) else value for key, value in dict(fields).items()
   }
   return ENCODERS[fields.pop("name")](dtype=dtype, **fields)
+
+
+def make_plain_encoder(fields, dtype) -> ConvViT | ViT:
+  """Returns the encoder of `make_encoder` without fusion layers, which serve pre-training alone.
+
+  models_convvit.py of ConvMAE leaves them out too.
+  """
+  fields = dict(fields) | {"fuse_layers": ()}
+  if fields["name"] == "convvit":
+    fields["fuse_stages"] = False
+  return make_encoder(fields, dtype)
 
 
 def make_decoder(fields, encoder, channels: int, dtype) -> Decoder:

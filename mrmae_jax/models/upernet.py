@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mrmae_jax.bilinear import bilinear_matrix
-from mrmae_jax.models import make_encoder
+from mrmae_jax.models import make_plain_encoder
 from mrmae_jax.models.convvit import ConvViT, torch_uniform
 from mrmae_jax.models.layers import Dense, gelu
 
@@ -320,18 +320,13 @@ def usual_levels(depth: int) -> tuple[int, ...]:
 def make_segmenter(fields, heads, num_classes: int, dtype) -> Segmenter:
   """Returns the network that the sections `encoder` and `upernet` of a configuration describe.
 
-  Its encoder has no fusion layers, which serve pre-training alone.
-
   Args:
-    fields: see `models.make_encoder`.
+    fields: see `models.make_plain_encoder`.
     heads: mapping with fields of `Segmenter`; others are left out.
     num_classes: K.
     dtype: of the computation.
   """
-  fields = dict(fields) | {"fuse_layers": ()}
-  if fields["name"] == "convvit":
-    fields["fuse_stages"] = False
-  encoder, levels = make_encoder(fields, dtype), tuple(heads["levels"])
+  encoder, levels = make_plain_encoder(fields, dtype), tuple(heads["levels"])
   return Segmenter(
     encoder,
     num_classes,

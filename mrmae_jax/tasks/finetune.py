@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 from mrmae_jax import data, mrmae, optim
 from mrmae_jax.errors import DataError
 from mrmae_jax.mixup import mix, soft_cross_entropy
-from mrmae_jax.models import make_encoder
+from mrmae_jax.models import make_plain_encoder
 from mrmae_jax.models.classifier import Classifier
 from mrmae_jax.train import Task
 from mrmae_jax.weights import init_from
@@ -66,15 +66,10 @@ def make(config) -> Task:
 
 
 def make_model(config, num_classes: int) -> Classifier:
-  """Returns the classifier of a configuration, without the encoder's fusion layers.
-
-  Fusion serves pre-training alone; models_convvit.py of ConvMAE leaves it out too.
-  """
-  fields = dict(config.encoder) | {"fuse_layers": ()}
-  if config.encoder.name == "convvit":
-    fields["fuse_stages"] = False
+  """Returns the classifier of a configuration."""
   dtype = jnp.dtype(config.dtype)
-  return Classifier(make_encoder(fields, dtype), num_classes, config.pool, dtype=dtype)
+  encoder = make_plain_encoder(config.encoder, dtype)
+  return Classifier(encoder, num_classes, config.pool, dtype=dtype)
 
 
 def read_class_names(source) -> tuple[str, ...]:

@@ -65,7 +65,7 @@ def paint_classes(image: np.ndarray, label: np.ndarray, ignored: int = -1) -> np
   Args:
     image: uint8 [H, W, 3] or [H, W, 1].
     label: classes, int [H, W].
-    ignored: a value that is no class; its pixels become black.
+    ignored: the value of pixels without a class, which become black.
 
   Returns:
     uint8 [H, W, 3].
