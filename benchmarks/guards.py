@@ -35,7 +35,7 @@ def unguarded_step(config, task: train.Task, plan: train.Plan):
   """
   if config.optim.accum_steps != 1:
     raise UsageError(f"config.optim.accum_steps={config.optim.accum_steps} given; expected 1")
-  tx, schedule = task.optimizer(plan.state.params, plan.steps)
+  tx, schedule = task.optimizer(plan.steps)
 
   def step(state: train.TrainState, frozen, batch):
     keys = train.sample_keys(config.seed, state.step, config.batch_size)

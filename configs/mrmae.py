@@ -54,7 +54,7 @@ def get_config(arguments: str = "base"):
   first, *others = a.teacher.split("+")
   c.teacher.name = first
   for name in others:
-    c.extra_teachers[name] = config.teacher()
+    c.extra_teachers[name] = config.teacher_section()
     c.extra_teachers[name].name = name
   for teacher in (c.teacher, *c.extra_teachers.values()):
     teacher.tokens = a.tokens

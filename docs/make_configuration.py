@@ -37,8 +37,8 @@ NOTES = {  # introductions of sections
   "evals": "An evaluator runs if its section is there: `reconstruct` and `knn` in `pretrain`, "
   "`knn` in `teacher`, `accuracy` in `finetune` and `probe`, `miou` in `segment`. A configuration "
   "file can add `evals.knn` to the other commands; it needs images with classes.",
-  "teacher": "A configuration file can add teachers: `extra_teachers.NAME`, made by `teacher()` of "
-  "`mrmae_jax.config`, has the same keys. Its loss is `mimic_NAME`.",
+  "teacher": "A configuration file can add teachers: `extra_teachers.NAME`, made by "
+  "`teacher_section()` of `mrmae_jax.config`, has the same keys. Its loss is `mimic_NAME`.",
 }
 TYPES = {int: "whole number", float: "number", str: "text"}
 

@@ -234,7 +234,7 @@ def _check_teachers(config, need) -> None:
   need(
     config.teacher.name is not None or config.teacher.path is not None,
     "config.teacher is not set; give config.teacher.name=clip_vit_b16 (or another of "
-    "teachers.PRESETS), config.teacher.path=FOLDER, or config.teacher.path= (empty) to train "
+    "weights.hub.PRESETS), config.teacher.path=FOLDER, or config.teacher.path= (empty) to train "
     "without a teacher",
   )
   need(

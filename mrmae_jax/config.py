@@ -2,8 +2,9 @@
 
 A `Key` holds a default, its meaning, what a value must be, and whether a run that resumes may
 change it. Help, checks, departures from the recipe and the identity of a run follow from the keys.
-A new task needs an entry of `TASKS`, a module in `tasks/` and, as a command, an entry of
-`cli/parser.py`; `checks.py` compares keys with each other. Files in `configs/` start from
+A new task needs an entry of `TASKS`, its evaluators one of `EVALS`, a function below with its name,
+a module in `tasks/` and, as a command, entries of the tables of `cli/parser.py`; `checks.py`
+compares keys with each other. Files in `configs/` start from
 `pretrain()`, `finetune()`, `probe()`, `segment()` or `self_distill()`. Nothing here imports jax.
 """
 
@@ -249,7 +250,7 @@ METHOD = dict(
   pixel_weight=Key(1.0, "weight of the reconstruction loss; 0: none", NOT_NEGATIVE),
 )
 TEACHER = dict(
-  name=Key(None, "published tower, a key of teachers.PRESETS; empty: none", resume="local"),
+  name=Key(None, "published tower, a key of weights.hub.PRESETS; empty: none", resume="local"),
   path=Key(None, "its folder or file, checkpoint:WORKDIR, or random", resume="local"),
   weight=Key(1.0, "weight of its loss; the paper's is not published", NOT_NEGATIVE),
   layer=Key("raw", "last block's output; normed: after the norm; proj: CLIP's space", LAYERS),
@@ -481,7 +482,7 @@ def encoder(name: str, size: str) -> ConfigDict:
   return c
 
 
-def teacher() -> ConfigDict:
+def teacher_section() -> ConfigDict:
   """Returns the section of a teacher: `teacher`, or one of `extra_teachers`.
 
   Each extra teacher has a head of its own, and a loss "mimic_NAME".
@@ -543,7 +544,7 @@ def read_stored(path: Path) -> ConfigDict:
     config = defaults(stored["task"])
     config.encoder = encoder(stored["encoder"]["name"], "base")
     for name in stored.get("extra_teachers", ()):
-      config.extra_teachers[name] = teacher()
+      config.extra_teachers[name] = teacher_section()
     for name in config.evals.keys() - stored["evals"].keys():
       del config.evals[name]
     config.update(stored)

@@ -145,7 +145,8 @@ def sample_mask(
 ) -> Mask:
   """Draws the V = int(N * (1 - mask_ratio)) visible tokens, for each of k masks.
 
-  Random masking (MAE, models_mae.py) keeps the tokens of least noise. Focused masking draws
+  Random masking (MAE, models_mae.py) keeps the tokens of least noise: the same ones on any devices.
+  Focused masking does so up to the rounding of the attention that it follows. It draws
   tokens without replacement, with probability p proportional to the attention (zejiangh/MILAN).
   Each token gets the exponential waiting time -log(1 - noise) / p, and the V earliest are visible.
   This is Gumbel-top-k; under uniform attention it equals random masking with the same noise.
@@ -238,7 +239,8 @@ def pixel_loss(
     norm_pix: see `pixel_targets`.
   """
   targets, _, _ = pixel_targets(pixels, patch_size, norm_pix)
-  return jnp.square(prediction - take_visible(targets, mask.masked)).mean()
+  masked = take_visible(targets, mask.masked)  # visible in the complement
+  return jnp.square(prediction - masked).mean()
 
 
 def mimic_loss(
@@ -276,7 +278,7 @@ def mimic_loss(
   if mimic.tokens == "visible+cls":
     targets = jnp.concatenate([cls.repeat(k, 0)[:, None], targets], axis=1)
     counts = jnp.pad(counts, ((0, 0), (1, 0)), constant_values=1)
-  tokens = streams[mimic.source][:, -targets.shape[1] :]
+  tokens = streams[mimic.source][:, -targets.shape[1] :]  # without CLS where it mimics nothing
   error = distance(head(tokens), targets)
   return jnp.sum(error * counts) / counts.sum()
 
@@ -286,8 +288,8 @@ def normalize_features(x: jax.Array, how: str) -> jax.Array:
 
   "layer_norm": each token to zero mean and unit variance, without parameters
     (OpenDriveLab/maskalign): CLIP's residual stream has a few huge channels, which would otherwise
-    be all of the error. "batch": each channel to zero mean and unit variance over the batch. "l2":
-    each token to unit length. "none": as they are.
+    be all of the error. "batch": each channel to zero mean and unit variance over the
+    (micro-)batch. "l2": each token to unit length. "none": as they are.
   """
   x = x.astype(jnp.float32)
   if how == "none":

@@ -37,8 +37,7 @@ class Task(NamedTuple):
     views: .train and .eval: (example, rng) -> {name: numpy array}, on the host. Their shapes are
       the batch's shapes.
     source: "train" or "eval" -> Source of examples.
-    optimizer: (shapes of the parameters, optim.Steps) -> (optax transformation, step -> learning
-      rate).
+    optimizer: optim.Steps -> (optax transformation, step -> learning rate).
     frozen: arrays that are not trained, e.g. a teacher.
     identity: JSON values that tell this task from others when a run is resumed.
     notes: lines for the start of the run's log.
@@ -147,8 +146,7 @@ def make_plan(config, task: Task, mesh, num_images: int | None = None) -> Plan:
   """
   source = task.source("train")
   steps = optim.count_steps(config, len(source) if num_images is None else num_images)
-  param_shapes, _ = jax.eval_shape(task.init, jax.random.key(config.seed))
-  tx, schedule = task.optimizer(param_shapes, steps)
+  tx, schedule = task.optimizer(steps)
   tx = optim.skippable(tx)
 
   def init(key, pretrained):

@@ -42,5 +42,5 @@ def make(c) -> Task:
     return {"logits": whiten(flat(batch), extra) @ params["w"] + params["b"]}
 
   source = functools.partial(data.open_split, c.data)
-  optimizer = lambda shapes, steps: (optax.adam(1e-3), lambda step: 1e-3)
+  optimizer = lambda steps: (optax.adam(1e-3), lambda step: 1e-3)
   return Task(init, loss, predict, data.Views(view, view), source, optimizer)

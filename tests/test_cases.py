@@ -247,9 +247,19 @@ def test_pretraining_needs_no_labels_to_measure_on(tmp_path):
   assert opened["reconstruct"].note == "" and opened["knn"].run({}, (), 0) == {}
   [note] = notes
   assert "no k-NN evaluation" in note and "2 lie outside of class folders as a, b" in note
+  of_val = [opened, evaluators(tmp_path, data__holdout_every=0)[0]]  # there is a split of its own
+  np.testing.assert_array_equal(*(x["reconstruct"]._batch["image"] for x in of_val))
   config = tiny.finetune_config("vit", data__source=f"folder:{tmp_path}")
   with pytest.raises(DataError, match="2 lie outside of class folders.*no classes to measure"):
     finetune.make(config)
+
+
+def test_micro_batches_of_a_run_stay_where_its_targets_are_of_a_batch():
+  values = {"teacher__target_norm": "batch", "optim__accum_steps": 2}
+  assert (
+    pretrain.make(tiny.changed(tiny.get_config("vit"), **values)).identity["micro-batches"] == 2
+  )
+  assert "micro-batches" not in pretrain.make(tiny.get_config("vit")).identity
 
 
 def test_the_best_checkpoint_needs_a_result_that_is_measured(tmp_path):

@@ -19,6 +19,7 @@ from mrmae_jax.errors import ConfigError, DataError, WeightsError
 from mrmae_jax.evals import reconstruct
 from mrmae_jax.models import ConvViT, Decoder, ViT
 from mrmae_jax.tasks import finetune, pretrain, probe
+from mrmae_jax.viz import grid
 from mrmae_jax.weights import files, model_files
 from tests import tiny
 from tests.helpers.cli import run_command
@@ -525,7 +526,7 @@ def test_grey_images_train(tmp_path, capsys):
 )
 def test_channels_that_are_shown(channels, bands, expected, caption):
   config = tiny.changed(tiny.get_config(), data__mean=(0.5,) * channels, teacher__bands=bands)
-  assert reconstruct.bands_shown(config) == (expected, caption)
+  assert grid.bands_shown(config) == (expected, caption)
 
 
 # From files of four channels to features, at 160 x 224 pixels, with an RGB teacher.

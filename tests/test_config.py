@@ -464,7 +464,7 @@ def test_the_configuration_of_a_run_is_a_configuration(make, tmp_path):
   if make == "evals":
     del config.evals.reconstruct
   if make == "teachers":
-    config.extra_teachers.dino = config_lib.teacher()
+    config.extra_teachers.dino = config_lib.teacher_section()
     config.extra_teachers.dino.path = "/teacher"
   (tmp_path / "config.json").write_text(config.to_json())
   for name in (tmp_path, tmp_path / "config.json"):
@@ -532,7 +532,7 @@ def test_every_key_is_explained_and_takes_its_default():
 
 def test_what_a_run_that_resumes_may_change():
   config = tiny.get_config()
-  config.extra_teachers.dino = config_lib.teacher()
+  config.extra_teachers.dino = config_lib.teacher_section()
   config.data.exif, config.optim.schedule = "apply", "poly"  # keys that came later
   config.encoder.update(eps=1e-5, layer_scale=True, relative_positions=True)
   before = config_lib.identity(config)

@@ -97,7 +97,7 @@ def test_several_teachers_of_a_configuration(tmp_path):
     ("dino", tiny.TEACHERS / "hf_dino", dict(loss="cosine", layer="normed", weight=0.5)),
     ("own", f"checkpoint:{tmp_path}", dict(head="mlp", tokens="masked")),
   ):
-    config.extra_teachers[name] = config_lib.teacher()
+    config.extra_teachers[name] = config_lib.teacher_section()
     config.extra_teachers[name].update(path=str(path), dtype="float32", **options)
   preflight.check(config, num_devices=8)
   task = pretrain.make(config)

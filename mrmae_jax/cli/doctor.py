@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from mrmae_jax import config as config_lib
-from mrmae_jax import data, hardware, preflight, program, sharding, train
+from mrmae_jax import data, hardware, optim, preflight, program, sharding, train
 from mrmae_jax.cli import bench, show_teacher
 from mrmae_jax.cli.train import load_training_config, out_of_memory
 from mrmae_jax.constants import IGNORED
@@ -28,10 +28,9 @@ from mrmae_jax.errors import (
   UserError,
   WorkdirError,
 )
-from mrmae_jax.evals.reconstruct import bands_shown
 from mrmae_jax.runs.paths import open_folder
 from mrmae_jax.runs.run import make_evaluators
-from mrmae_jax.viz.grid import draw_grid, interleave, paint_classes
+from mrmae_jax.viz.grid import bands_shown, draw_grid, paint_classes
 
 COUNT = 16  # images that doctor decodes
 
@@ -90,14 +89,15 @@ def examine(config, workdir: str | None, report: Report, out: str, should_compil
     preflight.check(config, len(devices))
     source = data.open_split(config.data, "train")
     images = decode_images(config, source, report)
-    batch = make_batch(config, source)
-    check_images(config, source, images, batch["image"], report)
+    check_images(config, images, report)
     if config.task == "segment":
       report.ok(data.describe_labels(source, config.data.on_error == "skip"))
-    if out:
-      draw_batch(config, batch, out, report)
     check_schedule(config, len(source), devices[0].platform, report)
     task = preflight.open_task(config)
+    batch = make_batch(config, source, task.views.train)
+    check_pixels(config, batch["image"], report)
+    if out:
+      draw_batch(config, batch, out, report)
   except UserError as error:
     report.stop(str(error), error.exit_code)
     return
@@ -177,12 +177,11 @@ def decode_images(config, source, report: Report) -> list[np.ndarray]:
   return images
 
 
-def make_batch(config, source) -> dict[str, np.ndarray]:
-  """Returns the first examples as training sees them: "image" uint8 [B, H, W, C], "label"."""
-  views = data.scene_views(config) if config.task == "segment" else data.image_views(config)
+def make_batch(config, source, view) -> dict[str, np.ndarray]:
+  """Returns the first examples as training sees them: "image" uint8 [B, ..., H, W, C], "label"."""
   batches = data.train_batches(
     source,
-    views.train,
+    view,
     seed=config.seed,
     batch_size=min(config.batch_size, COUNT),
     options=data.loader_options(config.data)._replace(workers=0),
@@ -190,8 +189,8 @@ def make_batch(config, source) -> dict[str, np.ndarray]:
   return next(iter(batches))
 
 
-def check_images(config, source, images, pixels: np.ndarray, report: Report) -> None:
-  """Checks sizes, contents and statistics of some images, and what the evaluators need."""
+def check_images(config, images, report: Report) -> None:
+  """Checks sizes and contents of some images, and whether some are held out."""
   sizes = [min(image.shape[:2]) for image in images]
   kinds = {
     "constant" if x.min() == x.max() else "grey" if (x == x[..., :1]).all() else "color"
@@ -211,44 +210,52 @@ def check_images(config, source, images, pixels: np.ndarray, report: Report) -> 
     report.warn(
       f"they are smaller (median {median:g}) than config.image_size={size}: most crops are enlarged"
     )
-  x = (pixels / 255 - np.array(config.data.mean)) / np.array(config.data.std)
-  if abs(x.mean()) > 1.5 or not 0.25 < x.std() < 3:
-    report.warn(
-      f"normalized pixels have mean {x.mean():.2f} and deviation {x.std():.2f}, not near 0 and 1: "
-      "`mrmae verify` prints the mean and std of the images"
-    )
   try:
     report.ok(f"eval: {data.open_split(config.data, 'eval').description}")
   except DataError as error:
     report.warn(f"nothing is held out, so evaluations are left out or use training images: {error}")
 
 
+def check_pixels(config, pixels: np.ndarray, report: Report) -> None:
+  """Compares mean and standard deviation of a batch [..., C] with those that are configured."""
+  x = (pixels / 255 - np.array(config.data.mean)) / np.array(config.data.std)
+  if abs(x.mean()) > 1.5 or not 0.25 < x.std() < 3:
+    report.warn(
+      f"normalized pixels have mean {x.mean():.2f} and deviation {x.std():.2f}, not near 0 and 1: "
+      "`mrmae verify` prints the mean and std of the images"
+    )
+
+
 def draw_batch(config, batch: dict[str, np.ndarray], path: str, report: Report) -> None:
-  """Writes a picture of a batch in up to four columns; beside a scene stand its classes."""
+  """Writes a picture of a batch in up to four columns.
+
+  Beside a scene stand its classes; the two crops of an image stand side by side.
+  """
   bands, caption = bands_shown(config)
   pixels = batch["image"][..., bands]
   if config.task == "segment":
     painted = [paint_classes(*scene, IGNORED) for scene in zip(pixels, batch["label"])]
-    pixels = interleave([pixels, np.stack(painted)])
+    pixels = np.stack([pixels, np.stack(painted)], 1)
+  pixels = pixels.reshape(-1, *pixels.shape[-3:])
   pixels = pixels.astype(np.float32) / 255
   columns = [pixels[i::4] for i in range(min(4, len(pixels)))]
   columns = [column[: len(columns[-1])] for column in columns]
   titles = ["as training", "sees them"] + [""] * (len(columns) - 2)
   Image.fromarray(draw_grid(columns, titles, caption)).save(path)
-  count = sum(map(len, columns)) // (2 if config.task == "segment" else 1)
+  count = sum(map(len, columns)) * len(batch["image"]) // len(pixels)
   report.ok(f"{path} shows {count} of the first images as training sees them")
 
 
 def check_schedule(config, num_images: int, backend: str, report: Report) -> None:
   """Checks steps, learning rate and the type of the computation."""
-  batch, optim = config.batch_size, config.optim
-  per_epoch = num_images / batch
-  steps, peak = max(1, round(config.epochs * per_epoch)), optim.blr * batch / 256
-  warmup = round(optim.warmup_epochs * per_epoch)
+  batch, options = config.batch_size, config.optim
+  per_epoch, steps = optim.count_steps(config, num_images)
+  peak = optim.peak_rate(options, batch)
+  warmup = round(options.warmup_epochs * per_epoch)
   report.ok(
-    f"batch {batch} = {batch // optim.accum_steps} x {optim.accum_steps} micro-batches; "
+    f"batch {batch} = {batch // options.accum_steps} x {options.accum_steps} micro-batches; "
     f"{config.epochs:g} epochs of {per_epoch:.4g} steps = {steps} steps, {warmup} of warm-up; "
-    f"learning rate {optim.blr:g} x {batch} / 256 = {peak:.3g} at its peak"
+    f"learning rate {options.blr:g} x {batch} / 256 = {peak:.3g} at its peak"
   )
   for is_odd, message in (
     (

@@ -1,6 +1,7 @@
 """The command line of `mrmae`: every command, its options and their help. Imports nothing heavy.
 
-A command COMMAND is carried out by `run(options)` of the module `mrmae_jax.cli.COMMAND`.
+A command COMMAND is carried out by `run(options)` of the module `mrmae_jax.cli.COMMAND`, with
+underscores for dashes; all trainings, the commands of `TASKS`, by that of `mrmae_jax.cli.train`.
 """
 
 import argparse

@@ -7,8 +7,7 @@ from PIL import Image
 
 from mrmae_jax import data, mrmae, teachers
 from mrmae_jax.config import token_size
-from mrmae_jax.evals.reconstruct import bands_shown
-from mrmae_jax.viz.grid import enlarge, overlay, perplexity, principal_colors
+from mrmae_jax.viz.grid import bands_shown, enlarge, overlay, perplexity, principal_colors
 from mrmae_jax.viz.panels import draw_columns
 
 BATCH_SIZE = 32

@@ -15,8 +15,8 @@ from mrmae_jax.cli.images import find_exif, find_images, find_size, open_images,
 from mrmae_jax.data.sources import archive
 from mrmae_jax.data.sources.folder import FolderSource
 from mrmae_jax.errors import WeightsError, WorkdirError
-from mrmae_jax.evals.reconstruct import bands_shown
 from mrmae_jax.runs import checkpoint, supervision
+from mrmae_jax.viz.grid import bands_shown
 from mrmae_jax.weights import hub, model_files
 
 BATCH_SIZE = 64  # images that are loaded at a time

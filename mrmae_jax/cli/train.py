@@ -145,8 +145,9 @@ def out_of_memory(error: str, config) -> str:
   size = f" (it was asked for {asked[1]})" if asked else ""
   accum = config.optim.accum_steps
   return (
-    f"the device is out of memory{size}{arrays}. Smaller steps need less: "
-    f"config.optim.accum_steps={2 * accum} (now {accum}) keeps the numbers, so does "
-    f"config.encoder.remat=full (now {config.encoder.remat}) and, on several devices, "
-    f"config.mesh.fsdp; config.batch_size={config.batch_size // 2} does not"
+    f"the device is out of memory{size}{arrays}. config.encoder.remat=full (now "
+    f"{config.encoder.remat}) and, on several devices, config.mesh.fsdp need less for the same "
+    f"numbers; config.optim.accum_steps={2 * accum} (now {accum}) does too, but statistics of a "
+    f"batch become those of a micro-batch; config.batch_size={config.batch_size // 2} changes the "
+    "training"
   )

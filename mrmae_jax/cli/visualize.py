@@ -18,12 +18,11 @@ from mrmae_jax.cli.subject import (
 )
 from mrmae_jax.errors import UsageError, WeightsError
 from mrmae_jax.evals import knn
-from mrmae_jax.evals.reconstruct import bands_shown
 from mrmae_jax.models.decoder import MimicHead
 from mrmae_jax.runs import supervision
 from mrmae_jax.runs.paths import atomic_write
 from mrmae_jax.viz import page, panels
-from mrmae_jax.viz.grid import enlarge, perplexity, principal_colors
+from mrmae_jax.viz.grid import bands_shown, enlarge, perplexity, principal_colors
 from mrmae_jax.viz.panels import Panel, draw_columns
 from mrmae_jax.weights import model_files
 

@@ -55,11 +55,11 @@ class Evaluator:
     self._view, self._batch_size = task.views.eval, evals.padded_batch_size(batch_size, mesh)
     self.note, self.results = "", ()
     try:
-      self._bank, self._queries = task.source("train"), task.source("eval")
+      self._bank_source, self._queries = task.source("train"), task.source("eval")
     except DataError as error:
       self.note = f"no k-NN evaluation: {error}"
       return
-    for source in (self._bank, self._queries):
+    for source in (self._bank_source, self._queries):
       if not source.class_names:
         self.note = f"no k-NN evaluation, the images have no labels: {source.description}"
         return
@@ -78,13 +78,13 @@ class Evaluator:
     del step
     if self.note:
       return {}
-    bank, classes = self._encode(params, extra, self._bank, self._bank_size)
+    bank, classes = self._encode(params, extra, self._bank_source, self._bank_size)
     queries, labels = self._encode(params, extra, self._queries, 0)
     predicted = knn_classify(
       queries,
       bank,
       classes,
-      len(self._bank.class_names),
+      len(self._bank_source.class_names),
       (self._k,),
       self._temperature,
       self._mesh,
@@ -126,8 +126,8 @@ def knn_classify(
   for i in range(0, len(similarity), QUERIES):
     rows = slice(i, i + QUERIES)
     for k in ks:
-      votes = _vote(similarity[rows, :k], labels[index[rows, :k]], num_classes, temperature)
-      predicted[k].append(votes)
+      classes = _vote(similarity[rows, :k], labels[index[rows, :k]], num_classes, temperature)
+      predicted[k].append(classes)
   return {k: np.concatenate(parts) for k, parts in predicted.items()}
 
 
@@ -156,9 +156,9 @@ def nearest(queries, bank, k: int, mesh=None) -> tuple[np.ndarray, np.ndarray]:
   mesh = sharding.make_mesh(devices=jax.local_devices()[:1]) if mesh is None else mesh
   bank = np.asarray(bank, np.float32)
   count, dim = bank.shape
-  share = -(-count // mesh.size)
-  block = min(BLOCK, share)
-  shape = (mesh.size, -(-share // block), block, dim)
+  per_device = -(-count // mesh.size)
+  block = min(BLOCK, per_device)
+  shape = (mesh.size, -(-per_device // block), block, dim)
 
   def device_rows(index):
     # Made for one device where it is needed, so that no host pads a copy of the whole bank.
@@ -168,8 +168,8 @@ def nearest(queries, bank, k: int, mesh=None) -> tuple[np.ndarray, np.ndarray]:
     padded.reshape(-1, dim)[: len(rows)] = rows
     return padded[None]
 
-  place = NamedSharding(mesh, P(sharding.AXES))
-  sharded_bank = jax.make_array_from_callback(shape, place, device_rows)
+  by_device = NamedSharding(mesh, P(sharding.AXES))
+  sharded_bank = jax.make_array_from_callback(shape, by_device, device_rows)
   search = jax.jit(_search, static_argnums=(2, 3), out_shardings=sharding.replicated(mesh))
   parts = []
   for i in range(0, len(queries), QUERIES):
@@ -184,19 +184,20 @@ def _search(queries, bank, k, count):
 
   The bank is S devices' shares of N blocks, in order; entries from `count` on are padding.
   """
-  shares, blocks, block, _ = bank.shape
+  devices, blocks, block, _ = bank.shape
   queries = _unit(queries)
 
   def search_block(best, n):
     similarity = jnp.einsum("qd,sbd->sqb", queries, _unit(bank[:, n]), precision="highest")
     # Place in the bank of each block's first entry.
-    first = ((jnp.arange(shares) * blocks + n) * block)[:, None, None]
+    first = ((jnp.arange(devices) * blocks + n) * block)[:, None, None]
     similarity = jnp.where(first + jnp.arange(block) < count, similarity, -jnp.inf)
     similarity, index = jax.lax.top_k(jnp.concatenate([best[0], similarity], 2), k)
+    # Places below k are those of the best so far, the others are of this block.
     old = jnp.take_along_axis(best[1], jnp.minimum(index, k - 1), 2)
     return (similarity, jnp.where(index < k, old, first + index - k)), None
 
-  shape = (shares, len(queries), k)
+  shape = (devices, len(queries), k)
   nothing = (jnp.full(shape, -jnp.inf), jnp.zeros(shape, jnp.int32))
   best, _ = jax.lax.scan(search_block, nothing, jnp.arange(blocks))
   similarity, place = (x.swapaxes(0, 1).reshape(len(queries), -1) for x in best)

@@ -21,11 +21,10 @@ from mrmae_jax import data, evals, segmentation, sharding
 from mrmae_jax.config import token_size
 from mrmae_jax.constants import IGNORED
 from mrmae_jax.errors import DataError
-from mrmae_jax.evals.reconstruct import bands_shown
 from mrmae_jax.models.upernet import combine
 from mrmae_jax.runs import distributed
 from mrmae_jax.segmentation import BAND, WIDTH_BUCKET
-from mrmae_jax.viz.grid import draw_grid, paint_classes
+from mrmae_jax.viz.grid import bands_shown, draw_grid, paint_classes
 from mrmae_jax.weights import positions
 
 TITLES = ("image", "truth", "prediction")
@@ -68,7 +67,7 @@ def scores(counts: np.ndarray, class_names: tuple[str, ...]) -> dict[str, float]
   return means | {f"IoU_{name}": x for name, x in iou.items()}
 
 
-def count_pixels(label, maps, rows, columns, tiles) -> tuple[jax.Array, jax.Array]:
+def classify_and_count(label, maps, rows, columns, tiles) -> tuple[jax.Array, jax.Array]:
   """Classifies an image at its own size, tile after tile, and counts.
 
   A tile has BAND x WIDTH_BUCKET pixels. Its numbers do not depend on how far the image is padded.
@@ -150,7 +149,9 @@ class Evaluator:
       return segmentation.slide(network, pixels[0], starts[0], count[0], crop)[None]
 
     def count(*arrays):
-      return jax.tree.map(lambda x: x[None], count_pixels(*jax.tree.map(lambda x: x[0], arrays)))
+      return jax.tree.map(
+        lambda x: x[None], classify_and_count(*jax.tree.map(lambda x: x[0], arrays))
+      )
 
     on_devices = functools.partial(
       jax.shard_map, mesh=self._local, out_specs=P("images"), check_vma=False

@@ -3,8 +3,9 @@
 import jax
 
 from mrmae_jax import evals, sharding
+from mrmae_jax.data.sources.base import NothingHeldOut
 from mrmae_jax.errors import DataError
-from mrmae_jax.viz.grid import draw_grid
+from mrmae_jax.viz.grid import bands_shown, draw_grid
 
 COLUMNS = {
   "original": "original",
@@ -34,10 +35,11 @@ class Evaluator:
     self._caption = "; ".join(filter(None, (bands_caption, norm_caption)))
     self.note = ""
     try:
-      source = task.source("eval" if config.data.holdout_every else "train")
+      source = task.source("eval")
     except DataError as error:
       source = task.source("train")
-      self.note = f"the reconstructions are of training images: {error}"
+      if config.data.holdout_every or not isinstance(error, NothingHeldOut):
+        self.note = f"the reconstructions are of training images: {error}"
     count = evals.padded_batch_size(images, mesh)
     batches = evals.global_batches(source, task.views.eval, config, mesh, count, limit=images)
     self._batch = next(batches)
@@ -56,16 +58,3 @@ class Evaluator:
     images = [columns[name][: self._images, ..., self._bands] for name in COLUMNS]
     picture = draw_grid(images, list(COLUMNS.values()), self._caption)
     return {"pictures": evals.write_picture(self._folder, step, picture)}
-
-
-def bands_shown(config) -> tuple[list[int], str]:
-  """Returns the channels that pictures of a run show as red, green and blue, and a caption.
-
-  RGB and grey are shown as they are, without a caption. Other images show the channels that the
-  teacher sees, else the first ones.
-  """
-  channels, teacher = len(config.data.mean), config.get("teacher")
-  teacher_bands = list(teacher.bands) if teacher and channels != 3 else []
-  first_bands = [min(i, channels - 1) for i in range(3)]
-  bands = teacher_bands if len(teacher_bands) == 3 else first_bands
-  return bands, "" if channels in (1, 3) else f"channels {', '.join(map(str, bands))} as RGB"

@@ -81,7 +81,7 @@ class Run:
       # With several hosts the others are not at the step of an unreadable image, and a save needs
       # all.
       alone = jax.process_count() == 1
-      stopped = isinstance(error, Interrupted) or isinstance(error, DataError) and alone
+      stopped = isinstance(error, Interrupted) or (isinstance(error, DataError) and alone)
       # The state is good where an evaluation of it failed, for whatever reason.
       stopped |= self._evaluating and isinstance(error, Exception) and alone
       if stopped and self._started:

@@ -58,7 +58,7 @@ def make(config) -> Task:
     predict=predict,
     views=data.image_views(config),
     source=source,
-    optimizer=lambda _, steps: optim.make_optimizer(config.optim, config.batch_size, steps),
+    optimizer=lambda steps: optim.make_optimizer(config.optim, config.batch_size, steps),
     identity=identity(config, class_names, pretrained),
     notes=notes,
     pretrained=pretrained,

@@ -58,16 +58,19 @@ def make(config) -> Task:
     pictures = reconstruct(model, params, batch["image"], mask, method["norm_pix"])
     return {"features": features(model, params, batch["image"])} | pictures
 
+  # Targets normalized over a micro-batch are other numbers with other micro-batches.
+  has_batch_targets = any(mimic.target_norm == "batch" for mimic in model.mimics)
   return Task(
     init=init,
     loss=loss,
     predict=predict,
     views=data.image_views(config),
     source=functools.cache(functools.partial(data.open_split, config.data)),
-    optimizer=lambda _, steps: optim.make_optimizer(config.optim, config.batch_size, steps),
+    optimizer=lambda steps: optim.make_optimizer(config.optim, config.batch_size, steps),
     frozen={name: teacher.params for name, teacher in loaded.items()},
     identity={f"teacher {name}": teacher.digest for name, teacher in loaded.items()}
-    | ({"start": init_from.digest(pretrained)} if pretrained else {}),
+    | ({"start": init_from.digest(pretrained)} if pretrained else {})
+    | ({"micro-batches": config.optim.accum_steps} if has_batch_targets else {}),
     notes=tuple(
       f"{name}: teacher {spec.description}, sha256 {loaded[name].digest[:12]}"
       for name, spec in specs.items()

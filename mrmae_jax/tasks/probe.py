@@ -55,15 +55,16 @@ def make(config) -> Task:
   def loss(params, extra, frozen, batch, keys):
     del keys
     x, batch_stats = batch_norm(features(frozen, batch), extra)
-    losses = cross_entropies(logits(params["head"], x), batch["label"])
+    losses = cross_entropies(head_logits(params["head"], x), batch["label"])
+    # The heads share no parameter: the gradient of the sum is that of each.
     return losses.sum(), ({"lowest": losses.min()}, batch_stats)
 
   def predict(params, extra, frozen, batch, keys):
     del keys
     x = features(frozen, batch)
-    return {"logits": logits(params["head"], standardize(x, **extra)), "features": x}
+    return {"logits": head_logits(params["head"], standardize(x, **extra)), "features": x}
 
-  def optimizer(_, steps):
+  def optimizer(steps):
     schedule = optim.make_schedule(config.optim, config.batch_size, steps)
     tx = optim.lars(schedule, config.optim.weight_decay, config.optim.b1)
     return optim.over_grid(tx, grid), schedule
@@ -117,7 +118,7 @@ def standardize(x, mean, var):
   return (x - mean) * jax.lax.rsqrt(var + BN_EPS)
 
 
-def logits(head, x):
+def head_logits(head, x):
   """Features [B, D] -> [B, G, C]."""
   return jnp.einsum("bd,gdc->bgc", x, head["kernel"]) + head["bias"]
 
@@ -161,6 +162,7 @@ def probe_features(
     Accuracies float [len(blrs)] in [0, 1].
   """
   steps = len(features) // batch_size
+  # `over_grid` multiplies by the base learning rates.
   schedule = optim.warmup_cosine(batch_size / 256, 0.0, 0, epochs * steps)
   tx = optim.over_grid(optax.sgd(schedule, momentum=0.9), blrs)
   x, y = jnp.asarray(features, jnp.float32), jnp.asarray(labels)
@@ -171,7 +173,7 @@ def probe_features(
   def train_epoch(state, x, y, key):
     def train_step(state, rows):
       head, opt_state = state
-      loss = lambda head: cross_entropies(logits(head, x[rows]), y[rows]).sum()
+      loss = lambda head: cross_entropies(head_logits(head, x[rows]), y[rows]).sum()
       updates, opt_state = tx.update(jax.grad(loss)(head), opt_state, head)
       return (optax.apply_updates(head, updates), opt_state), None
 
@@ -193,7 +195,7 @@ def _head_accuracy(head, queries, expected, mean, var) -> np.ndarray:
 
   @jax.jit
   def count_hits(queries, expected):
-    predicted = logits(head, standardize(queries, mean, var)).argmax(-1)
+    predicted = head_logits(head, standardize(queries, mean, var)).argmax(-1)
     return (predicted == expected[:, None]).sum(0)
 
   hits, chunk = 0, 4096  # [chunk, grid, classes] fits anywhere

@@ -72,7 +72,7 @@ def make(config) -> Task:
     predict=predict,
     views=data.scene_views(config),
     source=source,
-    optimizer=lambda _, steps: optim.make_optimizer(config.optim, config.batch_size, steps),
+    optimizer=lambda steps: optim.make_optimizer(config.optim, config.batch_size, steps),
     identity=finetune.identity(config, class_names, pretrained | stats),
     notes=notes,
     pretrained=pretrained,

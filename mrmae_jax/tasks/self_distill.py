@@ -91,7 +91,7 @@ def make(config) -> Task:
     predict=predict,
     views=data.pair_views(config),
     source=source,
-    optimizer=lambda _, steps: optim.make_optimizer(config.optim, config.batch_size, steps),
+    optimizer=lambda steps: optim.make_optimizer(config.optim, config.batch_size, steps),
   )
 
 

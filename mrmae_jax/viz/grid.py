@@ -142,3 +142,16 @@ def perplexity(weights: np.ndarray) -> np.ndarray:
   """Returns over how many entries weights are spread along the last axis: [..., N] -> [...]."""
   share = weights / weights.sum(-1, keepdims=True)
   return np.exp(-(share * np.log(share + 1e-12)).sum(-1))
+
+
+def bands_shown(config) -> tuple[list[int], str]:
+  """Returns the channels that pictures of a run show as red, green and blue, and a caption.
+
+  RGB and grey are shown as they are, without a caption. Other images show the channels that the
+  teacher sees, else the first ones.
+  """
+  channels, teacher = len(config.data.mean), config.get("teacher")
+  teacher_bands = list(teacher.bands) if teacher and channels != 3 else []
+  first_bands = [min(i, channels - 1) for i in range(3)]
+  bands = teacher_bands if len(teacher_bands) == 3 else first_bands
+  return bands, "" if channels in (1, 3) else f"channels {', '.join(map(str, bands))} as RGB"

@@ -56,6 +56,6 @@ def toy_task(spoil=lambda brightness: 0.0):
     predict=lambda *arguments: {},
     views=data.image_views(config),
     source=functools.partial(data.open_split, config.data),
-    optimizer=lambda _, steps: optim.make_optimizer(config.optim, config.batch_size, steps),
+    optimizer=lambda steps: optim.make_optimizer(config.optim, config.batch_size, steps),
     identity={"toy": True},
   )

@@ -22,8 +22,7 @@ def predicting_task(predict, config) -> train.Task:
 
 def make_tx(task: train.Task, steps_per_epoch: float, total_steps: int):
   """The skippable optimizer of a task, and its schedule."""
-  shapes, _ = jax.eval_shape(task.init, jax.random.key(0))
-  tx, schedule = task.optimizer(shapes, optim.Steps(steps_per_epoch, total_steps))
+  tx, schedule = task.optimizer(optim.Steps(steps_per_epoch, total_steps))
   return optim.skippable(tx), schedule
 
 

@@ -37,7 +37,7 @@ def open_split(config, split: str) -> Source:
     DataError: the images cannot be opened; or the task learns from a class for every pixel, its
       `config.data` has a key zero_is_unlabelled, and there are none, or the key is not set.
   """
-  if "zero_is_unlabelled" in config:
+  if "zero_is_unlabelled" in config:  # of all tasks only segmentation has the key
     if not config.source.startswith("scenes:"):
       raise DataError(
         f"source={config.source!r} given; expected scenes:/path or scenes:digits, images with a"

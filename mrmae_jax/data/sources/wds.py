@@ -72,8 +72,8 @@ class WdsSource:
     """Returns the shard and the sample of image `index`."""
     place = int(self._indices[index])
     i = bisect.bisect_right(self._ends, place)
-    shard = self._shards[i]
-    return shard, shard.samples[place - self._ends[i] + len(shard.samples)]
+    shard, past = self._shards[i], place - self._ends[i]  # past the shard's end: negative
+    return shard, shard.samples[past]
 
   @functools.cached_property
   def fingerprint(self) -> str:
