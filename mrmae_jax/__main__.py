@@ -15,6 +15,7 @@ from pathlib import Path
 import mrmae_jax
 from mrmae_jax.cli import parser
 from mrmae_jax.cli.console import steady_console
+from mrmae_jax.cli.program_cache import keep_programs
 from mrmae_jax.errors import (
   DataError,
   Interrupted,
@@ -120,6 +121,9 @@ def _add_cwd_to_path() -> None:
 def run_process() -> None:
   """The whole process: `main`, and its end."""
   sys.stdout.reconfigure(errors="backslashreplace")  # file names may be of any bytes
+  # A host that finds its program would leave alone those that compile theirs together.
+  if "--multihost" not in sys.argv:
+    keep_programs()
   code = main()
   if code == DataError.exit_code:  # a loader's thread may wait for ever for its image
     sys.stdout.flush()

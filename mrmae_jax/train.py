@@ -119,7 +119,7 @@ def check(config, task: Task) -> TrainState:
   try:
     state = run.restore_or_init()
     batch = run.first_batch(0)
-    seconds = run.compile(state, batch)
+    compiled = run.compile(state, batch)
     state, metrics = run.train_step(state, batch)
     run.open_evaluators()
   finally:
@@ -129,7 +129,7 @@ def check(config, task: Task) -> TrainState:
     raise NonFiniteError(f"step 1: {nonfinite.skip_reason(metrics)}; {nonfinite.HINT}")
   numbers = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
   print(
-    f"compiled the training step in {seconds:.1f} s; one step gave {numbers}. Nothing was written.",
+    f"{compiled}; one step gave {numbers}. Nothing was written.",
     flush=True,
   )
   return state

@@ -30,6 +30,8 @@ from mrmae_jax.runs.log import Clock, Log, summary
 from mrmae_jax.runs.metrics import read_metrics
 from mrmae_jax.runs.paths import open_folder
 
+CACHE_HIT = "/jax/compilation_cache/cache_hits"  # the event of jax.monitoring
+
 
 class Pending(NamedTuple):
   """A step whose metrics are still on the devices."""
@@ -166,12 +168,19 @@ class Run:
     with supervision.phase("data"):
       return sharding.global_batch(next(self._loader), self._plan.mesh)
 
-  def compile(self, state, batch) -> float:
-    """Compiles the training step; returns the seconds it took."""
-    began = time.monotonic()
+  def compile(self, state, batch) -> str:
+    """Compiles the training step, or takes it from JAX's cache of programs; returns a line."""
+    began, found = time.monotonic(), []
+    note_hit = lambda event, **_: found.append(event) if event == CACHE_HIT else None
+    jax.monitoring.register_event_listener(note_hit)
     with supervision.phase("compile", interruptible=True):
       self._program = self._plan.step.lower(state, self._frozen, batch).compile()
-    return time.monotonic() - began
+    jax.monitoring.unregister_event_listener(note_hit)
+    cache = jax.config.jax_compilation_cache_dir
+    done = (
+      f"took the compiled training step from {cache}" if found else "compiled the training step"
+    )
+    return f"{done} in {time.monotonic() - began:.1f} s"
 
   def open_evaluators(self) -> None:
     """Opens the evaluators of the configuration, and says which can not measure anything."""
@@ -201,7 +210,7 @@ class Run:
       self._log.say("\n  ".join([already, *summary(self._log.path.parent)]))
       return
     self._batch = self.first_batch(first)
-    self._log.say(f"compiled the training step in {self.compile(state, self._batch):.1f} s")
+    self._log.say(self.compile(state, self._batch))
     self.open_evaluators()
     for record in records:
       self._score(record["step"], record)
