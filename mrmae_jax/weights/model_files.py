@@ -29,6 +29,7 @@ import numpy as np
 from absl import logging
 from flax.traverse_util import flatten_dict
 
+from mrmae_jax import interpolation
 from mrmae_jax.errors import StorageError, WeightsError, WorkdirError
 from mrmae_jax.models import ConvViT, Decoder, ViT, make_decoder, make_encoder
 from mrmae_jax.models.layers import Mask, sincos_2d
@@ -143,7 +144,7 @@ class LoadedModel(NamedTuple):
   has_norm: bool
   report: Report | None
   classes: tuple[str, ...] = ()
-  rule: positions.Rule = positions.BICUBIC
+  rule: interpolation.Rule = interpolation.BICUBIC
   segmenter: Segmenter | None = None
 
 
@@ -441,7 +442,7 @@ def _read_segmenter(path: Path, network: networks.Network, hints: Hints, dtype) 
       (*network.left_out, *dropped),
     ),
     classes=classes,
-    rule=positions.BICUBIC,
+    rule=interpolation.BICUBIC,
     segmenter=segmenter,
   )
 
