@@ -20,7 +20,7 @@ HEAVY = ("torch", "tensorflow", "transformers", "keras")
 
 # The rooms from the ground up. A module imports from its own room and from those below.
 FLOORS = (
-  ("errors", "constants", "bilinear"),
+  ("errors", "constants", "bilinear", "boxes"),
   ("hardware", "program", "sweep", "sharding", "optim", "mixup", "models", "config"),
   ("mrmae", "checks", "runs", "segmentation"),
   ("reconstruction", "data", "weights", "viz"),
