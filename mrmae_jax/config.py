@@ -86,7 +86,8 @@ POOLS = ("mean", "cls")
 ACTIVATIONS = ("gelu", "quick_gelu", "gelu_tanh", "silu")
 OBJECTIVES = ("dino", "contrast")
 TABLES = ("table", "none")
-SCHEDULES = ("cosine", "poly")
+SCHEDULES = ("cosine", "poly", "steps", "whole_cosine")
+DECAYED = ("matrices", "not_norms", "not_encoder_norms", "all")
 HEAD_STARTS = ("same", "new")
 DENOMINATORS = ("all", "labeled")
 MODES = ("slide", "whole")
@@ -178,21 +179,29 @@ SCENES = {  # the data of segmentation: no crops to one size, no labels of whole
 )
 OPTIM = dict(
   blr=Key(1.5e-4, "base learning rate; the peak is blr * batch_size / 256", POSITIVE),
-  schedule=Key("cosine", "fall of the learning rate after the warm-up; poly: linear", SCHEDULES),
+  schedule=Key(
+    "cosine",
+    "fall of the learning rate after the warm-up; poly: linear; steps: to a tenth, twice",
+    SCHEDULES,
+  ),
   min_lr=Key(0.0, "absolute learning rate at the end of the schedule", NOT_NEGATIVE),
   warmup_epochs=Key(40.0, "epochs in which the learning rate rises linearly from 0", NOT_NEGATIVE),
+  warmup_steps=Key(0, "updates of the warm-up; 0: warmup_epochs", between(0, 10**9)),
   b1=Key(0.9, "decay of AdamW's first moment", BELOW_1),
   b2=Key(0.95, "decay of AdamW's second moment", BELOW_1),
   eps=Key(1e-8, "AdamW's epsilon", POSITIVE),
-  weight_decay=Key(0.05, "weight decay of all parameters but biases and norms", NOT_NEGATIVE),
+  weight_decay=Key(0.05, "weight decay of the parameters of decay_of", NOT_NEGATIVE),
   accum_steps=Key(1, "micro-batches per update, to save memory", between(1, 2**14), "free"),
   layer_decay=Key(1.0, "learning rate of a block / that of the next deeper block", PART),
   no_decay=Key((), "names of other parameters without weight decay", many=str),
+  decay_of=Key("matrices", "parameters with weight decay; all: biases and norms too", DECAYED),
+  full_rate=Key((), "names of parameters whose learning rate layer_decay leaves alone", many=str),
   clip_norm=Key(0.0, "largest global norm of the gradients; 0: no limit", NOT_NEGATIVE),
   ema_decay=Key(0.0, "decay of averaged parameters, for the evaluators; 0: none", BELOW_1),
   max_spike=Key(0.0, "largest gradient norm / its running mean; 0: no limit", NOT_NEGATIVE),
   max_skips=Key(10, "skipped updates in a row that end the run", between(1, 10**9), "free"),
 )
+LATER = ("schedule", "warmup_steps", "decay_of", "full_rate")  # older runs lack them
 COMMON = dict(  # the keys of every task
   task=Key("", "module of mrmae_jax.tasks"),
   seed=Key(0, "seed of parameters, data order, augmentation and masks", between(0, 2**32 - 1)),
@@ -672,7 +681,8 @@ def identity(config: ConfigDict) -> dict[str, Any]:
   """
   # Keys that came later count where they are set: older runs, which lack them, resume.
   usual = {f"encoder.{name}": key.default for name, key in TOWER.items()}
-  usual |= {"data.exif": "ignore", "optim.schedule": "cosine"}
+  usual |= {f"optim.{x}": OPTIM[x].default for x in LATER}
+  usual |= {"data.exif": "ignore"}
   values = _without(config, "local", "free")
   return {name: x for name, x in values.items() if name not in usual or x != usual[name]}
 

@@ -20,9 +20,9 @@ HEAVY = ("torch", "tensorflow", "transformers", "keras")
 
 # The rooms from the ground up. A module imports from its own room and from those below.
 FLOORS = (
-  ("errors", "constants", "bilinear", "interpolation"),
+  ("errors", "constants", "bilinear", "boxes", "interpolation"),
   ("hardware", "program", "sweep", "sharding", "optim", "mixup", "models", "config"),
-  ("mrmae", "checks", "runs", "segmentation"),
+  ("mrmae", "checks", "runs", "segmentation", "detection"),
   ("reconstruction", "data", "weights", "viz"),
   ("pretrained", "teachers", "train", "evals"),
   ("__init__", "preflight", "tasks"),

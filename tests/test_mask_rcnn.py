@@ -13,16 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mrmae_jax import boxes, detection, mrmae
 from mrmae_jax.models import ConvViT, ViT
 from mrmae_jax.models.feature_pyramid import FPN, SimpleFeaturePyramid, halve
-from mrmae_jax.weights import detectron2, positions
+from mrmae_jax.models.mask_rcnn import MaskRCNN
+from mrmae_jax.weights import detectron2, positions, tower_params
 from mrmae_jax.weights.table import convert, export
 from tests.helpers.goldens import close, read_tensors
 
 GOLDENS = Path(
   os.environ.get("MRMAE_DETECTION_GOLDENS", Path(__file__).parent / "goldens" / "detection")
 )
-FORWARD, GRADIENT = 2e-5, 1e-4  # relative to the largest entry
+FORWARD, GRADIENT, LOSS = 2e-5, 1e-4, 1e-5  # relative to the largest entry
+PIXELS = 1e-3
 CASES = {path.stem: json.loads(path.read_text()) for path in sorted(GOLDENS.glob("*.json"))}
 
 
@@ -181,3 +184,196 @@ def test_simple_feature_pyramid(name):
     close(channels_first(level), expected[f"any.p{i}"], FORWARD, f"p{i}")
   theirs = check_gradients(name, "any", export(gradients[0], table), gradients[1])
   assert theirs.keys() == {tensor for entry in table for tensor in entry.theirs}
+
+
+WHOLE = [name for name, case in CASES.items() if "rpn_batch" in case]
+TERMS = {"rpn_class": "rpn_cls", "rpn_box": "rpn_loc", "class": "cls", "box": "box_reg"}
+
+
+def make_network(case):
+  head = case["box_head"]
+  return MaskRCNN(
+    make_encoder({x: y for x, y in case.items() if x != "out_channels"}),
+    case["classes"],
+    channels=case["out_channels"],
+    num_anchors=len(case["ratios"]),
+    rpn_convs=case["rpn_convs"],
+    box_convs=len(head["convs"]),
+    box_hidden=head["fc"][0],
+    box_size=head["pooled"],
+    stages=len(case["cascade"]["iou"]) if "cascade" in case else 1,
+    mask_convs=len(case["mask_head"]["convs"]),
+    mask_size=case["mask_head"]["pooled"],
+  )
+
+
+def make_rules(case):
+  train, test = case["pre_nms_topk"], case["post_nms_topk"]
+  cascade = case.get("cascade", {"iou": [case["roi_iou"]], "weights": [[10, 10, 5, 5]]})
+  return detection.Rules(
+    anchor_sizes=tuple(case["anchor_sizes"]),
+    anchor_ratios=tuple(case["ratios"]),
+    anchor_sample=case["rpn_batch"],
+    anchor_positive=case["rpn_positive"],
+    train_proposals=(train["train"], test["train"]),
+    test_proposals=(train["test"], test["test"]),
+    proposal_nms=case["rpn_nms"],
+    roi_iou=tuple(cascade["iou"]),
+    roi_sample=case["roi_batch"],
+    roi_positive=case["roi_positive"],
+    box_weights=tuple(map(tuple, cascade["weights"])),
+    pool_samples=case["sampling_ratio"],
+    mask_samples=0,
+    canonical_size=case["canonical_box_size"],
+    min_score=case["score_threshold"],
+    detection_nms=case["nms_threshold"],
+    detections=case["detections"],
+  )
+
+
+def whole(name):
+  """Network, parameters, rules, anchors, pixels and truth of a case, and its name table."""
+  case, inputs = CASES[name], named("mask_rcnn", "in.") | named(name, "in.")
+  network, rules, side = make_network(case), make_rules(case), case["img_size"]
+  sizes = jnp.asarray(case["image_sizes"], jnp.int32)
+  images = np.zeros((len(sizes), side, side, 3), np.uint8)
+  for i, (height, width) in enumerate(case["image_sizes"]):
+    images[i, :height, :width] = inputs[f"image{i}"].transpose(1, 2, 0)
+  mean, std = (np.asarray(case[f"pixel_{x}"], np.float32) / 255 for x in ("mean", "std"))
+  pixels = detection.hide_padding(mrmae.normalize(jnp.asarray(images), mean, std), sizes)
+  whole_image = np.broadcast_to(np.float32([0, 0, side, side]), inputs["gt_boxes"].shape)
+  truth = detection.Truth(
+    sizes,
+    jnp.asarray(inputs["gt_boxes"]),
+    jnp.asarray(inputs["gt_classes"]),
+    jnp.asarray(inputs["gt_masks"] * np.uint8(255)),
+    jnp.asarray(whole_image),
+  )
+  table = detectron2.detector_table(network)
+  tensors = named(name, "param.") or named("mask_rcnn", "param.")
+  tree = convert(tensors, table, detectron2.detector_shapes(network, (side, side)), source=name)
+  tree["encoder"]["norm"] = tower_params.fresh_norm(network.encoder.dim)
+  anchors = list(map(jnp.asarray, detection.make_anchors(network, (side, side), rules)))
+  return network, detectron2.join_variables(tree), rules, anchors, pixels, truth, table
+
+
+def lowest_first(pixels, truth, anchors, rules):
+  """Noise that draws the lowest indices first, as the cases do."""
+  count = lambda n: jnp.broadcast_to(jnp.arange(n) / n, (len(pixels), n))
+  objects = truth.boxes.shape[1]
+  return detection.Noise(count(sum(map(len, anchors))), count(rules.train_proposals[1] + objects))
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_losses_and_every_gradient(name):
+  network, variables, rules, anchors, pixels, truth, table = whole(name)
+  noise, expected = lowest_first(pixels, truth, anchors, rules), named(name, "out.")
+
+  def loss(params):
+    args = (pixels, truth, noise, anchors, rules)
+    return network.apply({"params": params}, *args, method=detection.loss)
+
+  (total, terms), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
+  close(total[None], expected["loss"], LOSS, "loss")
+  for ours, x in terms.items():
+    term, stage = (ours[:-1], f"_stage{ours[-1]}") if ours[-1].isdigit() else (ours, "")
+    close(x[None], expected[f"loss_{TERMS.get(term, term)}{stage}"], LOSS, ours)
+  ours = export(detectron2.split_variables({"params": gradients}), table)
+  theirs = named(name, "grad.")
+  assert theirs.keys() == ours.keys()
+  for key, x in theirs.items():
+    close(ours[key], x, GRADIENT, f"gradient of {key}")
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_proposals_samples_and_detections(name):
+  network, variables, rules, anchors, pixels, truth, _ = whole(name)
+  noise, expected = lowest_first(pixels, truth, anchors, rules), named(name, "out.")
+
+  def parts(network):
+    levels = network.features(pixels)
+    logits, deltas = network.rpn_head(levels)
+    args = (logits, deltas, anchors, truth.sizes)
+    proposals = detection.propose(*args, rules.train_proposals, rules)
+    tested = detection.propose(*args, rules.test_proposals, rules)
+    objects = boxes.Objects(truth.boxes, truth.classes)
+    rois = detection.sample_rois(proposals, objects, noise.proposals, network.num_classes, rules)
+    found = detection.detect(network, pixels, truth.sizes, anchors, rules)
+    return levels, logits, deltas, proposals, tested, rois, found
+
+  apply = jax.jit(lambda variables: network.apply(variables, method=parts))
+  levels, logits, deltas, proposals, tested, rois, (found, masks) = apply(variables)
+  if "p2" in expected:
+    close(channels_first(pixels[:, -24:, -24:]), expected["padded_corner"], FORWARD, "padding")
+    for i, x in enumerate(levels, 2):
+      theirs = [expected[f"{name}.p{i}"] for name in ("rpn_logits", "rpn_deltas")]
+      theirs = [y.transpose(0, 2, 3, 1).reshape(len(y), -1) for y in theirs]
+      close(channels_first(x), expected[f"p{i}"], FORWARD, f"p{i}")
+      close(logits[i - 2], theirs[0], FORWARD, f"logits of p{i}")
+      close(deltas[i - 2].reshape(len(x), -1), theirs[1], FORWARD, f"deltas of p{i}")
+  if "proposals" in expected:
+    near = lambda x, key: np.testing.assert_allclose(x, expected[key], atol=PIXELS)
+    near(proposals.boxes, "proposals")
+    near(tested.boxes, "test_proposals")
+    close(proposals.logits, expected["proposal_logits"], FORWARD, "logits of proposals")
+    near(rois.boxes, "sample_boxes")
+    np.testing.assert_array_equal(rois.classes, expected["sample_classes"])
+  np.testing.assert_array_equal(found.classes, expected["det_classes"])
+  np.testing.assert_allclose(found.boxes, expected["det_boxes"], atol=PIXELS)
+  close(found.scores, expected["det_scores"], FORWARD, "scores")
+  if "det_masks" in expected:
+    close(masks, expected["det_masks"], FORWARD, "masks")
+  assert not found.is_truncated.any()
+
+
+def empty_network(norm):
+  """A tiny network with random parameters, rules and anchors for images of 64 pixels."""
+  encoder = ConvViT((4, 2, 2), (4, 8, 16), (1, 1, 2), 2, fuse_stages=False, window=2)
+  kind = "fpn" if norm == "bn" else "simple"
+  network = MaskRCNN(encoder, 3, kind, 8, norm, box_convs=1, box_hidden=8, mask_convs=1)
+  rules = detection.Rules(
+    (8, 16, 32, 64, 128), train_proposals=(8, 16), roi_iou=(0.5,), roi_sample=8, anchor_sample=16
+  )
+  anchors = list(map(jnp.asarray, detection.make_anchors(network, (64, 64), rules)))
+  return network, rules, anchors
+
+
+@pytest.mark.parametrize("norm", ["ln", "bn"])
+def test_images_without_objects_have_finite_gradients_and_move_no_statistics_of_masks(norm):
+  network, rules, anchors = empty_network(norm)
+  sizes = jnp.asarray([[64, 40], [1, 1]])  # nearly nothing but padding
+  pixels = detection.hide_padding(jnp.ones((2, 64, 64, 3)), sizes)
+  objects = (2, 5)
+  truth = detection.Truth(
+    sizes,
+    jnp.zeros((*objects, 4)),
+    jnp.full(objects, -1),
+    jnp.zeros((*objects, 56, 56), jnp.uint8),
+    jnp.zeros((*objects, 4)),
+  )
+  keys = jax.random.split(jax.random.key(1), 2)
+
+  @jax.jit
+  def step(keys):
+    variables = network.init(jax.random.key(0), pixels)
+    stats = {x: y for x, y in variables.items() if x == "batch_stats"}
+
+    def loss(params):
+      noise = detection.draw_noise(keys, anchors, objects[1], rules)
+      args = (pixels, truth, noise, anchors, rules)
+      (total, terms), updated = network.apply(
+        {"params": params, **stats}, *args, method=detection.loss, mutable=["batch_stats"]
+      )
+      return total, (terms, updated)
+
+    return stats, jax.value_and_grad(loss, has_aux=True)(variables["params"])
+
+  stats, ((total, (terms, updated)), gradients) = step(keys)
+  assert np.isfinite(total) and terms["rpn_class"] > 0 and terms["class"] > 0
+  assert terms["rpn_box"] == terms["box"] == terms["mask"] == 0
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradients))
+  assert not any(np.any(x) for x in jax.tree.leaves(gradients["mask_head"]))
+  if norm == "bn":
+    old, new = stats["batch_stats"], updated["batch_stats"]
+    assert jax.tree.all(jax.tree.map(np.array_equal, old["mask_head"], new["mask_head"]))
+    assert not jax.tree.all(jax.tree.map(np.array_equal, old["box_heads_0"], new["box_heads_0"]))

@@ -39,33 +39,47 @@ class BatchNorm(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    """[B, H, W, C] -> the same; `train` normalizes by this batch and updates "batch_stats"."""
+  def __call__(self, x: jax.Array, train: bool, is_valid: jax.Array | None = None) -> jax.Array:
+    """[B, H, W, C] -> the same; `train` normalizes by this batch and updates "batch_stats".
+
+    Of the batch the maps that are valid, bool [B], count; None: all. Without any the statistics
+    stay.
+    """
     dim, x = x.shape[-1], x.astype(jnp.float32)
     running_mean = self.variable("batch_stats", "mean", jnp.zeros, (dim,))
     running_var = self.variable("batch_stats", "var", jnp.ones, (dim,))
     mean, var = running_mean.value, running_var.value
     if train:
-      mean = x.mean((0, 1, 2))
-      var = jnp.square(x - mean).mean((0, 1, 2))
+      average, unbias, momentum = self._over_batch(x, is_valid)
+      mean = average(x)
+      var = average(jnp.square(x - mean))
     if train and not self.is_initializing():
-      count = x.size // dim
-      move = lambda old, new: (1 - self.momentum) * old + self.momentum * new
+      move = lambda old, new: (1 - momentum) * old + momentum * new
       running_mean.value = move(running_mean.value, mean)
-      running_var.value = move(running_var.value, var * (count / max(count - 1, 1)))
+      running_var.value = move(running_var.value, var * unbias)
     scale = self.param("scale", nn.initializers.ones, (dim,))
     bias = self.param("bias", nn.initializers.zeros, (dim,))
     return ((x - mean) * (jax.lax.rsqrt(var + self.eps) * scale) + bias).astype(self.dtype)
 
+  def _over_batch(self, x: jax.Array, is_valid: jax.Array | None):
+    """Returns the mean over valid positions, n / (n - 1) of their number n, and the momentum."""
+    if is_valid is None:
+      count = x.size // x.shape[-1]
+      return lambda x: x.mean((0, 1, 2)), count / max(count - 1, 1), self.momentum
+    keep = is_valid[:, None, None, None]
+    count = is_valid.sum() * x.shape[1] * x.shape[2]
+    average = lambda x: jnp.where(keep, x, 0).sum((0, 1, 2)) / jnp.maximum(count, 1)
+    return average, count / jnp.maximum(count - 1, 1), jnp.where(count > 0, self.momentum, 0)
+
 
 def norm_layer(norm: str, dtype: Any, name: str):
-  """Returns (maps [..., C], train) -> the same: a LayerNorm over channels ("ln") or a BatchNorm
-  ("bn").
+  """Returns (maps [B, H, W, C], train, is_valid) -> the same: a LayerNorm over channels ("ln"), or
+  a `BatchNorm` ("bn").
   """
   if norm == "bn":
     return BatchNorm(dtype=dtype, name=name)
   layer = layer_norm(1e-6, dtype, name)
-  return lambda x, train: layer(x)
+  return lambda x, train, is_valid=None: layer(x)
 
 
 class ConvNorm(nn.Module):
@@ -86,14 +100,14 @@ class ConvNorm(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    """[B, H, W, C] -> [B, H, W, features]."""
+  def __call__(self, x: jax.Array, train: bool, is_valid: jax.Array | None = None) -> jax.Array:
+    """[B, H, W, C] -> [B, H, W, features]; see `BatchNorm` for the arguments."""
     options = dict(use_bias=False, kernel_init=self.kernel_init, dtype=self.dtype, name="conv")
     if self.size == 1:
       x = Dense(self.features, **options)(x)
     else:
       x = nn.Conv(self.features, (self.size,) * 2, padding=self.size // 2, **options)(x)
-    return norm_layer(self.norm, self.dtype, "norm")(x, train)
+    return norm_layer(self.norm, self.dtype, "norm")(x, train, is_valid)
 
 
 class Upsample(nn.Module):
