@@ -12,12 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from mrmae_jax import boxes, detection, mrmae
-from mrmae_jax.models import ConvViT, ViT
+from mrmae_jax.errors import WeightsError
+from mrmae_jax.models import ConvViT, ViT, head_attention
 from mrmae_jax.models.feature_pyramid import FPN, SimpleFeaturePyramid, halve
 from mrmae_jax.models.mask_rcnn import MaskRCNN
-from mrmae_jax.weights import detectron2, positions, tower_params
+from mrmae_jax.weights import detectron2, model_files, model_sources, positions, tower_params
 from mrmae_jax.weights.table import convert, export
 from tests.helpers.goldens import close, read_tensors
 
@@ -324,6 +326,90 @@ def test_proposals_samples_and_detections(name):
   if "det_masks" in expected:
     close(masks, expected["det_masks"], FORWARD, "masks")
   assert not found.is_truncated.any()
+
+
+@pytest.mark.parametrize("name", ["mask_rcnn", "cascade_mask_rcnn"])
+def test_a_file_in_detectron2s_names_tells_the_network_and_is_written_back(tmp_path, name):
+  case, path = CASES[name], tmp_path / "model.safetensors"
+  tensors = named(name, "param.")
+  extra = {"model.pixel_mean": np.zeros(3), "optimizer": np.zeros(1)}
+  save_file({f"model.{key}": x for key, x in tensors.items()} | extra, path)
+  model = model_files.read_model(path)
+  expected = make_network(case)
+  assert model.grid == (6, 6) and model.detector.encoder.position_grid == (4, 4)
+  assert model.detector == expected.clone(encoder=model.encoder)
+  assert model.encoder == expected.encoder
+  assert "1 constants and counters" in str(model.report) and "optimizer" in str(model.report)
+
+  copy = tmp_path / "copy.safetensors"
+  rules = detection.Rules(anchor_sizes=(8, 16, 32, 64, 128), roi_sample=64)
+  classes = ("a", "b", "c")
+  model_files.write_model(model._replace(rules=rules, classes=classes), copy, "detectron2")
+  again = model_files.read_model(copy)
+  assert again.rules == rules and again.classes == classes and again.detector == model.detector
+  assert jax.tree.all(jax.tree.map(np.array_equal, again.params, model.params))
+  written = load_file(copy)
+  assert written.keys() == tensors.keys()
+  for key, x in tensors.items():
+    if not key.endswith("pos_embed"):  # its row for CLS, which nothing uses, is zero now
+      np.testing.assert_array_equal(written[key], x)
+
+
+def test_a_file_in_fpn_style_is_written_and_tells_the_network(tmp_path):
+  fields = dict(window=2, global_blocks=(0,), distances="shared", learned_positions=True)
+  encoder = ConvViT((4, 2, 2), (4, 8, 64), (1, 1, 2), 1, fuse_stages=False, **fields)
+  network = MaskRCNN(encoder, 3, "fpn", 8, "bn", box_convs=1, box_hidden=8, mask_convs=1)
+  rng = np.random.default_rng(0)
+  fill = lambda x: np.asarray(rng.standard_normal(x.shape), np.float32)
+  params = jax.tree.map(fill, detectron2.detector_shapes(network, (64, 64)))
+  params["encoder"]["norm"] = tower_params.fresh_norm(64)
+  model = model_files.LoadedModel(
+    encoder,
+    None,
+    params,
+    (4, 4),
+    (0.5,) * 3,
+    (0.5,) * 3,
+    model_sources.METHOD,
+    has_norm=False,
+    report=None,
+    detector=network,
+  )
+  model_files.write_model(model, tmp_path / "noted.safetensors", "detectron2")
+  save_file(load_file(tmp_path / "noted.safetensors"), tmp_path / "plain.safetensors")
+  for name in ("noted", "plain"):
+    again = model_files.read_model(tmp_path / f"{name}.safetensors")
+    assert again.detector == network and again.grid == (4, 4)
+    assert jax.tree.all(jax.tree.map(np.array_equal, again.params, params))
+  with pytest.raises(WeightsError, match="takes images of 4 x 4 tokens alone, not 2 x 4"):
+    model_files.params_at(again, (2, 4))
+  with pytest.raises(WeightsError, match="the format detectron2 is for detectors"):
+    model_files.write_model(
+      model_files.encoder_only(model), tmp_path / "x.safetensors", "detectron2"
+    )
+
+
+@pytest.mark.parametrize("distances", ["decomposed", "shared"])
+def test_the_attention_map_of_the_last_block_knows_distances(distances):
+  encoder = ViT(8, 24, 2, 2, 48, cls_token=False, window=2, global_blocks=(1,), distances=distances)
+  image = jnp.asarray(np.random.default_rng(0).random((1, 24, 32, 3)), jnp.float32)
+  params = jax.jit(encoder.init)(jax.random.key(0), image)["params"]
+  if distances == "shared":
+    params["global_distances"] = params["global_distances"].at[2 * 7 + 3].set(9.0)  # distance 0
+  else:  # a query's own row attracts or repels it
+    params["blocks_1"]["attn"]["rel_pos_h"] = (
+      params["blocks_1"]["attn"]["rel_pos_h"].at[2].set(50.0)
+    )
+  weights = jax.jit(lambda params: head_attention(encoder, params, image))(params)
+  weights = np.asarray(weights)
+  np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
+  if distances == "shared":
+    assert weights.shape == (1, 2, 12, 12) and (weights[0, :, range(12), range(12)] > 0.9).all()
+  else:
+    own_row = weights.reshape(2, 3, 4, 3, 4).sum(-1)[:, range(3), :, range(3)]
+    assert (np.abs(own_row - 0.5) > 0.3).mean() > 0.9
+  with pytest.raises(ValueError, match="inside of windows"):
+    head_attention(encoder.clone(global_blocks=()), params, image)
 
 
 def empty_network(norm):

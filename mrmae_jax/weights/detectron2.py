@@ -5,10 +5,15 @@ Sources: facebookresearch/detectron2 projects/ViTDet, OpenGVLab/Official-ConvMAE
 Alpha-VL/ConvMAE DET.
 """
 
+import math
+import re
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mrmae_jax.detection import Rules
 from mrmae_jax.models import ConvViT, ViT
 from mrmae_jax.models.mask_rcnn import MaskRCNN
 from mrmae_jax.weights import convmae, mae
@@ -21,10 +26,22 @@ from mrmae_jax.weights.table import (
   norm,
   running_norm,
   same,
+  shape_of,
   upsample,
 )
 
+NAMING = "detectron2's names"
+MARKER = "proposal_generator.rpn_head.objectness_logits.weight"
+# Statistics of the input, counters, and tables that follow from sizes.
+CONSTANTS = (
+  r"pixel_(mean|std)|proposal_generator\.anchor_generator\..*"
+  r"|(.*\.)?(num_batches_tracked|relative_position_index)"
+)
 BACKBONE = "backbone."
+NETS = {"simple": "net.", "fpn": "bottom_up."}
+# ConvMAE's detection in FPN's style; its names and shapes do not tell these.
+SHARED_GLOBAL_BLOCKS = (0, 3, 6, 10)
+SHARED = "{}_rel_pos_bias.relative_position_bias_table"
 RPN = "proposal_generator.rpn_head."
 HEADS = "roi_heads."
 # A table with a row for CLS, which detectron2 keeps and does not use.
@@ -41,9 +58,9 @@ def encoder_table(encoder: ConvViT | ViT) -> list[Entry]:
   if is_vit:
     table = [e._replace(layout=_patch_rows) if e.ours == "pos_embed" else e for e in table]
   if encoder.distances == "shared":
-    for ours, theirs in (("window", "windowed"), ("global", "global")):
-      name = f"{theirs}_rel_pos_bias.relative_position_bias_table"
-      table.append(Entry(f"{ours}_distances", (name,), same))
+    kinds = {"window": "windowed"} if encoder.window else {}
+    for ours, theirs in (kinds | {"global": "global"}).items():
+      table.append(Entry(f"{ours}_distances", (SHARED.format(theirs),), same))
   return table
 
 
@@ -122,9 +139,8 @@ def head_table(module: MaskRCNN) -> list[Entry]:
 
 def detector_table(module: MaskRCNN) -> list[Entry]:
   """Returns the entries of every parameter and running statistic, but for the unused last norm."""
-  is_fpn = module.pyramid_kind == "fpn"
-  net = "bottom_up." if is_fpn else "net."
-  pyramid = (fpn_table if is_fpn else simple_pyramid_table)(module.norm)
+  tables = {"simple": simple_pyramid_table, "fpn": fpn_table}
+  net, pyramid = NETS[module.pyramid_kind], tables[module.pyramid_kind](module.norm)
   backbone = [
     Entry(f"encoder/{entry.ours}", tuple(net + name for name in entry.theirs), entry.layout)
     for entry in encoder_table(module.encoder)
@@ -134,6 +150,131 @@ def detector_table(module: MaskRCNN) -> list[Entry]:
     for entry in backbone + pyramid
   ]
   return backbone + head_table(module)
+
+
+def encoder_fields(
+  shapes: dict[str, tuple[int, ...]], source: str
+) -> tuple[dict[str, Any], tuple[int, int]]:
+  """Derives fields of the encoder from its shapes, and (rows, columns) of images in training.
+
+  Args:
+    shapes: of its tensors, without BACKBONE and net.
+    source: file, for messages.
+
+  Raises:
+    WeightsError: it is neither a ConvViT nor a ViT, or parts of it are missing.
+  """
+  is_vit = "patch_embed1.proj.weight" not in shapes
+  fields = (mae if is_vit else convmae).encoder_fields(shapes, source)
+  fields["learned_positions"] = "pos_embed" in shapes
+  if is_vit:
+    fields["cls_token"] = False
+  blocks, depth = ("blocks", fields.get("depth")) if is_vit else ("blocks3", fields["depths"][2])
+  if SHARED.format("global") in shapes:
+    rows, heads = shape_of(shapes, SHARED.format("global"), 2, source)
+    window_rows = shapes.get(SHARED.format("windowed"), (0,))[0]
+    fields |= dict(
+      distances="shared",
+      num_heads=heads,
+      window=(math.isqrt(window_rows) + 1) // 2 if window_rows else 0,
+      global_blocks=tuple(i for i in SHARED_GLOBAL_BLOCKS if i < depth),
+    )
+    return fields, ((math.isqrt(rows) + 1) // 2,) * 2
+  tables = [
+    [shape_of(shapes, f"{blocks}.{i}.attn.rel_pos_{axis}", 2, source) for axis in "hw"]
+    for i in range(depth)
+  ]
+  grids = [tuple((length + 1) // 2 for length, _ in table) for table in tables]
+  window, grid = min(grids), max(grids)
+  positions = shapes.get("pos_embed", (0, 0))[1] - is_vit
+  fields |= dict(
+    distances="decomposed",
+    num_heads=(fields["dim"] if is_vit else fields["embed_dims"][2]) // max(tables[0][0][1], 1),
+    window=0 if window == grid else window[0],
+    global_blocks=tuple(i for i, side in enumerate(grids) if side == grid),
+    position_grid=(math.isqrt(max(positions, 0)),) * 2 if fields["learned_positions"] else (),
+  )
+  return fields | ({} if is_vit else {"conv_eps": 1e-6}), grid
+
+
+def detector_fields(shapes: dict[str, tuple[int, ...]], source: str) -> dict[str, Any]:
+  """Derives fields of MaskRCNN from shapes: all but the encoder and `mask_size`.
+
+  Raises:
+    WeightsError: a tensor that the sizes depend on is missing or has another rank.
+  """
+
+  def count(pattern):
+    matches = (re.fullmatch(pattern, name) for name in shapes)
+    return len({match[1] for match in matches if match})
+
+  stages = count(re.escape(HEADS) + r"box_predictor\.(\d+)\..*")
+  number = ".0" if stages else ""
+  box_head = f"{HEADS}box_head{number}"
+  hidden, flat = shape_of(shapes, f"{box_head}.fc1.weight", 2, source)
+  first = f"{RPN}conv.conv0.weight"
+  channels = shape_of(shapes, first if first in shapes else f"{RPN}conv.weight", 4, source)[0]
+  is_fpn = any(name.startswith(BACKBONE + NETS["fpn"]) for name in shapes)
+  has_statistics = any(name.endswith(".norm.running_mean") for name in shapes)
+  logits = shape_of(shapes, f"{HEADS}box_predictor{number}.cls_score.weight", 2, source)
+  return dict(
+    num_classes=logits[0] - 1,
+    pyramid_kind="fpn" if is_fpn else "simple",
+    channels=channels,
+    norm="bn" if has_statistics else "ln",
+    num_anchors=shape_of(shapes, MARKER, 4, source)[0],
+    rpn_convs=max(count(re.escape(RPN) + r"conv\.conv(\d+)\.weight"), 1),
+    box_convs=count(re.escape(box_head) + r"\.conv(\d+)\.weight"),
+    box_hidden=hidden,
+    box_size=max(math.isqrt(flat // channels), 1),
+    stages=max(stages, 1),
+    mask_convs=count(re.escape(HEADS) + r"mask_head\.mask_fcn(\d+)\.weight"),
+  )
+
+
+def notes(module: MaskRCNN, rules: Rules) -> dict[str, Any]:
+  """Returns what names and shapes do not tell of a detector, as JSON values."""
+  return {"mask_size": module.mask_size, "rules": rules._asdict()}
+
+
+def read_notes(noted: dict[str, Any]) -> tuple[dict[str, int], Rules]:
+  """Returns fields of MaskRCNN, and rules, from `notes`; {}: detectron2's.
+
+  Raises:
+    ValueError, TypeError, KeyError: they are damaged.
+  """
+  if not noted:
+    return {}, Rules()
+  rules = Rules(**{name: _tuples(value) for name, value in noted["rules"].items()})
+  if type(noted["mask_size"]) is not int or not 0 < noted["mask_size"] <= 1000:
+    raise ValueError(noted["mask_size"])
+  for value, default in zip(rules, Rules()):
+    if _depth(value) != _depth(default):
+      raise ValueError(value)
+  return {"mask_size": noted["mask_size"]}, rules
+
+
+def _tuples(value):
+  """Returns a JSON value with tuples of finite numbers >= 0."""
+  if isinstance(value, (list, tuple)):
+    return tuple(map(_tuples, value))
+  if type(value) not in (int, float) or not 0 <= value < 1e6:
+    raise ValueError(value)
+  return value
+
+
+def _depth(value) -> int:
+  return 1 + _depth(value[0]) if isinstance(value, tuple) and value else 0
+
+
+def describe(module: MaskRCNN) -> str:
+  """Returns a few words about pyramid and heads for people."""
+  cascade = f"cascade of {module.stages} stages, " if module.stages > 1 else ""
+  masks = "" if module.mask_convs else ", no masks"
+  return (
+    f"Mask R-CNN of {module.channels} channels, {cascade}{module.pyramid_kind} pyramid, "
+    f"{module.num_classes} classes{masks}"
+  )
 
 
 def detector_shapes(module: MaskRCNN, image_size: tuple[int, int], channels: int = 3):
