@@ -6,9 +6,9 @@ non-maximum suppression are the proposals. Proposals are matched and sampled too
 pooled from each, for its class, its box and, inside of it, its mask. In testing the survivors of a
 second suppression, class by class, are the detections. The laws are detectron2's.
 
-All functions but two take one image, for `jax.vmap`; their shapes are static. What varies, such as
+Most functions take one image, for `jax.vmap`; their shapes are static. What varies, such as
 the number of objects, is filled up and marked as invalid, and an invalid row changes no number and
-no gradient. `make_anchors` and `paste_mask` are numpy on the host.
+no gradient. `make_anchors`, `paste_mask` and `restore` are numpy on the host.
 
 Boxes are float32 [..., 4] (x1, y1, x2, y2) in pixels. They are continuous: an image is [0, W] x
 [0, H], the width of a box is x2 - x1. Shapes: N boxes, M objects, K classes; class K is the
@@ -465,12 +465,28 @@ def paste_mask(mask: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> np.n
     box: [4], in pixels of the image.
     size: (H, W).
   """
-  matrices = []
+  pasted, matrices, shown = np.zeros(size, np.float32), [], []
   for cells, low, high, side in zip(mask.shape, box[1::-1], box[:1:-1], size):
     center = (np.arange(side) + 0.5 - low) / max(high - low, 1e-6) * cells - 0.5
-    matrices.append(np.maximum(1 - np.abs(center[:, None] - np.arange(cells)), 0))
-  rows, columns = matrices
-  return (rows @ mask @ columns.T).astype(np.float32)
+    inside = np.flatnonzero((center > -1) & (center < cells))
+    part = slice(inside[0], inside[-1] + 1) if len(inside) else slice(0)
+    matrices.append(np.maximum(1 - np.abs(center[part, None] - np.arange(cells)), 0))
+    shown.append(part)
+  pasted[tuple(shown)] = matrices[0] @ mask @ matrices[1].T
+  return pasted
+
+
+def restore(boxes: np.ndarray, shown: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+  """Returns boxes in pixels of the original image, float64 [N, 4], clipped to it.
+
+  Args:
+    boxes: [N, 4], in pixels of the network's input.
+    shown: (height, width) of the image in it, without padding.
+    size: (height, width) of the original image. Its sides are rounded one by one, so that they
+      have factors of their own.
+  """
+  factors = np.tile(np.divide(size, shown)[::-1], 2)
+  return np.clip(np.asarray(boxes, np.float64) * factors, 0, np.tile(size[::-1], 2))
 
 
 # --- detections ---

@@ -9,16 +9,20 @@ import os
 import random
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 from safetensors.numpy import load_file
 
-from mrmae_jax import data
+from mrmae_jax import data, sharding
 from mrmae_jax.data import detection
 from mrmae_jax.data.sources import annotations, coco, open_source
+from mrmae_jax.data.views import Views
 from mrmae_jax.errors import DataError, MissingSplitError
+from mrmae_jax.evals import coco_ap
+from mrmae_jax.train import Task
 from tests.helpers import coco as fake
 
 GOLDENS = Path(
@@ -469,3 +473,155 @@ def test_objects_without_masks_and_too_many_are_told(tmp_path):
   with pytest.raises(DataError, match="annotation 11 has no segmentation"):
     view()(source[0], np.random.default_rng(0))
   assert "masks" not in view(has_masks=False)(source[0], np.random.default_rng(0))
+
+
+# --- COCO's measures ---
+
+
+def compare_measures(found, expected):
+  numbers = [expected[name] for name in AP_NAMES]
+  for (name, x), y in zip(found.items(), numbers):
+    assert math.isnan(x) if y in (-1, None) else abs(x - y) < 1e-9, (name, x, y)
+
+
+AP_NAMES = "AP AP50 AP75 APs APm APl AR@1 AR@10 AR@100 ARs ARm ARl".split()
+
+
+def test_measures_are_cocos():
+  expected, truth, results = (
+    json.loads((GOLDENS / f"{name}.json").read_text()) for name in ("ap", "ap_gt", "ap_dt")
+  )
+  before = copy.deepcopy((truth, results))
+  ids = [image["id"] for image in truth["images"]]
+  for kind in ("bbox", "segm"):
+    compare_measures(coco_ap.measure(truth, results, kind, ids), expected[kind])
+    shuffled = random.Random(1).sample(results, len(results))
+    found = coco_ap.measure(truth, shuffled, kind, ids)
+    assert abs(found["ap"] - expected[kind]["AP"]) < 0.02  # equal scores come in another order
+  some = expected["bbox_of_two_images"]["images"]
+  kept = [row for row in results if row["image_id"] in some]
+  compare_measures(coco_ap.measure(truth, kept, "bbox", some), expected["bbox_of_two_images"])
+  assert (truth, results) == before
+
+
+def test_no_detections_are_zero_and_no_truth_is_not_a_number():
+  truth = fake.document()
+  ids = [image["id"] for image in truth["images"]]
+  nothing = coco_ap.measure(truth, [], "bbox", ids)
+  assert nothing["ap"] == nothing["ar100"] == nothing["ap_small"] == 0
+  assert math.isnan(nothing["ap_large"])
+  assert all(
+    map(math.isnan, coco_ap.measure(truth | {"annotations": []}, [], "segm", ids).values())
+  )
+
+
+def feed_back(truth, kind):
+  """Returns the measures of the truth as detections."""
+  results = [
+    {key: row[key] for key in ("image_id", "category_id", "bbox", "segmentation")} | {"score": 0.9}
+    for row in truth["annotations"]
+    if not row["iscrowd"]
+  ]
+  return coco_ap.measure(truth, results, kind, [image["id"] for image in truth["images"]])
+
+
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+def test_the_truth_itself_has_a_precision_of_one(tmp_path, kind):
+  content = fake.document()
+  content["annotations"][0]["id"] = 0  # pycocotools takes it for no match
+  source = open_coco(fake.write(tmp_path / "x", train=content), "train")
+  found = feed_back(coco_ap.ground_truth(source, has_masks=True), kind)
+  assert found["ap"] == found["ar100"] == 1
+  content["annotations"][1]["area"] = None
+  fake.write_annotations(tmp_path / "x", content)
+  annotations._read.cache_clear()
+  truth = coco_ap.ground_truth(open_coco(f"coco:{tmp_path}/x", "train"), has_masks=True)
+  assert [row["area"] for row in truth["annotations"]][:2] == [200, 384]
+
+
+def test_detections_come_back_to_the_original_pixels():
+  dims, tensors = read_case("mask_rcnn")
+  for i, expected in enumerate(dims["postprocessed"]):
+    row = {
+      "boxes": tensors["out.det_boxes"][i],
+      "scores": tensors["out.det_scores"][i],
+      "classes": tensors["out.det_classes"][i],
+      "masks": tensors["out.det_masks"][i],
+      "is_valid": tensors["out.det_classes"][i] >= 0,
+      "size": dims["image_sizes"][i],
+    }
+    ids = tuple(range(10, 10 + dims["classes"]))
+    results = coco_ap.to_results(row, 5, tuple(dims["original_sizes"][i]), ids)
+    corners = [(x, y, x + w, y + h) for x, y, w, h in (result["bbox"] for result in results)]
+    np.testing.assert_allclose(corners, expected["boxes"], atol=1e-3)
+    np.testing.assert_allclose([x["score"] for x in results], expected["scores"], atol=1e-5)
+    assert [x["category_id"] - 10 for x in results] == expected["classes"]
+    for result, text in zip(results, expected["rle"]):
+      ours, theirs = (
+        coco.load_pycocotools().decode({"size": dims["original_sizes"][i], "counts": counts})
+        for counts in (result["segmentation"]["counts"], text)
+      )
+      assert (ours != theirs).sum() <= 1  # of values within 1e-5 of 0.5
+    assert json.loads(json.dumps(results)) == results
+
+
+def perfect_task(source, image_size):
+  """A task that detects the objects of the image whose id stands in its first pixels."""
+  most, rows = 6, 1 + max(source.image_id(i) for i in range(len(source)))
+  table = {
+    "boxes": np.zeros((rows, most, 4), np.float32),
+    "scores": np.zeros((rows, most), np.float32),
+    "classes": np.full((rows, most), -1, np.int32),
+    "masks": np.zeros((rows, most, 28, 28), np.float32),
+    "is_truncated": np.arange(rows) % 2 == 1,
+  }
+  for index in range(len(source)):
+    image_id, objects = source.image_id(index), source.objects(index)
+    jitter = detection.fit(objects.size, image_size)
+    for i, (box, segmentation) in enumerate(zip(objects.boxes, objects.segmentations)):
+      moved, mask = detection.move_object(box, segmentation, jitter)
+      values = moved, 0.9 - 0.1 * i, objects.classes[i], detection.crop_mask(mask, moved, 28) / 255
+      for name, value in zip(table, values):
+        table[name][image_id, i] = value
+  table["is_valid"] = table["classes"] >= 0
+
+  def predict(params, extra, frozen, batch, keys):
+    del params, extra, frozen, keys
+    return {name: jnp.asarray(x)[batch["image"][:, 0, 0, 0]] for name, x in table.items()}
+
+  views = Views(None, data.WholeView(image_size, 3))
+  fields = dict(init=None, loss=None, optimizer=None)
+  return Task(predict=predict, views=views, source=lambda split: source, **fields)
+
+
+def test_every_image_is_measured_once_on_all_devices(tmp_path):
+  content = fake.document(first_id=1, images=11)
+  root = tmp_path / "x"
+  fake.write(root, val=content)
+  for image in content["images"]:  # its id in the first pixel, far from any box
+    path = root / "val" / image["file_name"]
+    picture = np.asarray(Image.open(path)).copy()
+    picture[:4, :4] = image["id"]
+    Image.fromarray(picture).save(path)
+  source = open_coco(f"coco:{root}", "eval")
+  loader = dict(workers=0, on_error="raise", max_skipped=0.01, timeout_s=60.0)
+  config = ConfigDict(
+    dict(image_size=(64, 64), hang_s=0, data=dict(mean=(0.5,) * 3, exif="ignore", **loader))
+  )
+  evaluator = coco_ap.Evaluator(
+    perfect_task(source, (64, 64)),
+    (),
+    config,
+    sharding.make_mesh(),
+    tmp_path,
+    batch_size=3,
+    images=2,
+  )
+  found = evaluator.run({}, (), 7)
+  assert found["images"] == 11 and found["detections"] == 22 and found["truncated"] == 6
+  assert found["box_ap"] > 0.95 and found["mask_ap"] > 0.9
+  assert math.isnan(found["box_ap_large"]) and set(evaluator.results) <= set(found)
+  written = json.loads((tmp_path / "detections" / "step_0000007.json").read_text())
+  assert len(written) == 22 and {row["category_id"] for row in written} == {3, 90}
+  (path, picture), *_ = found["pictures"].items()
+  assert path.is_file() and picture.shape[0] > 640

@@ -86,6 +86,12 @@ def to_mask(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
   return load_pycocotools().decode(to_rle(segmentation, size)).astype(bool)
 
 
+def encode_rle(mask: np.ndarray) -> dict[str, Any]:
+  """Returns the RLE of a mask bool [H, W] as COCO's files have it, its counts as text."""
+  rle = load_pycocotools().encode(np.asfortranarray(mask, np.uint8))
+  return {"size": list(mask.shape), "counts": rle["counts"].decode()}
+
+
 class CocoSource:
   """Image files with the objects of a file of annotations.
 
