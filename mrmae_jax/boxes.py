@@ -6,9 +6,9 @@ non-maximum suppression are the proposals. Proposals are matched and sampled too
 pooled from each, for its class, its box and, inside of it, its mask. In testing the survivors of a
 second suppression, class by class, are the detections. The laws are detectron2's.
 
-All functions but two take one image, for `jax.vmap`; their shapes are static. What varies, such as
+Most functions take one image, for `jax.vmap`; their shapes are static. What varies, such as
 the number of objects, is filled up and marked as invalid, and an invalid row changes no number and
-no gradient. `make_anchors` and `paste_mask` are numpy on the host.
+no gradient. `make_anchors`, `paste_mask` and `restore` are numpy on the host.
 
 Boxes are float32 [..., 4] (x1, y1, x2, y2) in pixels. They are continuous: an image is [0, W] x
 [0, H], the width of a box is x2 - x1. Shapes: N boxes, M objects, K classes; class K is the
@@ -22,7 +22,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 MAX_LOG_SCALE = math.log(1000 / 16)  # of a decoded side relative to that of its source
 CHUNK = 64  # RoIs pooled at once: [64, 7, 256, 256 channels] of bfloat16 are 59 MB
@@ -364,7 +363,7 @@ def levels(
   return jnp.clip(level, 0, num_levels - 1).astype(jnp.int32)
 
 
-def bin_matrix(low: jax.Array, high: jax.Array, length: int, bins: int, samples: int) -> jax.Array:
+def bin_matrix(low, high, length: int, bins: int, samples: int, xp=jnp):
   """Returns float32 [bins, length]: an axis of a map, pooled between two of its coordinates.
 
   A bin is the mean of equidistant samples, linear between the centers of cells. Samples beyond -1
@@ -375,19 +374,20 @@ def bin_matrix(low: jax.Array, high: jax.Array, length: int, bins: int, samples:
     length: of the axis.
     bins: of the result.
     samples: of a bin; 0: as many as it has cells, rounded up, for boxes up to twice the axis.
+    xp: numpy, for the host, or jax.numpy.
   """
   low, high = low - 0.5, high - 0.5
   extent = high - low
-  sample = jnp.arange(samples or -(-2 * length // bins))
+  sample = xp.arange(samples or -(-2 * length // bins))
   # A quotient that is rounded up could exceed a whole number by its last bit.
   is_sample = sample * bins < extent if not samples else sample >= 0
-  number = jnp.maximum(is_sample.sum(), 1)
+  number = xp.maximum(is_sample.sum(), 1)
   width = extent / bins
-  points = low + jnp.arange(bins)[:, None] * width + (sample + 0.5) * width / number
+  points = low + xp.arange(bins)[:, None] * width + (sample + 0.5) * width / number
   counts = is_sample & (points >= -1) & (points <= length)
-  points = jnp.clip(points, 0, length - 1)[..., None]
-  share = jnp.maximum(1 - jnp.abs(points - jnp.arange(length)), 0)
-  return jnp.where(counts[..., None], share, 0).sum(1) / number
+  points = xp.clip(points, 0, length - 1)[..., None]
+  share = xp.maximum(1 - xp.abs(points - xp.arange(length)), 0)
+  return xp.where(counts[..., None], share, 0).sum(1) / number
 
 
 def roi_align(
@@ -465,12 +465,28 @@ def paste_mask(mask: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> np.n
     box: [4], in pixels of the image.
     size: (H, W).
   """
-  matrices = []
+  pasted, matrices, shown = np.zeros(size, np.float32), [], []
   for cells, low, high, side in zip(mask.shape, box[1::-1], box[:1:-1], size):
     center = (np.arange(side) + 0.5 - low) / max(high - low, 1e-6) * cells - 0.5
-    matrices.append(np.maximum(1 - np.abs(center[:, None] - np.arange(cells)), 0))
-  rows, columns = matrices
-  return (rows @ mask @ columns.T).astype(np.float32)
+    inside = np.flatnonzero((center > -1) & (center < cells))
+    part = slice(inside[0], inside[-1] + 1) if len(inside) else slice(0)
+    matrices.append(np.maximum(1 - np.abs(center[part, None] - np.arange(cells)), 0))
+    shown.append(part)
+  pasted[tuple(shown)] = matrices[0] @ mask @ matrices[1].T
+  return pasted
+
+
+def restore(boxes: np.ndarray, shown: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+  """Returns boxes in pixels of the original image, float64 [N, 4], clipped to it.
+
+  Args:
+    boxes: [N, 4], in pixels of the network's input.
+    shown: (height, width) of the image in it, without padding.
+    size: (height, width) of the original image. Its sides are rounded one by one, so that they
+      have factors of their own.
+  """
+  factors = np.tile(np.divide(size, shown)[::-1], 2)
+  return np.clip(np.asarray(boxes, np.float64) * factors, 0, np.tile(size[::-1], 2))
 
 
 # --- detections ---
@@ -541,6 +557,12 @@ def detect(
 # --- losses ---
 
 
+def binary_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+  """Returns -log p of each target, which is true with the probability sigmoid(logit)."""
+  logits = logits.astype(jnp.float32)
+  return jax.nn.softplus(logits) - jnp.where(targets, logits, 0)
+
+
 def anchor_loss(logits: jax.Array, labels: jax.Array, count: int) -> jax.Array:
   """Returns the binary cross-entropy of sampled anchors, their sum / `count`.
 
@@ -549,14 +571,16 @@ def anchor_loss(logits: jax.Array, labels: jax.Array, count: int) -> jax.Array:
     labels: int [N]: 1 object, 0 none, -1 not sampled.
     count: size of a full sample, whatever was sampled.
   """
-  losses = optax.sigmoid_binary_cross_entropy(logits.astype(jnp.float32), labels == 1)
+  losses = binary_cross_entropy(logits, labels == 1)
   return jnp.where(labels >= 0, losses, 0).sum() / count
 
 
 def l1(deltas, boxes, targets, weights, beta: float = 0.0) -> jax.Array:
   """Returns the distance of deltas [N, 4] to those of the targets; quadratic below `beta`."""
   error = deltas - encode(boxes, targets, weights)
-  return (optax.huber_loss(error, delta=beta) / beta if beta else jnp.abs(error)).sum(-1)
+  far = jnp.abs(error) - 0.5 * beta
+  near = 0.5 * jnp.square(error) / (beta or 1)
+  return jnp.where(jnp.abs(error) < beta, near, far).sum(-1)
 
 
 def giou(deltas, boxes, targets, weights) -> jax.Array:
@@ -622,6 +646,6 @@ def mask_loss(logits: jax.Array, targets: jax.Array, classes: jax.Array) -> jax.
   num_classes = logits.shape[-1]
   is_foreground = (classes >= 0) & (classes < num_classes)
   index = jnp.where(is_foreground, classes, 0)[:, None, None, None]
-  own = jnp.take_along_axis(logits.astype(jnp.float32), index, axis=-1)[..., 0]
-  losses = optax.sigmoid_binary_cross_entropy(own, targets).mean((1, 2))
+  own = jnp.take_along_axis(logits, index, axis=-1)[..., 0]
+  losses = binary_cross_entropy(own, targets).mean((1, 2))
   return jnp.where(is_foreground, losses, 0).sum() / jnp.maximum(is_foreground.sum(), 1)

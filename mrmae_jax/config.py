@@ -4,7 +4,8 @@ A `Key` holds a default, its meaning, what a value must be, and whether a run th
 change it. Help, checks, departures from the recipe and the identity of a run follow from the keys.
 A new task needs an entry of `TASKS`, a module in `tasks/` and, as a command, an entry of
 `cli/parser.py`; `checks.py` compares keys with each other. Files in `configs/` start from
-`pretrain()`, `finetune()`, `probe()`, `segment()` or `self_distill()`. Nothing here imports jax.
+`pretrain()`, `finetune()`, `probe()`, `segment()`, `detect()` or `self_distill()`. Nothing here
+imports jax.
 """
 
 import json
@@ -90,6 +91,9 @@ SCHEDULES = ("cosine", "poly", "steps", "whole_cosine")
 DECAYED = ("matrices", "not_norms", "not_encoder_norms", "all")
 HEAD_STARTS = ("same", "new")
 DENOMINATORS = ("all", "labeled")
+DISTANCES = ("decomposed", "shared", "none")
+PYRAMIDS = ("simple", "fpn")
+NORMS = ("ln", "bn")
 MODES = ("slide", "whole")
 
 ENCODER = dict(  # the keys of every encoder
@@ -140,7 +144,8 @@ ENCODERS = {
 DATA = dict(
   source=Key(
     None,
-    "digits, folder:PATH (.zip, .tar), tfds:NAME, hf:NAME, wds:PATTERN, packed:PATH, scenes:PATH",
+    "digits, folder:PATH (.zip, .tar), tfds:NAME, hf:NAME, wds:PATTERN, packed:PATH, scenes:PATH,"
+    " coco:PATH",
     resume="local",
   ),
   train_split=Key("train", "split of tfds, or sub-folder, to train on; .: the whole folder"),
@@ -176,6 +181,14 @@ SCENES = {  # the data of segmentation: no crops to one size, no labels of whole
     "label 0 means unlabelled, and k is class k - 1, as in ADE20K; needed for scenes:PATH",
     unset=bool,
   ),
+)
+OBJECTS = {  # the data of detection: boxes and masks of their own jitter
+  name: key
+  for name, key in DATA.items()
+  if name not in ("crop_scale", "resize", "randaug", "erase_prob", "eval_crop", "labels")
+} | dict(
+  scale=Key((0.1, 2.0), "range of the random scale of an image, before it is cut", POSITIVE),
+  max_boxes=Key(100, "objects of an image that are trained; the largest of more", WIDTH),
 )
 OPTIM = dict(
   blr=Key(1.5e-4, "base learning rate; the peak is blr * batch_size / 256", POSITIVE),
@@ -233,6 +246,10 @@ EVALS = {  # modules of mrmae_jax.evals
     bank=Key(50_000, "most training images to compare with; 0: all", between(0, 10**9), "free"),
   ),
   "accuracy": dict(batch_size=Key(256, "images per forward pass", WIDTH, "free")),
+  "coco_ap": dict(
+    batch_size=Key(16, "images per forward pass", WIDTH, "free"),
+    images=Key(8, "number of images in the pictures; 0: no pictures", between(0, 1000), "free"),
+  ),
   "miou": dict(  # see segmentation.Rule
     mode=Key(
       "slide", "through windows of image_size; whole: the whole image at once", MODES, "free"
@@ -300,6 +317,47 @@ UPERNET = dict(
   ),
   dropout=Key(0.1, "share of channels dropped before the classifiers", BELOW_1),
   mean_over=Key("all", "pixels in the loss's denominator; labeled: no others", DENOMINATORS),
+)
+RCNN = dict(  # see models.mask_rcnn and detection.Rules
+  window=Key(14, "side of most blocks' windows in tokens; 0: no windows", between(0, 1000)),
+  global_blocks=Key(
+    (),
+    "blocks, from 0, without windows; (): the last of each quarter",
+    between(0, 1000),
+    many=int,
+  ),
+  distances=Key("decomposed", "tables of distances: in each block; shared: two in all", DISTANCES),
+  position_grid=Key(
+    (14, 14), "(rows, columns) of the position table: those of pre-training", WIDTH
+  ),
+  conv_eps=Key(1e-6, "epsilon of a convvit's convolutional blocks; 1e-5 before", POSITIVE),
+  pyramid=Key("simple", "levels from the last map; fpn: from a convvit's stages", PYRAMIDS),
+  channels=Key(256, "width of the pyramid and all heads", WIDTH),
+  norm=Key("ln", "norms of pyramid and heads; bn: over the batch", NORMS),
+  rpn_convs=Key(2, "convolutions of the region proposal network", BLOCKS),
+  box_convs=Key(4, "convolutions of a box head", between(0, 1000)),
+  box_hidden=Key(1024, "width of the fully connected layer of a box head", WIDTH),
+  stages=Key(1, "box heads, one after the other; 3: a cascade", between(1, 3)),
+  masks=Key(True, "detect masks too"),
+  mask_convs=Key(4, "convolutions of the mask head", BLOCKS),
+  anchor_sizes=Key(
+    (32.0, 64.0, 128.0, 256.0, 512.0), "sides of square anchors of the five levels", POSITIVE
+  ),
+  anchor_ratios=Key((0.5, 1.0, 2.0), "heights / widths of anchors", POSITIVE, many=float),
+  anchor_iou=Key((0.3, 0.7), "below: background; from the second on: an object", SHARE),
+  anchor_sample=Key(256, "anchors of an image that are trained", WIDTH),
+  anchor_positive=Key(0.5, "largest share of them that show objects", SHARE),
+  train_proposals=Key((2000, 1000), "of a level, and after suppression of all", WIDTH),
+  test_proposals=Key((1000, 1000), "the same in evaluation", WIDTH),
+  proposal_nms=Key(0.7, "largest IoU of two proposals of a level", SHARE),
+  roi_iou=Key((0.5, 0.6, 0.7), "IoU from which on a proposal shows an object, by stage", SHARE),
+  roi_sample=Key(512, "proposals of an image that are trained", WIDTH),
+  roi_positive=Key(0.25, "largest share of them that show objects", SHARE),
+  pool_samples=Key(2, "samples of a bin and axis; 0: as many as positions", between(0, 100)),
+  canonical_size=Key(224.0, "side of boxes in pixels that are pooled from stride 16", POSITIVE),
+  min_score=Key(0.05, "score of detections", SHARE, "free"),
+  detection_nms=Key(0.5, "largest IoU of two detections of a class", SHARE, "free"),
+  detections=Key(100, "largest number of detections in an image", WIDTH, "free"),
 )
 GRID = Key((0.1, 0.25, 0.5, 1.0, 2.0, 4.0), "factors of blr, a head for each", POSITIVE, many=float)
 DISTILL = dict(
@@ -407,6 +465,38 @@ TASKS = {  # modules of mrmae_jax.tasks
     splits=("train", "eval"),
     takes_knn=False,
   ),
+  "detect": TaskSchema(
+    sections=COMMON
+    | dict(
+      init_from=TRANSFER["init_from"],
+      head=Key("same", "heads of a detector in init_from; new: fresh ones", HEAD_STARTS),
+      data=OBJECTS,
+      rcnn=RCNN,
+    ),
+    recipe=dict(
+      image_size=(1024, 1024),
+      batch_size=16,
+      epochs=25.157,  # 184,375 steps with the 117,266 images of COCO that have objects
+      eval_every=5.0,
+      checkpoint_every=1.0,
+      encoder=dict(drop_path=0.1, learned_positions=True),
+      optim=dict(
+        blr=1e-4 * 256 / 16,
+        schedule="steps",
+        warmup_epochs=0.0,
+        warmup_steps=250,
+        b2=0.999,
+        weight_decay=0.1,
+        layer_decay=0.8,
+        no_decay=("pos_embed",),
+        decay_of="not_encoder_norms",
+        full_rate=("pos_embed",),
+      ),
+    ),
+    evals=("coco_ap",),
+    splits=("train", "eval"),
+    takes_knn=False,
+  ),
   "self_distill": TaskSchema(
     sections=COMMON | dict(encoder=ENCODERS["vit"], distill=DISTILL),
     recipe=dict(
@@ -461,6 +551,14 @@ def segment() -> ConfigDict:
   return defaults("segment")
 
 
+def detect() -> ConfigDict:
+  """Returns detection by the published recipe of ConvMAE-B in ViTDet's style at 1024 px.
+
+  Source: OpenGVLab/Official-ConvMAE-Det, configs/COCO.
+  """
+  return defaults("detect")
+
+
 def self_distill() -> ConfigDict:
   """Returns the training of a small teacher without labels: a ViT that teaches itself (DINO)."""
   return defaults("self_distill")
@@ -512,7 +610,8 @@ def _make(section: dict[str, Any]) -> ConfigDict:
 def start_from(config: ConfigDict, workdir: str) -> None:
   """Makes `config` start from a run: its encoder, precision, mean and std of the images.
 
-  For `finetune` and `probe` also the images and their size; `segment` has scenes of its own.
+  For `finetune` and `probe` also the images and their size; `segment` and `detect` have images of
+  their own. Detection keeps the grid of the position table.
 
   Raises:
     ConfigError: the workdir does not hold a run.
@@ -520,6 +619,7 @@ def start_from(config: ConfigDict, workdir: str) -> None:
   try:
     stored = _read_json(Path(workdir).expanduser() / "config.json")
     names = ("drop_path", "learned_positions")
+    has_views = config.task not in ("segment", "detect")  # of whole images in one size
     if config.task == "segment":
       names += ("relative_positions", "layer_scale")
     kept = {key: config.encoder[key] for key in names}
@@ -530,7 +630,9 @@ def start_from(config: ConfigDict, workdir: str) -> None:
       config.encoder.learned_positions = False  # there is no table to learn
     config.dtype = stored["dtype"]
     config.data.update({key: stored["data"][key] for key in ("mean", "std")})
-    if config.task != "segment":
+    if config.task == "detect":
+      _start_detector(config, stored)
+    if has_views:
       config.image_size = stored["image_size"]
       images = "source train_split eval_split data_dir holdout_every flip eval_crop"
       config.data.update({key: stored["data"][key] for key in images.split()})
@@ -539,6 +641,17 @@ def start_from(config: ConfigDict, workdir: str) -> None:
   except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
     raise ConfigError(f"{workdir} is neither a size nor the workdir of a run: {error}") from None
   config.init_from = str(workdir)
+
+
+def _start_detector(config: ConfigDict, stored: dict[str, Any]) -> None:
+  """Takes the backbone and the heads of a detector, or the position table of another run."""
+  if stored["task"] == "detect":
+    config.rcnn.update(stored["rcnn"])
+    return
+  config.encoder.update(fuse_layers=())
+  encoder = config.encoder
+  patch = encoder.patch_size if encoder.name == "vit" else math.prod(encoder.patch_sizes)
+  config.rcnn.position_grid = tuple(side // patch for side in stored["image_size"])
 
 
 def read_stored(path: Path) -> ConfigDict:

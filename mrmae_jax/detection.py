@@ -98,6 +98,12 @@ class Truth(NamedTuple):
   frames: jax.Array
 
 
+def make_rules(section) -> Rules:
+  """Returns the rules that the section `rcnn` of a configuration describes."""
+  as_value = lambda x: tuple(x) if isinstance(x, (list, tuple)) else x
+  return Rules(**{name: as_value(section[name]) for name in Rules._fields if name in section})
+
+
 def make_anchors(network: MaskRCNN, image_size: tuple[int, int], rules: Rules) -> list[np.ndarray]:
   """Returns the anchors of each level, float32 [h * w * A, 4], for images of a size."""
   grids = [tuple(-(-side // stride) for side in image_size) for stride in network.strides]

@@ -11,13 +11,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mrmae_jax.models.convvit import ConvViT
+from mrmae_jax.models import ViT, make_plain_encoder
 from mrmae_jax.models.feature_pyramid import CAFFE2_XAVIER, FPN, SimpleFeaturePyramid, halve
 from mrmae_jax.models.layers import Dense
 from mrmae_jax.models.maps import ConvNorm, Upsample
 
 MSRA = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-PYRAMIDS = ("simple", "fpn")
 
 
 class RPNHead(nn.Module):
@@ -211,6 +210,35 @@ class MaskRCNN(nn.Module):
     return self.pyramid(x, train)
 
 
-def has_stages(encoder) -> bool:
-  """Returns whether an encoder has maps for pyramid_kind="fpn"."""
-  return isinstance(encoder, ConvViT)
+def usual_global_blocks(depth: int) -> tuple[int, ...]:
+  """Returns the last block of each quarter, as published: 2, 5, 8, 11 of 12; 1, 4, 7, 10 of 11."""
+  return tuple((i * depth) // 4 - 1 for i in range(1, 5) if i * depth >= 4)
+
+
+def make_mask_rcnn(fields, heads, num_classes: int, dtype) -> MaskRCNN:
+  """Returns the network that the sections `encoder` and `rcnn` of a configuration describe.
+
+  Args:
+    fields: see `models.make_plain_encoder`.
+    heads: mapping with fields of `MaskRCNN` and of the encoder; others are left out.
+    num_classes: K.
+    dtype: of the computation.
+  """
+  encoder = make_plain_encoder(fields, dtype)
+  backbone = {name: heads[name] for name in ("window", "distances")}
+  backbone["position_grid"] = tuple(heads["position_grid"])
+  if heads["window"]:
+    usual = usual_global_blocks(encoder.depth)
+    backbone["global_blocks"] = tuple(heads["global_blocks"]) or usual
+  is_vit = isinstance(encoder, ViT)
+  backbone |= {"cls_token": False} if is_vit else {"conv_eps": heads["conv_eps"]}
+  names = ("channels", "norm", "rpn_convs", "box_convs", "box_hidden", "stages")
+  return MaskRCNN(
+    encoder.clone(**backbone),
+    num_classes,
+    heads["pyramid"],
+    num_anchors=len(heads["anchor_ratios"]),
+    mask_convs=heads["mask_convs"] if heads["masks"] else 0,
+    dtype=dtype,
+    **{name: heads[name] for name in names},
+  )

@@ -30,11 +30,11 @@ from absl import logging
 from flax.traverse_util import flatten_dict
 
 from mrmae_jax import interpolation
-from mrmae_jax.detection import Rules
+from mrmae_jax.detection import Rules, make_rules
 from mrmae_jax.errors import StorageError, WeightsError, WorkdirError
 from mrmae_jax.models import ConvViT, Decoder, ViT, make_decoder, make_encoder
 from mrmae_jax.models.layers import Mask, sincos_2d
-from mrmae_jax.models.mask_rcnn import MaskRCNN
+from mrmae_jax.models.mask_rcnn import MaskRCNN, make_mask_rcnn
 from mrmae_jax.models.upernet import Segmenter, make_segmenter
 from mrmae_jax.runs import checkpoint
 from mrmae_jax.runs.paths import atomic_write
@@ -209,6 +209,8 @@ def _read_run(
       )
     if config["task"] == "segment":
       return _read_segmentation_run(path, config, dtype)
+    if config["task"] == "detect":
+      return _read_detection_run(path, config, dtype)
     optional = ("decoder",) * with_decoder + ("mimic_heads",) * with_heads
     stored = checkpoint.read_params(path, "encoder", "fc_norm", "head", *optional)
   except (StorageError, WorkdirError) as error:
@@ -277,6 +279,37 @@ def _read_segmentation_run(path: str | Path, config: dict[str, Any], dtype) -> L
     report=Report(name, model, _count_params(params), (), ()),
     classes=classes,
     segmenter=segmenter,
+  )
+
+
+def _read_detection_run(path: str | Path, config: dict[str, Any], dtype) -> LoadedModel:
+  """Reads the newest checkpoint of a run of detection."""
+  data, rcnn = config["data"], config["rcnn"]
+  heads = tuple(f"box_heads_{stage}" for stage in range(rcnn["stages"]))
+  parts = ("pyramid", "rpn_head", *heads, "mask_head")
+  stored = checkpoint.read_params(path, "encoder", *parts, with_extra=True)
+  classes = tuple(stored.identity["classes"])
+  detector = make_mask_rcnn(config["encoder"], rcnn, len(classes), dtype)
+  params = {
+    "encoder": stored.params["encoder"],
+    "detector": {name: stored.params[name] for name in parts if name in stored.params},
+  }
+  if stored.extra:
+    params["batch_stats"] = stored.extra
+  model = f"{describe(detector.encoder)}, {detectron2.describe(detector)}"
+  return LoadedModel(
+    encoder=detector.encoder,
+    decoder=None,
+    params=params,
+    grid=tuple(side // detector.encoder.patch_size for side in config["image_size"]),
+    mean=tuple(data["mean"]),
+    std=tuple(data["std"]),
+    method=METHOD,
+    has_norm=False,
+    report=Report(f"{path} after {stored.step} steps", model, _count_params(params), (), ()),
+    classes=classes,
+    detector=detector,
+    rules=make_rules(rcnn),
   )
 
 
