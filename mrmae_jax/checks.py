@@ -330,6 +330,44 @@ def _check_heads(config, need) -> None:
   )
 
 
+def _check_detector(config, need) -> None:
+  """Checks the backbone, the pyramid and the heads of detection."""
+  rcnn, fields, patch = config.rcnn, config.encoder, token_size(config)
+  is_vit = fields.name == "vit"
+  depth, blocks = fields.depth if is_vit else fields.depths[2], tuple(rcnn.global_blocks)
+  need(
+    len(set(blocks)) == len(blocks) and all(0 <= i < depth for i in blocks),
+    f"config.rcnn.global_blocks={blocks} must be different blocks from 0 to {depth - 1}, or () for "
+    "the last of each quarter",
+  )
+  need(
+    rcnn.window or not blocks,
+    f"config.rcnn.global_blocks={blocks} without windows (config.rcnn.window=0): all blocks are "
+    "global; leave it empty",
+  )
+  need(
+    not fields.relative_positions and not (fields.num_registers if is_vit else fields.cls_token),
+    "config.encoder: detection has tables of distances of its own (config.rcnn.distances), and "
+    "neither relative_positions nor registers nor the CLS token of a convvit: set these to False "
+    "and 0",
+  )
+  need(
+    rcnn.pyramid == "simple" or not is_vit,
+    "config.rcnn.pyramid='fpn' reads the stages of a convvit; a vit has config.rcnn.pyramid=simple",
+  )
+  need(patch % 4 == 0, f"a token of {patch} pixels has no level of a quarter; take a multiple of 4")
+  unit = 2 * patch
+  nearest = tuple(max(4, round(side / unit)) * unit if unit else 0 for side in config.image_size)
+  need(
+    all(side % unit == 0 and side >= 2 * unit for side in config.image_size),
+    f"config.image_size={tuple(config.image_size)} must hold multiples of two tokens, {unit} "
+    f"pixels, at least {2 * unit}; nearest: {nearest}",
+    "image_size",
+  )
+  low, high = rcnn.anchor_iou
+  need(low <= high, f"config.rcnn.anchor_iou={(low, high)} must satisfy low <= high")
+
+
 def _check_miou(config, need) -> None:
   """Checks how the evaluator of segmentation looks at images."""
   if "miou" not in config.evals:
@@ -409,6 +447,10 @@ CHECKS: dict[str, dict[Callable, tuple[str, ...]]] = {
     _check_start: ("init_from",),
     _check_heads: ("encoder", "upernet", "batch_size", "optim.accum_steps", "image_size"),
     _check_miou: ("evals", "image_size"),
+  },
+  "detect": {
+    _check_start: ("init_from",),
+    _check_detector: ("encoder", "rcnn", "image_size"),
   },
   "self_distill": {
     _check_no_drop_path: ("encoder",),

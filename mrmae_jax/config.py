@@ -5,7 +5,8 @@ change it. Help, checks, departures from the recipe and the identity of a run fo
 A new task needs an entry of `TASKS`, its evaluators one of `EVALS`, a function below with its name,
 a module in `tasks/` and, as a command, entries of the tables of `cli/parser.py`; `checks.py`
 compares keys with each other. Files in `configs/` start from
-`pretrain()`, `finetune()`, `probe()`, `segment()` or `self_distill()`. Nothing here imports jax.
+`pretrain()`, `finetune()`, `probe()`, `segment()`, `detect()` or `self_distill()`. Nothing here
+imports jax.
 """
 
 import json
@@ -87,9 +88,13 @@ POOLS = ("mean", "cls")
 ACTIVATIONS = ("gelu", "quick_gelu", "gelu_tanh", "silu")
 OBJECTIVES = ("dino", "contrast")
 TABLES = ("table", "none")
-SCHEDULES = ("cosine", "poly")
+SCHEDULES = ("cosine", "poly", "steps", "whole_cosine")
+DECAYED = ("matrices", "not_norms", "not_encoder_norms", "all")
 HEAD_STARTS = ("same", "new")
 DENOMINATORS = ("all", "labeled")
+DISTANCES = ("decomposed", "shared", "none")
+PYRAMIDS = ("simple", "fpn")
+NORMS = ("ln", "bn")
 MODES = ("slide", "whole")
 
 ENCODER = dict(  # the keys of every encoder
@@ -140,7 +145,8 @@ ENCODERS = {
 DATA = dict(
   source=Key(
     None,
-    "digits, folder:PATH (.zip, .tar), tfds:NAME, hf:NAME, wds:PATTERN, packed:PATH, scenes:PATH",
+    "digits, folder:PATH (.zip, .tar), tfds:NAME, hf:NAME, wds:PATTERN, packed:PATH, scenes:PATH,"
+    " coco:PATH",
     resume="local",
   ),
   train_split=Key("train", "split of tfds, or sub-folder, to train on; .: the whole folder"),
@@ -177,23 +183,39 @@ SCENES = {  # the data of segmentation: no crops to one size, no labels of whole
     unset=bool,
   ),
 )
+OBJECTS = {  # the data of detection: boxes and masks of their own jitter
+  name: key
+  for name, key in DATA.items()
+  if name not in ("crop_scale", "resize", "randaug", "erase_prob", "eval_crop", "labels")
+} | dict(
+  scale=Key((0.1, 2.0), "range of the random scale of an image, before it is cut", POSITIVE),
+  max_boxes=Key(100, "objects of an image that are trained; the largest of more", WIDTH),
+)
 OPTIM = dict(
   blr=Key(1.5e-4, "base learning rate; the peak is blr * batch_size / 256", POSITIVE),
-  schedule=Key("cosine", "fall of the learning rate after the warm-up; poly: linear", SCHEDULES),
+  schedule=Key(
+    "cosine",
+    "fall of the learning rate after the warm-up; poly: linear; steps: to a tenth, twice",
+    SCHEDULES,
+  ),
   min_lr=Key(0.0, "absolute learning rate at the end of the schedule", NOT_NEGATIVE),
   warmup_epochs=Key(40.0, "epochs in which the learning rate rises linearly from 0", NOT_NEGATIVE),
+  warmup_steps=Key(0, "updates of the warm-up; 0: warmup_epochs", between(0, 10**9)),
   b1=Key(0.9, "decay of AdamW's first moment", BELOW_1),
   b2=Key(0.95, "decay of AdamW's second moment", BELOW_1),
   eps=Key(1e-8, "AdamW's epsilon", POSITIVE),
-  weight_decay=Key(0.05, "weight decay of all parameters but biases and norms", NOT_NEGATIVE),
+  weight_decay=Key(0.05, "weight decay of the parameters of decay_of", NOT_NEGATIVE),
   accum_steps=Key(1, "micro-batches per update, to save memory", between(1, 2**14), "free"),
   layer_decay=Key(1.0, "learning rate of a block / that of the next deeper block", PART),
   no_decay=Key((), "names of other parameters without weight decay", many=str),
+  decay_of=Key("matrices", "parameters with weight decay; all: biases and norms too", DECAYED),
+  full_rate=Key((), "names of parameters whose learning rate layer_decay leaves alone", many=str),
   clip_norm=Key(0.0, "largest global norm of the gradients; 0: no limit", NOT_NEGATIVE),
   ema_decay=Key(0.0, "decay of averaged parameters, for the evaluators; 0: none", BELOW_1),
   max_spike=Key(0.0, "largest gradient norm / its running mean; 0: no limit", NOT_NEGATIVE),
   max_skips=Key(10, "skipped updates in a row that end the run", between(1, 10**9), "free"),
 )
+LATER = ("schedule", "warmup_steps", "decay_of", "full_rate")  # older runs lack them
 COMMON = dict(  # the keys of every task
   task=Key("", "module of mrmae_jax.tasks"),
   seed=Key(0, "seed of parameters, data order, augmentation and masks", between(0, 2**32 - 1)),
@@ -225,6 +247,10 @@ EVALS = {  # modules of mrmae_jax.evals
     bank=Key(50_000, "most training images to compare with; 0: all", between(0, 10**9), "free"),
   ),
   "accuracy": dict(batch_size=Key(256, "images per forward pass", WIDTH, "free")),
+  "coco_ap": dict(
+    batch_size=Key(16, "images per forward pass", WIDTH, "free"),
+    images=Key(8, "number of images in the pictures; 0: no pictures", between(0, 1000), "free"),
+  ),
   "miou": dict(  # see segmentation.Rule
     mode=Key(
       "slide", "through windows of image_size; whole: the whole image at once", MODES, "free"
@@ -292,6 +318,47 @@ UPERNET = dict(
   ),
   dropout=Key(0.1, "share of channels dropped before the classifiers", BELOW_1),
   mean_over=Key("all", "pixels in the loss's denominator; labeled: no others", DENOMINATORS),
+)
+RCNN = dict(  # see models.mask_rcnn and detection.Rules
+  window=Key(14, "side of most blocks' windows in tokens; 0: no windows", between(0, 1000)),
+  global_blocks=Key(
+    (),
+    "blocks, from 0, without windows; (): the last of each quarter",
+    between(0, 1000),
+    many=int,
+  ),
+  distances=Key("decomposed", "tables of distances: in each block; shared: two in all", DISTANCES),
+  position_grid=Key(
+    (14, 14), "(rows, columns) of the position table: those of pre-training", WIDTH
+  ),
+  conv_eps=Key(1e-6, "epsilon of a convvit's convolutional blocks; 1e-5 before", POSITIVE),
+  pyramid=Key("simple", "levels from the last map; fpn: from a convvit's stages", PYRAMIDS),
+  channels=Key(256, "width of the pyramid and all heads", WIDTH),
+  norm=Key("ln", "norms of pyramid and heads; bn: over the batch", NORMS),
+  rpn_convs=Key(2, "convolutions of the region proposal network", BLOCKS),
+  box_convs=Key(4, "convolutions of a box head", between(0, 1000)),
+  box_hidden=Key(1024, "width of the fully connected layer of a box head", WIDTH),
+  stages=Key(1, "box heads, one after the other; 3: a cascade", between(1, 3)),
+  masks=Key(True, "detect masks too"),
+  mask_convs=Key(4, "convolutions of the mask head", BLOCKS),
+  anchor_sizes=Key(
+    (32.0, 64.0, 128.0, 256.0, 512.0), "sides of square anchors of the five levels", POSITIVE
+  ),
+  anchor_ratios=Key((0.5, 1.0, 2.0), "heights / widths of anchors", POSITIVE, many=float),
+  anchor_iou=Key((0.3, 0.7), "below: background; from the second on: an object", SHARE),
+  anchor_sample=Key(256, "anchors of an image that are trained", WIDTH),
+  anchor_positive=Key(0.5, "largest share of them that show objects", SHARE),
+  train_proposals=Key((2000, 1000), "of a level, and after suppression of all", WIDTH),
+  test_proposals=Key((1000, 1000), "the same in evaluation", WIDTH),
+  proposal_nms=Key(0.7, "largest IoU of two proposals of a level", SHARE),
+  roi_iou=Key((0.5, 0.6, 0.7), "IoU from which on a proposal shows an object, by stage", SHARE),
+  roi_sample=Key(512, "proposals of an image that are trained", WIDTH),
+  roi_positive=Key(0.25, "largest share of them that show objects", SHARE),
+  pool_samples=Key(2, "samples of a bin and axis; 0: as many as positions", between(0, 100)),
+  canonical_size=Key(224.0, "side of boxes in pixels that are pooled from stride 16", POSITIVE),
+  min_score=Key(0.05, "score of detections", SHARE, "free"),
+  detection_nms=Key(0.5, "largest IoU of two detections of a class", SHARE, "free"),
+  detections=Key(100, "largest number of detections in an image", WIDTH, "free"),
 )
 GRID = Key((0.1, 0.25, 0.5, 1.0, 2.0, 4.0), "factors of blr, a head for each", POSITIVE, many=float)
 DISTILL = dict(
@@ -399,6 +466,38 @@ TASKS = {  # modules of mrmae_jax.tasks
     splits=("train", "eval"),
     takes_knn=False,
   ),
+  "detect": TaskSchema(
+    sections=COMMON
+    | dict(
+      init_from=TRANSFER["init_from"],
+      head=Key("same", "heads of a detector in init_from; new: fresh ones", HEAD_STARTS),
+      data=OBJECTS,
+      rcnn=RCNN,
+    ),
+    recipe=dict(
+      image_size=(1024, 1024),
+      batch_size=16,
+      epochs=25.157,  # 184,375 steps with the 117,266 images of COCO that have objects
+      eval_every=5.0,
+      checkpoint_every=1.0,
+      encoder=dict(drop_path=0.1, learned_positions=True),
+      optim=dict(
+        blr=1e-4 * 256 / 16,
+        schedule="steps",
+        warmup_epochs=0.0,
+        warmup_steps=250,
+        b2=0.999,
+        weight_decay=0.1,
+        layer_decay=0.8,
+        no_decay=("pos_embed",),
+        decay_of="not_encoder_norms",
+        full_rate=("pos_embed",),
+      ),
+    ),
+    evals=("coco_ap",),
+    splits=("train", "eval"),
+    takes_knn=False,
+  ),
   "self_distill": TaskSchema(
     sections=COMMON | dict(encoder=ENCODERS["vit"], distill=DISTILL),
     recipe=dict(
@@ -453,6 +552,14 @@ def segment() -> ConfigDict:
   return defaults("segment")
 
 
+def detect() -> ConfigDict:
+  """Returns detection by the published recipe of ConvMAE-B in ViTDet's style at 1024 px.
+
+  Source: OpenGVLab/Official-ConvMAE-Det, configs/COCO.
+  """
+  return defaults("detect")
+
+
 def self_distill() -> ConfigDict:
   """Returns the training of a small teacher without labels: a ViT that teaches itself (DINO)."""
   return defaults("self_distill")
@@ -504,7 +611,8 @@ def _make(section: dict[str, Any]) -> ConfigDict:
 def start_from(config: ConfigDict, workdir: str) -> None:
   """Makes `config` start from a run: its encoder, precision, mean and std of the images.
 
-  For `finetune` and `probe` also the images and their size; `segment` has scenes of its own.
+  For `finetune` and `probe` also the images and their size; `segment` and `detect` have images of
+  their own. Detection keeps the grid of the position table.
 
   Raises:
     ConfigError: the workdir does not hold a run.
@@ -512,6 +620,7 @@ def start_from(config: ConfigDict, workdir: str) -> None:
   try:
     stored = _read_json(Path(workdir).expanduser() / "config.json")
     names = ("drop_path", "learned_positions")
+    has_views = config.task not in ("segment", "detect")  # of whole images in one size
     if config.task == "segment":
       names += ("relative_positions", "layer_scale")
     kept = {key: config.encoder[key] for key in names}
@@ -522,7 +631,9 @@ def start_from(config: ConfigDict, workdir: str) -> None:
       config.encoder.learned_positions = False  # there is no table to learn
     config.dtype = stored["dtype"]
     config.data.update({key: stored["data"][key] for key in ("mean", "std")})
-    if config.task != "segment":
+    if config.task == "detect":
+      _start_detector(config, stored)
+    if has_views:
       config.image_size = stored["image_size"]
       images = "source train_split eval_split data_dir holdout_every flip eval_crop"
       config.data.update({key: stored["data"][key] for key in images.split()})
@@ -531,6 +642,17 @@ def start_from(config: ConfigDict, workdir: str) -> None:
   except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
     raise ConfigError(f"{workdir} is neither a size nor the workdir of a run: {error}") from None
   config.init_from = str(workdir)
+
+
+def _start_detector(config: ConfigDict, stored: dict[str, Any]) -> None:
+  """Takes the backbone and the heads of a detector, or the position table of another run."""
+  if stored["task"] == "detect":
+    config.rcnn.update(stored["rcnn"])
+    return
+  config.encoder.update(fuse_layers=())
+  encoder = config.encoder
+  patch = encoder.patch_size if encoder.name == "vit" else math.prod(encoder.patch_sizes)
+  config.rcnn.position_grid = tuple(side // patch for side in stored["image_size"])
 
 
 def read_stored(path: Path) -> ConfigDict:
@@ -673,7 +795,8 @@ def identity(config: ConfigDict) -> dict[str, Any]:
   """
   # Keys that came later count where they are set: older runs, which lack them, resume.
   usual = {f"encoder.{name}": key.default for name, key in TOWER.items()}
-  usual |= {"data.exif": "ignore", "optim.schedule": "cosine"}
+  usual |= {f"optim.{x}": OPTIM[x].default for x in LATER}
+  usual |= {"data.exif": "ignore"}
   values = _without(config, "local", "free")
   return {name: x for name, x in values.items() if name not in usual or x != usual[name]}
 

@@ -1,7 +1,7 @@
 """Optimizers of the MAE family: AdamW for pre-training and fine-tuning, LARS for the linear probe.
 
 Also an average of the weights, and the rule that an update may be skipped. Schedules are evaluated
-per step: warm-up, then half a cosine or a straight line.
+per step: warm-up, then half a cosine, a straight line or steps.
 """
 
 import re
@@ -12,6 +12,10 @@ import jax.numpy as jnp
 import optax
 
 WARMUP_RATIO = 1e-6  # of `warmup_poly`
+# Of detectron2's schedules: the first update's share of the rate, and the parts of the training
+# after which the rate falls to a tenth.
+FIRST_SHARE = 1e-3
+MILESTONES = (8 / 9, 26 / 27)
 
 
 class Steps(NamedTuple):
@@ -67,6 +71,42 @@ def warmup_poly(
   return schedule
 
 
+def warmup_from_share(schedule: optax.Schedule, warmup_steps: float) -> optax.Schedule:
+  """Returns a schedule with detectron2's warm-up: linear from a thousandth of its first rate to the
+  rate that it has after `warmup_steps`.
+
+  Source: fvcore, param_scheduler.py, and detectron2, solver/lr_scheduler.py.
+  """
+
+  def warmed(step):
+    first, last = FIRST_SHARE * schedule(0), schedule(warmup_steps)
+    warmup = first + (last - first) * step / max(warmup_steps, 1e-9)
+    return jnp.where(step < warmup_steps, warmup, schedule(step))
+
+  return warmed
+
+
+def steps_down(peak: float, min_lr: float, warmup_steps: float, total_steps: int) -> optax.Schedule:
+  """Returns the schedule of ViTDet: `peak`, a tenth of it from 8/9 of the training on, and a
+  hundredth from 26/27 on, but at least `min_lr`; see `warmup_from_share`.
+  """
+  milestones = jnp.asarray([round(share * total_steps) for share in MILESTONES])
+
+  def schedule(step):
+    return jnp.maximum(peak * 0.1 ** (step >= milestones).sum(), min_lr)
+
+  return warmup_from_share(schedule, warmup_steps)
+
+
+def whole_cosine(
+  peak: float, min_lr: float, warmup_steps: float, total_steps: int
+) -> optax.Schedule:
+  """Returns half a cosine over the whole training from `peak` to `min_lr`; see
+  `warmup_from_share`.
+  """
+  return warmup_from_share(warmup_cosine(peak, min_lr, 0, total_steps), warmup_steps)
+
+
 def peak_rate(config, batch_size: int) -> float:
   """Returns the largest learning rate of a schedule: blr * batch_size / 256."""
   return config.blr * batch_size / 256
@@ -80,8 +120,13 @@ def make_schedule(config, batch_size: int, steps: Steps) -> optax.Schedule:
     batch_size: images per update; the peak rate is blr * batch_size / 256.
     steps: length of the training.
   """
-  schedules = {"cosine": warmup_cosine, "poly": warmup_poly}
-  warmup_steps = config.warmup_epochs * steps.per_epoch
+  schedules = {
+    "cosine": warmup_cosine,
+    "poly": warmup_poly,
+    "steps": steps_down,
+    "whole_cosine": whole_cosine,
+  }
+  warmup_steps = config.warmup_steps or config.warmup_epochs * steps.per_epoch
   peak = peak_rate(config, batch_size)
   return schedules[config.schedule](peak, config.min_lr, warmup_steps, steps.total)
 
@@ -92,8 +137,8 @@ def make_optimizer(config, batch_size: int, steps: Steps):
   `layer_decay` scales the whole scheduled rate, min_lr and the decay of the weights included.
   """
   schedule = make_schedule(config, batch_size, steps)
-  is_decayed = lambda params: decay_mask(params, config.no_decay)
-  scales = lambda params: layer_scales(params, config.layer_decay)
+  is_decayed = lambda params: decay_mask(params, config.no_decay, config.decay_of)
+  scales = lambda params: layer_scales(params, config.layer_decay, config.full_rate)
   links = [
     optax.chain(
       _scale_by_adam(config.b1, config.b2, config.eps),
@@ -163,26 +208,41 @@ def _scale_by_adam(b1: float, b2: float, eps: float) -> Skippable:
 # Which parameter is updated how.
 
 
-def decay_mask(params, no_decay: tuple[str, ...] = ()):
+def _is_norm(path) -> bool:
+  """Returns whether a parameter belongs to a LayerNorm or BatchNorm, by the module's name."""
+  return len(path) > 1 and bool(re.fullmatch(r"(.*_)?norm(\d|_pre)?|bn", path[-2].key))
+
+
+def decay_mask(params, no_decay: tuple[str, ...] = (), decay_of: str = "matrices"):
   """Returns a tree of bools: whether weight decay acts on a parameter.
 
-  It acts on everything but vectors (biases, norms) and parameters named in `no_decay`. CLS and mask
+  It acts on everything but parameters named in `no_decay` and those that `decay_of` leaves out:
+  "matrices" all vectors (biases, norms), "not_norms" the norms, "not_encoder_norms" those of the
+  encoder alone, "all" none. Detectron2 decays biases: its rule of norms does not know the
+  LayerNorms over channels of ViTDet's pyramid and heads; the huge model decays all. CLS and mask
   tokens, three-dimensional in the reference as here, are decayed in pre-training (timm 0.3.2,
   `add_weight_decay` as MAE uses it). Fine-tuning spares the position table and CLS
   (`no_weight_decay` of timm's ViT and of ConvMAE).
   """
-  is_decayed = lambda path, p: p.ndim > 1 and not (no_decay and path[-1].key in no_decay)
+  rules = {
+    "matrices": lambda path, p: p.ndim > 1,
+    "not_norms": lambda path, p: not _is_norm(path),
+    "not_encoder_norms": lambda path, p: not (_is_norm(path) and path[0].key == "encoder"),
+    "all": lambda path, p: True,
+  }
+  is_decayed = lambda path, p: rules[decay_of](path, p) and path[-1].key not in no_decay
   return jax.tree_util.tree_map_with_path(is_decayed, params)
 
 
-def layer_scales(params, layer_decay: float):
+def layer_scales(params, layer_decay: float, full_rate: tuple[str, ...] = ()):
   """Returns a tree of floats, the factors of the learning rate: layer_decay ** (distance from the
   head).
 
   With n transformer blocks the head, norms outside of blocks and whatever has no place below them
   have the factor 1, and block i has layer_decay ** (n - i). All before the blocks and both
   convolutional stages share layer_decay ** (n + 1). Source: ConvMAE and MAE, util/lr_decay.py.
-  `params` may nest the encoder at any depth; its names are those of models/.
+  `params` may nest the encoder at any depth; its names are those of models/. Parameters named in
+  `full_rate` have the factor 1.
   """
 
   def keys_of(path):
@@ -196,6 +256,8 @@ def layer_scales(params, layer_decay: float):
   num_blocks = len({block_of(path) for path in paths} - {None})
 
   def scale(path, _):
+    if path[-1].key in full_rate:
+      return 1.0
     if (block := block_of(path)) is not None:
       return layer_decay ** (num_blocks - block)
     first = r"pos_embed|cls_token|registers|norm_pre|patch_embed\d?|blocks[12]_\d+"

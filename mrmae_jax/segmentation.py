@@ -12,7 +12,8 @@ import numpy as np
 
 from mrmae_jax.bilinear import bilinear_matrix, fit_size, resize_image
 from mrmae_jax.constants import IGNORED
-from mrmae_jax.models.upernet import combine, resize
+from mrmae_jax.models.layers import combine
+from mrmae_jax.models.maps import resize
 
 BAND = 64  # rows of an image whose logits exist at once
 # Few programs are compiled: images are padded to sides of these multiples of the window, and the

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 import configs.finetune
 import mrmae_jax
-from mrmae_jax import optim, preflight, teachers
+from mrmae_jax import interpolation, optim, preflight, teachers
 from mrmae_jax.constants import BEIT, IMAGENET_MEAN, IMAGENET_STD
 from mrmae_jax.errors import ConfigError, WeightsError
 from mrmae_jax.mixup import smooth_one_hot, soft_cross_entropy
@@ -246,7 +246,7 @@ def random_model(grid=(3, 5), **fields):
   model = model_files.LoadedModel(
     encoder, None, {"encoder": params}, grid, IMAGENET_MEAN, IMAGENET_STD, {}, True, None
   )
-  return model._replace(method=model_files.METHOD, rule=positions.BEIT)
+  return model._replace(method=model_files.METHOD, rule=interpolation.BEIT)
 
 
 def test_hidden_patches_take_their_rows_and_columns_away():

@@ -3,6 +3,7 @@ averaged weights.
 """
 
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -15,13 +16,15 @@ from safetensors.numpy import load_file
 
 from mrmae_jax import optim, sharding
 from mrmae_jax.models.convvit import ConvViT
+from mrmae_jax.models.mask_rcnn import MaskRCNN
 from mrmae_jax.models.upernet import Segmenter
 from mrmae_jax.models.vit import ViT
-from mrmae_jax.weights import convmae, mmseg
+from mrmae_jax.weights import convmae, detectron2, mmseg
 from mrmae_jax.weights.table import dense, norm
 
 GOLDENS = Path(__file__).parent / "goldens"
 
+DETECTION_GOLDENS = Path(os.environ.get("MRMAE_DETECTION_GOLDENS", GOLDENS / "detection"))
 SPARED = ("pos_embed", "cls_token")
 
 
@@ -59,6 +62,9 @@ def options(**changes):
     weight_decay=0.05,
     layer_decay=0.65,
     no_decay=SPARED,
+    warmup_steps=0,
+    decay_of="matrices",
+    full_rate=(),
     clip_norm=0.0,
     ema_decay=0.0,
   )
@@ -135,6 +141,55 @@ def test_rates_and_decay_of_segmentation_equal_the_reference(name):
   assert not scales and ours.keys() == golden["parameters"].keys()
   for tensor, (scale, decay) in golden["parameters"].items():
     assert ours[tensor] == (pytest.approx(scale, rel=1e-12), decay), tensor
+
+
+DETECTION = {  # networks of the cases in detection/optim.json
+  "vitdet_base (decay 0.7)": ViT(dim=8, depth=4, num_heads=2, mlp_dim=16, cls_token=False),
+  "convmae_det (decay 0.8)": ConvViT(
+    embed_dims=(4, 4, 8), depths=(2, 1, 4), num_heads=2, fuse_stages=False
+  ),
+}
+
+
+@pytest.mark.parametrize("name", DETECTION)
+def test_rates_and_decay_of_detection_equal_the_reference(name):
+  golden = json.loads((DETECTION_GOLDENS / "optim.json").read_text())[name]
+  encoder = DETECTION[name].clone(
+    window=2, global_blocks=(1, 3), distances="decomposed", learned_positions=True
+  )
+  network = MaskRCNN(encoder, 3, channels=8, box_hidden=8)
+  tree = detectron2.detector_shapes(network, (64, 64))
+  full_rate = ("pos_embed",) if "convmae" in name else ()
+  scales = optim.layer_scales(tree, float(name[-4:-1]), full_rate)
+  decayed = optim.decay_mask(tree, ("pos_embed",), "not_encoder_norms")
+  scales, decayed = flat(scales), flat(decayed)
+  ours = {
+    entry.theirs[0]: (scales[entry.ours], 0.1 * decayed[entry.ours])
+    for entry in detectron2.detector_table(network)
+  }
+  assert ours.keys() == golden.keys()
+  for tensor, (scale, decay) in golden.items():
+    assert ours[tensor] == (pytest.approx(scale, rel=1e-6), decay), tensor
+  assert all(flat(optim.decay_mask(tree, (), "all")).values())
+  assert not any(
+    x for key, x in flat(optim.decay_mask(tree, (), "not_norms")).items() if "norm" in key
+  )
+
+
+@pytest.mark.parametrize(
+  "name, schedule, warmup",
+  [
+    ("schedule vitdet base: 184375 updates", "steps", 250),
+    ("schedule convmae DET 25 epochs: 92187 updates", "whole_cosine", 0.005 * 92187),
+  ],
+)
+def test_schedules_of_detection_equal_the_reference(name, schedule, warmup):
+  golden = json.loads((DETECTION_GOLDENS / "optim.json").read_text())[name]
+  config = options(schedule=schedule, blr=1.0, min_lr=0.0, warmup_steps=warmup)
+  total = int(name.split()[-2])
+  rate = jax.jit(optim.make_schedule(config, 256, optim.Steps(1000, total)))
+  for step, expected in golden.items():
+    assert float(rate(jnp.int32(step))) == pytest.approx(expected, rel=1e-6, abs=1e-9), step
 
 
 def test_the_poly_schedule_equals_the_reference():

@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 import mrmae_jax
 from mrmae_jax import bilinear, mrmae, segmentation
 from mrmae_jax.errors import WeightsError
-from mrmae_jax.models import ConvViT, ViT, upernet
+from mrmae_jax.models import ConvViT, ViT, maps, upernet
 from mrmae_jax.models.layers import Mask
 from mrmae_jax.pretrained import PretrainedModel
 from mrmae_jax.viz import grid
@@ -377,7 +377,7 @@ def test_images_of_any_size_are_segmented_with_few_programs(written):
     },
     mrmae.normalize(images[5][None], model.network.mean, model.network.std),
   )[0]
-  expected = upernet.resize(direct, (32, 32))[0].argmax(-1)
+  expected = maps.resize(direct, (32, 32))[0].argmax(-1)
   assert np.mean(labels[5] == expected) > 0.999
   whole = model.segment(images[5:], mode="whole")[0]
   np.testing.assert_array_equal(whole, labels[5])

@@ -16,7 +16,7 @@ import pytest
 from flax import serialization
 from safetensors.numpy import load_file, save_file
 
-from mrmae_jax import teachers
+from mrmae_jax import interpolation, teachers
 from mrmae_jax.errors import WeightsError
 from mrmae_jax.models.layers import Attention
 from mrmae_jax.models.vit import ViT
@@ -939,7 +939,12 @@ def test_presets_are_complete():
 
 @pytest.mark.parametrize(
   "rule",
-  [positions.BICUBIC, positions.DINO, positions.BICUBIC_ANTIALIAS, positions.BILINEAR_ANTIALIAS],
+  [
+    interpolation.BICUBIC,
+    interpolation.DINO,
+    interpolation.BICUBIC_ANTIALIAS,
+    interpolation.BILINEAR_ANTIALIAS,
+  ],
 )
 def test_position_tables_keep_constants_and_cls(rule):
   table = np.random.default_rng(0).standard_normal((1, 17, 3)).astype(np.float32)

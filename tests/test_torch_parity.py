@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import mrmae_jax
-from mrmae_jax import mrmae, teachers
+from mrmae_jax import interpolation, mrmae, teachers
 from mrmae_jax.errors import WeightsError
 from mrmae_jax.models import encode
 from mrmae_jax.models.layers import depthwise_conv, gelu, patchify, sincos_2d
@@ -343,10 +343,10 @@ def test_gelu():
 @pytest.mark.parametrize(
   "rule, options",
   [
-    (positions.BICUBIC, dict(mode="bicubic")),
-    (positions.DINO, dict(mode="bicubic", offset=0.1)),
-    (positions.BICUBIC_ANTIALIAS, dict(mode="bicubic", antialias=True)),
-    (positions.BILINEAR_ANTIALIAS, dict(mode="bilinear", antialias=True)),
+    (interpolation.BICUBIC, dict(mode="bicubic")),
+    (interpolation.DINO, dict(mode="bicubic", offset=0.1)),
+    (interpolation.BICUBIC_ANTIALIAS, dict(mode="bicubic", antialias=True)),
+    (interpolation.BILINEAR_ANTIALIAS, dict(mode="bilinear", antialias=True)),
   ],
 )
 def test_position_tables_are_resized_as_torch_does(old, new, rule, options):

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file
 
 import mrmae_jax
-from mrmae_jax import mrmae, train
+from mrmae_jax import interpolation, mrmae, train
 from mrmae_jax.errors import WeightsError
 from mrmae_jax.models import ConvViT, Decoder, ViT
 from mrmae_jax.models.layers import sincos_2d
@@ -521,7 +521,7 @@ def test_params_at_another_grid():
   moved = model_files.params_at(student, (6, 4))
   table = student.params["encoder"]["pos_embed"]
   np.testing.assert_array_equal(
-    moved["encoder"]["pos_embed"], positions.resize(table, GRID, (6, 4), positions.BICUBIC)
+    moved["encoder"]["pos_embed"], positions.resize(table, GRID, (6, 4), interpolation.BICUBIC)
   )
   np.testing.assert_array_equal(moved["encoder"]["pos_embed"][:, 0], table[:, 0])
   assert moved["decoder"]["mask_token"] is student.params["decoder"]["mask_token"]

@@ -64,6 +64,27 @@ def segment_config(encoder="vit", **values):
   return changed(c, **values)
 
 
+def detect_config(encoder="vit", **values):
+  """Detection of scattered digits by what `tiny` pre-trains."""
+  pretrained, c = get_config(encoder), config.detect()
+  c.encoder = pretrained.encoder
+  c.encoder.update(drop_path=0.2, learned_positions=True)
+  for key in ("dtype", "log_every"):
+    c[key] = pretrained[key]
+  c.image_size = (64, 96)
+  c.batch_size = 8
+  c.epochs = 0.008
+  c.checkpoint_every = 0.004
+  c.rcnn.update(window=3, position_grid=(4, 6), channels=8, box_convs=1, box_hidden=16)
+  c.rcnn.update(rpn_convs=1, mask_convs=1, anchor_sizes=(8.0, 16.0, 24.0, 32.0, 64.0))
+  c.rcnn.update(anchor_sample=32, train_proposals=(32, 32), test_proposals=(32, 16))
+  c.rcnn.update(roi_sample=16, canonical_size=32.0, detections=5)
+  c.data.update(source="coco:digits", scale=(0.8, 1.25), flip=False, max_boxes=8)
+  c.evals.coco_ap.images = 2
+  c.init_from = ""
+  return changed(c, **values)
+
+
 def probe_config(encoder="convvit", **values):
   """Probing of what `tiny` pre-trains."""
   pretrained, c = get_config(encoder), config.probe()

@@ -17,11 +17,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from PIL import Image, ImageOps
 
-from mrmae_jax import data, evals, segmentation, sharding
+from mrmae_jax import data, evals, interpolation, segmentation, sharding
 from mrmae_jax.config import token_size
 from mrmae_jax.constants import IGNORED
 from mrmae_jax.errors import DataError
-from mrmae_jax.models.upernet import combine
+from mrmae_jax.models.layers import combine
 from mrmae_jax.runs import distributed
 from mrmae_jax.segmentation import BAND, WIDTH_BUCKET
 from mrmae_jax.viz.grid import bands_shown, draw_grid, paint_classes
@@ -253,7 +253,7 @@ class Evaluator:
     """Returns the arrays of the state with position tables for windows of a grid."""
     if grid not in self._states:
       (usual, state), *_ = self._states.items()
-      params = positions.resize_tables(jax.device_get(state[0]), usual, grid, positions.BICUBIC)
+      params = positions.resize_tables(jax.device_get(state[0]), usual, grid, interpolation.BICUBIC)
       placed = jax.device_put(params, sharding.replicated(self._local))
       self._states[grid] = placed, *state[1:]
     return self._states[grid]

@@ -6,7 +6,7 @@ import numpy as np
 
 from mrmae_jax.models.convvit import ConvViT
 from mrmae_jax.models.decoder import Decoder
-from mrmae_jax.models.layers import RelativePositions, attention_weights
+from mrmae_jax.models.layers import DecomposedPositions, RelativePositions, attention_weights
 from mrmae_jax.models.vit import ViT
 
 ENCODERS = {"convvit": ConvViT, "vit": ViT}
@@ -85,7 +85,12 @@ def head_attention(encoder, params, pixels: jax.Array) -> jax.Array:
   Returns:
     float32 [B, heads, T, T]. Rows (queries) sum to 1. T counts the N tokens row by row, after CLS
     where there is one; registers are left out.
+
+  Raises:
+    ValueError: the last block works inside of windows.
   """
+  if encoder.window and encoder.depth - 1 not in encoder.global_blocks:
+    raise ValueError("the last block attends inside of windows alone; it has no map of the image")
   block = f"{'blocks' if isinstance(encoder, ViT) else 'blocks3'}_{encoder.depth - 1}"
   attention_params, bias = params[block]["attn"], None
   is_qkv = lambda module, _: module.path == (block, "attn", "qkv")
@@ -97,10 +102,15 @@ def head_attention(encoder, params, pixels: jax.Array) -> jax.Array:
   if "q_bias" in attention_params:
     q = q + attention_params["q_bias"].astype(q.dtype)
   q, k = (y.reshape(*y.shape[:2], encoder.num_heads, -1).swapaxes(1, 2) for y in (q, k))
+  grid = tuple(side // encoder.patch_size for side in pixels.shape[1:3])
   if "relative_positions" in attention_params:
-    grid = tuple(side // encoder.patch_size for side in pixels.shape[1:3])
     relative = RelativePositions(grid, bool(encoder.cls_token))
     bias = relative.bias(attention_params["relative_positions"])
+  elif encoder.distances == "decomposed":
+    tables = [attention_params[name] for name in ("rel_pos_h", "rel_pos_w")]
+    bias = DecomposedPositions(grid).bias(q, tables)
+  elif encoder.distances == "shared":
+    bias = RelativePositions(grid, False).bias(params["global_distances"])
   weights = attention_weights(q, k, bias)
   if registers := getattr(encoder, "num_registers", 0):
     first = int(encoder.cls_token)

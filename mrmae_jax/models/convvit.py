@@ -28,7 +28,7 @@ from mrmae_jax.models.layers import (
   DropPath,
   LayerFusion,
   Mask,
-  RelativePositions,
+  attention_scopes,
   depthwise_conv,
   drop_paths,
   from_blocks,
@@ -124,6 +124,7 @@ class ConvBlock(nn.Module):
 
   mlp_dim: int
   dtype: Any = jnp.float32
+  eps: float = CONV_EPS
 
   @nn.compact
   def __call__(
@@ -135,10 +136,10 @@ class ConvBlock(nn.Module):
     kernel = self.param("depthwise_kernel", init, (5, 5, dim))
     bias = self.param("depthwise_bias", init, (dim,))
 
-    h = conv_dense(layer_norm(CONV_EPS, self.dtype, "norm1")(x), dim, self.dtype, "conv1")
+    h = conv_dense(layer_norm(self.eps, self.dtype, "norm1")(x), dim, self.dtype, "conv1")
     h = spatial_mix(h, kernel, mask, grid) + bias.astype(self.dtype)
     x = x + drop(conv_dense(h, dim, self.dtype, "conv2"), 0)
-    h = conv_dense(layer_norm(CONV_EPS, self.dtype, "norm2")(x), self.mlp_dim, self.dtype, "fc1")
+    h = conv_dense(layer_norm(self.eps, self.dtype, "norm2")(x), self.mlp_dim, self.dtype, "fc1")
     return x + drop(conv_dense(gelu(h), dim, self.dtype, "fc2"), 1)
 
 
@@ -160,6 +161,15 @@ class ConvViT(nn.Module):
       `layers.RelativePositions`; ConvMAE's segmentation adds them to the positions.
     layer_scale: those blocks have learned gains on both branches, see `layers.Block`.
     eps: epsilon of the transformer stage and of the last norm; ConvMAE's segmentation has 1e-5.
+    conv_eps: epsilon of the convolutional blocks; ConvMAE's detection in ViTDet's style has 1e-6.
+    window: side, in tokens, of the windows in which blocks attend; 0: all blocks attend to all
+      tokens. Windows and distances are for detection, with the whole image and without CLS.
+    global_blocks: blocks, counted from 0, that attend to all tokens nevertheless.
+    distances: "decomposed": blocks have tables of vectors for distances, see
+      `layers.DecomposedPositions` (ViTDet); "shared": there is one table of numbers for the blocks
+      with windows and one for the others (ConvMAE's detection); "none".
+    position_grid: (rows, columns) of the position table, which is interpolated to the image in
+      every pass; (): the image's.
     sparse: run the convolutional stages on the visible blocks only when there is a mask.
     drop_path: drop rate of the last block; it rises linearly from 0 over the blocks of all stages.
     remat: what the backward pass recomputes, see `rematerialize`.
@@ -178,6 +188,11 @@ class ConvViT(nn.Module):
   relative_positions: bool = False
   layer_scale: bool = False
   eps: float = 1e-6
+  conv_eps: float = CONV_EPS
+  window: int = 0
+  global_blocks: tuple[int, ...] = ()
+  distances: str = "none"
+  position_grid: tuple[int, ...] = ()
   sparse: bool = True
   drop_path: float = 0.0
   remat: str = "none"
@@ -237,7 +252,7 @@ class ConvViT(nn.Module):
       x = PatchEmbed(p, width, dtype=self.dtype, name=f"patch_embed{stage}")(x)
       for i in range(self.depths[stage - 1]):
         block = rematerialize(ConvBlock, self.remat, static_argnums=(3,))
-        x = block(int(width * ratio), self.dtype, name=f"blocks{stage}_{i}")(
+        x = block(int(width * ratio), self.dtype, self.conv_eps, name=f"blocks{stage}_{i}")(
           x, mask, grid, next(drops)
         )
       out[f"stage{stage}"] = x
@@ -249,7 +264,7 @@ class ConvViT(nn.Module):
     x = PatchEmbed(self.patch_sizes[2], dim, xavier=True, dtype=self.dtype, name="patch_embed3")(x)
     x, *skips = (y.reshape(y.shape[0], -1, dim) for y in (x, *skips))
     x = Dense(dim, dtype=self.dtype, name="patch_embed4")(x)
-    pos = position_table(self, grid).astype(self.dtype)
+    pos = position_table(self, grid, stored=self.position_grid).astype(self.dtype)
     if sparse:
       x = x + pos[mask.ids_keep]
     else:
@@ -263,18 +278,21 @@ class ConvViT(nn.Module):
       skips = [jnp.pad(y, ((0, 0), (1, 0), (0, 0))) for y in skips]
 
     out["layers"] = []
-    relative = RelativePositions(grid, self.cls_token) if self.relative_positions else None
+    scopes = attention_scopes(self, grid, mask)
     for i in range(self.depth):
       block = rematerialize(Block, self.remat)(
         self.num_heads,
         int(dim * self.mlp_ratios[2]),
         self.eps,
         layer_scale=self.layer_scale,
-        relative=relative,
+        relative=scopes[i].relative,
+        windows=scopes[i].windows,
         dtype=self.dtype,
         name=f"blocks3_{i}",
       )
-      x, attention = block(x, next(drops), mask=mask if self.relative_positions else None)
+      x, attention = block(
+        x, next(drops), mask=mask if self.relative_positions else None, bias=scopes[i].bias
+      )
       out["layers"].append(x)
     if self.cls_token:
       out["attention"] = attention[:, 1:]

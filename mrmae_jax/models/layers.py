@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mrmae_jax.interpolation import BICUBIC, matrix
+
 xavier_uniform = nn.initializers.xavier_uniform()
 
 
@@ -236,17 +238,48 @@ def sincos_2d(dim: int, grid: tuple[int, int], cls_token: bool = False) -> np.nd
   return table.astype(np.float32)
 
 
-def position_table(module: nn.Module, grid: tuple[int, int], cls_token: bool = False) -> jax.Array:
+def combine(x: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
+  """Resizes or pools maps by a matrix for each axis: [B, h, w, C] -> [B, H, W, C].
+
+  Args:
+    x: [B, h, w, C].
+    rows: [H, h].
+    columns: [W, w].
+  """
+  rows, columns = (jnp.asarray(matrix, x.dtype) for matrix in (rows, columns))
+  precise = jax.lax.Precision.HIGHEST  # TPUs would round float32 to bfloat16
+  x = jnp.einsum("pr,brcd->bpcd", rows, x, precision=precise)
+  return jnp.einsum("qc,bpcd->bpqd", columns, x, precision=precise)
+
+
+def position_table(
+  module: nn.Module,
+  grid: tuple[int, int],
+  cls_token: bool = False,
+  stored: tuple[int, int] | tuple[()] = (),
+) -> jax.Array:
   """Returns the positions of a module with fields `dim` and `learned_positions`: float32 [T, dim].
 
   T is rows * columns of the grid, plus 1 for a CLS row before them. Learned positions are the
   module's parameter "pos_embed" [1, T, dim], which belongs to one grid and starts as the
   sine-cosine table.
+
+  Args:
+    module: of the network.
+    grid: (rows, columns) of the image.
+    cls_token: there is a CLS row.
+    stored: (rows, columns) of the table, which is interpolated bicubically to `grid`; (): the same.
   """
-  table = lambda: jnp.asarray(sincos_2d(module.dim, grid, cls_token))
-  if module.learned_positions:
-    return module.param("pos_embed", lambda key: table()[None])[0]
-  return table()
+  stored = tuple(stored) or grid
+  table = lambda: jnp.asarray(sincos_2d(module.dim, stored, cls_token))
+  learned = module.learned_positions
+  pos = module.param("pos_embed", lambda key: table()[None])[0] if learned else table()
+  if stored == grid:
+    return pos
+  cls, patches = jnp.split(pos, [int(cls_token)])
+  moves = (matrix(old, new, BICUBIC) for old, new in zip(stored, grid))
+  patches = combine(patches.reshape(1, *stored, -1), *moves).reshape(-1, module.dim)
+  return jnp.concatenate([cls, patches])
 
 
 class Dense(nn.Module):
@@ -386,6 +419,115 @@ class RelativePositions(NamedTuple):
     return jnp.concatenate([top, rest], axis=-2)
 
 
+class DecomposedPositions(NamedTuple):
+  """The tokens of an attention whose logits get the product of the query and a learned vector for
+  each distance, rows and columns apart.
+
+  Source: MViTv2 (Li et al. 2022, arXiv 2112.01526) and detectron2, modeling/backbone/utils.py. The
+  tables are [2 h - 1, head_dim] and [2 w - 1, head_dim]; all heads share them. The logit of a query
+  q at row yi, column xi and a key at yj, xj grows by q . rows[yi - yj + h - 1] + q . columns[xi -
+  xj + w - 1]. This q is not divided by sqrt(head_dim).
+
+  Attributes:
+    grid: (rows, columns) of the tokens.
+  """
+
+  grid: tuple[int, int]
+
+  def bias(self, q: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Queries [B, heads, T, head_dim] and both tables -> float32 [B, heads, T, T]."""
+    height, width = self.grid
+    q_map = q.reshape(*q.shape[:2], height, width, -1)
+    rows, columns = (_to_pairs(table.T, n).astype(q.dtype) for table, n in zip(tables, self.grid))
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    rows = product("bnyxd,dyk->bnyxk", q_map, rows)
+    columns = product("bnyxd,dxk->bnyxk", q_map, columns)
+    bias = rows[..., :, None] + columns[..., None, :]
+    return bias.reshape(*q.shape[:3], height * width)
+
+
+class Windows(NamedTuple):
+  """Square windows of a map, inside which tokens attend to each other.
+
+  Zeros at the right and at the bottom fill the last windows. As in ViTDet they are keys like all
+  others.
+
+  Attributes:
+    grid: (rows, columns) of the tokens.
+    side: of a window, in tokens.
+  """
+
+  grid: tuple[int, int]
+  side: int
+
+  def cut(self, x: jax.Array) -> jax.Array:
+    """[B, rows * columns, D] -> [B * windows, side * side, D]."""
+    height, width = self.grid
+    x = x.reshape(len(x), height, width, -1)
+    x = jnp.pad(x, ((0, 0), (0, -height % self.side), (0, -width % self.side), (0, 0)))
+    return to_blocks(x, self.side).reshape(-1, self.side**2, x.shape[-1])
+
+  def join(self, x: jax.Array) -> jax.Array:
+    """Undoes `cut`."""
+    height, width = self.grid
+    counts = (-(-height // self.side), -(-width // self.side))
+    x = x.reshape(-1, counts[0] * counts[1], self.side, self.side, x.shape[-1])
+    x = from_blocks(x, counts)[:, :height, :width]
+    return x.reshape(len(x), height * width, -1)
+
+
+class Scope(NamedTuple):
+  """The tokens among which the attention of a block works, see `attention_scopes`.
+
+  Attributes:
+    windows, relative: fields of `Block`.
+    bias: argument of `Block`.
+  """
+
+  windows: Windows | None = None
+  relative: RelativePositions | DecomposedPositions | None = None
+  bias: jax.Array | None = None
+
+
+DISTANCES = ("none", "decomposed", "shared")
+
+
+def attention_scopes(encoder: nn.Module, grid: tuple[int, int], mask: Mask | None) -> list[Scope]:
+  """Returns the scope of each block of a ViT, or of a ConvViT's transformer stage.
+
+  Args:
+    encoder: its fields `window`, `global_blocks` and `distances` say what the blocks do. With
+      distances="shared" it gets the parameters "window_distances" and "global_distances", tables
+      of `RelativePositions`.
+    grid: (rows, columns) of the image.
+    mask: as the encoder gets it.
+  """
+  if not encoder.window and encoder.distances == "none":
+    is_beit = encoder.relative_positions
+    relative = RelativePositions(grid, encoder.cls_token) if is_beit else None
+    return [Scope(relative=relative)] * encoder.depth
+  if mask is not None or encoder.cls_token or getattr(encoder, "num_registers", 0):
+    raise ValueError("windows and distances take neither a mask nor CLS nor registers")
+
+  def scope(kind: str, area: tuple[int, int], windows: Windows | None) -> Scope:
+    if encoder.distances == "decomposed":
+      return Scope(windows, DecomposedPositions(area))
+    if encoder.distances == "none":
+      return Scope(windows)
+    relative = RelativePositions(area, False)
+    shape = (relative.num_rows, encoder.num_heads)
+    table = encoder.param(f"{kind}_distances", nn.initializers.zeros, shape)
+    return Scope(windows, bias=relative.bias(table))
+
+  is_global = [not encoder.window or i in encoder.global_blocks for i in range(encoder.depth)]
+  kinds = {}
+  if not all(is_global):
+    kinds[False] = scope("window", (encoder.window,) * 2, Windows(grid, encoder.window))
+  if any(is_global):
+    kinds[True] = scope("global", grid, None)
+  return [kinds[x] for x in is_global]
+
+
 def _to_pairs(x: jax.Array, n: int) -> jax.Array:
   """Spreads numbers for distances over pairs: [..., 2 n - 1] -> [..., n, n].
 
@@ -475,19 +617,24 @@ class Attention(nn.Module):
       rotation.
     key_bias: query, key and value have one packed bias. False: query and value have biases
       `q_bias` and `v_bias` [D] and the key, whose bias the softmax does not see, has none (BEiT).
-    relative: the tokens, for a table `relative_positions` of learned distances; None: no table.
+    relative: the tokens, for a table `relative_positions` of learned distances, or for the two
+      tables `rel_pos_h` and `rel_pos_w`; None: no table.
     dtype: of the computation.
   """
 
   num_heads: int
   rotate: Callable[[jax.Array], jax.Array] | None = None
   key_bias: bool = True
-  relative: RelativePositions | None = None
+  relative: RelativePositions | DecomposedPositions | None = None
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(
-    self, x: jax.Array, only: Mask | None = None, mask: Mask | None = None
+    self,
+    x: jax.Array,
+    only: Mask | None = None,
+    mask: Mask | None = None,
+    bias: jax.Array | None = None,
   ) -> tuple[jax.Array, jax.Array]:
     """[B, T, D] -> [B, T, D], and the first token's attention, float32 [B, T], a mean over the
     heads.
@@ -495,6 +642,7 @@ class Attention(nn.Module):
     The first token is CLS, where there is one. Its row costs nothing unless it is used: jit drops
     it. If `only` is given, queries are computed for its V visible tokens alone: [B, V, D]. They
     attend to all T tokens. `mask` says which patches the tokens are, for `relative`; None: all.
+    `bias`, float32 [heads, T, T], is added to the logits where `relative` is None.
     """
     dim = x.shape[-1]
     qkv = Dense(3 * dim, use_bias=self.key_bias, dtype=self.dtype, name="qkv")
@@ -514,12 +662,18 @@ class Attention(nn.Module):
     q, k, v = (y.reshape(*y.shape[:2], self.num_heads, -1).swapaxes(1, 2) for y in (q, k, v))
     if self.rotate is not None:
       q, k = self.rotate(q), self.rotate(k)
-    bias = first_bias = None
-    if self.relative is not None:
+    if isinstance(self.relative, RelativePositions):
       shape = (self.relative.num_rows, self.num_heads)
       table = self.param("relative_positions", nn.initializers.zeros, shape)
       bias = self.relative.bias(table, mask)
-      first_bias = bias[..., :1, :]
+    elif self.relative is not None:
+      shapes = [(2 * side - 1, q.shape[-1]) for side in self.relative.grid]
+      tables = [
+        self.param(name, nn.initializers.zeros, shape)
+        for name, shape in zip(("rel_pos_h", "rel_pos_w"), shapes)
+      ]
+      bias = self.relative.bias(q, tables)
+    first_bias = None if bias is None else bias[..., :1, :]
     first = attention_weights(q[:, :, :1], k, first_bias)[:, :, 0].mean(1)
     x = attend(q, k, v, bias).swapaxes(1, 2)
     return Dense(dim, dtype=self.dtype, name="proj")(x.reshape(*x.shape[:2], dim)), first
@@ -538,6 +692,7 @@ class Block(nn.Module):
     layer_scale: `scale1` and `scale2` are learned gains per channel (Touvron et al. 2021,
       arXiv 2103.17239); otherwise both are 1.
     rotate, key_bias, relative: see `Attention`.
+    windows: attention works inside of them; None: on all tokens.
     dtype: of the computation; parameters are float32.
   """
 
@@ -549,7 +704,8 @@ class Block(nn.Module):
   layer_scale: bool = False
   rotate: Callable[[jax.Array], jax.Array] | None = None
   key_bias: bool = True
-  relative: RelativePositions | None = None
+  relative: RelativePositions | DecomposedPositions | None = None
+  windows: Windows | None = None
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -559,17 +715,21 @@ class Block(nn.Module):
     drop: DropPath = DropPath(),
     only: Mask | None = None,
     mask: Mask | None = None,
+    bias: jax.Array | None = None,
   ) -> tuple[jax.Array, jax.Array]:
     """[B, T, D] -> [B, T, D], and the first token's attention [B, T] (see `Attention`).
 
     If `only` is given, the output holds its V visible tokens alone: [B, V, D]. They attend to all T
-    tokens; the other tokens end before the MLP. `mask`: see `Attention`.
+    tokens; the other tokens end before the MLP. `mask`, `bias`: see `Attention`.
     """
     dense = lambda features, name: Dense(features, dtype=self.dtype, name=name)
     attend_to = Attention(
       self.num_heads, self.rotate, self.key_bias, self.relative, self.dtype, name="attn"
     )
-    mixed, attention = attend_to(layer_norm(self.eps, self.dtype, "norm1")(x), only, mask)
+    h = layer_norm(self.eps, self.dtype, "norm1")(x)
+    h = h if self.windows is None else self.windows.cut(h)
+    mixed, attention = attend_to(h, only, mask, bias)
+    mixed = mixed if self.windows is None else self.windows.join(mixed)
     x = select_visible(x, only) + drop(self._scale("scale1", mixed), 0)
     h = layer_norm(self.eps, self.dtype, "norm2")(x)
     h = dense(self.mlp_dim * (1 + self.gated), "fc1")(h)

@@ -3,8 +3,7 @@
 
 The reference is mmsegmentation 0.30 (decode_heads/uper_head.py, fcn_head.py). The necks are those
 of ConvMAE (SEG/backbone/convmae.py) and of MAE and BEiT (beit2/semantic_segmentation). BatchNorm
-keeps running statistics in the collection "batch_stats": a training step applies the network with
-`mutable=["batch_stats"]` and gets the new ones back.
+keeps its statistics outside of the parameters, see `maps`.
 """
 
 from typing import Any
@@ -14,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mrmae_jax.bilinear import bilinear_matrix
 from mrmae_jax.models import make_plain_encoder
 from mrmae_jax.models.convvit import ConvViT, torch_uniform
-from mrmae_jax.models.layers import Dense, gelu
+from mrmae_jax.models.layers import Dense, combine, gelu
+from mrmae_jax.models.maps import BatchNorm, Upsample, resize
 
 AUX_LEVEL = 2  # that the auxiliary head reads
 _DROPOUT_KEYS = {"decode_head": 2**20, "auxiliary_head": 2**20 + 1}  # no block has such a number
@@ -32,63 +31,6 @@ def pooling_matrix(old: int, new: int) -> np.ndarray:
     first, end = i * old // new, -(-(i + 1) * old // new)
     matrix[i, first:end] = 1 / (end - first)
   return matrix
-
-
-def combine(x: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
-  """Resizes or pools maps by a matrix for each axis: [B, h, w, C] -> [B, H, W, C].
-
-  Args:
-    x: [B, h, w, C].
-    rows: [H, h].
-    columns: [W, w].
-  """
-  rows, columns = (jnp.asarray(matrix, x.dtype) for matrix in (rows, columns))
-  precise = jax.lax.Precision.HIGHEST  # TPUs would round float32 to bfloat16
-  x = jnp.einsum("pr,brcd->bpcd", rows, x, precision=precise)
-  return jnp.einsum("qc,bpcd->bpqd", columns, x, precision=precise)
-
-
-def resize(x: jax.Array, size: tuple[int, int]) -> jax.Array:
-  """Resizes maps bilinearly: [B, h, w, C] -> [B, *size, C]; see `bilinear_matrix`."""
-  if x.shape[1:3] == tuple(size):
-    return x
-  return combine(x, *(bilinear_matrix(old, new) for old, new in zip(x.shape[1:3], size)))
-
-
-class BatchNorm(nn.Module):
-  """Normalizes channels over the whole batch, in float32 and with torch's running statistics.
-
-  Under jit a mean over the batch is one over all devices. The running variance is unbiased, n / (n
-  - 1), which flax's own is not.
-
-  Attributes:
-    eps: added to the variance.
-    momentum: share of this batch in the running statistics.
-    dtype: of the result.
-  """
-
-  eps: float = 1e-5
-  momentum: float = 0.1
-  dtype: Any = jnp.float32
-
-  @nn.compact
-  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    """[B, H, W, C] -> the same; `train` normalizes by this batch and updates "batch_stats"."""
-    dim, x = x.shape[-1], x.astype(jnp.float32)
-    running_mean = self.variable("batch_stats", "mean", jnp.zeros, (dim,))
-    running_var = self.variable("batch_stats", "var", jnp.ones, (dim,))
-    mean, var = running_mean.value, running_var.value
-    if train:
-      mean = x.mean((0, 1, 2))
-      var = jnp.square(x - mean).mean((0, 1, 2))
-    if train and not self.is_initializing():
-      count = x.size // dim
-      move = lambda old, new: (1 - self.momentum) * old + self.momentum * new
-      running_mean.value = move(running_mean.value, mean)
-      running_var.value = move(running_var.value, var * (count / max(count - 1, 1)))
-    scale = self.param("scale", nn.initializers.ones, (dim,))
-    bias = self.param("bias", nn.initializers.zeros, (dim,))
-    return ((x - mean) * (jax.lax.rsqrt(var + self.eps) * scale) + bias).astype(self.dtype)
 
 
 class ConvModule(nn.Module):
@@ -208,21 +150,6 @@ class ConvViTNeck(nn.Module):
     return [*levels, gelu(BatchNorm(dtype=self.dtype, name="bn")(x, train))]
 
 
-class _Upsample(nn.Module):
-  """Transposed convolution with stride = kernel = 2: a Dense layer and a move of its outputs."""
-
-  dtype: Any = jnp.float32
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """[B, h, w, C] -> [B, 2 h, 2 w, C]."""
-    b, h, w, c = x.shape
-    init = torch_uniform(4 * c)
-    x = Dense(4 * c, use_bias=False, kernel_init=init, dtype=self.dtype, name="up")(x)
-    x = x.reshape(b, h, w, 2, 2, c).swapaxes(2, 3).reshape(b, 2 * h, 2 * w, c)
-    return x + self.param("bias", init, (c,)).astype(self.dtype)
-
-
 class ViTNeck(nn.Module):
   """Makes levels of stride 4, 8, 16 and 32 out of four maps of stride 16."""
 
@@ -232,10 +159,10 @@ class ViTNeck(nn.Module):
   def __call__(self, levels: list[jax.Array], train: bool) -> list[jax.Array]:
     """Four maps [B, h, w, C] -> [B, 4 h, 4 w, C], 2 h x 2 w, h x w, h / 2 x w / 2 rounded down."""
     first, second, third, last = levels
-    first = _Upsample(self.dtype, name="up4_0")(first)
+    first = Upsample(dtype=self.dtype, name="up4_0")(first)
     first = gelu(BatchNorm(dtype=self.dtype, name="bn")(first, train))
-    first = _Upsample(self.dtype, name="up4_1")(first)
-    second = _Upsample(self.dtype, name="up2")(second)
+    first = Upsample(dtype=self.dtype, name="up4_1")(first)
+    second = Upsample(dtype=self.dtype, name="up2")(second)
     return [first, second, third, nn.max_pool(last, (2, 2), strides=(2, 2))]
 
 

@@ -13,7 +13,7 @@ from mrmae_jax.models.layers import (
   Dense,
   LayerFusion,
   Mask,
-  RelativePositions,
+  attention_scopes,
   drop_paths,
   layer_norm,
   patchify,
@@ -55,6 +55,14 @@ class ViT(nn.Module):
     proj_dim: width of the linear projection after the last norm (CLIP); 0 for none.
     attention_pool: add an attention-pooling head (SigLIP).
     drop_path: drop rate of the last block; it rises linearly from 0.
+    window: side, in tokens, of the windows in which blocks attend; 0: all blocks attend to all
+      tokens. Windows and distances are for detection, with the whole image and without CLS.
+    global_blocks: blocks, counted from 0, that attend to all tokens nevertheless.
+    distances: "decomposed": blocks have tables of vectors for distances, see
+      `layers.DecomposedPositions` (ViTDet); "shared": there is one table of numbers for the blocks
+      with windows and one for the others (ConvMAE's detection); "none".
+    position_grid: (rows, columns) of the position table, which is interpolated to the image in
+      every pass; (): the image's.
     remat: what the backward pass recomputes, see `rematerialize`.
     dtype: of the computation. Parameters are float32; LayerNorm, softmax and rotation compute in
       float32.
@@ -83,6 +91,10 @@ class ViT(nn.Module):
   layer_scale: bool = False
   proj_dim: int = 0
   attention_pool: bool = False
+  window: int = 0
+  global_blocks: tuple[int, ...] = ()
+  distances: str = "none"
+  position_grid: tuple[int, ...] = ()
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -120,7 +132,7 @@ class ViT(nn.Module):
       x = layer_norm(self.eps, self.dtype, "norm_pre")(x)
 
     block = rematerialize(Block, self.remat)
-    relative = RelativePositions(grid, self.cls_token) if self.relative_positions else None
+    scopes = attention_scopes(self, grid, mask)
     first_patch = self.cls_token + self.num_registers
     layers = []
     for i, drop in enumerate(drop_paths(self.drop_path, self.depth, keys)):
@@ -133,10 +145,11 @@ class ViT(nn.Module):
         layer_scale=self.layer_scale,
         rotate=rotate,
         key_bias=self.key_bias,
-        relative=relative,
+        relative=scopes[i].relative,
+        windows=scopes[i].windows,
         dtype=self.dtype,
         name=f"blocks_{i}",
-      )(x, drop, mask=mask if self.relative_positions else None)
+      )(x, drop, mask=mask if self.relative_positions else None, bias=scopes[i].bias)
       layers.append(_cut(x, self.cls_token, first_patch))
     out, x = {"layers": layers}, layers[-1]
     if self.cls_token:
@@ -168,7 +181,7 @@ class ViT(nn.Module):
     rotate, prefix = None, []
     # The order of the parameters decides their random numbers: first positions, then CLS.
     if self.positions == "table":
-      pos = position_table(self, grid, cls_token=self.cls_token)
+      pos = position_table(self, grid, self.cls_token, self.position_grid)
       patches = pos[self.cls_token :]
       x = x + (patches if mask is None else patches[mask.ids_keep])
     elif self.positions == "rope":

@@ -6,6 +6,7 @@ from mrmae_jax.models.convvit import ConvViT
 from mrmae_jax.weights.table import (
   Entry,
   conv,
+  decomposed,
   dense,
   depth,
   depthwise,
@@ -52,7 +53,7 @@ def encoder_table(module: ConvViT) -> list[Entry]:
         table += dense(f"{ours}/{layer}", f"{theirs}.{name}", conv(1))
   for i in range(module.depth):
     ours, theirs = f"blocks3_{i}", f"blocks3.{i}"
-    table += timm_block(ours, theirs)
+    table += timm_block(ours, theirs) + decomposed(module, ours, theirs)
     if module.relative_positions:
       name = f"{theirs}.attn.relative_position_bias_table"
       table.append(Entry(f"{ours}/attn/relative_positions", (name,), same))

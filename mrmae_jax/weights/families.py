@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mrmae_jax import interpolation
 from mrmae_jax.errors import WeightsError
 from mrmae_jax.models.vit import ViT
-from mrmae_jax.weights import positions
 from mrmae_jax.weights.table import (
   Entry,
   Layout,
@@ -84,7 +84,7 @@ class Family(NamedTuple):
   markers: tuple[str, ...]
   prefixes: tuple[str, ...]
   ignore: tuple[str, ...]
-  rule: positions.Rule
+  rule: interpolation.Rule
   fields: dict[str, Any]
   model_types: dict[str, dict[str, Any]] = {}
   gated_fc1: tuple[str, ...] = ()
@@ -294,7 +294,7 @@ BEIT = (
     ("cls_token",),
     ("",),
     BEIT_IGNORE,
-    positions.BEIT,
+    interpolation.BEIT,
     dict(eps=1e-6, activation="gelu"),
   ),
   *(
@@ -304,7 +304,7 @@ BEIT = (
       ("embeddings.cls_token",),
       ("beit.", ""),
       BEIT_IGNORE,
-      positions.BEIT,
+      interpolation.BEIT,
       {},
       {"beit": _BEIT_BASE},
     )
@@ -331,7 +331,7 @@ FAMILIES = (
     ("embeddings.class_embedding", "pre_layrnorm.weight"),
     ("vision_model.", ""),
     _TEXT_IGNORE,
-    positions.BICUBIC,
+    interpolation.BICUBIC,
     _CLIP,
     {"clip": _CLIP_BASE, "clip_vision_model": _CLIP_BASE},
   ),
@@ -341,7 +341,7 @@ FAMILIES = (
     ("embeddings.patch_embedding.bias", "embeddings.position_embedding.weight"),
     ("vision_model.", ""),
     _TEXT_IGNORE,
-    positions.BICUBIC,
+    interpolation.BICUBIC,
     dict(cls_token=False),
     {"siglip": _SIGLIP_BASE, "siglip_vision_model": _SIGLIP_BASE},
   ),
@@ -351,7 +351,7 @@ FAMILIES = (
     ("embeddings.patch_embedding.bias", "embeddings.position_embedding.weight"),
     ("vision_model.", ""),
     _TEXT_IGNORE,
-    positions.BILINEAR_ANTIALIAS,
+    interpolation.BILINEAR_ANTIALIAS,
     dict(cls_token=False),
     {"siglip2": _NAFLEX_BASE, "siglip2_vision_model": _NAFLEX_BASE},
     patch_rank=2,
@@ -362,7 +362,7 @@ FAMILIES = (
     ("embeddings.register_tokens", "encoder.layer.0.layer_scale1.lambda1"),
     ("dinov2_with_registers.", ""),
     _VIT_IGNORE,
-    positions.BICUBIC_ANTIALIAS,
+    interpolation.BICUBIC_ANTIALIAS,
     _SCALED,
     {"dinov2_with_registers": _DINOV2_BASE | dict(num_register_tokens=4)},
     **_DINOV2,
@@ -373,7 +373,7 @@ FAMILIES = (
     ("embeddings.cls_token", "encoder.layer.0.layer_scale1.lambda1"),
     ("dinov2.", ""),
     _VIT_IGNORE,
-    positions.BICUBIC,
+    interpolation.BICUBIC,
     _SCALED,
     {"dinov2": _DINOV2_BASE | dict(patch_size=14)},
     **_DINOV2,
@@ -384,7 +384,7 @@ FAMILIES = (
     ("embeddings.register_tokens", "layer.0.attention.q_proj.weight"),
     ("",),
     _VIT_IGNORE,
-    positions.BICUBIC,
+    interpolation.BICUBIC,
     _SCALED | dict(positions="rope"),
     {"dinov3_vit": _DINOV3_BASE},
     gated_fc1=("mlp.gate_proj", "mlp.up_proj"),
@@ -397,7 +397,7 @@ FAMILIES = (
     ("embeddings.cls_token", "layers.0.layernorm_before.weight"),
     ("vit.", ""),
     _VIT_IGNORE,
-    positions.BICUBIC,
+    interpolation.BICUBIC,
     {},
     {"vit": _VIT_BASE},
   ),
@@ -407,7 +407,7 @@ FAMILIES = (
     ("embeddings.cls_token", "encoder.layer.0.layernorm_before.weight"),
     ("vit.", ""),
     _VIT_IGNORE,
-    positions.BICUBIC,
+    interpolation.BICUBIC,
     {},
     {"vit": _VIT_BASE},
   ),
@@ -415,14 +415,14 @@ FAMILIES = (
     "DINOv2 with registers",
     _DINOV2_TIMM_NAMES._replace(registers="register_tokens"),
     (*_DINOV2_MARKERS, "register_tokens"),
-    rule=positions.BICUBIC_ANTIALIAS,
+    rule=interpolation.BICUBIC_ANTIALIAS,
     **_DINOV2_AUTHORS,
   ),
   Family(
     "DINOv2 with registers",
     _DINOV2_TIMM_NAMES._replace(registers="reg_token"),
     (*_DINOV2_MARKERS, "reg_token"),
-    rule=positions.BICUBIC_ANTIALIAS,
+    rule=interpolation.BICUBIC_ANTIALIAS,
     cls_position=False,
     **_DINOV2_TIMM,
   ),
@@ -430,14 +430,14 @@ FAMILIES = (
     "DINOv2",
     _DINOV2_TIMM_NAMES,
     (*_DINOV2_MARKERS, "mask_token"),
-    rule=positions.DINO,
+    rule=interpolation.DINO,
     **_DINOV2_AUTHORS,
   ),
   Family(
     "DINOv2",
     _DINOV2_TIMM_NAMES,
     _DINOV2_MARKERS,
-    rule=positions.BICUBIC_ANTIALIAS,
+    rule=interpolation.BICUBIC_ANTIALIAS,
     **_DINOV2_TIMM,
   ),
   Family(
@@ -446,7 +446,7 @@ FAMILIES = (
     ("cls_token", "norm_pre.weight"),
     ("",),
     (r"head\.bias",),
-    positions.BICUBIC,
+    interpolation.BICUBIC,
     _CLIP | dict(eps=1e-5),
   ),
   Family(
@@ -455,7 +455,7 @@ FAMILIES = (
     ("cls_token", "patch_embed.proj.bias", "blocks.0.attn.qkv.weight"),
     ("",),
     (r"head\..*",),
-    positions.DINO,
+    interpolation.DINO,
     dict(eps=1e-6, activation="gelu"),
   ),
   Family(
@@ -474,7 +474,7 @@ FAMILIES = (
       "context_length",
       "vocab_size",
     ),
-    positions.BICUBIC,
+    interpolation.BICUBIC,
     _CLIP | dict(eps=1e-5, activation="quick_gelu"),
   ),
 )

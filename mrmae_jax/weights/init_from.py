@@ -17,7 +17,11 @@ FUSION = ("stage1_output_decode", "stage2_output_decode", "fusion")
 
 
 def read_source(
-  config, encoder: ConvViT | ViT, new: tuple[str, ...] = (), **options
+  config,
+  encoder: ConvViT | ViT,
+  new: tuple[str, ...] = (),
+  free: tuple[str, ...] = (),
+  **options,
 ) -> model_files.LoadedModel:
   """Reads the model of `config.init_from`, whose encoder must be `encoder`.
 
@@ -25,6 +29,7 @@ def read_source(
     config: validated configuration.
     encoder: that of the run.
     new: fields of the encoder that it may have and the source not.
+    free: other fields in which both may differ.
     **options: of `model_files.read_model`: decoder, mimic_heads, decoder_heads.
 
   Raises:
@@ -44,7 +49,7 @@ def read_source(
       "config.init_from= (empty) to start from random weights"
     )
   added = {field for field in new if getattr(encoder, field)}
-  if different := _differences(source.encoder, encoder, FREE_FIELDS | added):
+  if different := _differences(source.encoder, encoder, FREE_FIELDS | added | set(free)):
     raise WeightsError(
       f"config.init_from={config.init_from} is another architecture: {'; '.join(different)}. "
       f"Set config.encoder to that of the checkpoint{_options(source.encoder, config.encoder)}"
@@ -82,9 +87,12 @@ def encoder_params(
 ) -> tuple[dict[str, np.ndarray], list[str]]:
   """Returns a model's parameters of `encoder` for the images of a run, and notes for the log.
 
-  The parameters are {path joined by "/": array}.
+  The parameters are {path joined by "/": array}. Positions have the grid of the images, or that of
+  the encoder's own table.
   """
   grid = _grid(config, encoder)
+  if not source.encoder.position_grid:
+    grid = tuple(encoder.position_grid) or grid
   params = flatten_dict(model_files.params_at(source, grid)["encoder"], sep="/")
   notes = [f"starting from {source.report}"]
   if source.encoder.eps != encoder.eps:

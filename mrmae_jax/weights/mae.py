@@ -9,6 +9,7 @@ from mrmae_jax.models.vit import ViT
 from mrmae_jax.weights.table import (
   Entry,
   conv,
+  decomposed,
   dense,
   depth,
   fusion,
@@ -26,13 +27,12 @@ MARKERS = ("cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight")
 
 def encoder_table(module: ViT) -> list[Entry]:
   """Returns the entries of an encoder."""
-  table = [
-    Entry("cls_token", ("cls_token",), same),
-    *dense("patch_embed", "patch_embed.proj", conv(module.patch_size)),
-  ]
+  table = [Entry("cls_token", ("cls_token",), same)] if module.cls_token else []
+  table += dense("patch_embed", "patch_embed.proj", conv(module.patch_size))
   table += [Entry("pos_embed", ("pos_embed",), same)] if module.learned_positions else []
   for i in range(module.depth):
     table += timm_block(f"blocks_{i}", f"blocks.{i}")
+    table += decomposed(module, f"blocks_{i}", f"blocks.{i}")
   return table + fusion(module) + norm("norm", "norm")
 
 

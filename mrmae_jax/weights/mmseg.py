@@ -15,7 +15,16 @@ from mrmae_jax.errors import WeightsError
 from mrmae_jax.models import ConvViT, ViT
 from mrmae_jax.models.upernet import Segmenter, usual_levels
 from mrmae_jax.weights import beit, convmae, families, mae
-from mrmae_jax.weights.table import Entry, Layout, conv, dense, norm, same, shape_of
+from mrmae_jax.weights.table import (
+  Entry,
+  conv,
+  conv2d,
+  dense,
+  running_norm,
+  same,
+  shape_of,
+  upsample,
+)
 from mrmae_jax.weights.tensor import Tensor
 
 BACKBONE = "backbone."
@@ -24,22 +33,6 @@ HEADS = ("decode_head.", "auxiliary_head.")
 CONSTANTS = r"(.*\.)?(num_batches_tracked|relative_position_index)"
 POOL_SCALES = (1, 2, 3, 6)  # of every published model; names and shapes do not tell them
 NAMING = "mmsegmentation's names"
-
-_conv2d = Layout(lambda w: w.transpose(2, 3, 1, 0), lambda x, parts: [x.transpose(3, 2, 0, 1)])
-# Transposed convolutions with stride = kernel = 2: (in, out, 2, 2) -> (in, 2 * 2 * out).
-_upsample = Layout(
-  lambda w: w.transpose(0, 2, 3, 1).reshape(len(w), -1),
-  lambda x, parts: [x.reshape(len(x), 2, 2, -1).transpose(0, 3, 1, 2)],
-)
-
-
-def _batch_norm(ours: str, theirs: str) -> list[Entry]:
-  """Returns the entries of a BatchNorm: gain, bias and running statistics."""
-  running = [(x, f"{theirs}.running_{x}") for x in ("mean", "var")]
-  return [
-    *norm(f"segmenter/{ours}", theirs),
-    *(Entry(f"batch_stats/{ours}/{x}", (name,), same) for x, name in running),
-  ]
 
 
 def head_table(num_scales: int, has_aux: bool) -> list[Entry]:
@@ -60,9 +53,9 @@ def head_table(num_scales: int, has_aux: bool) -> list[Entry]:
   for head, parts in heads.items():
     for name, (theirs, size) in parts.items():
       ours, theirs = f"{head}/{name}", f"{head}.{theirs}"
-      layout = conv(1) if size == 1 else _conv2d
+      layout = conv(1) if size == 1 else conv2d
       table.append(Entry(f"segmenter/{ours}/conv/kernel", (f"{theirs}.conv.weight",), layout))
-      table += _batch_norm(f"{ours}/bn", f"{theirs}.bn")
+      table += running_norm("segmenter", f"{ours}/bn", f"{theirs}.bn")
     table += dense(f"segmenter/{head}/conv_seg", f"{head}.conv_seg", conv(1))
   return table
 
@@ -71,12 +64,14 @@ def segmenter_table(module: Segmenter) -> list[Entry]:
   """Returns the entries of every parameter and running statistic, but for the unused last norm."""
   if isinstance(module.encoder, ConvViT):
     encoder = [e for e in convmae.encoder_table(module.encoder) if not e.ours.startswith("norm/")]
-    neck = dense("segmenter/neck/conv", "fpn.0", _conv2d) + _batch_norm("neck/bn", "fpn.1")
+    neck = dense("segmenter/neck/conv", "fpn.0", conv2d) + running_norm(
+      "segmenter", "neck/bn", "fpn.1"
+    )
   else:
     encoder = families.name_table(families.BEIT[0], "", module.encoder, has_norm=False)
-    neck = _batch_norm("neck/bn", "fpn1.1")
+    neck = running_norm("segmenter", "neck/bn", "fpn1.1")
     for ours, theirs in (("up4_0", "fpn1.0"), ("up4_1", "fpn1.3"), ("up2", "fpn2.0")):
-      neck.append(Entry(f"segmenter/neck/{ours}/up/kernel", (f"{theirs}.weight",), _upsample))
+      neck.append(Entry(f"segmenter/neck/{ours}/up/kernel", (f"{theirs}.weight",), upsample))
       neck.append(Entry(f"segmenter/neck/{ours}/bias", (f"{theirs}.bias",), same))
   encoder = [entry._replace(ours=f"encoder/{entry.ours}") for entry in encoder]
   backbone = [

@@ -29,15 +29,19 @@ import numpy as np
 from absl import logging
 from flax.traverse_util import flatten_dict
 
+from mrmae_jax import interpolation
+from mrmae_jax.detection import Rules, make_rules
 from mrmae_jax.errors import StorageError, WeightsError, WorkdirError
 from mrmae_jax.models import ConvViT, Decoder, ViT, make_decoder, make_encoder
 from mrmae_jax.models.layers import Mask, sincos_2d
+from mrmae_jax.models.mask_rcnn import MaskRCNN, make_mask_rcnn
 from mrmae_jax.models.upernet import Segmenter, make_segmenter
 from mrmae_jax.runs import checkpoint
 from mrmae_jax.runs.paths import atomic_write
 from mrmae_jax.weights import (
   beit,
   convmae,
+  detectron2,
   families,
   files,
   mae,
@@ -70,12 +74,12 @@ from mrmae_jax.weights.table import (
   shape_of,
 )
 
-FORMATS = ("convmae", "timm", "hf", "mmseg")
+FORMATS = ("convmae", "timm", "hf", "mmseg", "detectron2")
 # Families that are encoders too.
 STUDENTS = ("BEiT", "DINO", "DINOv2", "DINOv2 with registers", "CLIP")
 NO_NORM = "norm (fine-tuning replaces the last norm by fc_norm)"
 ABSENT_NORM = "norm (the source does not hold it)"
-UNUSED_NORM = "norm (segmentation does not use it)"
+UNUSED_NORM = "norm (segmentation and detection do not use it)"
 NO_DECODER = "no decoder (the source is encoder-only and cannot reconstruct)"
 # Fields in which towers differ from MAE's ViT, whose formats have no place for them; and those for
 # which BEiT's formats have one.
@@ -120,7 +124,8 @@ class LoadedModel(NamedTuple):
     params: {"encoder", "decoder" if there is one, "classifier" if it was fine-tuned, "mimic_heads"
       if asked for}, float32 numpy arrays. A classifier is {"head"} on the normed first token, or
       {"fc_norm", "head"} on the mean token of the last block. A segmentation model has "segmenter",
-      the parameters of neck and heads, and "batch_stats", their running statistics.
+      the parameters of neck and heads, and "batch_stats", their running statistics; a detector has
+      "detector", the parameters of pyramid and heads, and "batch_stats" if it has any.
     grid: (rows, columns) of its position tables.
     mean, std: of its input, one number per channel.
     method: {"mask_ratio", "norm_pix"} of its pre-training; MAE's where the source does not tell.
@@ -131,6 +136,8 @@ class LoadedModel(NamedTuple):
       not tell.
     rule: how its encoder's learned positions are interpolated.
     segmenter: UperNet around the encoder; None if it is another model.
+    detector: Mask R-CNN around the encoder; None if it is another model.
+    rules: by which the detector detects.
   """
 
   encoder: ConvViT | ViT
@@ -143,8 +150,10 @@ class LoadedModel(NamedTuple):
   has_norm: bool
   report: Report | None
   classes: tuple[str, ...] = ()
-  rule: positions.Rule = positions.BICUBIC
+  rule: interpolation.Rule = interpolation.BICUBIC
   segmenter: Segmenter | None = None
+  detector: MaskRCNN | None = None
+  rules: Rules = Rules()
 
 
 def read_model(
@@ -200,6 +209,8 @@ def _read_run(
       )
     if config["task"] == "segment":
       return _read_segmentation_run(path, config, dtype)
+    if config["task"] == "detect":
+      return _read_detection_run(path, config, dtype)
     optional = ("decoder",) * with_decoder + ("mimic_heads",) * with_heads
     stored = checkpoint.read_params(path, "encoder", "fc_norm", "head", *optional)
   except (StorageError, WorkdirError) as error:
@@ -271,6 +282,37 @@ def _read_segmentation_run(path: str | Path, config: dict[str, Any], dtype) -> L
   )
 
 
+def _read_detection_run(path: str | Path, config: dict[str, Any], dtype) -> LoadedModel:
+  """Reads the newest checkpoint of a run of detection."""
+  data, rcnn = config["data"], config["rcnn"]
+  heads = tuple(f"box_heads_{stage}" for stage in range(rcnn["stages"]))
+  parts = ("pyramid", "rpn_head", *heads, "mask_head")
+  stored = checkpoint.read_params(path, "encoder", *parts, with_extra=True)
+  classes = tuple(stored.identity["classes"])
+  detector = make_mask_rcnn(config["encoder"], rcnn, len(classes), dtype)
+  params = {
+    "encoder": stored.params["encoder"],
+    "detector": {name: stored.params[name] for name in parts if name in stored.params},
+  }
+  if stored.extra:
+    params["batch_stats"] = stored.extra
+  model = f"{describe(detector.encoder)}, {detectron2.describe(detector)}"
+  return LoadedModel(
+    encoder=detector.encoder,
+    decoder=None,
+    params=params,
+    grid=tuple(side // detector.encoder.patch_size for side in config["image_size"]),
+    mean=tuple(data["mean"]),
+    std=tuple(data["std"]),
+    method=METHOD,
+    has_norm=False,
+    report=Report(f"{path} after {stored.step} steps", model, _count_params(params), (), ()),
+    classes=classes,
+    detector=detector,
+    rules=make_rules(rcnn),
+  )
+
+
 class _Inventory:
   """The tensors of a source that must still be used, and the lines of its report."""
 
@@ -295,6 +337,8 @@ def _read_files(
   source, network = str(path), networks.open_network(path, hints.weights)
   if network.heads:
     return _read_segmenter(path, network, hints, dtype)
+  if network.is_detector:
+    return _read_detector(path, network, hints, dtype)
   if family := _find_tower(path, network.tensors):
     return _read_tower(path, network, family, hints, dtype)
   inventory = _Inventory(network.tensors)
@@ -441,8 +485,64 @@ def _read_segmenter(path: Path, network: networks.Network, hints: Hints, dtype) 
       (*network.left_out, *dropped),
     ),
     classes=classes,
-    rule=positions.BICUBIC,
+    rule=interpolation.BICUBIC,
     segmenter=segmenter,
+  )
+
+
+def _read_detector(path: Path, network: networks.Network, hints: Hints, dtype) -> LoadedModel:
+  """Reads a detector in detectron2's names."""
+  source, tensors = str(path), network.tensors
+  shapes = {name: tensor.shape for name, tensor in tensors.items()}
+  fields = detectron2.detector_fields(shapes, source)
+  backbone = detectron2.BACKBONE + detectron2.NETS[fields["pyramid_kind"]]
+  of_encoder = {
+    name.removeprefix(backbone): x for name, x in shapes.items() if name.startswith(backbone)
+  }
+  description = read_notes(path, detectron2.NAMING)
+  if description is None:
+    noted, grid = detectron2.encoder_fields(of_encoder, source)
+    description = Description(detectron2.NAMING, lambda entry: entry, noted, {}, grid)
+  check_description(description, len(tensors), source)
+  encoder, grid = file_encoder(description, hints, dtype, source), tuple(description.grid)
+  more, rules = detectron2.read_notes(description.detector)
+  detector = MaskRCNN(encoder, **fields, **more, dtype=dtype)
+  patch_embed = f"patch_embed{'' if isinstance(encoder, ViT) else 1}.proj.weight"
+  channels = shape_of(of_encoder, patch_embed, 4, source)[1]
+  mean, std = input_statistics(hints, description, channels, source)
+  size = tuple(side * encoder.patch_size for side in grid)
+  params = convert(
+    tensors,
+    detectron2.detector_table(detector),
+    detectron2.detector_shapes(detector, size, channels),
+    ignore=(detectron2.CONSTANTS,),
+    source=source,
+  )
+  loaded = _count_params(params)
+  params["encoder"]["norm"] = tower_params.fresh_norm(encoder.dim)
+  classes = tuple(description.classes)
+  _check_classes(classes, detector.num_classes, source)
+  constants = [x for x in tensors if re.fullmatch(detectron2.CONSTANTS, x)]
+  dropped = [f"{len(constants)} constants and counters"] if constants else []
+  return LoadedModel(
+    encoder=encoder,
+    decoder=None,
+    params=params,
+    grid=grid,
+    mean=mean,
+    std=std,
+    method=description.method,
+    has_norm=False,
+    report=Report(
+      source,
+      f"{describe(encoder)}, {detectron2.describe(detector)}, {detectron2.NAMING}",
+      loaded,
+      (UNUSED_NORM,),
+      (*network.left_out, *dropped),
+    ),
+    classes=classes,
+    detector=detector,
+    rules=rules,
   )
 
 
@@ -755,7 +855,23 @@ def params_at(model: LoadedModel, grid: tuple[int, int]) -> dict[str, Any]:
   Learned position tables are interpolated by `model.rule`: bicubically, as in MAE and DeiT, or as
   the family of a tower does it; tables of relative positions as BEiT does it.
   """
+  if model.encoder.window or model.encoder.distances != "none":
+    return _detector_params_at(model, grid)
   return positions.resize_tables(model.params, model.grid, grid, model.rule)
+
+
+def _detector_params_at(model: LoadedModel, grid: tuple[int, int]) -> dict[str, Any]:
+  """Returns the parameters of a detector's encoder, whose positions have a grid of their own."""
+  encoder = model.params["encoder"]
+  if not model.encoder.position_grid:
+    encoder = positions.resize_tables(encoder, model.grid, grid, model.rule)
+  shapes = param_shapes(model.encoder, None, grid, channels=len(model.mean))["encoder"]
+  if "global_distances" in shapes and model.grid != grid:
+    raise WeightsError(
+      f"a model with distances='shared' takes images of {model.grid[0]} x {model.grid[1]} tokens "
+      f"alone, not {grid[0]} x {grid[1]}"
+    )
+  return model.params | {"encoder": positions.fit_distances(encoder, shapes)}
 
 
 def describe(encoder) -> str:
@@ -807,15 +923,16 @@ def write_model(model: LoadedModel, out: str | Path, form: str) -> None:
       preprocessor_config.json and model.safetensors.
     form: "convmae": a ConvViT in ConvMAE's names; "timm": a ViT in those of timm and MAE; "hf": a
       ViT as transformers' ViTMAE. A ViT with relative positions takes BEiT's names of timm, or is
-      transformers' Beit. "mmseg": a segmentation model in mmsegmentation's names.
+      transformers' Beit. "mmseg": a segmentation model in mmsegmentation's names. "detectron2": a
+      detector in detectron2's names.
 
   Raises:
     WeightsError: this model cannot take that form.
   """
   out, is_vit = Path(out).expanduser(), isinstance(model.encoder, ViT)
   _check_form(model, out, form)
-  if form == "mmseg":
-    _write_segmenter(model, out)
+  if form in ("mmseg", "detectron2"):
+    (_write_segmenter if form == "mmseg" else _write_detector)(model, out)
     return
   if _is_beit(model.encoder):
     model = _with_stored_positions(model)
@@ -868,6 +985,14 @@ def _write_segmenter(model: LoadedModel, out: Path) -> None:
   files.write_safetensors(out, tensors, {METADATA_KEY: json.dumps(notes)})
 
 
+def _write_detector(model: LoadedModel, out: Path) -> None:
+  """Writes a detector as a .safetensors file."""
+  encoder = {name: x for name, x in model.params["encoder"].items() if name != "norm"}
+  tensors = export(model.params | {"encoder": encoder}, detectron2.detector_table(model.detector))
+  notes = _notes(model) | {"detector": detectron2.notes(model.detector, model.rules)}
+  files.write_safetensors(out, tensors, {METADATA_KEY: json.dumps(notes)})
+
+
 def _is_beit(module) -> bool:
   """Returns whether a network has relative positions, for which BEiT's formats have a place."""
   return isinstance(module, ViT) and module.relative_positions
@@ -888,13 +1013,19 @@ def _check_form(model: LoadedModel, out: Path, form: str) -> None:
   is_vit = isinstance(model.encoder, ViT)
   if form not in FORMATS:
     raise WeightsError(f"format {form!r} is not one of {', '.join(FORMATS)}")
+  if (model.detector is not None) != (form == "detectron2"):
+    raise WeightsError(
+      f"a detector cannot be written as {form!r}; use detectron2, or --parts=encoder"
+      if model.detector is not None
+      else "the format detectron2 is for detectors; this one has no roi_heads"
+    )
   if (model.segmenter is not None) != (form == "mmseg"):
     raise WeightsError(
       f"a segmentation model cannot be written as {form!r}; use mmseg, or --parts=encoder"
       if model.segmenter is not None
       else "the format mmseg is for segmentation models; this one has no decode_head"
     )
-  if form != "mmseg" and is_vit == (form == "convmae"):
+  if form not in ("mmseg", "detectron2") and is_vit == (form == "convmae"):
     raise WeightsError(
       f"a {describe(model.encoder)} cannot be written as {form!r}; use "
       f"{'timm or hf' if is_vit else 'convmae'}"
@@ -903,7 +1034,7 @@ def _check_form(model: LoadedModel, out: Path, form: str) -> None:
     raise WeightsError(f"{out}: format {form} is one file; name it *.safetensors")
   if form == "hf" and out.is_file():
     raise WeightsError(f"{out} is a file; format hf is a folder")
-  if form == "mmseg":
+  if form in ("mmseg", "detectron2"):
     return
   plain, is_beit = ViT(), _is_beit(model.encoder)
   fields = TOWER_FIELDS + (() if is_beit else BEIT_FIELDS)
@@ -984,10 +1115,12 @@ def untrained(model: LoadedModel, seed: int = 0) -> LoadedModel:
   height, width = (side * model.encoder.patch_size for side in model.grid)
   pixels = jnp.zeros((1, height, width, len(model.mean)))
   params = jax.jit(model.encoder.init)(jax.random.key(seed), pixels)["params"]
-  return model._replace(decoder=None, segmenter=None, params={"encoder": params}, classes=())
+  return model._replace(
+    decoder=None, segmenter=None, detector=None, params={"encoder": params}, classes=()
+  )
 
 
 def encoder_only(model: LoadedModel) -> LoadedModel:
-  """Returns a model without its decoder, classifier and segmentation."""
+  """Returns a model without its decoder, classifier, segmentation and detection."""
   params = {"encoder": model.params["encoder"]}
-  return model._replace(decoder=None, segmenter=None, params=params, classes=())
+  return model._replace(decoder=None, segmenter=None, detector=None, params=params, classes=())

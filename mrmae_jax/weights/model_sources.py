@@ -7,7 +7,7 @@ from typing import Any, Callable, NamedTuple
 from mrmae_jax.constants import IMAGENET_MEAN, IMAGENET_STD
 from mrmae_jax.errors import WeightsError
 from mrmae_jax.models import ENCODERS, ConvViT, Decoder, ViT, make_encoder
-from mrmae_jax.weights import convmae, files, mae
+from mrmae_jax.weights import convmae, detectron2, files, mae
 from mrmae_jax.weights.table import MAX_SIZE, Entry, check_fields, decoder_fields, same
 
 METHOD = {"mask_ratio": 0.75, "norm_pix": True}  # MAE's, where a source does not tell
@@ -47,6 +47,7 @@ class Description(NamedTuple):
     mean, std, method, classes: see `LoadedModel`.
     segmenter: "levels" and "pool_scales" of `models.upernet.Segmenter`, which shapes do not tell;
       {} for other models and files.
+    detector: see `detectron2.notes`; {} for other models and files.
     has_norm: the encoder has its last norm, where no classifier tells.
   """
 
@@ -60,6 +61,7 @@ class Description(NamedTuple):
   method: dict[str, Any] = METHOD
   classes: tuple[str, ...] = ()
   segmenter: dict[str, Any] = {}
+  detector: dict[str, Any] = {}
   has_norm: bool = True
 
   def their_name(self, name: str) -> str:
@@ -153,6 +155,7 @@ def check_description(description: Description, num_tensors: int, source: str) -
     grid = description.grid or (1, 1)
     ratio, norm_pix = description.method["mask_ratio"], description.method["norm_pix"]
     classes, segmenter = description.classes, dict(description.segmenter)
+    detectron2.read_notes(description.detector)
     is_valid = (
       ({"dim", "patch_size"} <= fields.keys() or {"embed_dims", "patch_sizes"} <= fields.keys())
       and len(grid) == 2
@@ -167,7 +170,7 @@ def check_description(description: Description, num_tensors: int, source: str) -
       and all(type(x) is int and 0 <= x <= MAX_SIZE for list_ in segmenter.values() for x in list_)
       and 0 not in segmenter.get("pool_scales", ())
     )
-  except (ValueError, TypeError, KeyError):
+  except (ValueError, TypeError, KeyError, AttributeError):
     is_valid = False
   if not is_valid:
     raise _bad_metadata(source)

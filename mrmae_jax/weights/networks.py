@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mrmae_jax.errors import WeightsError
-from mrmae_jax.weights import beit, convmae, files, mae, mmseg
+from mrmae_jax.weights import beit, convmae, detectron2, files, mae, mmseg
 from mrmae_jax.weights.families import FAMILIES
 from mrmae_jax.weights.tensor import Tensor
 
@@ -38,12 +38,14 @@ class Network(NamedTuple):
     wrapper: what stands before the names in the file; "" for nothing.
     left_out: one line about each other part of the file.
     heads: where the network is the backbone of mmsegmentation, the tensors of the heads beside it.
+    is_detector: the tensors are those of a whole detector in detectron2's names.
   """
 
   tensors: dict[str, Tensor]
   wrapper: str = ""
   left_out: tuple[str, ...] = ()
   heads: dict[str, Tensor] = {}
+  is_detector: bool = False
 
 
 def open_network(path: Path, weights: str = "") -> Network:
@@ -69,6 +71,8 @@ def open_network(path: Path, weights: str = "") -> Network:
         "again"
       )
     names[clean] = name
+  if marker := next((name for name in names if f".{name}".endswith(f".{detectron2.MARKER}")), ""):
+    return _open_detector(path, stored, names, marker.removesuffix(detectron2.MARKER))
   prefixes = _find_prefixes(names)
   if not prefixes:
     if weights:
@@ -101,6 +105,17 @@ def open_network(path: Path, weights: str = "") -> Network:
   left_out = _describe_parts(others, [x for x in prefixes if x != prefix])
   tensors = beit.arrange(files.check_tensors(taken, path), str(path))
   return Network(tensors, prefixes[prefix], left_out, files.check_tensors(heads, path))
+
+
+def _open_detector(path: Path, stored, names: dict[str, str], prefix: str) -> Network:
+  """Returns the detector whose names start with `prefix`."""
+  taken = {
+    name.removeprefix(prefix): stored[original]
+    for name, original in names.items()
+    if name.startswith(prefix)
+  }
+  left_out = _describe_parts([name for name in names if not name.startswith(prefix)], [])
+  return Network(files.check_tensors(taken, path), prefix, left_out, is_detector=True)
 
 
 def _clean(name: str) -> str:

@@ -15,16 +15,17 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mrmae_jax.errors import WeightsError
-from mrmae_jax.models.layers import ACTIVATIONS, REMAT_POLICIES
+from mrmae_jax.models.layers import ACTIVATIONS, DISTANCES, REMAT_POLICIES
 from mrmae_jax.models.vit import POSITIONS
 
 # The largest size and depth of a network that a file may describe: several times the largest ever
 # published.
 MAX_SIZE = 2**17
 MAX_DEPTH = 200
-_MAY_BE_ZERO = ("num_registers", "proj_dim", "fuse_layers", "drop_path")
+_MAY_BE_ZERO = ("num_registers", "proj_dim", "fuse_layers", "drop_path", "window", "global_blocks")
 _CHOICES = {
   "activation": tuple(ACTIVATIONS),
+  "distances": DISTANCES,
   "positions": POSITIONS,
   "remat": ("none", *REMAT_POLICIES),
 }
@@ -67,6 +68,13 @@ pack = Layout(lambda *biases: np.concatenate(biases), np.split)
 depthwise = Layout(
   lambda w: w[:, 0].transpose(1, 2, 0), lambda x, parts: [x.transpose(2, 0, 1)[:, None]]
 )
+# Kernels with stride 1: (O, I, k, k) -> (k, k, I, O).
+conv2d = Layout(lambda w: w.transpose(2, 3, 1, 0), lambda x, parts: [x.transpose(3, 2, 0, 1)])
+# Transposed convolutions with stride = kernel = 2: (I, O, 2, 2) -> (I, 2 * 2 * O).
+upsample = Layout(
+  lambda w: w.transpose(0, 2, 3, 1).reshape(len(w), -1),
+  lambda x, parts: [x.reshape(len(x), 2, 2, -1).transpose(0, 3, 1, 2)],
+)
 # Learned tokens or positions: (D,), (T, D) or (1, T, D) -> (1, T, D); written in the last form.
 tokens = Layout(lambda x: x.reshape(1, -1, x.shape[-1]), lambda x, parts: [x])
 
@@ -98,6 +106,15 @@ def norm(ours: str, theirs: str) -> list[Entry]:
   ]
 
 
+def running_norm(part: str, ours: str, theirs: str) -> list[Entry]:
+  """Returns the entries of a BatchNorm: gain and bias in `part`, statistics in "batch_stats"."""
+  running = [(x, f"{theirs}.running_{x}") for x in ("mean", "var")]
+  return [
+    *norm(f"{part}/{ours}", theirs),
+    *(Entry(f"batch_stats/{ours}/{x}", (name,), same) for x, name in running),
+  ]
+
+
 def qkv(ours: str, theirs: tuple[str, str, str]) -> list[Entry]:
   """Returns the entries of separate query, key and value layers, packed into one."""
   return [
@@ -116,6 +133,12 @@ def timm_block(ours: str, theirs: str) -> list[Entry]:
     *dense(f"{ours}/fc1", f"{theirs}.mlp.fc1"),
     *dense(f"{ours}/fc2", f"{theirs}.mlp.fc2"),
   ]
+
+
+def decomposed(module, ours: str, theirs: str) -> list[Entry]:
+  """Returns the entries of the tables of distances of a block, if it has any."""
+  names = ("rel_pos_h", "rel_pos_w") if module.distances == "decomposed" else ()
+  return [Entry(f"{ours}/attn/{name}", (f"{theirs}.attn.{name}",), same) for name in names]
 
 
 def fusion(module) -> list[Entry]:
