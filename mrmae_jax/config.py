@@ -647,8 +647,8 @@ def _start_detector(config: ConfigDict, stored: dict[str, Any]) -> None:
   """Takes the backbone and the heads of a detector, or the position table of another run."""
   if stored["task"] == "detect":
     config.rcnn.update(stored["rcnn"])
+    config.image_size = stored["image_size"]
     return
-  config.encoder.update(fuse_layers=())
   encoder = config.encoder
   patch = encoder.patch_size if encoder.name == "vit" else math.prod(encoder.patch_sizes)
   config.rcnn.position_grid = tuple(side // patch for side in stored["image_size"])

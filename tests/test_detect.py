@@ -10,9 +10,10 @@ from flax.traverse_util import flatten_dict
 
 from mrmae_jax import checks
 from mrmae_jax import config as config_lib
+from mrmae_jax.configs import detect as detect_configs
 from mrmae_jax.errors import ConfigError
 from mrmae_jax.models import ConvViT, ViT
-from mrmae_jax.models.mask_rcnn import usual_global_blocks
+from mrmae_jax.models.mask_rcnn import make_mask_rcnn, usual_global_blocks
 from mrmae_jax.tasks import detect
 from mrmae_jax.weights import model_files, positions
 from tests import tiny
@@ -115,6 +116,44 @@ def test_the_tiny_configuration_and_the_recipe_are_right():
   recipe = config_lib.detect()
   recipe.init_from, recipe.data.source = "", "coco:digits"
   checks.find_mistakes(recipe).report()
+
+
+SIZES = {  # millions of parameters, of all and of the encoder (detectron2's own count)
+  "vitdet_base": (110.90, 85.89),
+  "vitdet_large": (330.68, 303.43),
+  "vitdet_huge": (661.20, 631.12),
+}
+
+
+@pytest.mark.parametrize(
+  "name",
+  ["vitdet_base"]
+  + [pytest.param(x, marks=pytest.mark.variant) for x in detect_configs.RECIPES][1:],
+)
+def test_recipes_are_right_and_have_the_published_sizes(name):
+  config = detect_configs.get_config(name)
+  config.init_from, config.data.source = "", "coco:digits"
+  checks.find_mistakes(config).report()
+  network = make_mask_rcnn(config.encoder, config.rcnn, 80, jnp.float32)
+  pixels = jax.ShapeDtypeStruct((1, *config.image_size, 3), jnp.float32)
+  params = jax.eval_shape(network.init, jax.random.key(0), pixels)["params"]
+  del params["encoder"]["norm"]  # of pre-training
+  count = lambda tree: round(sum(x.size for x in jax.tree.leaves(tree)) / 1e6, 2)
+  if name in SIZES:
+    assert (count(params), count(params["encoder"])) == SIZES[name]
+
+
+def test_a_recipe_starts_from_a_run(tmp_path):
+  pretrained = tiny.get_config("vit")
+  (tmp_path / "config.json").write_text(pretrained.to_json_best_effort())
+  config = detect_configs.get_config(str(tmp_path))
+  assert config.init_from == str(tmp_path) and config.encoder.dim == 24
+  assert tuple(config.rcnn.position_grid) == (4, 6) and config.image_size == (1024, 1024)
+  assert config.optim.layer_decay == 0.7 and config.batch_size == 64
+  (tmp_path / "config.json").write_text(tiny.detect_config("convvit").to_json_best_effort())
+  config = detect_configs.get_config(str(tmp_path))
+  assert config.rcnn.window == 3 and tuple(config.image_size) == (64, 96)
+  assert config.optim.layer_decay == 0.8
 
 
 def test_published_layouts_have_the_last_block_of_each_quarter_global():
