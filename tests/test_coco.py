@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from mrmae_jax import data, sharding
+from mrmae_jax.boxes import bin_matrix
 from mrmae_jax.data import detection
 from mrmae_jax.data.sources import annotations, coco, open_source
 from mrmae_jax.data.views import Views
@@ -379,6 +380,17 @@ def test_boxes_of_polygons_are_those_of_what_is_shown():
   u = [(-9, 0), (5, 0), (5, 2), (-5, 2), (-5, 20), (5, 20), (5, 25), (-9, 25)]
   assert box(u, (10, 30)) == [0, 0, 5, 2]
   assert box([(40, 1), (50, 1), (45, 5)], (20, 30)) == [0, 0, 0, 0]
+
+
+def test_masks_of_a_batch_are_cut_out_by_roi_align():
+  y, x = np.mgrid[:600, :800]
+  for radius, center in ((280, (300, 400)), (90, (100, 120)), (9, (20, 30))):
+    mask = (y - center[0]) ** 2 + (x - 1.3 * center[1]) ** 2 < radius**2
+    box = coco.box_of_masks(mask[None])[0].astype(float) + (0.3, -0.4, 0.2, 0.1)
+    rows, columns = (bin_matrix(box[i], box[i + 2], mask.shape[1 - i], 56, 8, np) for i in (1, 0))
+    exact = rows @ mask @ columns.T
+    found = detection.crop_mask(mask, box) / 255
+    assert np.abs(found - exact).mean() < 0.01 and ((found >= 0.5) != (exact >= 0.5)).mean() < 0.01
 
 
 def view(**fields):

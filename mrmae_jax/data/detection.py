@@ -162,15 +162,22 @@ def _is_inside(points: np.ndarray, ring: np.ndarray) -> np.ndarray:
 
 
 def crop_mask(mask: np.ndarray, box: np.ndarray, side: int = MASK_SIDE) -> np.ndarray:
-  """Returns the part of a mask bool [H, W] in a box, uint8 [side, side], 255 inside."""
+  """Returns the part of a mask bool [H, W] in a box, uint8 [side, side], 255 inside.
+
+  It is ROIAlign's. Of a large box whole pixels are averaged before, to two a cell at least.
+  """
   low = np.maximum(np.floor(box[:2]) - 1, 0).astype(int)
   high = np.minimum(np.ceil(box[2:]) + 1, mask.shape[::-1]).astype(int)
-  part = mask[low[1] : high[1], low[0] : high[0]]
+  factors = np.maximum((box[2:] - box[:2]) // (2 * side), 1).astype(int)
+  part = Image.fromarray(mask[low[1] : high[1], low[0] : high[0]].astype(np.uint8) * 255)
+  part = np.asarray(part.reduce(tuple(map(int, factors))), np.float32)
+  x1, y1, x2, y2 = (box - np.tile(low, 2)) / np.tile(factors, 2)
   samples = lambda extent: max(1, math.ceil(extent / side - 1e-6))
-  x1, y1, x2, y2 = box - np.tile(low, 2)
-  rows = bin_matrix(y1, y2, part.shape[0], side, samples(y2 - y1), np)
-  columns = bin_matrix(x1, x2, part.shape[1], side, samples(x2 - x1), np)
-  return np.rint(rows @ part @ columns.T * 255).astype(np.uint8)
+  rows, columns = (
+    bin_matrix(start, end, length, side, samples(end - start), np).astype(np.float32)
+    for start, end, length in zip((y1, x1), (y2, x2), part.shape)
+  )
+  return np.rint(rows @ part @ columns.T).astype(np.uint8)
 
 
 def decode_image(example: dict[str, Any], channels: int, exif: str = "ignore") -> np.ndarray:
