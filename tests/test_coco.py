@@ -9,6 +9,7 @@ import os
 import random
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -384,10 +385,13 @@ def test_boxes_of_polygons_are_those_of_what_is_shown():
 
 def test_masks_of_a_batch_are_cut_out_by_roi_align():
   y, x = np.mgrid[:600, :800]
+  matrix = jax.jit(functools.partial(bin_matrix, bins=56, samples=8), static_argnames="length")
   for radius, center in ((280, (300, 400)), (90, (100, 120)), (9, (20, 30))):
     mask = (y - center[0]) ** 2 + (x - 1.3 * center[1]) ** 2 < radius**2
     box = coco.box_of_masks(mask[None])[0].astype(float) + (0.3, -0.4, 0.2, 0.1)
-    rows, columns = (bin_matrix(box[i], box[i + 2], mask.shape[1 - i], 56, 8, np) for i in (1, 0))
+    rows, columns = (
+      np.asarray(matrix(box[i], box[i + 2], length=mask.shape[1 - i])) for i in (1, 0)
+    )
     exact = rows @ mask @ columns.T
     found = detection.crop_mask(mask, box) / 255
     assert np.abs(found - exact).mean() < 0.01 and ((found >= 0.5) != (exact >= 0.5)).mean() < 0.01
