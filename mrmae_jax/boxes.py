@@ -8,7 +8,8 @@ second suppression, class by class, are the detections. The laws are detectron2'
 
 Most functions take one image, for `jax.vmap`; their shapes are static. What varies, such as
 the number of objects, is filled up and marked as invalid, and an invalid row changes no number and
-no gradient. `make_anchors`, `paste_mask` and `restore` are numpy on the host.
+no gradient. `make_anchors`, `paste_mask`, `interpolate` and `restore` are
+numpy on the host.
 
 Boxes are float32 [..., 4] (x1, y1, x2, y2) in pixels. They are continuous: an image is [0, W] x
 [0, H], the width of a box is x2 - x1. Shapes: N boxes, M objects, K classes; class K is the
@@ -363,7 +364,7 @@ def levels(
   return jnp.clip(level, 0, num_levels - 1).astype(jnp.int32)
 
 
-def bin_matrix(low, high, length: int, bins: int, samples: int, xp=jnp):
+def bin_matrix(low: jax.Array, high: jax.Array, length: int, bins: int, samples: int) -> jax.Array:
   """Returns float32 [bins, length]: an axis of a map, pooled between two of its coordinates.
 
   A bin is the mean of equidistant samples, linear between the centers of cells. Samples beyond -1
@@ -374,20 +375,19 @@ def bin_matrix(low, high, length: int, bins: int, samples: int, xp=jnp):
     length: of the axis.
     bins: of the result.
     samples: of a bin; 0: as many as it has cells, rounded up, for boxes up to twice the axis.
-    xp: numpy, for the host, or jax.numpy.
   """
   low, high = low - 0.5, high - 0.5
   extent = high - low
-  sample = xp.arange(samples or -(-2 * length // bins))
+  sample = jnp.arange(samples or -(-2 * length // bins))
   # A quotient that is rounded up could exceed a whole number by its last bit.
   is_sample = sample * bins < extent if not samples else sample >= 0
-  number = xp.maximum(is_sample.sum(), 1)
+  number = jnp.maximum(is_sample.sum(), 1)
   width = extent / bins
-  points = low + xp.arange(bins)[:, None] * width + (sample + 0.5) * width / number
+  points = low + jnp.arange(bins)[:, None] * width + (sample + 0.5) * width / number
   counts = is_sample & (points >= -1) & (points <= length)
-  points = xp.clip(points, 0, length - 1)[..., None]
-  share = xp.maximum(1 - xp.abs(points - xp.arange(length)), 0)
-  return xp.where(counts[..., None], share, 0).sum(1) / number
+  points = jnp.clip(points, 0, length - 1)[..., None]
+  share = jnp.maximum(1 - jnp.abs(points - jnp.arange(length)), 0)
+  return jnp.where(counts[..., None], share, 0).sum(1) / number
 
 
 def roi_align(
@@ -465,15 +465,32 @@ def paste_mask(mask: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> np.n
     box: [4], in pixels of the image.
     size: (H, W).
   """
-  pasted, matrices, shown = np.zeros(size, np.float32), [], []
-  for cells, low, high, side in zip(mask.shape, box[1::-1], box[:1:-1], size):
-    center = (np.arange(side) + 0.5 - low) / max(high - low, 1e-6) * cells - 0.5
-    inside = np.flatnonzero((center > -1) & (center < cells))
-    part = slice(inside[0], inside[-1] + 1) if len(inside) else slice(0)
-    matrices.append(np.maximum(1 - np.abs(center[part, None] - np.arange(cells)), 0))
-    shown.append(part)
-  pasted[tuple(shown)] = matrices[0] @ mask @ matrices[1].T
+  # One axis after the other, without a product of matrices: threads of the loader and of the
+  # evaluators would wait for those of the library.
+  pasted, shown, x = np.zeros(size, np.float32), [], np.pad(mask, 1)
+  for axis, cells in enumerate(mask.shape):
+    low, high = box[1 - axis], box[3 - axis]
+    center = (np.arange(size[axis]) + 0.5 - low) / max(high - low, 1e-6) * cells + 0.5
+    inside = np.flatnonzero((center > 0) & (center < cells + 1))
+    shown.append(slice(inside[0], inside[-1] + 1) if len(inside) else slice(0))
+    x = interpolate(x, center[inside], axis)
+  pasted[tuple(shown)] = x
   return pasted
+
+
+def interpolate(x: np.ndarray, places: np.ndarray, axis: int) -> np.ndarray:
+  """Returns values between those of an axis, [N] in place of it.
+
+  Args:
+    x: values at 0, 1, 2, ...
+    places: float [N], beyond the ends they have the value of the end.
+    axis: 0 or 1, of two.
+  """
+  places = np.clip(places, 0, x.shape[axis] - 1)
+  first = places.astype(int)
+  way = (places - first).astype(np.float32).reshape((-1, 1) if axis == 0 else (1, -1))
+  second = np.minimum(first + 1, x.shape[axis] - 1)
+  return x.take(first, axis) * (1 - way) + x.take(second, axis) * way
 
 
 def restore(boxes: np.ndarray, shown: tuple[int, int], size: tuple[int, int]) -> np.ndarray:

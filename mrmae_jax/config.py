@@ -648,8 +648,8 @@ def _start_detector(config: ConfigDict, stored: dict[str, Any]) -> None:
   """Takes the backbone and the heads of a detector, or the position table of another run."""
   if stored["task"] == "detect":
     config.rcnn.update(stored["rcnn"])
+    config.image_size = stored["image_size"]
     return
-  config.encoder.update(fuse_layers=())
   encoder = config.encoder
   patch = encoder.patch_size if encoder.name == "vit" else math.prod(encoder.patch_sizes)
   config.rcnn.position_grid = tuple(side // patch for side in stored["image_size"])
@@ -797,14 +797,19 @@ def identity(config: ConfigDict) -> dict[str, Any]:
   usual = {f"encoder.{name}": key.default for name, key in TOWER.items()}
   usual |= {f"optim.{x}": OPTIM[x].default for x in LATER}
   usual |= {"data.exif": "ignore"}
+  usual = {name: _as_json(x) for name, x in usual.items()}
   values = _without(config, "local", "free")
   return {name: x for name, x in values.items() if name not in usual or x != usual[name]}
+
+
+def _as_json(value):
+  return list(value) if isinstance(value, tuple) else value
 
 
 def _without(config: ConfigDict, *kinds: str) -> dict[str, Any]:
   keys = find_keys(config)
   return {
-    name: list(value) if isinstance(value, tuple) else value
+    name: _as_json(value)
     for name, value in flatten(config).items()
     if name not in keys or keys[name].resume not in kinds
   }

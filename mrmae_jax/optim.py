@@ -230,7 +230,9 @@ def decay_mask(params, no_decay: tuple[str, ...] = (), decay_of: str = "matrices
     "not_encoder_norms": lambda path, p: not (_is_norm(path) and path[0].key == "encoder"),
     "all": lambda path, p: True,
   }
-  is_decayed = lambda path, p: rules[decay_of](path, p) and path[-1].key not in no_decay
+  is_decayed = lambda path, p: (
+    rules[decay_of](path, p) and not (no_decay and path[-1].key in no_decay)
+  )
   return jax.tree_util.tree_map_with_path(is_decayed, params)
 
 

@@ -9,6 +9,7 @@ import os
 import random
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from mrmae_jax import data, sharding
+from mrmae_jax.boxes import bin_matrix
 from mrmae_jax.data import detection
 from mrmae_jax.data.sources import annotations, coco, open_source
 from mrmae_jax.data.views import Views
@@ -291,6 +293,44 @@ def test_folders_that_do_not_fit(tmp_path):
     open_coco(address, "train")
 
 
+def test_pictures_of_one_name_in_two_folders_are_told_apart(tmp_path):
+  content = fake.document()
+  address = fake.write(tmp_path / "x", train=content)
+  train = tmp_path / "x" / "train"
+  for image, folder in zip(content["images"], ("a", "b")):
+    (train / folder).mkdir()
+    (train / image["file_name"]).rename(train / folder / "same.png")
+    image["file_name"] = f"{folder}\\same.png"  # as Windows writes it
+  fake.write_annotations(tmp_path / "x", content)
+  annotations._read.cache_clear()
+  source = open_coco(address, "train")
+  assert [source.name(i) for i in range(2)] == ["a/same.png", "b/same.png"]
+
+
+def test_random_damage_is_refused_or_harmless(tmp_path):
+  """A changed value gives a message, or a file whose objects can all be drawn."""
+  rng = random.Random(0)
+  values = [None, True, -1, 0, 2, 1e300, math.nan, 10**30, "x", [], {}, [[]], [None], {"size": 1}]
+  for _ in range(300):
+    content = json.loads(json.dumps(fake.document()))
+    content["annotations"][1]["segmentation"] = {"size": [40, 60], "counts": [900, 500, 1000]}
+    place, value = None, content
+    while isinstance(value, (dict, list)) and value and (place is None or rng.random() < 0.9):
+      key = rng.choice(list(value)) if isinstance(value, dict) else rng.randrange(len(value))
+      place, value = value, value[key]
+    place[key] = rng.choice(values)
+    try:
+      found = read(tmp_path, content, max_dropped=1.0)
+    except DataError as error:
+      assert "instances.json: " in str(error)
+      continue
+    for i, segmentation in enumerate(map(found.segmentation, range(len(found.ids)))):
+      image = np.searchsorted(found.starts, i, side="right") - 1
+      size = tuple(found.sizes[image].tolist())
+      if segmentation is not None:
+        assert coco.to_mask(segmentation, size).shape == size
+
+
 # --- run lengths ---
 
 
@@ -379,6 +419,20 @@ def test_boxes_of_polygons_are_those_of_what_is_shown():
   u = [(-9, 0), (5, 0), (5, 2), (-5, 2), (-5, 20), (5, 20), (5, 25), (-9, 25)]
   assert box(u, (10, 30)) == [0, 0, 5, 2]
   assert box([(40, 1), (50, 1), (45, 5)], (20, 30)) == [0, 0, 0, 0]
+
+
+def test_masks_of_a_batch_are_cut_out_by_roi_align():
+  y, x = np.mgrid[:600, :800]
+  matrix = jax.jit(functools.partial(bin_matrix, bins=56, samples=8), static_argnames="length")
+  for radius, center in ((280, (300, 400)), (90, (100, 120)), (9, (20, 30))):
+    mask = (y - center[0]) ** 2 + (x - 1.3 * center[1]) ** 2 < radius**2
+    box = coco.box_of_masks(mask[None])[0].astype(float) + (0.3, -0.4, 0.2, 0.1)
+    rows, columns = (
+      np.asarray(matrix(box[i], box[i + 2], length=mask.shape[1 - i])) for i in (1, 0)
+    )
+    exact = rows @ mask @ columns.T
+    found = detection.crop_mask(mask, box) / 255
+    assert np.abs(found - exact).mean() < 0.01 and ((found >= 0.5) != (exact >= 0.5)).mean() < 0.01
 
 
 def view(**fields):
@@ -473,6 +527,19 @@ def test_objects_without_masks_and_too_many_are_told(tmp_path):
   with pytest.raises(DataError, match="annotation 11 has no segmentation"):
     view()(source[0], np.random.default_rng(0))
   assert "masks" not in view(has_masks=False)(source[0], np.random.default_rng(0))
+
+
+def test_batches_of_objects_without_those_in_quarantine(tmp_path):
+  address = fake.write(tmp_path / "x", train=fake.document(images=5))
+  (tmp_path / "bad.json").write_text('{"train": ["0002.png"]}')
+  source = open_coco(address, "train", quarantine=str(tmp_path / "bad.json"))
+  assert [source.image_id(i) for i in range(len(source))] == [1, 3, 4, 5]
+  assert source.category_ids == (3, 7, 90) and source.objects(1).ids.tolist() == [30, 31]
+  batches = data.train_batches(source, view(flip=True), batch_size=2, seed=0)
+  batch = next(batches)
+  batches.close()
+  assert batch["boxes"].shape == (2, 4, 4) and batch["masks"].shape == (2, 4, 56, 56)
+  assert (batch["classes"][:, :2] >= 0).all()
 
 
 # --- COCO's measures ---

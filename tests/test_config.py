@@ -534,6 +534,7 @@ def test_what_a_run_that_resumes_may_change():
   config = tiny.get_config()
   config.extra_teachers.dino = config_lib.teacher_section()
   config.data.exif, config.optim.schedule = "apply", "poly"  # keys that came later
+  config.optim.update(warmup_steps=5, decay_of="all", full_rate=("pos_embed",))
   config.encoder.update(eps=1e-5, layer_scale=True, relative_positions=True)
   before = config_lib.identity(config)
   json.dumps(before)  # as it is stored

@@ -31,6 +31,15 @@ PIXELS = 1e-3
 CASES = {path.stem: json.loads(path.read_text()) for path in sorted(GOLDENS.glob("*.json"))}
 
 
+def cases(is_one, fast=""):
+  """Parameters of a test, the names of cases; all but the one called `fast` are variants."""
+  return [
+    pytest.param(name, marks=[pytest.mark.variant] * (name != fast))
+    for name, case in CASES.items()
+    if is_one(name, case)
+  ]
+
+
 def named(name, prefix):
   return read_tensors(GOLDENS, name, prefix)
 
@@ -97,7 +106,7 @@ def check_gradients(name, kind, ours, image_gradient, noise=()):
   return theirs
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name.endswith("vitdet_backbone")])
+@pytest.mark.parametrize("name", cases(lambda name, _: name.endswith("vitdet_backbone")))
 def test_backbones_in_vitdet_style(name):
   case, inputs, expected = CASES[name], named(name, "in."), named(name, "out.")
   encoder = make_encoder(case)
@@ -120,7 +129,7 @@ def test_backbones_in_vitdet_style(name):
   close(channels_first(x), expected["rect.last_feat"], FORWARD, "rect")
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name.endswith("fpn_backbone")])
+@pytest.mark.parametrize("name", cases(lambda name, _: name.endswith("fpn_backbone")))
 def test_backbones_in_fpn_style(name):
   case, inputs, expected = CASES[name], named(name, "in."), named(name, "out.")
   encoder, pyramid = make_encoder(case), FPN(case["out_channels"])
@@ -168,7 +177,7 @@ def test_backbones_in_fpn_style(name):
   check_gradients(name, "train", ours, gradients[1], [noise])
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name.endswith("simple_fpn")])
+@pytest.mark.parametrize("name", cases(lambda name, _: name.endswith("simple_fpn"), "simple_fpn"))
 def test_simple_feature_pyramid(name):
   case, inputs, expected = CASES[name], named(name, "in."), named(name, "out.")
   pyramid, x = SimpleFeaturePyramid(case["out_channels"]), channels_last(inputs["map"])
@@ -188,7 +197,10 @@ def test_simple_feature_pyramid(name):
   assert theirs.keys() == {tensor for entry in table for tensor in entry.theirs}
 
 
-WHOLE = [name for name, case in CASES.items() if "rpn_batch" in case]
+def is_whole(_, case):
+  return "rpn_batch" in case
+
+
 TERMS = {"rpn_class": "rpn_cls", "rpn_box": "rpn_loc", "class": "cls", "box": "box_reg"}
 
 
@@ -266,7 +278,7 @@ def lowest_first(pixels, truth, anchors, rules):
   return detection.Noise(count(sum(map(len, anchors))), count(rules.train_proposals[1] + objects))
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", cases(is_whole, "mask_rcnn"))
 def test_losses_and_every_gradient(name):
   network, variables, rules, anchors, pixels, truth, table = whole(name)
   noise, expected = lowest_first(pixels, truth, anchors, rules), named(name, "out.")
@@ -287,7 +299,7 @@ def test_losses_and_every_gradient(name):
     close(ours[key], x, GRADIENT, f"gradient of {key}")
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", cases(is_whole))
 def test_proposals_samples_and_detections(name):
   network, variables, rules, anchors, pixels, truth, _ = whole(name)
   noise, expected = lowest_first(pixels, truth, anchors, rules), named(name, "out.")
@@ -328,7 +340,9 @@ def test_proposals_samples_and_detections(name):
   assert not found.is_truncated.any()
 
 
-@pytest.mark.parametrize("name", ["mask_rcnn", "cascade_mask_rcnn"])
+@pytest.mark.parametrize(
+  "name", cases(lambda _, case: "rpn_batch" in case and case["sampling_ratio"], "cascade_mask_rcnn")
+)
 def test_a_file_in_detectron2s_names_tells_the_network_and_is_written_back(tmp_path, name):
   case, path = CASES[name], tmp_path / "model.safetensors"
   tensors = named(name, "param.")
@@ -412,11 +426,10 @@ def test_the_attention_map_of_the_last_block_knows_distances(distances):
     head_attention(encoder.clone(global_blocks=()), params, image)
 
 
-def empty_network(norm):
+def empty_network():
   """A tiny network with random parameters, rules and anchors for images of 64 pixels."""
   encoder = ConvViT((4, 2, 2), (4, 8, 16), (1, 1, 2), 2, fuse_stages=False, window=2)
-  kind = "fpn" if norm == "bn" else "simple"
-  network = MaskRCNN(encoder, 3, kind, 8, norm, box_convs=1, box_hidden=8, mask_convs=1)
+  network = MaskRCNN(encoder, 3, "fpn", 8, "bn", box_convs=1, box_hidden=8, mask_convs=1)
   rules = detection.Rules(
     (8, 16, 32, 64, 128), train_proposals=(8, 16), roi_iou=(0.5,), roi_sample=8, anchor_sample=16
   )
@@ -424,9 +437,9 @@ def empty_network(norm):
   return network, rules, anchors
 
 
-@pytest.mark.parametrize("norm", ["ln", "bn"])
-def test_images_without_objects_have_finite_gradients_and_move_no_statistics_of_masks(norm):
-  network, rules, anchors = empty_network(norm)
+@pytest.mark.variant
+def test_images_without_objects_move_no_statistics_of_the_mask_head():
+  network, rules, anchors = empty_network()
   sizes = jnp.asarray([[64, 40], [1, 1]])  # nearly nothing but padding
   pixels = detection.hide_padding(jnp.ones((2, 64, 64, 3)), sizes)
   objects = (2, 5)
@@ -459,7 +472,6 @@ def test_images_without_objects_have_finite_gradients_and_move_no_statistics_of_
   assert terms["rpn_box"] == terms["box"] == terms["mask"] == 0
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradients))
   assert not any(np.any(x) for x in jax.tree.leaves(gradients["mask_head"]))
-  if norm == "bn":
-    old, new = stats["batch_stats"], updated["batch_stats"]
-    assert jax.tree.all(jax.tree.map(np.array_equal, old["mask_head"], new["mask_head"]))
-    assert not jax.tree.all(jax.tree.map(np.array_equal, old["box_heads_0"], new["box_heads_0"]))
+  old, new = stats["batch_stats"], updated["batch_stats"]
+  assert jax.tree.all(jax.tree.map(np.array_equal, old["mask_head"], new["mask_head"]))
+  assert not jax.tree.all(jax.tree.map(np.array_equal, old["box_heads_0"], new["box_heads_0"]))

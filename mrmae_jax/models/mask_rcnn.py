@@ -212,7 +212,7 @@ class MaskRCNN(nn.Module):
 
 def usual_global_blocks(depth: int) -> tuple[int, ...]:
   """Returns the last block of each quarter, as published: 2, 5, 8, 11 of 12; 1, 4, 7, 10 of 11."""
-  return tuple((i * depth) // 4 - 1 for i in range(1, 5) if i * depth >= 4)
+  return tuple(sorted({max(i * depth // 4, 1) - 1 for i in range(1, 5)}))
 
 
 def make_mask_rcnn(fields, heads, num_classes: int, dtype) -> MaskRCNN:

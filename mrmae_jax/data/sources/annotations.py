@@ -259,7 +259,7 @@ def _read_object(row: dict, image: int, class_: int, images: list[_Image]) -> _O
   crowd, problem, is_usable = row.get("iscrowd", 0), "", True
   area = _numbers([row.get("area")])
   segment, is_valid_mask = _read_segmentation(row.get("segmentation"), size)
-  if numbers is None or len(numbers) != 4 or min(numbers[2:]) < 0:
+  if numbers is None or len(numbers) != 4 or min(numbers[2:]) < 0 or max(abs(numbers)) > MAX_PIXELS:
     problem, numbers = "the box is not x, y, width, height", np.zeros(4)
   elif crowd not in (0, 1):
     problem = "iscrowd is neither 0 nor 1"
@@ -274,7 +274,7 @@ def _read_object(row: dict, image: int, class_: int, images: list[_Image]) -> _O
     image,
     class_,
     (x, y, x + w, y + h),
-    math.nan if area is None else float(area[0]),
+    math.nan if area is None or area[0] < 0 else float(area[0]),
     bool(crowd) if not problem else False,
     is_usable,
     segment.encode() if is_valid_mask else b"",
@@ -284,7 +284,7 @@ def _read_object(row: dict, image: int, class_: int, images: list[_Image]) -> _O
 
 def _numbers(values: Any) -> np.ndarray | None:
   """Returns a list of finite numbers as float64, None for anything else."""
-  if not isinstance(values, list) or not all(type(x) in (int, float) for x in values):
+  if not isinstance(values, list) or not set(map(type, values)) <= {int, float}:
     return None
   try:
     numbers = np.array(values, np.float64)
@@ -321,7 +321,7 @@ def _is_polygon(ring: Any, size: tuple[int, int]) -> bool:
     return False
   height, width = size
   points = numbers.reshape(-1, 2) / (width, height)
-  return bool((points >= -1).all() and (points <= 2).all())
+  return bool(np.abs(points - 0.5).max() <= 1.5)
 
 
 def check_rle(rle: dict, size: tuple[int, int]) -> str | list[int]:
