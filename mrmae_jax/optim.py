@@ -107,16 +107,16 @@ def whole_cosine(
   return warmup_from_share(warmup_cosine(peak, min_lr, 0, total_steps), warmup_steps)
 
 
-def peak_rate(config, batch_size: int) -> float:
+def peak_rate(options, batch_size: int) -> float:
   """Returns the largest learning rate of a schedule: blr * batch_size / 256."""
-  return config.blr * batch_size / 256
+  return options.blr * batch_size / 256
 
 
-def make_schedule(config, batch_size: int, steps: Steps) -> optax.Schedule:
+def make_schedule(options, batch_size: int, steps: Steps) -> optax.Schedule:
   """Returns step -> learning rate, for the section `optim` of a configuration.
 
   Args:
-    config: the section.
+    options: the section.
     batch_size: images per update; the peak rate is blr * batch_size / 256.
     steps: length of the training.
   """
@@ -126,33 +126,33 @@ def make_schedule(config, batch_size: int, steps: Steps) -> optax.Schedule:
     "steps": steps_down,
     "whole_cosine": whole_cosine,
   }
-  warmup_steps = config.warmup_steps or config.warmup_epochs * steps.per_epoch
-  peak = peak_rate(config, batch_size)
-  return schedules[config.schedule](peak, config.min_lr, warmup_steps, steps.total)
+  warmup_steps = options.warmup_steps or options.warmup_epochs * steps.per_epoch
+  peak = peak_rate(options, batch_size)
+  return schedules[options.schedule](peak, options.min_lr, warmup_steps, steps.total)
 
 
-def make_optimizer(config, batch_size: int, steps: Steps):
+def make_optimizer(options, batch_size: int, steps: Steps):
   """Returns (AdamW, schedule) for the section `optim` of a configuration; see `make_schedule`.
 
   `layer_decay` scales the whole scheduled rate, min_lr and the decay of the weights included.
   """
-  schedule = make_schedule(config, batch_size, steps)
-  is_decayed = lambda params: decay_mask(params, config.no_decay, config.decay_of)
-  scales = lambda params: layer_scales(params, config.layer_decay, config.full_rate)
+  schedule = make_schedule(options, batch_size, steps)
+  is_decayed = lambda params: decay_mask(params, options.no_decay, options.decay_of)
+  scales = lambda params: layer_scales(params, options.layer_decay, options.full_rate)
   links = [
     optax.chain(
-      _scale_by_adam(config.b1, config.b2, config.eps),
-      optax.add_decayed_weights(config.weight_decay, is_decayed),
+      _scale_by_adam(options.b1, options.b2, options.eps),
+      optax.add_decayed_weights(options.weight_decay, is_decayed),
       skippable(optax.scale_by_learning_rate(schedule)),
     )
   ]
-  if config.clip_norm:
-    links.insert(0, optax.clip_by_global_norm(config.clip_norm))
-  if config.layer_decay != 1:
+  if options.clip_norm:
+    links.insert(0, optax.clip_by_global_norm(options.clip_norm))
+  if options.layer_decay != 1:
     scale = lambda updates, params: jax.tree.map(jnp.multiply, updates, scales(params))
     links.append(optax.stateless(scale))
-  if config.ema_decay:
-    links.append(skippable(average_params(config.ema_decay)))
+  if options.ema_decay:
+    links.append(skippable(average_params(options.ema_decay)))
   return Skippable(*optax.chain(*links)), schedule
 
 
