@@ -234,7 +234,7 @@ class Evaluator:
     with atomic_write(path) as temporary:
       temporary.write_text(json.dumps(results))
     if has_masks:
-      data.check_objects(self._source, len(results) + 1, has_masks)
+      data.check_objects(self._source, self._source.most_objects, has_masks)
     truth = ground_truth(self._source, has_masks)
     numbers = {}
     for kind in ("box", "mask") if has_masks else ("box",):
