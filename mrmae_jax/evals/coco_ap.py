@@ -20,6 +20,7 @@ from mrmae_jax import data, evals, sharding
 from mrmae_jax.boxes import paste_mask, restore
 from mrmae_jax.data import augment
 from mrmae_jax.data.sources import coco
+from mrmae_jax.errors import MissingSplitError
 from mrmae_jax.evals.reconstruct import bands_shown
 from mrmae_jax.runs import distributed, supervision
 from mrmae_jax.runs.paths import atomic_write
@@ -160,6 +161,8 @@ class Evaluator:
   def __init__(self, task, frozen, config, mesh, workdir, *, batch_size: int, images: int):
     """Opens the held-out split.
 
+    Without annotated images there is nothing to measure: `note` then says so, and `run` returns {}.
+
     Args:
       task, frozen, config, mesh, workdir: of the run.
       batch_size: images per forward pass, rounded up to a multiple of the devices.
@@ -170,7 +173,12 @@ class Evaluator:
     """
     coco.load_pycocotools()
     self._frozen, self._config, self._mesh = frozen, config, mesh
-    self._source, self._view = task.source("eval"), IdView(task.views.eval)
+    self._view, self.note, self.results = IdView(task.views.eval), "", ()
+    try:
+      self._source = task.source("eval")
+    except MissingSplitError as error:
+      self.note = f"COCO's measures are left out: {error}"
+      return
     self._batch_size = evals.padded_batch_size(batch_size, mesh)
     self._folder, self._images = workdir / "detections", images
     self._bands, _ = bands_shown(config)
@@ -191,6 +199,8 @@ class Evaluator:
     Raises:
       DataError: an object to measure masks on has none.
     """
+    if self.note:
+      return {}
     results, image_ids, truncated, has_masks = [], [], 0, False
     for row in self._rows(params, extra):
       image_id = int(row["id"])
