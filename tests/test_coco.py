@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import sys
 from pathlib import Path
 
 import jax
@@ -692,3 +693,23 @@ def test_every_image_is_measured_once_on_all_devices(tmp_path):
   assert len(written) == 22 and {row["category_id"] for row in written} == {3, 90}
   (path, picture), *_ = found["pictures"].items()
   assert path.is_file() and picture.shape[0] > 640
+
+
+def test_without_pycocotools_a_message_says_what_to_install(monkeypatch):
+  monkeypatch.setitem(sys.modules, "pycocotools", None)
+  with pytest.raises(DataError, match=r'pip install "mrmae_jax\[detect\]"'):
+    coco_ap.Evaluator(None, (), None, None, None, batch_size=1, images=0)
+
+
+def test_without_annotated_images_measures_are_left_out_with_a_note(tmp_path):
+  empty = fake.document(first_id=100) | {"annotations": []}
+  address = fake.write(tmp_path / "x", val=empty)
+  task = perfect_task(open_coco(address, "train"), (64, 64))._replace(
+    source=functools.partial(open_coco, address)
+  )
+  config = ConfigDict(dict(data=dict(mean=(0.5,) * 3)))
+  evaluator = coco_ap.Evaluator(
+    task, (), config, sharding.make_mesh(), tmp_path, batch_size=1, images=0
+  )
+  assert evaluator.note.startswith("COCO's measures are left out: coco:")
+  assert evaluator.run({}, (), 1) == {} and evaluator.results == ()

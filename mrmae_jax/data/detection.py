@@ -318,6 +318,8 @@ def check_objects(source: Source, max_boxes: int, has_masks: bool) -> str:
   Raises:
     DataError: objects have none.
   """
+  if source.most_objects <= max_boxes and (source.has_all_masks or not has_masks):
+    return ""
   images, extra, maskless = 0, 0, []
   for index in range(len(source)):
     objects = source.objects(index)

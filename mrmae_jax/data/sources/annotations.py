@@ -20,6 +20,7 @@ from mrmae_jax.errors import DataError
 KEYS = ("images", "annotations", "categories")
 MIN_SIDE = 1e-5  # of a box in pixels; what is smaller cannot be learned
 MAX_OUTSIDE = 0.2  # share of boxes beyond their image, above which they are no x, y, width, height
+NO_MASK = b"null"
 MAX_NAMES = 3  # that a message lists
 COUNT_DIGITS = 7  # of a run in a compressed string: 35 bits
 
@@ -40,6 +41,7 @@ class Annotations(NamedTuple):
     classes: int32 [A].
     is_crowd: bool [A], a region of many objects.
     is_usable: bool [A], whether a box has a size and lies in its image.
+    has_mask: bool [A].
     segments: JSON of all segmentations, one after the other, see `segmentation`.
     segment_starts: int64 [A + 1], their places.
     note: which annotations were dropped, "" for none.
@@ -57,6 +59,7 @@ class Annotations(NamedTuple):
   classes: np.ndarray
   is_crowd: np.ndarray
   is_usable: np.ndarray
+  has_mask: np.ndarray
   segments: bytes
   segment_starts: np.ndarray
   note: str
@@ -111,6 +114,7 @@ def _read(path: str, max_dropped: float, modified: int) -> Annotations:
     column("class_", np.int32),
     column("is_crowd", bool),
     column("is_usable", bool),
+    np.array([row.segment != NO_MASK for row in rows], bool),
     b"".join(row.segment for row in rows),
     starts([len(row.segment) for row in rows]),
     note,
@@ -296,7 +300,7 @@ def _numbers(values: Any) -> np.ndarray | None:
 def _read_segmentation(value: Any, size: tuple[int, int]) -> tuple[str, bool]:
   """Returns (JSON of what `Annotations.segmentation` gives, True) or (why not, False)."""
   if not value:
-    return "null", True
+    return NO_MASK.decode(), True
   if isinstance(value, dict):
     try:
       counts = check_rle(value, size)

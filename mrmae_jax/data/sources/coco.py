@@ -18,7 +18,7 @@ from mrmae_jax.data.sources.base import (
 from mrmae_jax.data.sources.digits import DigitsSource
 from mrmae_jax.data.sources.folder import FolderSource, check_root
 from mrmae_jax.data.sources.listing import first_names, is_folder, list_images, subfolders
-from mrmae_jax.data.sources.scenes import DIGIT_SCENES, draw_digits
+from mrmae_jax.data.sources.scenes import DIGIT_SCENES, DIGITS_PER_SCENE, draw_digits
 from mrmae_jax.data.sources.splits import Splits, find_splits
 from mrmae_jax.errors import DataError, MissingSplitError
 
@@ -97,6 +97,11 @@ class CocoSource:
 
   Its examples have two fields more: "id" of the image, and `Objects`. Its order is that of the
   ids.
+
+  Attributes:
+    category_ids: of the classes.
+    most_objects: that any of the images has, or more.
+    has_all_masks: whether each of the objects has a mask.
   """
 
   is_known_by_names = True
@@ -121,6 +126,9 @@ class CocoSource:
     self._images, self._annotations, self._kept = images, annotations, kept
     self.class_names, self.category_ids = annotations.class_names, annotations.category_ids
     self.description, self.left_out = description, left_out
+    rows = np.isin(np.repeat(np.arange(len(annotations.sizes)), np.diff(annotations.starts)), kept)
+    self.most_objects = int(np.diff(annotations.starts)[kept].max())
+    self.has_all_masks = bool((annotations.has_mask | annotations.is_crowd)[rows].all())
 
   @property
   def fingerprint(self) -> str:
@@ -161,6 +169,8 @@ class CocoSource:
 
 class DigitObjects:
   """The scenes of `scenes:digits`, each digit an object with its exact box and mask."""
+
+  most_objects, has_all_masks = DIGITS_PER_SCENE[1], True
 
   def __init__(self, split: str, holdout_every: int):
     self._digits, self._split = DigitsSource(split, holdout_every), split

@@ -43,7 +43,9 @@ class FilteredSource:
     self._source = source
     self._indices = np.delete(np.arange(len(source)), list(excluded.values()))
     self.class_names = source.class_names
-    self.category_ids = getattr(source, "category_ids", ())
+    for name in ("category_ids", "most_objects", "has_all_masks"):  # of images with objects
+      if hasattr(source, name):
+        setattr(self, name, getattr(source, name))
     self.description = f"{source.description}; without {len(excluded)} of these in quarantine"
     self.left_out = getattr(source, "left_out", "")
     self.is_known_by_names = getattr(source, "is_known_by_names", False)
