@@ -6,10 +6,10 @@ and moves it again; a mask head draws the object inside of it. In training a ran
 anchors, and one of the proposals, count. In a cascade three box heads work one after the other,
 each on the boxes of the one before.
 
-The functions take a network whose parameters are bound, as `network.apply(variables, ..., method=
-loss)` hands it over. Shapes: B images, M objects at most, K classes; class K is the background.
-Losses are means over the images of each image's own mean, so that they do not depend on how a batch
-is divided.
+The functions take a network whose parameters are bound: `network.apply(variables, ...,
+method=training_loss)` hands it over. Shapes: B images, M objects at most, K classes; class K is the
+background. Losses are means over the images of each image's own mean, so that they do not depend on
+how a batch is divided.
 """
 
 import functools
@@ -133,7 +133,7 @@ def hide_padding(pixels: jax.Array, sizes: jax.Array) -> jax.Array:
   return jnp.where((height[:, :, None] & width[:, None])[..., None], pixels, 0)
 
 
-def loss(
+def training_loss(
   network: MaskRCNN,
   pixels: jax.Array,
   truth: Truth,
@@ -321,13 +321,13 @@ def mask_loss(network: MaskRCNN, levels, rois: Rois, truth: Truth, rules: Rules)
   return over_images(of_image, logits, rois, truth.masks, truth.frames).mean()
 
 
-def detect(
+def detect_objects(
   network: MaskRCNN, pixels: jax.Array, sizes: jax.Array, anchors: list[jax.Array], rules: Rules
 ) -> tuple[Detections, jax.Array | None]:
   """Detects objects.
 
   Args:
-    network, pixels, anchors, rules: as in `loss`.
+    network, pixels, anchors, rules: as in `training_loss`.
     sizes: int32 [B, 2], (height, width) of the images without padding.
 
   Returns:

@@ -221,12 +221,14 @@ class PretrainedModel:
       - "grid": (rows, columns) of tokens in training.
       - "image_size": (height, width) in training.
       - "mean", "std": of the input, one number per channel.
-      - "classes": number of classes, of images or of pixels; 0 for other models.
+      - "classes": number of classes, of images, pixels or objects; 0 for other models.
     """
     network, classifier = self.network, self.network.params.get("classifier")
     classes = len(classifier["head"]["bias"]) if classifier else 0
     if network.segmenter is not None:
       classes = network.segmenter.num_classes
+    if network.detector is not None:
+      classes = network.detector.num_classes
     return {
       "encoder": model_files.module_fields(network.encoder),
       "decoder": network.decoder and model_files.module_fields(network.decoder),
@@ -400,7 +402,7 @@ class PretrainedModel:
     """Returns the parameters for images of (height, width), {path joined by "/": array}."""
     grid = tuple(side // self.network.encoder.patch_size for side in image_size)
     params = model_files.params_at(self.network, grid)
-    unused = ("segmenter", "batch_stats")
+    unused = ("segmenter", "detector", "batch_stats")
     return flatten_dict({name: x for name, x in params.items() if name not in unused}, sep="/")
 
   def _prepare(self, images):

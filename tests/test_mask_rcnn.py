@@ -285,7 +285,7 @@ def test_losses_and_every_gradient(name):
 
   def loss(params):
     args = (pixels, truth, noise, anchors, rules)
-    return network.apply({"params": params}, *args, method=detection.loss)
+    return network.apply({"params": params}, *args, method=detection.training_loss)
 
   (total, terms), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
   close(total[None], expected["loss"], LOSS, "loss")
@@ -312,7 +312,7 @@ def test_proposals_samples_and_detections(name):
     tested = detection.propose(*args, rules.test_proposals, rules)
     objects = boxes.Objects(truth.boxes, truth.classes)
     rois = detection.sample_rois(proposals, objects, noise.proposals, network.num_classes, rules)
-    found = detection.detect(network, pixels, truth.sizes, anchors, rules)
+    found = detection.detect_objects(network, pixels, truth.sizes, anchors, rules)
     return levels, logits, deltas, proposals, tested, rois, found
 
   apply = jax.jit(lambda variables: network.apply(variables, method=parts))
@@ -401,6 +401,10 @@ def test_a_file_in_fpn_style_is_written_and_tells_the_network(tmp_path):
     model_files.write_model(
       model_files.encoder_only(model), tmp_path / "x.safetensors", "detectron2"
     )
+  with pytest.raises(WeightsError, match="has a place in the format detectron2 alone"):
+    model_files.write_model(model_files.encoder_only(model), tmp_path / "x.safetensors", "convmae")
+  with pytest.raises(WeightsError, match="a detector cannot be written as 'convmae'"):
+    model_files.write_model(model, tmp_path / "x.safetensors", "convmae")
 
 
 @pytest.mark.parametrize("distances", ["decomposed", "shared"])
@@ -461,7 +465,7 @@ def test_images_without_objects_move_no_statistics_of_the_mask_head():
       noise = detection.draw_noise(keys, anchors, objects[1], rules)
       args = (pixels, truth, noise, anchors, rules)
       (total, terms), updated = network.apply(
-        {"params": params, **stats}, *args, method=detection.loss, mutable=["batch_stats"]
+        {"params": params, **stats}, *args, method=detection.training_loss, mutable=["batch_stats"]
       )
       return total, (terms, updated)
 

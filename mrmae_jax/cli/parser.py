@@ -581,15 +581,15 @@ def _convert(parser: Parser) -> None:
 
 Formats: convmae, a ConvViT in the names of Alpha-VL/ConvMAE; timm, a ViT in those of timm and
 facebookresearch/mae; hf, a ViT as a folder of transformers' ViTMAE; mmseg, a segmentation model in
-mmsegmentation's names. The parameters are the same bit for bit, on the way and back. What is left
-out by design (mimic heads) is printed."""
+mmsegmentation's names; detectron2, a detector in detectron2's names. The parameters are the same
+bit for bit, on the way and back. What is left out by design (mimic heads) is printed."""
   parser.add_argument("--model", required=True, help="workdir, weight file or ViTMAE folder")
   parser.add_argument(
     "--out", required=True, help="the .safetensors file; with --format=hf the folder"
   )
   parser.add_argument(
     "--format",
-    choices=("convmae", "timm", "hf", "mmseg"),
+    choices=("convmae", "timm", "hf", "mmseg", "detectron2"),
     default="convmae",
     help="names of the tensors",
   )

@@ -62,7 +62,7 @@ def make(config) -> Task:
       anchors,
       rules,
       keys,
-      method=detection.loss,
+      method=detection.training_loss,
       mutable=["batch_stats"],
     )
     return total, (terms, updated.get("batch_stats", extra))
@@ -71,7 +71,7 @@ def make(config) -> Task:
     del keys
     variables = {"params": params, "batch_stats": extra}
     args = (normalize(batch), batch["size"], anchors, rules)
-    detections, masks = network.apply(variables, *args, method=detection.detect)
+    detections, masks = network.apply(variables, *args, method=detection.detect_objects)
     return detections._asdict() | ({} if masks is None else {"masks": masks})
 
   return Task(

@@ -1025,6 +1025,11 @@ def _check_form(model: LoadedModel, out: Path, form: str) -> None:
       if model.segmenter is not None
       else "the format mmseg is for segmentation models; this one has no decode_head"
     )
+  if form != "detectron2" and (model.encoder.window or model.encoder.distances != "none"):
+    raise WeightsError(
+      "an encoder with windows or tables of distances has a place in the format detectron2 alone, "
+      "with its detector: --parts=all"
+    )
   if form not in ("mmseg", "detectron2") and is_vit == (form == "convmae"):
     raise WeightsError(
       f"a {describe(model.encoder)} cannot be written as {form!r}; use "
