@@ -139,7 +139,8 @@ ENCODERS = {
 DATA = dict(
   source=Key(
     None,
-    "digits, folder:PATH (.zip, .tar), tfds:NAME, hf:NAME, wds:PATTERN, packed:PATH, scenes:PATH",
+    "digits, folder:PATH (.zip, .tar), tfds:NAME, hf:NAME, wds:PATTERN, packed:PATH, scenes:PATH,"
+    " coco:PATH",
     resume="local",
   ),
   train_split=Key("train", "split of tfds, or sub-folder, to train on; .: the whole folder"),

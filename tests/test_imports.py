@@ -20,7 +20,7 @@ HEAVY = ("torch", "tensorflow", "transformers", "keras")
 
 # The rooms from the ground up. A module imports from its own room and from those below.
 FLOORS = (
-  ("errors", "constants", "bilinear"),
+  ("errors", "constants", "bilinear", "boxes"),
   ("hardware", "program", "sweep", "sharding", "optim", "mixup", "models", "config"),
   ("mrmae", "checks", "runs", "segmentation"),
   ("reconstruction", "data", "weights", "viz"),
@@ -153,6 +153,7 @@ def test_a_training_run_imports_neither_torch_nor_tensorflow(tmp_path):
     ("grain", ("data/",)),
     ("tensorflow_datasets", ("data/",)),
     ("datasets", ("data/sources/hf.py",)),
+    ("pycocotools", ("data/sources/coco.py", "evals/coco_ap.py")),
     ("matplotlib", ("viz/",)),
     ("tensorboardX", ("runs/tensorboard.py",)),
     ("torch", ("weights/torch_files.py", "cli/bench/")),

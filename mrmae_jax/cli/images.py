@@ -128,7 +128,7 @@ def _has_images(model: str, run: ConfigDict, source: str) -> bool:
 def _place(source: str) -> str:
   """Returns a source with the real path of its folder."""
   kind, _, address = source.partition(":")
-  if kind not in ("folder", "packed", "scenes"):
+  if kind not in ("folder", "packed", "scenes", "coco"):
     return source
   return f"{kind}:{os.path.realpath(os.path.expanduser(address))}"
 

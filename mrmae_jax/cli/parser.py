@@ -12,7 +12,7 @@ from mrmae_jax.errors import UsageError
 
 IMAGES = (
   "folder:/path (or a .zip or .tar), digits, tfds:NAME, hf:NAME, wds:PATTERN, packed:/path, "
-  "scenes:/path"
+  "scenes:/path, coco:/path"
 )
 PANELS = ("reconstruction", "ratios", "focused", "attention", "pca", "cosine", "neighbors")
 # The training commands, and the tasks that they train.
@@ -639,7 +639,8 @@ decoder notices damage. Not all damage can be seen: of random changes of one byt
 PNGs and one in six in JPEGs. Exit code: 0 all images are good, 3 some are bad.
 
 Of scenes (scenes:/path) labels are decoded too: each has a class of classes.txt in every pixel and
-the size of its image. The report holds the share of each class."""
+the size of its image. The report holds the share of each class. Of COCO's data (coco:/path)
+annotations are checked too, and that each image has the size that they say."""
   parser.add_argument("--source", required=True, help=f"images: {IMAGES}")
   parser.add_argument(
     "--zero_is_unlabelled",

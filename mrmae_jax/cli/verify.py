@@ -20,8 +20,8 @@ from tqdm import tqdm
 from mrmae_jax import data
 from mrmae_jax.cli.pack import open_splits
 from mrmae_jax.constants import IGNORED
-from mrmae_jax.data import augment
-from mrmae_jax.data.scenes import check_size, count_pixels, label_shares
+from mrmae_jax.data import augment, detection, scenes
+from mrmae_jax.data.scenes import count_pixels, label_shares
 from mrmae_jax.errors import DataError, UsageError, printable
 from mrmae_jax.runs.paths import atomic_write
 
@@ -73,8 +73,10 @@ def inspect_images(source, channels: int, indices: Iterable[int]) -> ImageStatis
         counts = _classify_file(file)
       image = augment.with_channels(image, channels, name)
       if isinstance(example["label"], np.ndarray):  # of a scene
-        check_size(example, image.shape[:2])
+        scenes.check_size(example, image.shape[:2])
         labels = count_pixels(example["label"])
+      if "objects" in example:
+        detection.check_size(example, image.shape[:2])
     except DataError as error:
       cause = str(error).removeprefix(f"{printable(name)}: ")
       total += empty_statistics(channels)._replace(bad={name: cause})
@@ -190,7 +192,8 @@ def run(options) -> str:
       " do not take it"
     )
   zero_is_unlabelled = options.zero_is_unlabelled == "true" if has_scenes else None
-  sources = open_splits(options, zero_is_unlabelled=zero_is_unlabelled)
+  max_dropped = 1.0 if options.source.startswith("coco:") else None
+  sources = open_splits(options, zero_is_unlabelled=zero_is_unlabelled, max_dropped=max_dropped)
   for split, source in sources.items():
     print(f"{split}: {source.description}", file=sys.stderr, flush=True)
   total = sum(map(len, sources.values()))

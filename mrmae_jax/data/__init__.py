@@ -1,6 +1,12 @@
 """Input pipeline: sources of images, views of them, and batches per step."""
 
 from mrmae_jax.data.augment import resizer
+from mrmae_jax.data.detection import (
+  DetectionView,
+  WholeView,
+  check_objects,
+  detection_views,
+)
 from mrmae_jax.data.loader import (
   Batches,
   LoaderOptions,
@@ -34,6 +40,7 @@ from mrmae_jax.data.views import (
 
 __all__ = [
   "Batches",
+  "DetectionView",
   "ImageView",
   "LoaderOptions",
   "PairView",
@@ -41,10 +48,13 @@ __all__ = [
   "Source",
   "View",
   "Views",
+  "WholeView",
+  "check_objects",
   "check_same_classes",
   "center_view",
   "decode_scene",
   "describe_labels",
+  "detection_views",
   "element_shapes",
   "eval_batches",
   "image_views",

@@ -251,11 +251,12 @@ def pictures(image: np.ndarray) -> list[Image.Image]:
   return [Image.fromarray(band) for band in np.moveaxis(image, 2, 0)]
 
 
-def resize_pillow(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-  """Resizes by Pillow's bicubic with antialiasing; returns uint8 [H, W, C]."""
+def resize_pillow(
+  image: np.ndarray, size: tuple[int, int], resample=Image.Resampling.BICUBIC
+) -> np.ndarray:
+  """Resizes with Pillow, by default bicubic with antialiasing; returns uint8 [H, W, C]."""
   resized = [
-    np.asarray(picture.resize((size[1], size[0]), Image.Resampling.BICUBIC))
-    for picture in pictures(image)
+    np.asarray(picture.resize((size[1], size[0]), resample)) for picture in pictures(image)
   ]
   return resized[0] if image.shape[2] == 3 else np.stack(resized, axis=2)
 

@@ -46,15 +46,21 @@ def check_size(example: dict[str, Any], size: tuple[int, int], exif: str = "igno
   height, width = example["label"].shape
   if (height, width) == tuple(size):
     return
-  advice = "write the label again at the size of its image, or remove both"
-  is_turned = augment.orientation_of(example["image"]) > 4  # by a quarter
-  if is_turned and (width, height) == tuple(size):
-    advice = "the label is upright and the image is turned by its EXIF: set config.data.exif=apply"
-    if exif == "apply":
-      advice = "the label is as the image is stored, without its EXIF: set config.data.exif=ignore"
+  is_turned = (width, height) == tuple(size)
+  advice = is_turned and exif_advice(example["image"], "the label", exif)
+  advice = advice or "write the label again at the size of its image, or remove both"
   raise DataError(
     f"{example['label_name']}: {height} x {width}, its image is {size[0]} x {size[1]}; {advice}"
   )
+
+
+def exif_advice(image, kind: str, exif: str) -> str:
+  """Returns what to do if an image was turned by its EXIF and `kind` not, or the reverse, or ""."""
+  if augment.orientation_of(image) <= 4:  # not by a quarter
+    return ""
+  if exif == "apply":
+    return f"{kind} is as the image is stored, without its EXIF: set config.data.exif=ignore"
+  return f"{kind} is upright and the image is turned by its EXIF: set config.data.exif=apply"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 MIN_WIDTH = 128  # of one image in pixels, so that digits are legible
 MAX_WIDTH = 1200  # of a table; images wider than MIN_WIDTH are shrunk to fit
+MIN_DRAWN = 320  # of the longer side of an image with objects, for their names
 OPACITY = 0.5  # of the colors of classes over an image
 COLOR_SCALE = (  # dark violet, blue, teal, green, light yellow; ever lighter
   (0.13, 0.04, 0.24),
@@ -74,6 +75,38 @@ def paint_classes(image: np.ndarray, label: np.ndarray, ignored: int = -1) -> np
   painted = ((1 - OPACITY) * image + OPACITY * colors).astype(np.uint8)
   painted[label == ignored] = 0
   return painted
+
+
+def draw_objects(
+  image: np.ndarray, boxes: np.ndarray, masks: list[np.ndarray], classes, texts: list[str]
+) -> np.ndarray:
+  """Draws objects over an image, in the colors of their classes.
+
+  Args:
+    image: uint8 [H, W, 3] or [H, W, 1].
+    boxes: [N, 4] in pixels.
+    masks: bool [H, W] each, or [].
+    classes: int [N].
+    texts: one for each box.
+
+  Returns:
+    uint8 [height, width, 3], enlarged until texts are legible.
+  """
+  zoom = -(-MIN_DRAWN // max(image.shape[:2]))
+  painted = np.repeat(image, 3 // image.shape[2], axis=2)
+  colors = class_colors(int(max(classes, default=0)) + 1)
+  for mask, class_ in zip(masks, classes):
+    painted = painted.copy()
+    painted[mask] = ((1 - OPACITY) * painted[mask] + OPACITY * colors[class_]).astype(np.uint8)
+  canvas = Image.fromarray(painted.repeat(zoom, 0).repeat(zoom, 1))
+  draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(11)
+  for box, class_, text in zip(np.asarray(boxes) * zoom, classes, texts):
+    color = tuple(map(int, colors[class_]))
+    draw.rectangle([box[0], box[1], max(box[2] - 1, box[0]), max(box[3] - 1, box[1])], None, color)
+    left, top, right, bottom = draw.textbbox((box[0] + 2, box[1] + 1), text, font)
+    draw.rectangle([left - 1, top - 1, right + 1, bottom + 1], color)
+    draw.text((box[0] + 2, box[1] + 1), text, "white" if sum(color) < 384 else "black", font)
+  return np.asarray(canvas)
 
 
 def interleave(columns: list[np.ndarray]) -> np.ndarray:

@@ -1,5 +1,5 @@
 """Sources of images, one module per kind: digits, a folder, a prepared tfds dataset, packed shards,
-scenes with a class for every pixel.
+scenes with a class for every pixel, images with objects.
 
 A module KIND has `make_source(address, split, rules)`, and is imported when it is needed. Its kind
 is listed in KINDS.
@@ -21,6 +21,7 @@ KINDS = {  # kind -> how it is written
   "tfds": "tfds:name[/config][:version]",
   "packed": "packed:/path",
   "scenes": "scenes:/path or scenes:digits",
+  "coco": "coco:/path or coco:digits",
 }
 PACKAGES = {  # kind -> the packages that it needs beside numpy and Pillow
   "digits": "scikit-learn",
@@ -35,8 +36,13 @@ def open_split(config, split: str) -> Source:
 
   Raises:
     DataError: the images cannot be opened; or the task learns from a class for every pixel, its
-      `config.data` has a key zero_is_unlabelled, and there are none, or the key is not set.
+      `config.data` has a key zero_is_unlabelled, and there are none, or the key is not set; or it
+      learns from objects, its `config.data` has a key max_boxes, and there are none.
   """
+  if (has_objects := "max_boxes" in config) and not config.source.startswith("coco:"):
+    raise DataError(
+      f"source={config.source!r} given; expected coco:/path or coco:digits, images with boxes"
+    )
   if "zero_is_unlabelled" in config:
     if not config.source.startswith("scenes:"):
       raise DataError(
@@ -58,6 +64,7 @@ def open_split(config, split: str) -> Source:
     labels=config.get("labels", ""),  # runs of earlier versions lack the key
     quarantine=config.quarantine,
     zero_is_unlabelled=config.get("zero_is_unlabelled"),
+    max_dropped=config.max_skipped if has_objects else None,
   )
 
 
@@ -72,6 +79,7 @@ def open_source(
   labels: str = "",
   quarantine: str = "",
   zero_is_unlabelled: bool | None = None,
+  max_dropped: float | None = None,
 ) -> Source:
   """Opens one split of a dataset.
 
@@ -90,6 +98,8 @@ def open_source(
     quarantine: a file that lists images to be left out, see `FilteredSource`. The split of the
       other images does not depend on it. "" for none.
     zero_is_unlabelled: of scenes: see `scenes.read_label`; None for the images without labels.
+    max_dropped: of COCO: largest share of annotations that cannot be used; None for the images
+      without objects.
 
   Raises:
     DataError: the images cannot be opened.
@@ -117,7 +127,9 @@ def open_source(
       f"dataset {spec!r} needs packages that are not installed ({error}); run `pip install"
       f" {PACKAGES[kind]}`"
     ) from error
-  rules = SplitRules(train_split, eval_split, data_dir, holdout_every, labels, zero_is_unlabelled)
+  rules = SplitRules(
+    train_split, eval_split, data_dir, holdout_every, labels, zero_is_unlabelled, max_dropped
+  )
   source = module.make_source(address, split, rules)
   for text in ("description", "left_out"):  # with names of files and folders
     if hasattr(source, text):

@@ -38,7 +38,8 @@ class Source(Protocol):
 
     The image is its encoded bytes or its pixels (uint8 [H, W, C]). The label is an int, -1 when
     there is none. The name lets a person find the image. Of scenes the label is a class for every
-    pixel, uint8 [H, W] with 255 for ignored ones, and "label_name" lets a person find it.
+    pixel, uint8 [H, W] with 255 for ignored ones, and "label_name" lets a person find it. Images
+    with objects have their "id" and "objects", see `coco.Objects`.
 
     Raises:
       DataError: the image cannot be read.
@@ -66,6 +67,7 @@ class SplitRules(NamedTuple):
   holdout_every: int
   labels: str = ""
   zero_is_unlabelled: bool | None = None
+  max_dropped: float | None = None
 
 
 @functools.lru_cache(maxsize=1)  # hosts compare it before the run records it: read it once

@@ -43,6 +43,9 @@ class FilteredSource:
     self._source = source
     self._indices = np.delete(np.arange(len(source)), list(excluded.values()))
     self.class_names = source.class_names
+    for name in ("category_ids", "most_objects", "has_all_masks"):  # of images with objects
+      if hasattr(source, name):
+        setattr(self, name, getattr(source, name))
     self.description = f"{source.description}; without {len(excluded)} of these in quarantine"
     self.left_out = getattr(source, "left_out", "")
     self.is_known_by_names = getattr(source, "is_known_by_names", False)
@@ -56,6 +59,13 @@ class FilteredSource:
 
   def __getitem__(self, index: int) -> dict[str, Any]:
     return self._source[int(self._indices[index])]
+
+  def objects(self, index: int):
+    """Returns the objects of an image, see `coco.Objects`."""
+    return self._source.objects(int(self._indices[index]))
+
+  def image_id(self, index: int) -> int:
+    return self._source.image_id(int(self._indices[index]))
 
   def name(self, index: int) -> str:
     return self._source.name(int(self._indices[index]))

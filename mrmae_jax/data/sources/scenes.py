@@ -96,19 +96,39 @@ class DigitScenes:
     return DIGIT_SCENES[self._split]
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    rng = np.random.default_rng((list(DIGIT_SCENES).index(self._split), index))
-    image, name = _draw_ground(rng), self.name(index)
-    stored = np.zeros(image.shape[:2], np.uint8)
-    for _ in range(rng.integers(*DIGITS_PER_SCENE, endpoint=True)):
-      _draw_digit(self._digits[int(rng.integers(len(self._digits)))], image, stored, rng)
+    image, digits = draw_digits(self._digits, self._split, index)
+    name = self.name(index)
     example = {"image": image, "label": -1, "name": name}
     if self._zero_is_unlabelled is None:
       return example
+    stored = np.zeros(image.shape[:2], np.uint8)
+    for digit, mask in digits:
+      stored[mask] = digit + 1
     label = to_classes(stored, name, len(self.class_names), self._zero_is_unlabelled)
     return example | {"label": label, "label_name": f"label of {name}"}
 
   def name(self, index: int) -> str:
     return f"digits/{self._split}_{index:04d}"
+
+
+def draw_digits(
+  digits: DigitsSource, split: str, index: int
+) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
+  """Draws the scene `index` of a split.
+
+  Returns:
+    The image, uint8 [H, W, 3], and of each digit in it the number and the pixels, bool [H, W].
+  """
+  rng = np.random.default_rng((list(DIGIT_SCENES).index(split), index))
+  image, drawn = _draw_ground(rng), []
+  is_taken = np.zeros(image.shape[:2], bool)
+  for _ in range(rng.integers(*DIGITS_PER_SCENE, endpoint=True)):
+    example = digits[int(rng.integers(len(digits)))]
+    mask = _draw_digit(example, image, is_taken, rng)
+    is_taken |= mask
+    if mask.any():
+      drawn.append((example["label"], mask))
+  return image, drawn
 
 
 def _draw_ground(rng: np.random.Generator) -> np.ndarray:
@@ -120,18 +140,22 @@ def _draw_ground(rng: np.random.Generator) -> np.ndarray:
   return np.clip(blotches + noise, 0, 255).astype(np.uint8)
 
 
-def _draw_digit(example, image: np.ndarray, stored: np.ndarray, rng: np.random.Generator) -> None:
-  """Draws a digit in dark or bright ink into an image and its label, where no other is near."""
+def _draw_digit(
+  example, image: np.ndarray, is_taken: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+  """Draws a digit in dark or bright ink where no other is near; returns its pixels, bool [H, W]."""
   side = int(rng.integers(*DIGIT_SIDES))
-  top, left = (int(rng.integers(length - side + 1)) for length in stored.shape)
+  top, left = (int(rng.integers(length - side + 1)) for length in is_taken.shape)
   box = slice(top, top + side), slice(left, left + side)
   ink = rng.integers(0, 45, 3) + 210 * rng.integers(2)
-  if stored[box].any():
-    return
+  mask = np.zeros_like(is_taken)
+  if is_taken[box].any():
+    return mask
   glyph = Image.fromarray(example["image"][:, :, 0])
   share = np.asarray(glyph.resize((side, side), Image.Resampling.BICUBIC)) / 255
   image[box] = image[box] * (1 - share[..., None]) + ink * share[..., None]
-  stored[box][share >= INK] = example["label"] + 1
+  mask[box] = share >= INK
+  return mask
 
 
 def make_source(address: str, split: str, rules: SplitRules) -> Source:
