@@ -22,6 +22,14 @@ from mrmae_jax.models.layers import ACTIVATIONS
 from mrmae_jax.mrmae import TeacherOutput, normalize, normalize_features
 from mrmae_jax.weights import hub, tower_params, towers
 
+# Of `spread`. Below it the features of all images are the same to three digits.
+MIN_SPREAD = 1e-6
+NO_SPREAD = (
+  "the teacher gives all images the same features: there is nothing to mimic. Its weights may be "
+  "zero or have collapsed, or the images are all alike (mrmae show-teacher draws both); give "
+  "another teacher or other images"
+)
+
 
 class TeacherOptions(NamedTuple):
   """A choice of a teacher and of its features.
@@ -249,6 +257,17 @@ def _forward(spec: TeacherSpec, params, images: jax.Array) -> TeacherOutput:
     if spec.has_attention:
       attention = _to_grid(out["attention"][..., None], spec.tokens, spec.grid)[..., 0]
     return TeacherOutput(_to_grid(patches, spec.tokens, spec.grid), cls, attention)
+
+
+def spread(features: jax.Array) -> jax.Array:
+  """Returns how much features [B, N, D] differ between images, as a share of their mean square.
+
+  Each token is compared with those at its place in other images; a single image's tokens with each
+  other. 0 if all are equal. Trained and random towers have 0.1 to 0.6.
+  """
+  features = features.astype(jnp.float32)
+  variance = features.var(0 if len(features) > 1 else 1).mean()
+  return variance / jnp.maximum(jnp.square(features).mean(), jnp.finfo(jnp.float32).tiny)
 
 
 def _to_grid(x: jax.Array, old: tuple[int, int], new: tuple[int, int]) -> jax.Array:

@@ -18,7 +18,7 @@ from mrmae_jax import data, optim, sharding
 from mrmae_jax.errors import NonFiniteError
 from mrmae_jax.runs import nonfinite
 from mrmae_jax.runs.checkpoint import CONTENTS
-from mrmae_jax.runs.run import Run
+from mrmae_jax.runs.run import Run, take_alarms
 
 
 class Task(NamedTuple):
@@ -42,6 +42,8 @@ class Task(NamedTuple):
     identity: JSON values that tell this task from others when a run is resumed.
     notes: lines for the start of the run's log.
     pretrained: {path joined by "/": numpy array} of parameters that do not start from `init`.
+    alarms: {term of the loss: (least value, warning)}. These terms are not logged. The run warns
+      if the first one after a start is below its least value.
   """
 
   init: Callable
@@ -54,6 +56,7 @@ class Task(NamedTuple):
   identity: dict[str, Any] = {}
   notes: tuple[str, ...] = ()
   pretrained: dict[str, Any] = {}
+  alarms: dict[str, tuple[float, str]] = {}
 
 
 class TrainState(NamedTuple):
@@ -125,6 +128,8 @@ def check(config, task: Task) -> TrainState:
   finally:
     run.close()
   metrics = jax.device_get(metrics)
+  for warning in take_alarms(metrics, task.alarms):
+    print(warning, flush=True)
   if nonfinite.Skips(config.optim.max_skips).count(1, metrics):
     raise NonFiniteError(f"step 1: {nonfinite.skip_reason(metrics)}; {nonfinite.HINT}")
   numbers = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())

@@ -14,7 +14,9 @@ from safetensors.numpy import load_file, save_file
 
 from mrmae_jax import __main__ as entry
 from mrmae_jax import config as schema
+from mrmae_jax import train
 from mrmae_jax.cli import doctor, parser
+from mrmae_jax.tasks import pretrain
 from tests import tiny
 from tests.helpers.cli import run_command
 
@@ -148,35 +150,45 @@ def test_planted_workdirs(examine, tmp_path, monkeypatch):
   assert code == 5 and "0.0 GB are free in" in out
 
 
+def plant_teacher(folder, change):
+  """Copies a teacher with other weights: `change` is (name, array) -> array."""
+  folder.mkdir()
+  for path in (tiny.TEACHERS / "hf_dino").iterdir():
+    if path.suffix == ".safetensors":
+      weights = load_file(path)
+      save_file({name: change(name, x) for name, x in weights.items()}, folder / path.name)
+    else:
+      (folder / path.name).write_bytes(path.read_bytes())
+
+
 def test_planted_teachers(examine, tmp_path):
-  source = tiny.TEACHERS / "hf_dino"
-  for name, change in (
-    (
-      "infinite",
-      lambda x: np.where(np.arange(x.size).reshape(x.shape) == 3, np.float32("inf"), x),
-    ),  # 24
-    ("constant", lambda x: x * 0),
-  ):  # 25
-    folder = tmp_path / name
-    folder.mkdir()
-    for path in source.iterdir():
-      if path.suffix == ".safetensors":
-        weights = load_file(path)
-        changed = {
-          key: change(x) if "patch_embeddings.projection.weight" in key else x
-          for key, x in weights.items()
-        }
-        if name == "constant":
-          changed = {
-            key: x * 0 if "position_embeddings" in key else x for key, x in changed.items()
-          }
-        save_file(changed, folder / path.name)
-      else:
-        (folder / path.name).write_bytes(path.read_bytes())
-  code, out = examine(f"teacher.path={tmp_path}/infinite")
+  is_patch = lambda name: "patch_embeddings.projection.weight" in name
+  first_infinite = lambda x: np.where(np.arange(x.size).reshape(x.shape) == 3, np.float32("inf"), x)
+  plant_teacher(tmp_path / "infinite", lambda name, x: first_infinite(x) if is_patch(name) else x)
+  nearly_blind = lambda name, x: x * (0 if "position" in name else 0.05 if is_patch(name) else 1)
+  plant_teacher(tmp_path / "nearly_blind", nearly_blind)
+  plant_teacher(tmp_path / "blind", lambda name, x: x * (not is_patch(name)))
+  plant_teacher(tmp_path / "zero", lambda name, x: x * 0)
+  code, out = examine(f"teacher.path={tmp_path}/infinite")  # 24
   assert code in (2, 4) and "stop " in out and "finite" in out
-  code, out = examine(f"teacher.path={tmp_path}/constant", "teacher.layer=normed")
+  code, out = examine(f"teacher.path={tmp_path}/nearly_blind", "teacher.layer=normed")  # 25
   assert code == 0 and "most of the targets is one constant vector" in out, out
+  for name in ("blind", "zero"):
+    code, out = examine(f"teacher.path={tmp_path}/{name}")
+    assert code == 0 and "warn  mimic: the teacher gives all images the same features" in out, out
+  assert "100% of the normalized targets the same everywhere" in out
+
+
+def test_a_run_warns_of_a_teacher_that_gives_all_images_the_same_features(tmp_path, capsys):
+  plant_teacher(tmp_path / "zero", lambda name, x: x * 0)
+  config = tiny.get_config("vit")
+  config.evals = {}
+  config.teacher.path = f"{tmp_path}/zero"
+  train.check(config, pretrain.make(config))
+  out = capsys.readouterr().out
+  assert out.count("warning: mimic: the teacher gives all images the same features: there is") == 1
+  assert "other images (mimic spread 0, expected at least 1e-06)\n" in out
+  assert out.count("spread") == 1 and "one step gave grad_norm" in out
 
 
 # --- the entry point ---

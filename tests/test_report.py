@@ -254,7 +254,10 @@ ODD = [
   ("goodput.json", json.dumps({"seconds": 3, "starts": 1, "replayed_steps": 0, "goodput": 1}), ""),
   (
     "goodput.json",
-    json.dumps({"seconds": {"step": "x"}, "starts": 1, "replayed_steps": 0, "goodput": 1}),
+    json.dumps(
+      dict.fromkeys(("starts", "steps", "replayed_steps", "reached", "goodput"), 1)
+      | {"seconds": {"step": "x"}}
+    ),
     "goodput.json: it holds what is no number",
   ),
   ("config.json", "[1]", "config.json: 'list' object"),

@@ -13,6 +13,7 @@ from mrmae_jax import optim, sharding, train
 from mrmae_jax.runs import log
 from mrmae_jax.runs.checkpoint import Checkpoints
 from tests import regression
+from tests.faults import small
 from tests.helpers.programs import Program
 from tests.helpers.tasks import init_state, make_tx
 
@@ -104,6 +105,22 @@ def test_extra_passes_from_one_micro_batch_to_the_next():
   for rows in (image[::2], image[1::2]):  # micro-batch i takes every second example
     mean = 0.9 * mean + 0.1 * rows.reshape(2, -1).mean(0) / 255.0
   np.testing.assert_allclose(state.extra["mean"], mean, atol=1e-6)
+
+
+def test_alarms_warn_once_and_are_not_logged(tmp_path, capsys):
+  config, task = small.get_config(), small.toy_task()
+  config.epochs, config.log_every = 4 * 16 / 1438, 1
+
+  def loss(*arguments):
+    value, (terms, extra) = task.loss(*arguments)
+    return value, (terms | {"low": 0 * value, "high": 0 * value + 1}, extra)
+
+  alarms = {"low": (0.5, "low is too low"), "high": (0.5, "high is too low")}
+  train.fit(config, task._replace(loss=loss, alarms=alarms), tmp_path)
+  out = capsys.readouterr().out
+  assert out.count("warning: low is too low (low 0, expected at least 0.5)\n") == 1
+  assert "high" not in out and "step 4/4  grad_norm" in out
+  assert all({"loss", "pixel"} <= r.keys() and "low" not in r for r in log.read_metrics(tmp_path))
 
 
 def test_an_optimizer_from_optax_is_skippable():

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from mrmae_jax import config as config_lib
-from mrmae_jax import data, hardware, optim, preflight, program, sharding, train
+from mrmae_jax import data, hardware, optim, preflight, program, sharding, teachers, train
 from mrmae_jax.cli import bench, show_teacher
 from mrmae_jax.cli.train import load_training_config, out_of_memory
 from mrmae_jax.constants import IGNORED
@@ -316,7 +316,9 @@ def check_teachers(config, images: np.ndarray, report: Report) -> None:
       f"{norm.mean():.3g} ± {norm.std():.2g}, {share:.0%} of the normalized targets the same "
       "everywhere"
     )
-    if share > 0.5:
+    if teachers.spread(teacher_out.features) < teachers.MIN_SPREAD:
+      report.warn(f"{name}: {teachers.NO_SPREAD}")
+    elif share > 0.5:
       report.warn(
         f"{name}: most of the targets is one constant vector; try config.teacher.layer or "
         "target_norm=batch (mrmae show-teacher)"

@@ -124,11 +124,11 @@ def run(options) -> str:
   metrics, finite = replay(bundle)
   print(f"step {bundle.step} of the run, again: {bundle.reason}")
   is_same = True
-  for name, value in metrics.items():
-    is_equal = bundle.metrics[name].hex() == value.hex()  # nan equals nan
+  for name, earlier in bundle.metrics.items():
+    is_equal = earlier.hex() == metrics[name].hex()  # nan equals nan
     is_same &= is_equal
     difference = "" if is_equal else ", not the same"
-    print(f"  {name}: {bundle.metrics[name]:.9g} then, {value:.9g} now{difference}")
+    print(f"  {name}: {earlier:.9g} then, {metrics[name]:.9g} now{difference}")
   bad = [name for name, is_finite in finite.items() if not is_finite]
   modules = dict.fromkeys("/".join(name.split("/")[:2]) for name in bad)
   print(

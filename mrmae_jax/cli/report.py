@@ -10,7 +10,13 @@ from PIL import Image
 
 from mrmae_jax.config import flatten
 from mrmae_jax.errors import UsageError, WorkdirError, one_line, printable
-from mrmae_jax.runs.metrics import NOT_RESULTS, is_detail, read_json_lines, read_records
+from mrmae_jax.runs.metrics import (
+  NOT_RESULTS,
+  check_goodput,
+  is_detail,
+  read_json_lines,
+  read_records,
+)
 from mrmae_jax.runs.paths import is_file, open_folder
 from mrmae_jax.viz.page import Figure, Page
 from mrmae_jax.viz.plot import line_plot
@@ -85,7 +91,7 @@ def read_run(folder: epath.Path) -> Run:
     folder=folder,
     series=series,
     config=_read_json(folder / "config.json", flatten, problems),
-    goodput=_read_json(folder / "goodput.json", _check_goodput, problems),
+    goodput=_read_json(folder / "goodput.json", check_goodput, problems),
     starts=starts,
     pictures={kind: _read_pictures(folder / kind, problems) for kind in KINDS},
     problems=problems,
@@ -103,14 +109,6 @@ def _read_json(path: epath.Path, interpret: Callable, problems: list[str]) -> di
   except (OSError, ValueError, RecursionError, AttributeError, TypeError, LookupError) as error:
     problems.append(f"{path.name}: {one_line(error)}")
   return {}
-
-
-def _check_goodput(content: dict[str, Any]) -> dict[str, Any]:
-  """Returns an account; raises an error if it lacks something, or holds what is no number."""
-  numbers = [content[name] for name in ("starts", "replayed_steps", "goodput")]
-  if not all(isinstance(x, (int, float)) for x in (*numbers, *content["seconds"].values())):
-    raise ValueError("it holds what is no number")
-  return content
 
 
 def _read_pictures(folder: epath.Path, problems: list[str]) -> dict[int, np.ndarray]:

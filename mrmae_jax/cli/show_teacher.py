@@ -36,11 +36,12 @@ def constant_share(features: np.ndarray, norm: str) -> float:
   """Returns the share, in [0, 1], of the targets' mean square that their mean vector makes up.
 
   Args:
-    features: of a teacher, [B, N, D].
+    features: of a teacher, [B, N, D]. If they make targets of zeros, the share is 1.
     norm: see config.teacher.target_norm.
   """
   targets = np.asarray(mrmae.normalize_features(features, norm), np.float64)
-  return float(np.square(targets.mean((0, 1))).sum() / np.square(targets).sum(-1).mean())
+  mean_square = np.square(targets).sum(-1).mean()
+  return float(np.square(targets.mean((0, 1))).sum() / mean_square) if mean_square else 1.0
 
 
 def attention_columns(images: np.ndarray, teacher_out, config: ConfigDict) -> dict[str, np.ndarray]:

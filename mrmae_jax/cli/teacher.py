@@ -4,8 +4,6 @@
 """
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 import jax
@@ -14,7 +12,7 @@ import numpy as np
 from mrmae_jax import mrmae, teachers, train
 from mrmae_jax.errors import UsageError
 from mrmae_jax.models import ViT, make_encoder
-from mrmae_jax.runs.paths import sync, sync_tree
+from mrmae_jax.runs.paths import atomic_folder
 from mrmae_jax.tasks import self_distill
 from mrmae_jax.weights import families, files, model_files, table
 
@@ -78,23 +76,12 @@ def write_folder(folder: Path, encoder: ViT, params, config) -> None:
     params: of the encoder, host arrays.
     config: of the run.
   """
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  tmp, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
-  try:
-    tmp.mkdir()
+  with atomic_folder(folder, replace=True) as tmp:
     for name, content in zip(FILES, describe(encoder, config)):
       (tmp / name).write_text(json.dumps(content, indent=2) + "\n")
     tensors = table.export(params, families.name_table(families.MODEL_TYPES["vit"], "", encoder))
     files.write_safetensors(tmp / FILES[2], tensors)
     verify_folder(tmp, encoder, params, config)
-    sync_tree(tmp)
-    if folder.exists():
-      folder.rename(old)
-    tmp.rename(folder)
-    sync(folder.parent)
-  finally:
-    shutil.rmtree(tmp, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def describe(encoder: ViT, config) -> tuple[dict, dict]:

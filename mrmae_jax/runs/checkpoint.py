@@ -37,6 +37,8 @@ SHARED_BYTES = 2**20
 OUTDATED = {"data.source"}
 # Key of an identity: digests of a sample of images, of which a few may change
 CONTENTS = "train image contents"
+# Key of an identity: names of the classes, in order
+CLASSES = "classes"
 SAVE_TIMEOUT_S = 300  # orbax waits 1200 s by default, on a full disk in vain
 
 
@@ -76,6 +78,9 @@ class Checkpoints:
       keep: number of newest checkpoints that stay.
       scores: {step: finite number}, to which the caller adds. The checkpoint with the largest
         score stays, too.
+
+    Raises:
+      StorageError: see `_open_manager`.
     """
     self.directory = open_folder(workdir) / "checkpoints"
     self.identity = identity
@@ -232,7 +237,7 @@ class Checkpoints:
     record = self._make_record(state)
     args = ocp.args.Composite(
       state=ocp.args.PyTreeSave(state),
-      run=ocp.args.JsonSave({"record": record, "sha256": _digest(record)}),
+      run=ocp.args.JsonSave({"record": record, "sha256": record_digest(record)}),
     )
     try:
       self._manager.save(step, args=args)
@@ -465,13 +470,26 @@ def _restore_args(shapes) -> ocp.args.PyTreeRestore:
 
 
 def _open_manager(directory, state_handler, **options) -> ocp.CheckpointManager:
+  """Opens a folder of checkpoints.
+
+  Raises:
+    StorageError: a file of orbax's own in there is not what orbax writes.
+  """
   handlers = {"state": state_handler, "run": ocp.JsonCheckpointHandler()}
-  return ocp.CheckpointManager(
-    directory,
-    item_names=tuple(handlers),
-    item_handlers=handlers,
-    options=ocp.CheckpointManagerOptions(**options),
-  )
+  try:
+    return ocp.CheckpointManager(
+      directory,
+      item_names=tuple(handlers),
+      item_handlers=handlers,
+      options=ocp.CheckpointManagerOptions(**options),
+    )
+  except OSError:
+    raise
+  except Exception as error:  # damage raises any type
+    raise StorageError(
+      f"{directory} holds a checkpoint that is damaged, so that none can be read "
+      f"({one_line(error)}); move the newest one elsewhere, and try again"
+    ) from None
 
 
 def _read_record(manager, step: int) -> dict[str, Any]:
@@ -481,14 +499,36 @@ def _read_record(manager, step: int) -> dict[str, Any]:
     record, digest = item["record"], item["sha256"]
   except Exception as error:
     raise _DamagedError(f"its record cannot be read ({one_line(error)})") from None
-  if _digest(record) != digest:
+  if record_digest(record) != digest:
     raise _DamagedError("its record is not what was written")
-  if record["format"] != FORMAT:
+  if not isinstance(record, dict):
+    raise _DamagedError("its record is not an object")
+  if record.get("format") != FORMAT:
     raise WorkdirError(
-      f"checkpoint {step} was written in format {record['format']} (with {record['versions']}); "
-      f"this version reads format {FORMAT}"
+      f"checkpoint {step} was written in format {record.get('format')} (with "
+      f"{record.get('versions')}); this version reads format {FORMAT}"
     )
+  if problem := _record_problem(record):
+    raise _DamagedError(f"its record holds {problem}")
   return record
+
+
+def _record_problem(record: dict[str, Any]) -> str:
+  """Returns what a record of this format holds in the place of something else, or "".
+
+  Its checksum is right. A stranger may have computed it.
+  """
+  identity, arrays = record.get("identity"), record.get("arrays")
+  is_entry = lambda entry: (
+    isinstance(entry, list)
+    and [type(x) for x in entry] == [str, list, int]
+    and all(type(side) is int for side in entry[1])
+  )
+  if not isinstance(identity, dict) or not isinstance(arrays, dict):
+    return "no identity or no arrays"
+  lists = [name for name in (CONTENTS, CLASSES) if not isinstance(identity.get(name, []), list)]
+  entries = [name for name, entry in arrays.items() if not is_entry(entry)]
+  return f"{(lists + entries)[0]} of another type" if lists + entries else ""
 
 
 def _agree_intact(step: int, problem: str) -> None:
@@ -502,7 +542,8 @@ def _agree_intact(step: int, problem: str) -> None:
       raise _DamagedError(text if jax.process_count() == 1 else f"process {index}: {text}")
 
 
-def _digest(record: dict[str, Any]) -> str:
+def record_digest(record: dict[str, Any]) -> str:
+  """Returns the sha256 that stands beside the record of a checkpoint."""
   return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 

@@ -28,6 +28,7 @@ from mrmae_jax.errors import StorageError, one_line, printable
 from mrmae_jax.runs import paths, supervision, tensorboard
 from mrmae_jax.runs.metrics import (
   NOT_RESULTS,
+  check_goodput,
   is_detail,
   read_json_lines,
   read_metrics,
@@ -351,11 +352,13 @@ class Goodput:
       "replayed_steps": 0,
       "reached": first_step,
     }
-    try:
-      if first_step:
-        self._before |= json.loads((workdir / "goodput.json").read_text())
-    except (OSError, ValueError):
-      pass  # missing or damaged: the account starts here
+    path = workdir / "goodput.json"
+    # Missing or damaged: the account starts here
+    with contextlib.suppress(
+      OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError
+    ):
+      if first_step and paths.is_file(path):
+        self._before |= check_goodput(json.loads(path.read_text()))
     self._replayed_steps = max(0, self._before["reached"] - first_step)
 
   def account(self, step: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
@@ -62,5 +63,21 @@ def read_json_lines(path: epath.Path) -> tuple[list, int]:
 def _is_record(row) -> bool:
   if not isinstance(row, dict) or not isinstance(row.get("step"), int):
     return False
-  is_number = lambda x: isinstance(x, (int, float)) and abs(x) < LARGEST  # False for nan
-  return all(is_number(x) for x in row.values()) and 0 <= row["step"] < 2**53
+  return all(map(_is_number, row.values())) and 0 <= row["step"] < 2**53
+
+
+def check_goodput(account: dict[str, Any]) -> dict[str, Any]:
+  """Returns the account of a run's time, see `log.Goodput`.
+
+  Raises:
+    ValueError, TypeError, LookupError, AttributeError: it lacks something, or holds what is no
+      number.
+  """
+  numbers = [account[name] for name in ("starts", "steps", "replayed_steps", "reached", "goodput")]
+  if not all(map(_is_number, (*numbers, *account["seconds"].values()))):
+    raise ValueError("it holds what is no number")
+  return account
+
+
+def _is_number(x) -> bool:
+  return isinstance(x, (int, float)) and abs(x) < LARGEST  # False for nan

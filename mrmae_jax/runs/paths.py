@@ -6,9 +6,11 @@ and its name are on the disk.
 
 import contextlib
 import errno
+import fcntl
 import logging
 import os
 import queue
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -79,10 +81,11 @@ def _bucket_problem(path: epath.Path) -> str:
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | Path, lasting: bool = True):
+def atomic_write(path: str | Path, lasting: bool = True) -> Iterator[Path]:
   """Yields a temporary path, which replaces `path` when the block ends well.
 
-  When the block raises, the temporary file is deleted and `path` stays as it was.
+  When the block raises, the temporary file is deleted and `path` stays as it was. What a process
+  that was killed has left goes with the next write of the same file.
 
   Args:
     path: of the file.
@@ -90,36 +93,84 @@ def atomic_write(path: str | Path, lasting: bool = True):
   """
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  try:
+  with _temporary(path, is_folder=False) as tmp:
     yield tmp
     if lasting:
       sync(tmp)
     tmp.replace(path)
     if lasting:
       sync(path.parent)
-  finally:
-    tmp.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
   """Yields a folder that becomes `path` when the block ends, and vanishes if the block raises.
 
+  Args:
+    path: of the folder.
+    replace: takes the place of an earlier folder.
+
   Raises:
-    FileExistsError: `path` exists.
+    FileExistsError: `path` exists, and `replace` is False.
   """
-  if path.exists():
+  if path.exists() and not replace:
     raise FileExistsError(f"{path} exists; give another name or remove it")
-  tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  tmp.mkdir(parents=True)
-  try:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with _temporary(path, is_folder=True) as tmp:
     yield tmp
     sync_tree(tmp)
+    old = tmp.with_suffix(".old")
+    if path.exists():
+      path.rename(old)
     tmp.rename(path)
     sync(path.parent)
+    _remove(old)
+
+
+@contextlib.contextmanager
+def _temporary(path: Path, is_folder: bool) -> Iterator[Path]:
+  """Yields a new file or folder beside `path`, and removes it unless the block renames it.
+
+  The process holds its lock (flock). This tells it from a leftover, whose process was killed.
+  """
+  _remove_leftovers(path)
+  tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  if is_folder:
+    tmp.mkdir()
+  flags = os.O_RDONLY if is_folder else os.O_WRONLY | os.O_CREAT | os.O_EXCL
+  descriptor = os.open(tmp, flags, 0o666)
+  try:
+    with contextlib.suppress(OSError):  # some file systems have no locks; leftovers stay there
+      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    yield tmp
   finally:
-    shutil.rmtree(tmp, ignore_errors=True)
+    _remove(tmp)
+    os.close(descriptor)
+
+
+def _remove_leftovers(path: Path) -> None:
+  """Removes what `_temporary` has left beside `path` in processes that were killed; no links."""
+  ours = re.compile(rf"\.{re.escape(path.name)}\.[0-9]+\.(tmp|old)")
+  with os.scandir(path.parent) as entries:
+    found = [entry for entry in entries if ours.fullmatch(entry.name) and not entry.is_symlink()]
+  for entry in found:
+    access = os.O_RDONLY if entry.is_dir() else os.O_RDWR
+    # An error is the lock of a living process, a file that is gone, or one of somebody else.
+    with contextlib.suppress(OSError):
+      descriptor = os.open(entry.path, access | os.O_NOFOLLOW | os.O_NONBLOCK)
+      try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _remove(Path(entry.path))
+      finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+  """Removes a file or a folder that may be gone; of a link, the link."""
+  if path.is_dir() and not path.is_symlink():
+    shutil.rmtree(path, ignore_errors=True)
+  else:
+    path.unlink(missing_ok=True)
 
 
 def sync(path: str | Path) -> None:

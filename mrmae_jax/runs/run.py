@@ -258,6 +258,7 @@ class Run:
     """
     step, config = pending.step, self._config
     metrics = {name: float(value) for name, value in jax.device_get(pending.metrics).items()}
+    warnings = take_alarms(metrics, self._task.alarms)
     if warning := self._skips.count(step, metrics):
       self._log.say(warning)
       if self._skips.must_stop and newest["skipped"]:
@@ -276,6 +277,8 @@ class Run:
         )
     del metrics["skipped"]
     self._log.advance(step)
+    if warnings and step == self._first_step + 1:
+      self._log.say("\n".join(warnings))
     if is_due(step, config.log_every, self._total) or step == self._first_step + 1:
       speed = self._clock.measure(step)
       counts = {"skipped": self._skips.total} if self._skips.total else {}
@@ -400,6 +403,16 @@ def make_evaluators(config, task, frozen, mesh, workdir) -> tuple[dict[str, Any]
       + "".join(f" ({note})" for note in notes)
     )
   return evaluators, notes
+
+
+def take_alarms(metrics: dict[str, float], alarms: dict[str, tuple[float, str]]) -> list[str]:
+  """Removes the terms of `Task.alarms` from the metrics of a step; returns the warnings."""
+  values = {term: metrics.pop(term) for term in alarms}
+  return [
+    f"warning: {warning} ({term} {values[term]:.2g}, expected at least {least:g})"
+    for term, (least, warning) in alarms.items()
+    if values[term] < least
+  ]
 
 
 def is_due(step: int, every: float, total: int) -> bool:

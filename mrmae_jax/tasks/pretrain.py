@@ -44,13 +44,18 @@ def make(config) -> Task:
     return init_params(model, image_size, method["mask_ratio"], key), ()
 
   def loss(params, extra, frozen, batch, keys):
-    teacher_fns = {
-      name: functools.partial(teacher.forward, frozen[name]) for name, teacher in loaded.items()
-    }
+    images = batch["image"]
+    outputs = {name: teacher.forward(frozen[name], images) for name, teacher in loaded.items()}
     value, terms = mrmae.pretrain_loss(
-      params, batch["image"], noise(keys), model, teacher_fns, **method
+      params,
+      images,
+      noise(keys),
+      model,
+      {name: lambda _, x=x: x for name, x in outputs.items()},
+      **method,
     )
-    return value, (terms, extra)
+    spreads = {f"{name} spread": teachers.spread(x.features) for name, x in outputs.items()}
+    return value, (terms | spreads, extra)
 
   def predict(params, extra, frozen, batch, keys):
     del extra, frozen
@@ -77,6 +82,9 @@ def make(config) -> Task:
     )
     + start_notes,
     pretrained=pretrained,
+    alarms={
+      f"{name} spread": (teachers.MIN_SPREAD, f"{name}: {teachers.NO_SPREAD}") for name in loaded
+    },
   )
 
 

@@ -258,7 +258,7 @@ def _read_segmentation_run(path: str | Path, config: dict[str, Any], dtype) -> L
   """Reads the newest checkpoint of a run of segmentation."""
   parts = ("neck", "decode_head", "auxiliary_head")
   stored = checkpoint.read_params(path, "encoder", *parts, with_extra=True)
-  classes, data = tuple(stored.identity["classes"]), config["data"]
+  classes, data = tuple(stored.identity.get("classes", ())), config["data"]
   segmenter = make_segmenter(config["encoder"], config["upernet"], len(classes), dtype)
   params = {
     "encoder": stored.params["encoder"],

@@ -2,9 +2,10 @@
 
   python -m tests.faults.fuzz --inputs=20000 --seed=0 --out=/tmp/fuzz
 
-Three targets: image files for `decode_image`; weight files and folders for `teachers.load` and
+Four targets: image files for `decode_image`; weight files and folders for `teachers.load` and
   `model_files.read` (PyTorch's where torch is installed); configurations and command lines for
-  `preflight.check` and `cli.parser.parse`. Each target runs in a separate process, so that a crash
+  `preflight.check` and `cli.parser.parse`; workdirs for a run that resumes, `model_files.read` and
+  `mrmae report`. Each target runs in a separate process, so that a crash
   belongs to an input. A finding is an exception of another kind, a message of several lines, more
   than 2 s of computing for one input, a crash, a hang, or memory that grows by more than 200 MB.
 
@@ -37,15 +38,24 @@ import numpy as np
 import tqdm
 from PIL import Image, features
 
-from mrmae_jax.errors import ConfigError, DataError, UsageError, WeightsError
+from mrmae_jax.errors import (
+  ConfigError,
+  DataError,
+  StorageError,
+  UsageError,
+  WeightsError,
+  WorkdirError,
+)
 
-SHARES = {"images": 0.5, "weights": 0.3, "configs": 0.2}  # of the inputs
+SHARES = {"images": 0.5, "weights": 0.25, "configs": 0.15, "workdirs": 0.1}  # of the inputs
 KNOWN = {  # numbers that once were findings; always tried
   "images": (2001191,),  # half a gigabyte out of one kilobyte
   "weights": (1000384, 1000402, 1000608, 1000878, 2000556, 2001675, 3002705),
   "configs": (140, 388, 1000459),
+  "workdirs": (),
 }
 CPU_S, HANG_S, GROWTH = 2.0, 60.0, 200e6
+START_S = 600.0  # until a process has imported everything, on a busy machine
 WARM_UP = 100  # inputs before memory is looked at
 REPEAT = 10**6  # numbers of a seed
 
@@ -759,6 +769,135 @@ def configs() -> Callable[[np.random.Generator], Case]:
   return make
 
 
+# Workdirs.
+
+
+def workdirs() -> Callable[[np.random.Generator], Case]:
+  import jax
+
+  from mrmae_jax import config as config_lib
+  from mrmae_jax import sharding, train
+  from mrmae_jax.cli import report
+  from mrmae_jax.models import make_decoder, make_encoder
+  from mrmae_jax.runs.checkpoint import Checkpoints, record_digest
+  from mrmae_jax.runs.log import Log
+  from mrmae_jax.runs.workdir import lock_workdir
+  from mrmae_jax.weights import model_files
+  from tests.faults import small
+
+  config, step = small.get_config(), 4
+  identity = config_lib.identity(config)
+  encoder = make_encoder(config.encoder, np.float32)
+  decoder = make_decoder(config.decoder, encoder, 3, np.float32)
+  grid = tuple(side // encoder.patch_size for side in config.image_size)
+  device = sharding.replicated(sharding.make_mesh(devices=jax.devices()[:1]))
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda x: jax.device_put(rng.standard_normal(x.shape).astype(x.dtype), device),
+    model_files.param_shapes(encoder, decoder, grid),
+  )
+  number = lambda x: jax.device_put(x, device)
+  state = train.TrainState(number(np.int32(step)), params, (), (), number(np.float32(1)))
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), state)
+
+  def write(folder):
+    """Writes what a run of four steps leaves, killed while it was saving."""
+    checkpoints = Checkpoints(folder, identity)
+    problem = checkpoints.save(step, state, wait=True)
+    checkpoints.close()
+    assert not problem
+    log = Log(folder, 20, settings={})
+    log.text("config.json", config.to_json(indent=2))
+    for i in range(1, 6):
+      log.scalars(i, {"loss": 1 / i})
+    log.close()
+    shutil.rmtree(folder / "tensorboard")
+    (folder / "reconstructions").mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "reconstructions" / "step_0000004.png")
+    (folder / "lock").write_text('{"host": "h", "pid": 1, "since": "2026-01-01"}')
+    return {
+      str(path.relative_to(folder)): path.read_bytes()
+      for path in sorted(folder.rglob("*"))
+      if path.is_file() and path.stat().st_size
+    }
+
+  with tempfile.TemporaryDirectory(prefix="mrmae_jax_fuzz") as root:
+    base = write(Path(root))
+  record = next(name for name in base if name.endswith("run/metadata"))
+  arrays = [name for name in base if name.startswith("checkpoints")]
+  others = [name for name in base if name not in arrays]
+
+  def resume(folder, is_forged):
+    with lock_workdir(folder):
+      checkpoints = Checkpoints(folder, identity)
+      try:
+        restored = checkpoints.restore(shapes)
+      finally:
+        checkpoints.close()
+      if restored is None or is_forged:
+        return
+      jax.tree.map(np.testing.assert_array_equal, restored.state, state)
+      log = Log(folder, 20, restored.step, {})
+      log.scalars(restored.step + 1, {"loss": 1.0})
+      log.close()
+
+  def read(folder, is_forged):
+    loaded = model_files.read_model(folder)
+    if not is_forged:
+      jax.tree.map(np.testing.assert_array_equal, loaded.params["encoder"], params["encoder"])
+
+  def draw(folder, is_forged):
+    del is_forged
+    runs = report.find_runs([str(folder)])
+    if runs[0].series.keys() != {"loss"}:  # drawing takes a second
+      report.write_page(runs, f"{folder}/page.html")
+
+  readers = (  # the command line answers an OSError with exit code 5 and a line
+    (resume, (WorkdirError, StorageError, OSError)),
+    (read, (WeightsError,)),
+    (draw, (UsageError, OSError)),
+  )
+
+  def forge(data, rng):
+    """Returns another record with a right checksum, as a stranger could write it."""
+    content = mutate_json(json.loads(data)["record"], rng)
+    return json.dumps({"record": content, "sha256": record_digest(content)}).encode()
+
+  def damage(name, content, rng):
+    data = content[name]
+    if name.endswith(".jsonl"):
+      lines = data.splitlines(keepends=True)
+      at = int(rng.integers(len(lines)))
+      changed = json_bytes(mutate_json(json.loads(lines[at]), rng), rng)
+      lines[at] = mutate(lines[at], data, rng) if rng.random() < 0.3 else changed + b"\n"
+      return b"".join(lines)
+    if data[:1] == b"{" and rng.random() < 0.8:
+      return json_bytes(mutate_json(json.loads(data), rng), rng)
+    return mutate(data, content[sorted(content)[rng.integers(len(content))]], rng)
+
+  def make(rng):
+    content, is_forged = dict(base), bool(rng.random() < 0.2)
+    if is_forged:
+      with contextlib.suppress(RecursionError):
+        content[record] = forge(content[record], rng)
+    for name in {
+      str(rng.choice(others if rng.random() < 0.6 else arrays)) for _ in range(rng.integers(1, 3))
+    }:
+      kind = rng.random()
+      if kind < 0.9:
+        with contextlib.suppress(ValueError, AttributeError, RecursionError):
+          content[name] = damage(name, content, rng)
+      else:
+        data = content.pop(name)
+        if kind > 0.95:
+          content[f"{name}/{name}"] = data  # a folder in the place of a file
+    reader, refusals = readers[rng.integers(len(readers))]
+    files = {f"run/{name}": data for name, data in content.items()}
+    return Case(files, lambda folder: reader(folder / "run", is_forged), refusals)
+
+  return make
+
+
 # Running them.
 
 
@@ -788,7 +927,13 @@ def itself() -> Callable[[np.random.Generator], Case]:
   return lambda rng: Case({"kind": kinds[rng.integers(len(kinds))].encode()}, fail, (ValueError,))
 
 
-TARGETS = {"images": images, "weights": weights, "configs": configs, "itself": itself}
+TARGETS = {
+  "images": images,
+  "weights": weights,
+  "configs": configs,
+  "workdirs": workdirs,
+  "itself": itself,
+}
 
 
 def make_case(make: Callable[[np.random.Generator], Case], number: int) -> Case:
@@ -925,9 +1070,9 @@ def run(
 def _lines(process: subprocess.Popen, patience: float):
   """Yields the lines of a process until it ends, or is silent for `patience` seconds.
 
-  Its first line may take HANG_S: it imports before.
+  Its first line may take START_S: it imports before.
   """
-  buffer, wait_s = b"", HANG_S
+  buffer, wait_s = b"", START_S
   while select.select([process.stdout], [], [], wait_s)[0]:
     wait_s = patience
     chunk = os.read(process.stdout.fileno(), 1 << 16)

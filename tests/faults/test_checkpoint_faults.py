@@ -18,7 +18,7 @@ from mrmae_jax import preflight, sharding, train
 from mrmae_jax.errors import DataError, NonFiniteError, StorageError, WorkdirError
 from mrmae_jax.runs import checkpoint, nonfinite, tensorboard, workdir
 from mrmae_jax.runs.checkpoint import Checkpoints
-from mrmae_jax.runs.log import Log
+from mrmae_jax.runs.log import Goodput, Log
 from mrmae_jax.runs.metrics import read_metrics
 from tests.faults import small
 from tests.helpers.cli import run_command
@@ -92,15 +92,21 @@ def flip(path, bit):
 
 
 def flips(saved, tmp_path, count):
-  """Returns the outcomes of `count` flipped bits, one at a time, over all files of step 8."""
+  """Returns the outcomes of at least `count` flipped bits, as many of each file of step 8.
+
+  One is flipped at a time, and none twice.
+  """
   files = sorted(
     p for p in (saved / "checkpoints" / "8").rglob("*") if p.is_file() and p.stat().st_size
   )
   rng, outcomes = np.random.default_rng(0), {}
-  for i in range(count):
-    path = files[i % len(files)]
+  places = []
+  for path in files:
+    num_bits = 8 * path.stat().st_size
+    flipped = rng.choice(num_bits, min(num_bits, -(-count // len(files))), replace=False)
+    places += [(path, int(bit)) for bit in flipped]
+  for path, bit in places:
     folder = shutil.copytree(saved, tmp_path / "run")
-    bit = int(rng.integers(8 * path.stat().st_size))
     flip(folder / path.relative_to(saved), bit)
     outcomes[str(path.relative_to(saved)), bit] = outcome(folder)
     if outcomes[str(path.relative_to(saved)), bit] == "the previous":
@@ -236,6 +242,53 @@ def test_a_config_that_is_not_that_of_its_checkpoint(described, tmp_path, conten
   with pytest.raises(WorkdirError, match=f"config.json .*{message}"):
     checkpoint.read_config(folder)
   assert run_command(["features", f"--model={folder}", "--images=digits", "--out=x.npz"]) == 2
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    (lambda record: [], "its record is not an object"),
+    (lambda record: {"format": 2}, "its record holds no identity or no arrays"),
+    (lambda record: record | {"format": {}}, r"written in format \{\} .with "),
+    (lambda record: record | {"identity": {"classes": 3}}, "its record holds classes of another"),
+    (lambda record: record | {"arrays": {"step": [1, 2]}}, "its record holds step of another type"),
+    (lambda record: record | {"arrays": {"step": ["int32", ["x"], 0]}}, "holds step of another"),
+  ],
+)
+def test_f15_a_record_of_another_shape_with_a_right_checksum(described, tmp_path, change, message):
+  """As a stranger could write it."""
+  folder = shutil.copytree(described, tmp_path / "run")
+  path = folder / "checkpoints" / "4" / "run" / "metadata"
+  record = change(json.loads(path.read_text())["record"])
+  digest = checkpoint.record_digest(record)
+  path.write_text(json.dumps({"record": record, "sha256": digest}))
+  checkpoints = Checkpoints(folder, {})
+  with pytest.raises((StorageError, WorkdirError), match=message):
+    checkpoints.restore(shapes(state_of(4)))
+  checkpoints.close()
+
+
+def test_f15_files_of_orbax_that_it_would_not_write(described, tmp_path):
+  folder = shutil.copytree(described, tmp_path / "run")
+  path = folder / "checkpoints" / "4" / "_CHECKPOINT_METADATA"
+  path.write_text(json.dumps(json.loads(path.read_text()) | {"item_handlers": 0.5}))
+  with pytest.raises(StorageError, match="holds a checkpoint that is damaged.*move the newest"):
+    Checkpoints(folder, {})
+  with pytest.raises(StorageError, match="holds a checkpoint that is damaged"):
+    checkpoint.read_config(folder)
+
+
+@pytest.mark.parametrize(
+  "account", ["[" * 100_000, "3", {"reached": "x"}, {"starts": []}, {"seconds": {"step": {}}}]
+)
+def test_an_account_of_time_that_is_none_begins_anew(tmp_path, account):
+  whole = {"starts": 3, "seconds": {"step": 1.0}, "steps": 8, "replayed_steps": 0, "reached": 8}
+  whole["goodput"] = 0.5
+  text = account if isinstance(account, str) else json.dumps(whole | account)
+  (tmp_path / "goodput.json").write_text(text)
+  assert Goodput(tmp_path, 8).account(9)["starts"] == 1
+  (tmp_path / "goodput.json").write_text(json.dumps(whole))
+  assert Goodput(tmp_path, 8).account(9)["starts"] == 4
 
 
 def test_f18_the_checkpoint_of_format_2_still_opens(tmp_path):

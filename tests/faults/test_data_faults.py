@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import pickle
 import re
 import resource
 import shutil
@@ -874,6 +875,81 @@ def test_only_files_of_a_sane_size_are_opened(tmp_path):
         source[index]
     else:
       assert source[index]["image"]
+
+
+# Data that change while a run reads them.
+
+BOTH = [0, pytest.param(2, marks=pytest.mark.variant)]  # worker processes
+
+
+def read_on(source, change, workers=0, steps=40):
+  """Returns the batches of a source that changes after the second one, as one array."""
+  with contextlib.closing(train_loader(source, workers=workers)) as batches:
+    first = [next(batches)["image"] for _ in range(2)]
+    change()
+    return np.concatenate(first + [next(batches)["image"] for _ in range(steps)])
+
+
+@pytest.mark.parametrize("workers", BOTH)
+def test_f28_a_folder_that_changes_while_it_is_read(tmp_path, workers):
+  """A replaced picture is read, a new one is not, and a bad or missing one is named."""
+  changes = {
+    "replaced": lambda path: path.write_bytes(encode(photo(30, 20, 99))),
+    "added": lambda path: shutil.copy(path, path.with_name(f"new_{path.name}")),
+    "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "deleted": lambda path: path.unlink(),
+  }
+  before = None
+  for kind, change in changes.items():
+    write_images(tmp_path / kind, map(name, range(COUNT)))
+    source = open_source(f"folder:{tmp_path}/{kind}", "train", holdout_every=0)
+    if before is None:
+      before = read_on(source, lambda: None, workers)
+    files = sorted((tmp_path / kind).rglob("*.jpg"))
+    change_all = lambda files=files, change=change: [change(path) for path in files]
+    if kind in ("cut", "deleted"):
+      cause = {"cut": "[Tt]runcated", "deleted": "No such file .* there when the folder was listed"}
+      with pytest.raises(DataError, match=rf"{kind}/[ab]/\d\d.jpg: cannot be .*{cause[kind]}"):
+        read_on(source, change_all, workers)
+      continue
+    is_same = (read_on(source, change_all, workers) == before).all((1, 2, 3))
+    assert is_same[:16].all() and (is_same.all() if kind == "added" else not is_same[-8:].any())
+
+
+@pytest.mark.parametrize("workers", BOTH)
+@pytest.mark.parametrize("kind", ["zip", "tar", "packed"])
+def test_f28_an_archive_that_changes_while_it_is_read(tmp_path, kind, workers):
+  """One that is written anew in its place is named; one that is replaced is read to its end."""
+  archives = []
+  for seed in range(2):
+    photographs(tmp_path / f"photos{seed}", seed, 24)
+    if kind == "packed":
+      out = f"--out={tmp_path}/{seed}"
+      source = f"--source=folder:{tmp_path}/photos{seed}"
+      options = ["--splits=train", "--holdout_every=0", "--shards=1"]
+      assert run_command(["pack", source, out, *options]) == 0
+      archives += (tmp_path / str(seed)).glob("*.array_record")
+    else:
+      made = shutil.make_archive(tmp_path / str(seed), kind, tmp_path / f"photos{seed}")
+      archives.append(pathlib.Path(made))
+  path, other = archives
+  address = f"packed:{path.parent}" if kind == "packed" else f"folder:{path}"
+  source = open_source(address, "train", holdout_every=0)
+  before = read_on(source, lambda: None, workers)
+  kept = path.read_bytes()
+  replaced = read_on(
+    source, lambda: (other.rename(path), path.with_suffix(".x").write_bytes(kept)), workers
+  )
+  np.testing.assert_array_equal(replaced, before)
+  with pytest.raises(DataError, match=f"{path.name}:? was changed "):  # by a process that opens it
+    read_on(pickle.loads(pickle.dumps(source)), lambda: None, workers)
+  if kind == "packed":  # another test cuts a shard
+    return
+  source = open_source(address, "train", holdout_every=0)
+  with pytest.raises(
+    DataError, match=f"{path.name}: was changed after its files were listed; start"
+  ):
+    read_on(source, lambda: path.write_bytes(kept[:-2000]), workers)
 
 
 # Images that are replaced by others under the same names.

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import resource
 
 import jax.numpy as jnp
@@ -11,10 +12,10 @@ import pytest
 from mrmae_jax import train
 from mrmae_jax.cli.console import SteadyStream
 from mrmae_jax.errors import WorkdirError
-from mrmae_jax.runs import log, metrics, workdir
+from mrmae_jax.runs import log, metrics, paths, workdir
 from mrmae_jax.runs.checkpoint import Checkpoints
 from tests.faults import small
-from tests.helpers.programs import Program, finish
+from tests.helpers.programs import Program, finish, wait_for
 
 
 @contextlib.contextmanager
@@ -50,6 +51,62 @@ def test_a_full_disk_under_tensorboard_stops_nothing(tmp_path, monkeypatch, caps
   files = [p for p in (tmp_path / "tensorboard").glob("events*") if p.stat().st_size > 20_000]
   assert len(files) == 1  # the last picture
   assert any((tmp_path / "tensorboard" / "hparams").iterdir())
+
+
+WRITE = """
+import time
+from pathlib import Path
+from mrmae_jax.runs import paths
+folder = Path({folder!r})
+with paths.atomic_write(folder / "f.json") as file, paths.atomic_folder(folder / "pack") as pack:
+  file.write_text("half of it")
+  (pack / "shard").write_text("half of it")
+  print("writing", flush=True)
+  time.sleep(60)
+"""
+
+
+def test_what_a_killed_write_leaves_goes_with_the_next_write(tmp_path):
+  """What others write, and what is not ours, stays."""
+  (tmp_path / "run").mkdir()
+  processes, logs = [], [tmp_path / "0", tmp_path / "1"]
+  for file in logs:
+    processes.append(Program(["-c", WRITE.format(folder=f"{tmp_path}/run")], file))
+    wait_for(lambda file=file: "writing" in file.read_text(), processes[-1], file)
+  killed, living = processes
+  killed.kill()
+  finish([killed], 10)
+  left = [f".{name}.{killed.pid}.tmp" for name in ("f.json", "pack")]
+  in_use = [f".{name}.{living.pid}.tmp" for name in ("f.json", "pack")]
+  others = [".f.json.tmp", ".f.json.x1.tmp", ".g.json.1.tmp", "f.json.1.tmp"]
+  for name in others:
+    (tmp_path / "run" / name).write_text("")
+  (tmp_path / "away" / "deep").mkdir(parents=True)
+  for name in (".f.json.1.tmp", ".pack.1.tmp"):
+    (tmp_path / "run" / name).symlink_to(tmp_path / "away")
+    others.append(name)
+  listing = lambda: sorted(os.listdir(tmp_path / "run"))
+  assert listing() == sorted(left + in_use + others)
+  paths.write_text(tmp_path / "run" / "f.json", "{}")
+  with paths.atomic_folder(tmp_path / "run" / "pack") as pack:
+    (pack / "shard").write_text("all of it")
+  assert listing() == sorted(in_use + others + ["f.json", "pack"])
+  living.kill()
+  finish([living], 10)
+  with paths.atomic_folder(tmp_path / "run" / "pack", replace=True):
+    pass
+  paths.write_text(tmp_path / "run" / "f.json", "[]")
+  assert listing() == sorted(others + ["f.json", "pack"])
+  assert not os.listdir(tmp_path / "run" / "pack") and (tmp_path / "away" / "deep").is_dir()
+
+
+def test_a_temporary_file_is_a_new_one(tmp_path):
+  """Nothing is written through a link in its place."""
+  (tmp_path / "victim").write_text("precious")
+  (tmp_path / f".f.json.{os.getpid()}.tmp").symlink_to(tmp_path / "victim")
+  with pytest.raises(FileExistsError):
+    paths.write_text(tmp_path / "f.json", "{}")
+  assert (tmp_path / "victim").read_text() == "precious"
 
 
 def test_a_disk_without_any_space(tmp_path, monkeypatch, capsys):

@@ -54,6 +54,7 @@ class Archive:
     self.path, self.sizes, self.num_links = path, {}, 0
     self._folders = collections.defaultdict(dict)  # folder -> {name: is it a folder}
     self._file, self._lock = None, threading.Lock()
+    self._version = file_version(os.stat(path))
 
   def __getstate__(self):
     return self.__dict__ | {"_lock": None, "_file": None}
@@ -105,7 +106,13 @@ class Archive:
       raise DataError(
         f"{self.path}/{name}: has {self.sizes[name]:,} bytes; at most {MAX_BYTES:,} are read"
       )
-    return self._read(name)
+    try:
+      return self._read(name)
+    finally:  # its files would be sought where they were; one that was replaced is open still
+      if file_version(os.fstat(self._fileno())) != self._version:
+        raise DataError(
+          f"{self.path}: was changed after its files were listed; start again, or restore it"
+        )
 
 
 class ZipArchive(Archive):
@@ -155,6 +162,9 @@ class ZipArchive(Archive):
             " copy or download it again"
           ) from error
       return self._file
+
+  def _fileno(self) -> int:
+    return self._open().fp.fileno()
 
   def _read(self, name: str) -> bytes:
     try:
@@ -209,15 +219,23 @@ class TarArchive(Archive):
         " write or copy it again"
       )
 
-  def _read(self, name: str) -> bytes:
+  def _fileno(self) -> int:
     with self._lock:
       if self._file is None:
         self._file = open(self.path, "rb", buffering=0)
+      return self._file.fileno()
+
+  def _read(self, name: str) -> bytes:
     size = self.sizes[name]
-    content = os.pread(self._file.fileno(), size, self._offsets[name])
+    content = os.pread(self._fileno(), size, self._offsets[name])
     if len(content) < size:
       raise DataError(f"{self.path}/{name}: is cut short; copy the archive again")
     return content
+
+
+def file_version(info: os.stat_result) -> tuple[int, int]:
+  """Returns what tells a file from what is written in its place later."""
+  return info.st_size, info.st_mtime_ns
 
 
 @functools.lru_cache(maxsize=4)  # a run asks for it once for each folder

@@ -7,7 +7,9 @@ of the source. The index has the class names, the options of the packing, and fo
 number of images, size and sha256.
 """
 
+import bisect
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -18,6 +20,7 @@ from typing import Any
 import numpy as np
 from array_record.python import array_record_data_source
 
+from mrmae_jax.data.sources.archive import file_version
 from mrmae_jax.data.sources.base import SplitRules, describe_classes
 from mrmae_jax.errors import DataError, MissingSplitError
 
@@ -50,6 +53,10 @@ class PackedSource:
     shards = index["splits"][split]
     for shard in shards:
       _check_size(root, shard)
+    paths = [root / shard["file"] for shard in shards]
+    self._versions = {path: file_version(path.stat()) for path in paths}
+    self._ends = list(itertools.accumulate(shard["images"] for shard in shards))
+    self._changed = set()  # shards that are no longer the same; None in a process that must look
     self._records = array_record_data_source.ArrayRecordDataSource(
       [f"{root / shard['file']}[0:{shard['images']}]" for shard in shards]
     )
@@ -66,6 +73,7 @@ class PackedSource:
 
   def __getitem__(self, index: int) -> dict[str, Any]:
     try:
+      self._check_version(int(index))
       head, _, image = self._records[int(index)].partition(b"\n")
       header = json.loads(head)
       example = {"label": int(header["label"]), "name": str(header["name"])}
@@ -83,6 +91,20 @@ class PackedSource:
         f" mrmae pack --verify={self._root}"
       ) from error
     return {"image": image, **example}
+
+  def __getstate__(self):
+    return self.__dict__ | {"_changed": None}
+
+  def _check_version(self, index: int) -> None:
+    """Raises ValueError if the shard of an image was changed before this process has opened it."""
+    if self._changed is None:
+      is_same = lambda path, version: path.is_file() and file_version(path.stat()) == version
+      self._changed = {
+        path for path, version in self._versions.items() if not is_same(path, version)
+      }
+    path = list(self._versions)[bisect.bisect(self._ends, index)]
+    if path in self._changed:
+      raise ValueError(f"{path.name} was changed after it was opened")
 
   def name(self, index: int) -> str:
     return f"{self._split}[{index}]"
