@@ -13,10 +13,14 @@ The outputs of the ways must agree first, or there is no ratio. --pair is one of
   reference     ConvMAE here (--config=convmae:base), and the original code at
                 --reference=/path/to/ConvMAE (needs torch), as it is and strengthened:
                 channels-last, AdamW fused
+  upernet       segmentation here (--config=segment:convmae_base), and benchmarks/torch_upernet.py
+                (needs torch), with 150 classes; memory is what a step takes beside weights and
+                moments
 Random images, AdamW on both sides; --compile adds torch.compile to PyTorch's. PyTorch runs on the
 GPU where it finds one, in the same precision by autocast.
 """
 
+import ctypes
 import json
 import math
 import statistics
@@ -30,6 +34,7 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from benchmarks.command import make_parser, run_command
 from mrmae_jax import mrmae
@@ -40,6 +45,7 @@ from mrmae_jax.weights import files, model_files
 
 # Of the first loss, relative: PyTorch and XLA sum in other orders.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
+CLASSES = 150  # of ADE20K
 
 
 class _Way(NamedTuple):
@@ -248,6 +254,72 @@ def _reference(options):
   return _against_torch(options, model, names, write, call)
 
 
+def _upernet(options):
+  config, rng = options.config, np.random.default_rng(0)
+  if config.task != "segment" or config.encoder.name != "convvit":
+    raise UsageError("--pair=upernet is for UperNet on a ConvViT: --config=segment:convmae_base")
+  try:
+    import torch  # an extra
+
+    from benchmarks.torch_upernet import Segmenter
+  except ImportError:
+    raise UsageError("--pair=upernet needs torch") from None
+  config.encoder.drop_path = config.upernet.dropout = 0.0
+  torch.manual_seed(0)
+  model = Segmenter(config, CLASSES)
+  shape = (config.batch_size, *config.image_size)
+  images = rng.integers(0, 256, (*shape, 3), np.uint8)
+  labels = rng.integers(0, CLASSES, shape, np.uint8)
+  with tempfile.TemporaryDirectory() as folder:
+    tensors = {name: x.numpy() for name, x in model.state_dict().items()}
+    config.init_from = str(Path(folder) / "model.safetensors")
+    files.write_safetensors(Path(config.init_from), tensors)
+    config.data.source = f"scenes:{folder}"
+    _write_scene(Path(folder))
+    step = bench.make_step(config, batch={"image": images, "label": labels})
+  pixels = (images / np.float32(255) - np.float32(config.data.mean)) / np.float32(config.data.std)
+  inputs = torch.from_numpy(pixels.transpose(0, 3, 1, 2)).contiguous(
+    memory_format=torch.channels_last
+  )
+  classes = torch.from_numpy(labels.astype(np.int64))
+  ways = {
+    "ours": _Way(lambda: float(step.run()["loss"]), config.batch_size),
+    "torch": _torch_way(
+      model.to(memory_format=torch.channels_last).train(),
+      lambda m: m(inputs, classes),
+      True,
+      options,
+    ),
+  }
+  return {name: way._replace(memory=_step_memory(way.run)) for name, way in ways.items()}, True
+
+
+def _write_scene(folder: Path) -> None:
+  """Writes a scene and the names of CLASSES classes: a task asks for them, the step does not."""
+  (folder / "classes.txt").write_text("\n".join(map(str, range(CLASSES))))
+  for kind, suffix in (("images", "jpg"), ("annotations", "png")):
+    for split in ("training", "validation"):
+      path = folder / kind / split / f"scene.{suffix}"
+      path.parent.mkdir(parents=True)
+      Image.fromarray(np.ones((8, 8), np.uint8)).save(path)
+
+
+def _step_memory(run: Callable[[], float]) -> float | None:
+  """Returns by how many bytes the process grows during a second step; None outside Linux."""
+  status = Path("/proc/self/status")
+  if not status.is_file():
+    return None
+  kib = lambda name: next(
+    int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name)
+  )
+  run()
+  ctypes.CDLL(None).malloc_trim(0)  # what the other way has left
+  Path("/proc/self/clear_refs").write_text("5")  # the peak begins at what is in use
+  before = kib("VmRSS")
+  run()
+  return 1024.0 * (kib("VmHWM") - before)
+
+
 def _import_reference(root: Path):
   """Imports the original models_convmae.py.
 
@@ -288,6 +360,7 @@ PAIRS = {
   "remat": _remat,
   "transformers": _transformers,
   "reference": _reference,
+  "upernet": _upernet,
 }
 
 

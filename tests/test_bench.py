@@ -286,6 +286,28 @@ def test_the_step_of_transformers(run, tmp_path):
   ], err
 
 
+@pytest.mark.torch
+def test_the_step_of_segmentation_in_torch(run, tmp_path):
+  pytest.importorskip("torch")
+  code, out, err = run(
+    "compare",
+    "--pair=upernet",
+    "--config=segment:convmae_base",
+    "--config.image_size=(96, 128)",
+    "--config.batch_size=2",
+    "--config.dtype=float32",
+    "--config.encoder.embed_dims=(8, 12, 24)",
+    "--config.encoder.depths=(1, 1, 2)",
+    "--config.encoder.num_heads=3",
+    "--config.upernet.channels=16",
+    "--config.upernet.aux_channels=8",
+    "--rounds=1",
+    f"--json={tmp_path}/x.json",
+  )
+  assert code == 0 and "agree to" in out, err
+  assert list(json.loads((tmp_path / "x.json").read_text())["seconds"]) == ["ours", "torch"]
+
+
 def test_ways_that_disagree_get_no_ratio(run, monkeypatch):
   ways = {"one": compare._Way(lambda: 1.0, 1), "other": compare._Way(lambda: 1.1, 1)}
   monkeypatch.setitem(compare.PAIRS, "remat", lambda options: (ways, True))

@@ -12,7 +12,7 @@ import pytest
 
 from mrmae_jax.errors import DistributedError
 from mrmae_jax.runs import distributed
-from tests.helpers.programs import finish, free_port
+from tests.helpers.programs import finish, free_port, wait_for
 from tests.helpers.runs import run, start
 
 VIT = "tests/tiny.py:vit"  # compiles in a third of the time
@@ -87,6 +87,42 @@ def test_evaluation_counts_the_same_images(tmp_path, task):
   assert results[0]["accuracy/images"] == results[1]["accuracy/images"] == 359
   assert abs(results[0]["accuracy/top1"] - results[1]["accuracy/top1"]) < 1.1 / 359
   assert abs(results[0]["accuracy/top5"] - results[1]["accuracy/top5"]) < 1.1 / 359
+
+
+@pytest.mark.variant
+def test_segmentation_on_two_hosts_and_after_a_kill(tmp_path):
+  """Statistics of BatchNorm are those of the whole batch, and the pixels of all hosts are counted.
+
+  A run that is killed and started again has every number of a run without a kill.
+  """
+  (tmp_path / "c.py").write_text(
+    "from tests import tiny\n"
+    "def get_config():\n"
+    "  return tiny.segment_config(epochs=0.16, checkpoint_every=0.04)\n"
+  )
+  steps, options = 20, {"task": "segment", "config": tmp_path / "c.py"}
+  losses, evaluations = run(tmp_path, "one", 1, 1, **options)
+  assert losses.keys() == set(range(1, steps + 1)) and evaluations[steps]["miou/images"] == 200
+  hosts = run(tmp_path, "hosts", 2, 1, **options)
+  terms = ("loss", "decode", "aux")
+  for step in losses:
+    np.testing.assert_allclose(*([x[step][key] for key in terms] for x in (hosts[0], losses)), 1e-5)
+  shares = [
+    {x: row[x] for x in row if "miou" in x} for row in (hosts[1][steps], evaluations[steps])
+  ]
+  assert shares[0] == pytest.approx(shares[1], abs=1e-3)
+
+  log = tmp_path / "killed.log"
+  process = start(0, 1, 1, log, f"--workdir={tmp_path}/killed", **options)
+  saved = tmp_path / "killed" / "checkpoints"
+  wait_for((saved / "5").is_dir, process, log, 400)
+  process.send_signal(signal.SIGKILL)
+  finish([process])
+  assert not (saved / f"{steps}").exists(), log.read_text()[-2000:]
+  again = run(tmp_path, "killed", 1, 1, **options)
+  for step in losses:
+    assert [again[0][step][key] for key in terms] == [losses[step][key] for key in terms]
+  assert {x: again[1][steps][x] for x in shares[1]} == shares[1]
 
 
 def run_mistaken(tmp_path, *per_process, count=2, timeout=90, waits=None):

@@ -15,12 +15,12 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from mrmae_jax import bilinear, data
+from mrmae_jax import bilinear, data, segmentation
 from mrmae_jax.cli.verify import inspect_images, summarize
 from mrmae_jax.constants import IGNORED, IMAGENET_MEAN, IMAGENET_STD
 from mrmae_jax.data import photometric
 from mrmae_jax.data.scenes import choose_corner, resize_label
-from mrmae_jax.data.sources.scenes import read_classes, read_label
+from mrmae_jax.data.sources.scenes import read_classes, read_label, to_classes
 from mrmae_jax.errors import DataError
 from tests.helpers.cli import run_command
 from tests.helpers.images import assert_same, encode, photo, png_header, take
@@ -207,6 +207,13 @@ def test_every_value_means_one_class_or_none(zero_is_unlabelled):
   expected = [255, 0, 1, 2, 255] if zero_is_unlabelled else [0, 1, 2, 3, 255]
   label = read_label(encode(values, "PNG"), "x.png", count, zero_is_unlabelled)
   assert label.tolist() == [expected]
+
+
+@cases("metrics")
+def test_all_stored_values_mean_what_the_reference_says(name):
+  tensors = load_file(GOLDENS / f"{name}.safetensors")
+  classes = to_classes(tensors["in.raw_labels"][None], "x.png", 254, True)
+  np.testing.assert_array_equal(classes[0], tensors["out.zero_is_unlabelled"])
 
 
 COLORS = photo(8, 8)
@@ -443,6 +450,18 @@ def test_training_sees_parts_of_scenes_with_their_labels():
     assert close.mean() > 0.75  # all but at the borders of classes
     padded += is_padded.any()
   assert 0 < padded < 30
+
+
+def test_training_at_scale_one_sees_the_pixels_of_the_evaluation():
+  example = painted(label_of(50, 90)) | {"image": photo(50, 90)}
+  window, mean = (32, 48), tuple(IMAGENET_MEAN)
+  (measured,) = segmentation.make_views(example["image"], mean, segmentation.Rule(window, window))
+  view = make_views(window, scale=(1.0, 1.0), flip=False, photometric=False, max_share=1.0).train
+  trained = view(example, np.random.default_rng(0))["image"]
+  height, width = measured.size
+  corners = [(top, left) for top in range(height - 31) for left in range(width - 47)]
+  crops = [measured.pixels[top : top + 32, left : left + 48] for top, left in corners]
+  assert any((crop == trained).all() for crop in crops)
 
 
 def test_opencv_gives_the_same_crops_in_other_pixels():

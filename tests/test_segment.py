@@ -21,7 +21,7 @@ from mrmae_jax import data, evals, optim, preflight, segmentation, sharding, tra
 from mrmae_jax.errors import ConfigError, DataError, WeightsError
 from mrmae_jax.evals import miou
 from mrmae_jax.models import ViT
-from mrmae_jax.runs.checkpoint import Checkpoints
+from mrmae_jax.runs.checkpoint import Checkpoints, read_params
 from mrmae_jax.runs.log import Log, summary
 from mrmae_jax.runs.metrics import read_metrics
 from mrmae_jax.tasks import segment
@@ -228,6 +228,22 @@ def run(tmp_path_factory):
   saving.close()
   (workdir / "config.json").write_text(config.to_json())
   return workdir, state
+
+
+def test_averaged_weights_go_with_the_newest_statistics(tmp_path):
+  config = tiny.segment_config(optim__ema_decay=0.9)
+  state = random_state(segment.make(config))
+  average = optim.AverageState(jnp.int32(5), jax.tree.map(lambda x: x + 1, state.params))
+  saving = Checkpoints(tmp_path, {})
+  saving.save(5, state._replace(opt_state=(jnp.zeros(3), average)))
+  saving.close()
+  (tmp_path / "config.json").write_text(config.to_json())
+  stored = read_params(tmp_path, "decode_head", with_extra=True)
+  for ours, theirs in (
+    (stored.params["decode_head"], average.average["decode_head"]),
+    (stored.extra, state.extra),
+  ):
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
 def test_a_run_is_a_model_that_segments(run, tmp_path):
