@@ -268,7 +268,9 @@ def _upernet(options):
   torch.manual_seed(0)
   model = Segmenter(config, CLASSES)
   shape = (config.batch_size, *config.image_size)
-  images = rng.integers(0, 256, (*shape, 3), np.uint8)
+  # Of different brightness: BatchNorm divides pooled maps of one pixel by how images differ.
+  images = rng.random((*shape, 3)) * np.linspace(64, 255, shape[0])[:, None, None, None]
+  images = images.astype(np.uint8)
   labels = rng.integers(0, CLASSES, shape, np.uint8)
   with tempfile.TemporaryDirectory() as folder:
     tensors = {name: x.numpy() for name, x in model.state_dict().items()}

@@ -212,7 +212,7 @@ def test_f33_every_number_of_every_task(photos):
       numbers = value if several else (value,)
       if (
         name in tried
-        or name == "optim.no_decay"
+        or name in ("optim.no_decay", "optim.full_rate")  # names
         or not all(type(x) in (int, float) for x in numbers)
       ):
         continue
