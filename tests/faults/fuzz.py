@@ -2,12 +2,13 @@
 
   python -m tests.faults.fuzz --inputs=20000 --seed=0 --out=/tmp/fuzz
 
-Four targets: image files for `decode_image`; weight files and folders for `teachers.load` and
+Five targets: image files for `decode_image`; weight files and folders for `teachers.load` and
   `model_files.read` (PyTorch's where torch is installed); configurations and command lines for
   `preflight.check` and `cli.parser.parse`; workdirs for a run that resumes, `model_files.read` and
-  `mrmae report`. Each target runs in a separate process, so that a crash
-  belongs to an input. A finding is an exception of another kind, a message of several lines, more
-  than 2 s of computing for one input, a crash, a hang, or memory that grows by more than 200 MB.
+  `mrmae report`; COCO's files for `open_source` and `to_mask`. Each target runs in a separate
+  process, so that a crash belongs to an input. A finding is an exception of another kind, a message
+  of several lines, more than 2 s of computing for one input, a crash, a hang, or memory that grows
+  by more than 200 MB.
 
 An input is a function of its target and its number alone: --only=images:17 repeats that input.
 """
@@ -47,12 +48,19 @@ from mrmae_jax.errors import (
   WorkdirError,
 )
 
-SHARES = {"images": 0.5, "weights": 0.25, "configs": 0.15, "workdirs": 0.1}  # of the inputs
+SHARES = {  # of the inputs
+  "images": 0.4,
+  "weights": 0.2,
+  "configs": 0.15,
+  "workdirs": 0.1,
+  "coco": 0.15,
+}
 KNOWN = {  # numbers that once were findings; always tried
   "images": (2001191,),  # half a gigabyte out of one kilobyte
   "weights": (1000384, 1000402, 1000608, 1000878, 2000556, 2001675, 3002705),
   "configs": (140, 388, 1000459),
   "workdirs": (),
+  "coco": (),
 }
 CPU_S, HANG_S, GROWTH = 2.0, 60.0, 200e6
 START_S = 600.0  # until a process has imported everything, on a busy machine
@@ -898,6 +906,56 @@ def workdirs() -> Callable[[np.random.Generator], Case]:
   return make
 
 
+# COCO's files.
+
+
+def coco_files() -> Callable[[np.random.Generator], Case]:
+  from mrmae_jax.data import open_source
+  from mrmae_jax.data.sources.coco import encode_rle, to_mask
+  from tests.helpers import coco
+
+  document = coco.document()
+  height, width = 40, 60
+  corner = np.zeros((height, width), bool)
+  corner[:9, :9] = True
+  crowd = {"size": [height, width], "counts": [0, 9, height * width - 9]}
+  document["annotations"] += [
+    coco.annotation(90, 1, (0, 0, 9, 9), segmentation=encode_rle(corner)),
+    coco.annotation(91, 2, (0, 0, 1, 9), segmentation=crowd, iscrowd=1),
+  ]
+  with tempfile.TemporaryDirectory(prefix="mrmae_jax_fuzz") as root:
+    coco.write(Path(root), train=document)
+    base = {
+      str(path.relative_to(root)): path.read_bytes()
+      for path in sorted(Path(root).rglob("*"))
+      if path.is_file()
+    }
+  files = [name for name in base if name.endswith(".json")]
+
+  def read(folder):
+    for split in ("train", "eval"):
+      source = open_source(f"coco:{folder}", split, max_dropped=0.5)
+      for index in range(len(source)):
+        assert source[index]["image"]
+        objects = source.objects(index)
+        assert np.isfinite(objects.boxes).all() and len(objects.boxes) == len(objects.classes)
+        for segmentation in filter(None, objects.segmentations):
+          assert to_mask(segmentation, objects.size).shape == objects.size
+
+  def make(rng):
+    content = dict(base)
+    name = files[rng.integers(len(files))]
+    if rng.random() < 0.8:
+      content[name] = json_bytes(mutate_json(json.loads(content[name]), rng), rng)
+    else:
+      content[name] = mutate(content[name], content[files[0]], rng)
+    if rng.random() < 0.1:
+      content.pop(sorted(content)[rng.integers(len(content))])
+    return Case(content, read, (DataError,))
+
+  return make
+
+
 # Running them.
 
 
@@ -932,6 +990,7 @@ TARGETS = {
   "weights": weights,
   "configs": configs,
   "workdirs": workdirs,
+  "coco": coco_files,
   "itself": itself,
 }
 
