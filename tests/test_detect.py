@@ -33,14 +33,17 @@ def test_the_task_learns_from_objects_and_predicts_them(encoder):
   batch, keys = batch_of(task), jax.random.split(jax.random.key(3), 2)
   assert (batch["classes"] >= 0).any() and batch["image"].shape == (2, 64, 96, 3)
 
+  shapes, extra = jax.eval_shape(task.init, jax.random.key(0))
+  rng = np.random.default_rng(0)  # by hand: an initialization takes longer to compile than a test
+  fill = lambda x: jnp.asarray(rng.normal(0, 0.05, x.shape), jnp.float32)
+  params, extra = jax.tree.map(fill, shapes), jax.tree.map(lambda x: jnp.ones(x.shape), extra)
+
   @jax.jit
   def step(batch):
-    params, extra = task.init(jax.random.key(0))
     loss = lambda params: task.loss(params, extra, task.frozen, batch, keys)
-    result = jax.value_and_grad(loss, has_aux=True)(params)
-    return result, task.predict(params, extra, task.frozen, batch, keys), params, extra
+    return jax.value_and_grad(loss, has_aux=True)(params)
 
-  ((total, (terms, moved)), gradients), predicted, params, extra = step(batch)
+  (total, (terms, moved)), gradients = step(batch)
   assert terms.keys() == {"rpn_class", "rpn_box", "class", "box", "mask"}
   assert np.isclose(total, sum(terms.values())) and all(x > 0 for x in terms.values())
   unused = ("encoder/norm/", "pyramid/p5_")  # no sampled anchor may be that large
@@ -49,12 +52,15 @@ def test_the_task_learns_from_objects_and_predicts_them(encoder):
   assert bool(extra) == (encoder == "convvit")
   changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), extra, moved)
   assert jax.tree.all(changed)
-  assert predicted["boxes"].shape == (2, 5, 4) and predicted["masks"].shape == (2, 5, 28, 28)
-  assert predicted["is_truncated"].shape == (2,)
+  if encoder == "convvit":
+    predict = jax.jit(lambda batch: task.predict(params, extra, task.frozen, batch, keys))
+    predicted = predict(batch)
+    assert predicted["boxes"].shape == (2, 5, 4) and predicted["masks"].shape == (2, 5, 28, 28)
+    assert predicted["is_truncated"].shape == (2,)
 
   empty = {"classes": jnp.full_like(batch["classes"], -1)}
   empty |= {name: jnp.zeros_like(batch[name]) for name in ("boxes", "masks", "image")}
-  ((total, (terms, _)), gradients), *_ = step(batch | empty)
+  (total, (terms, _)), gradients = step(batch | empty)
   assert np.isfinite(total) and terms["rpn_class"] > 0 and terms["class"] > 0
   assert terms["rpn_box"] == terms["box"] == terms["mask"] == 0
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradients))

@@ -123,6 +123,7 @@ def read_pretrained(
 
 def _read_detector(config, source, network: MaskRCNN, class_names: tuple[str, ...]):
   """Returns what `read_pretrained` does, of a detector."""
+  check_network(config, source, network, class_names)
   params, notes = init_from.encoder_params(config, source, network.encoder)
   pretrained = {f"encoder/{x}": params[x] for x in params if not x.startswith("norm/")}
   heads = flatten_dict(source.params["detector"], sep="/")
@@ -131,7 +132,6 @@ def _read_detector(config, source, network: MaskRCNN, class_names: tuple[str, ..
     is_new = lambda name: name.split("/")[-2] in CLASS_LAYERS and not name.startswith("rpn_head")
     heads = {name: x for name, x in heads.items() if not is_new(name)}
     notes.append("new: layers that tell classes apart, with random weights (config.head=new)")
-  check_network(config, source, network, class_names)
   return pretrained | heads, stats, ("\n  ".join(notes),)
 
 
