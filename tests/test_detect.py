@@ -6,6 +6,7 @@ import csv
 import functools
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +17,15 @@ from flax.traverse_util import flatten_dict
 from PIL import Image
 
 import mrmae_jax
-from mrmae_jax import boxes, checks, optim, sharding, train
+from mrmae_jax import boxes, checks, data, optim, sharding, train
 from mrmae_jax import config as config_lib
+from mrmae_jax.cli import object_pictures
 from mrmae_jax.configs import detect as detect_configs
 from mrmae_jax.errors import ConfigError, WeightsError
+from mrmae_jax.evals import coco_ap
 from mrmae_jax.models import ConvViT, ViT
 from mrmae_jax.models.mask_rcnn import make_mask_rcnn, usual_global_blocks
+from mrmae_jax.runs.metrics import is_detail
 from mrmae_jax.tasks import detect
 from mrmae_jax.weights import model_files, positions
 from tests import tiny
@@ -307,3 +311,52 @@ def test_predict_writes_objects_as_coco_does(written, tmp_path, capsys):
 def test_predict_refuses_what_does_not_fit(written, options, message, capsys):
   assert run_command(["predict", f"--models={written}", "--images=coco:digits", *options]) == 2
   assert message in capsys.readouterr().err
+
+
+def test_the_log_shows_the_main_results_alone():
+  shown = [
+    name
+    for kind in coco_ap.KINDS
+    for name in coco_ap.MEASURES
+    if not is_detail(f"coco_ap/{kind}_{name}")
+  ]
+  assert shown == 2 * ["ap", "ap50", "ap75"]
+
+
+@pytest.mark.parametrize(
+  "names, kind, expected",
+  [
+    ((), "folder", {1: "class 0", 2: "class 1", 3: "class 2"}),
+    ((), "coco", {3: "cat", 7: "dog", 90: "cow"}),
+    (("cow", "cat", "dog"), "coco", {90: "cow", 3: "cat", 7: "dog"}),
+    (("cow", "cat", "emu"), "coco", {1: "cow", 2: "cat", 3: "emu"}),
+  ],
+)
+def test_classes_keep_the_ids_of_the_annotations(tmp_path, names, kind, expected):
+  fake.write(tmp_path / "data")
+  path = tmp_path / "data" / ("val" if kind == "folder" else "")
+  rules = dict(holdout_every=0, max_dropped=0.1) if kind == "coco" else dict(holdout_every=0)
+  source = data.open_source(f"{kind}:{path}", "eval" if kind == "coco" else "train", **rules)
+  found = {
+    "boxes": np.float32([[1, 2, 3, 5]]),
+    "scores": np.float32([0.5]),
+    "classes": np.int32([1]),
+  }
+  model = SimpleNamespace(
+    network=make_detector()._replace(detector=make_detector(mask_convs=0).detector),
+    config={"classes": 3},
+    class_names=names,
+    detect=lambda images, min_score: [found],
+  )
+  options = SimpleNamespace(min_score=None, classes="")
+  pictures = object_pictures.ObjectPictures(tmp_path, "model", model, source, options)
+  pictures.add(0, "a/0.png", np.zeros((40, 60, 3), np.uint8))
+  assert "1 objects in results.json" in pictures.finish()
+  about = json.loads((tmp_path / "images.json").read_text())
+  assert {row["id"]: row["name"] for row in about["categories"]} == expected
+  image_id = 100 if kind == "coco" else 1
+  assert about["images"][0]["id"] == image_id
+  assert json.loads((tmp_path / "results.json").read_text()) == [
+    {"image_id": image_id, "category_id": [*expected][1], "bbox": [1, 2, 2, 3], "score": 0.5}
+  ]
+  assert (tmp_path / "overlays" / "a" / "0.png").exists()

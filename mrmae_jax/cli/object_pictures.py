@@ -9,6 +9,7 @@ from PIL import Image
 from mrmae_jax.cli import classifiers
 from mrmae_jax.cli.evaluate import write_csv
 from mrmae_jax.cli.label_pictures import color_text
+from mrmae_jax.data.sources import coco
 from mrmae_jax.evals import coco_ap
 from mrmae_jax.viz.grid import class_colors, draw_objects
 
@@ -34,28 +35,29 @@ class ObjectPictures:
       DataError: masks need pycocotools, which is not installed.
     """
     if model.network.detector.mask_convs:
-      coco_ap.coco.load_pycocotools()
+      coco.load_pycocotools()
     self._folder, self._model, self._source = folder, model, source
-    least = model.network.rules.min_score
     self._min_shown = coco_ap.MIN_SHOWN if options.min_score is None else options.min_score
-    self._min_score = min(least, self._min_shown)
-    count, theirs = model.config["classes"], getattr(source, "category_ids", ())
-    names = tuple(source.class_names) if theirs else ()
+    self._min_score = min(model.network.rules.min_score, self._min_shown)
+    count = model.config["classes"]
+    self._category_ids = getattr(source, "category_ids", ())  # () for images without annotations
+    theirs = dict(zip(source.class_names, self._category_ids))
     if model.class_names or options.classes:
-      names = classifiers.class_names(path, model, options.classes)
-    elif len(names) != count:
-      names = tuple(f"class {i}" for i in range(count))
-    ids = dict(zip(source.class_names, theirs))
-    has_ids = set(names) <= ids.keys()
-    self._names = names
-    self._ids = tuple(ids[name] for name in names) if has_ids else tuple(range(1, count + 1))
+      self._names = classifiers.class_names(path, model, options.classes)
+    elif len(theirs) == count:
+      self._names = tuple(theirs)
+    else:
+      self._names = tuple(f"class {i}" for i in range(count))
+    has_ids = set(self._names) <= theirs.keys()
+    ids = (theirs[name] for name in self._names) if has_ids else range(1, count + 1)
+    self._ids = tuple(ids)
     self._counts = np.zeros(count, np.int64)
     self._images, self._results = [], []
 
   def add(self, index: int, file: str, image: np.ndarray) -> None:
     """Writes overlays/FILE, and notes the results."""
     (found,) = self._model.detect([image], min_score=self._min_score)
-    image_id = self._source.image_id(index) if hasattr(self._source, "image_id") else index + 1
+    image_id = self._source.image_id(index) if self._category_ids else index + 1
     height, width = image.shape[:2]
     name = str(self._source.name(index))
     self._images.append({"id": image_id, "file_name": name, "height": height, "width": width})
