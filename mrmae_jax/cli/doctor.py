@@ -268,7 +268,7 @@ def check_schedule(config, num_images: int, backend: str, report: Report) -> Non
   batch, options = config.batch_size, config.optim
   per_epoch, steps = optim.count_steps(config, num_images)
   peak = optim.peak_rate(options, batch)
-  warmup = round(options.warmup_epochs * per_epoch)
+  warmup = options.get("warmup_steps") or round(options.warmup_epochs * per_epoch)
   report.ok(
     f"batch {batch} = {batch // options.accum_steps} x {options.accum_steps} micro-batches; "
     f"{config.epochs:g} epochs of {per_epoch:.4g} steps = {steps} steps, {warmup} of warm-up; "
