@@ -279,6 +279,13 @@ def test_what_detects_nothing_is_refused(written, tmp_path):
       mrmae_jax.load(tmp_path / "other.safetensors").detect([picture(8, 8)])
 
 
+def test_the_encoder_of_a_detector_is_exported_for_any_number_of_images(written):
+  model = mrmae_jax.load(written)
+  exported = model.export((64, 64), False)
+  (batch, *_), *_ = (x.shape for x in jax.tree.leaves(exported.out_avals))
+  assert str(batch) == "batch"
+
+
 def test_predict_writes_objects_as_coco_does(written, tmp_path, capsys):
   fake.write(tmp_path / "coco")
   words = ["predict", f"--models={written}", f"--images=coco:{tmp_path}/coco", "--min_score=0"]
