@@ -13,6 +13,7 @@ how a batch is divided.
 """
 
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -360,3 +361,31 @@ def detect_objects(
   logits = _by_region(network.mask_head, pooled, False)
   own = jnp.maximum(detections.classes, 0)[..., None, None, None]
   return detections, jax.nn.sigmoid(jnp.take_along_axis(logits, own, axis=-1)[..., 0])
+
+
+def in_original(
+  row: dict[str, np.ndarray], shown: tuple[int, int], size: tuple[int, int]
+) -> dict[str, np.ndarray]:
+  """Returns the objects of one image that are valid, with boxes in its original pixels.
+
+  Args:
+    row: a row of the fields of `Detections`, and "masks" if there are any.
+    shown: (height, width) of the image in the network's input, without padding.
+    size: (height, width) of the original image.
+
+  Returns:
+    "boxes" float64 [N, 4], "scores" [N], "classes" [N], and "masks" [N, h, w] if there are any,
+    each in its box.
+  """
+  found = boxes.restore(row["boxes"], shown, size)
+  kept = row["is_valid"] & (found[:, 2:] > found[:, :2]).all(-1)
+  names = ("scores", "classes", "masks")
+  return {"boxes": found[kept]} | {
+    name: row[name][kept] for name in names if row.get(name) is not None
+  }
+
+
+def paste_masks(found: dict[str, np.ndarray], size: tuple[int, int]) -> Iterator[np.ndarray]:
+  """Yields the pixels of each object of `in_original`, bool [H, W]."""
+  for mask, box in zip(found["masks"], found["boxes"]):
+    yield boxes.paste_mask(mask, box, size) >= 0.5

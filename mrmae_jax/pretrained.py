@@ -17,14 +17,15 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from PIL import Image
 
-from mrmae_jax import mrmae, segmentation
+from mrmae_jax import detection, mrmae, segmentation
 from mrmae_jax.checks import MAX_SCALE
 from mrmae_jax.config import MODES
+from mrmae_jax.data.detection import fit, pad_image
 from mrmae_jax.errors import WeightsError
 from mrmae_jax.models import encode, head_attention
 from mrmae_jax.models.layers import layer_norm
 from mrmae_jax.reconstruction import reconstruct
-from mrmae_jax.weights import model_files
+from mrmae_jax.weights import detectron2, model_files
 
 PLATFORMS = ("cpu", "cuda", "tpu")  # that an exported model runs on
 
@@ -43,8 +44,8 @@ def load(
   Args:
     path: the workdir of a run, on disk or in a bucket (gs://BUCKET/RUN); a file of weights in
       ConvMAE's or MAE's names (.safetensors, or .pth with torch installed), as `mrmae convert`
-      writes it; a segmentation model in mmsegmentation's names; a ViTMAE folder of transformers; or
-      a vision tower of BEiT, DINO, DINOv2 or CLIP.
+      writes it; a segmentation model in mmsegmentation's names; a detector in detectron2's names; a
+      ViTMAE folder of transformers; or a vision tower of BEiT, DINO, DINOv2 or CLIP.
     decoder: load the decoder too, if there is one; `reconstruct` needs it.
     mimic_heads: load the mimic heads of a run too.
     learned_positions: keep the position table as a parameter even if it is the sine-cosine one.
@@ -196,8 +197,8 @@ class PretrainedModel:
   Attributes:
     network: modules and parameters (`weights.model_files.LoadedModel`).
     report: str() of it lists what was loaded, what is new and what was dropped, both by design.
-    class_names: of a fine-tuned or segmentation model, in the order of its logits; () where its
-      source does not tell.
+    class_names: of a fine-tuned model, a segmentation model or a detector, in the order of its
+      logits; () where its source does not tell.
   """
 
   def __init__(self, network: model_files.LoadedModel):
@@ -206,6 +207,7 @@ class PretrainedModel:
     self._params = {}  # grid -> parameters on the device
     self._encode = jax.jit(self._features)
     self._slide = jax.jit(self._window_means, static_argnames="crop")
+    self._detect = jax.jit(self._detections, static_argnames="rules")
     self._classify = jax.jit(self._logits)
     self._attend = jax.jit(self._head_attention)
     self._reconstruct = jax.jit(self._reconstructions, static_argnums=(3, 4))
@@ -225,10 +227,9 @@ class PretrainedModel:
     """
     network, classifier = self.network, self.network.params.get("classifier")
     classes = len(classifier["head"]["bias"]) if classifier else 0
-    if network.segmenter is not None:
-      classes = network.segmenter.num_classes
-    if network.detector is not None:
-      classes = network.detector.num_classes
+    for module in (network.segmenter, network.detector):
+      if module is not None:
+        classes = module.num_classes
     return {
       "encoder": model_files.module_fields(network.encoder),
       "decoder": network.decoder and model_files.module_fields(network.decoder),
@@ -326,7 +327,7 @@ class PretrainedModel:
       ValueError: an image has another shape, type or range, or an argument is not possible.
     """
     if self.network.segmenter is None:
-      raise WeightsError(f"{self.report.source} {self._problem_of_segmenting()}")
+      raise WeightsError(self._problem("holds no decode_head", "segment", "mmsegmentation's"))
     window = self.config["image_size"]
     token = self.network.encoder.patch_size
     rule = segmentation.make_rule(window, token, mode=mode, stride=stride, scales=scales, flip=flip)
@@ -336,6 +337,42 @@ class PretrainedModel:
       image = _one_image(image, channels)
       labels.append(self._segment_image(image, rule))
     return labels
+
+  def detect(self, images, *, min_score: float | None = None) -> list[dict[str, np.ndarray]]:
+    """Returns the objects that images show, by descending score.
+
+    Images have any size. Each one is resized, its aspect kept, to fit into the size of training;
+    one program serves all of them.
+
+    Args:
+      images: uint8 or float in [0, 1]: an array [B, H, W, C], or a list of arrays [H, W, C] and
+        Pillow's images, each of its own size.
+      min_score: objects have more; None: as the model was trained, usually 0.05.
+
+    Returns:
+      A dictionary for each image, in its original pixels.
+
+      - "boxes" float32 [N, 4], (x1, y1, x2, y2).
+      - "scores" float32 [N] in [0, 1].
+      - "classes" int32 [N], as `class_names` counts them from 0.
+      - "masks" bool [N, H, W], unless the model detects boxes alone.
+
+    Raises:
+      WeightsError: the model does not detect.
+      ValueError: an image has another shape, type or range, or the score is not in [0, 1].
+    """
+    if self.network.detector is None:
+      raise WeightsError(self._problem("holds no roi_heads", "detect", "detectron2's"))
+    rules = self.network.rules
+    if min_score is not None:
+      if not 0 <= min_score <= 1:
+        raise ValueError(f"min_score={min_score} given; expected a number from 0 to 1")
+      rules = rules._replace(min_score=float(min_score))
+    channels = len(self.network.mean)
+    return [
+      self._detect_in(_one_image(image, channels), rules)
+      for image in ([images] if isinstance(images, Image.Image) else images)
+    ]
 
   def reconstruct(
     self, images, mask_ratio: float | None = None, norm_pix: bool | None = None, seed: int = 0
@@ -425,15 +462,21 @@ class PretrainedModel:
         self._params[grid] = jax.tree.map(place, resized, own, placed)
     return self._params[grid]
 
-  def _problem_of_segmenting(self) -> str:
+  def _problem(self, lack: str, command: str, owner: str) -> str:
+    """Returns why the model cannot do what another kind of model can.
+
+    Args:
+      lack: what is missing, as a message for people.
+      command: that trains the other kind.
+      owner: of the names in which it is read.
+    """
+    source, advice = self.report.source, f"a run of mrmae {command}"
     if "classifier" not in self.network.params:
-      return (
-        "holds no decode_head; give a run of mrmae segment, or a file in mmsegmentation's names"
-      )
+      return f"{source} {lack}; give {advice}, or a file in {owner} names"
     kernel = self.network.params["classifier"]["head"]["kernel"]
     return (
-      f"holds a classifier (head {list(kernel.shape[::-1])}) and no decode_head; give a "
-      "run of mrmae segment, a file in mmsegmentation's names, or use classify"
+      f"{source} holds a classifier (head {list(kernel.shape[::-1])}) and "
+      f"{lack.removeprefix('holds ')}; give {advice}, a file in {owner} names, or use classify"
     )
 
   def _segment_image(self, image, rule: segmentation.Rule) -> np.ndarray:
@@ -458,6 +501,30 @@ class PretrainedModel:
       return self.network.segmenter.apply(variables, self._normalize(windows))[0]
 
     return segmentation.slide(network, pixels, starts, count, crop)
+
+  def _detect_in(self, image: np.ndarray, rules: detection.Rules) -> dict[str, np.ndarray]:
+    """Returns the objects in an image uint8 [H, W, C]."""
+    window, size = self.config["image_size"], image.shape[:2]
+    row = pad_image(fit(size, window).image(image), window)
+    anchors = detection.make_anchors(self.network.detector, window, rules)
+    params = self._params_at(self.network.grid)
+    detections, masks = self._detect(params, row["image"], row["size"], anchors, rules=rules)
+    predicted = jax.device_get(detections._asdict() | ({} if masks is None else {"masks": masks}))
+    found = detection.in_original(
+      jax.tree.map(lambda x: x[0], predicted), tuple(map(int, row["size"])), size
+    )
+    if "masks" in found:
+      masks = np.zeros((len(found["boxes"]), *size), bool)
+      for mask, pixels in zip(masks, detection.paste_masks(found, size)):
+        mask[:] = pixels
+      found["masks"] = masks
+    return found | {"boxes": found["boxes"].astype(np.float32)}
+
+  def _detections(self, params, image, size, anchors, rules):
+    pixels = detection.hide_padding(self._normalize(image[None]), size[None])
+    args = (pixels, size[None], anchors, rules)
+    variables = detectron2.join_variables(params)
+    return self.network.detector.apply(variables, *args, method=detection.detect_objects)
 
   def _normalize(self, images):
     return mrmae.normalize(images, self.network.mean, self.network.std)

@@ -23,6 +23,7 @@ from mrmae_jax.boxes import bin_matrix
 from mrmae_jax.data import detection
 from mrmae_jax.data.sources import annotations, coco, open_source
 from mrmae_jax.data.views import Views
+from mrmae_jax.detection import in_original, paste_masks
 from mrmae_jax.errors import DataError, MissingSplitError
 from mrmae_jax.evals import coco_ap
 from mrmae_jax.train import Task
@@ -616,10 +617,10 @@ def test_detections_come_back_to_the_original_pixels():
       "classes": tensors["out.det_classes"][i],
       "masks": tensors["out.det_masks"][i],
       "is_valid": tensors["out.det_classes"][i] >= 0,
-      "size": dims["image_sizes"][i],
     }
-    ids = tuple(range(10, 10 + dims["classes"]))
-    results = coco_ap.to_results(row, 5, tuple(dims["original_sizes"][i]), ids)
+    size, ids = tuple(dims["original_sizes"][i]), range(10, 10 + dims["classes"])
+    found = in_original(row, dims["image_sizes"][i], size)
+    results = coco_ap.to_results(found, paste_masks(found, size), 5, ids)
     corners = [(x, y, x + w, y + h) for x, y, w, h in (result["bbox"] for result in results)]
     np.testing.assert_allclose(corners, expected["boxes"], atol=1e-3)
     np.testing.assert_allclose([x["score"] for x in results], expected["scores"], atol=1e-5)

@@ -2,22 +2,37 @@
 their words.
 """
 
+import csv
+import functools
+import json
+import shutil
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax.traverse_util import flatten_dict
+from PIL import Image
 
-from mrmae_jax import checks
+import mrmae_jax
+from mrmae_jax import boxes, checks, data, optim, sharding, train
 from mrmae_jax import config as config_lib
+from mrmae_jax.cli import object_pictures
 from mrmae_jax.configs import detect as detect_configs
-from mrmae_jax.errors import ConfigError
+from mrmae_jax.errors import ConfigError, WeightsError
+from mrmae_jax.evals import coco_ap
 from mrmae_jax.models import ConvViT, ViT
 from mrmae_jax.models.mask_rcnn import make_mask_rcnn, usual_global_blocks
+from mrmae_jax.runs.metrics import is_detail
 from mrmae_jax.tasks import detect
 from mrmae_jax.weights import model_files, positions
 from tests import tiny
-from tests.helpers.models import GRID, make_student
+from tests.helpers import coco as fake
+from tests.helpers.cli import run_command
+from tests.helpers.models import GRID, make_detector, make_student
+from tests.helpers.tasks import init_state
 
 
 def batch_of(task, count=2):
@@ -165,3 +180,196 @@ def test_a_recipe_starts_from_a_run(tmp_path):
 def test_published_layouts_have_the_last_block_of_each_quarter_global():
   assert usual_global_blocks(12) == (2, 5, 8, 11) and usual_global_blocks(11) == (1, 4, 7, 10)
   assert usual_global_blocks(24) == (5, 11, 17, 23) and usual_global_blocks(2) == (0, 1)
+
+
+@pytest.mark.variant
+def test_eight_devices_equal_one_and_one_program_serves_all_images():
+  """The loss and every gradient; images of several sizes and numbers of objects, and empty ones."""
+  task = detect.make(tiny.detect_config())
+  tx = optim.skippable(optax.sgd(1.0))
+  state = jax.jit(lambda: init_state(task, tx))()
+  source, rng = task.source("train"), np.random.default_rng(0)
+  batches = []
+  for first in (0, 8):
+    rows = [task.views.train(source[first + i], rng) for i in range(8)]
+    batches.append({name: np.stack([row[name] for row in rows]) for name in rows[0]})
+  batches[1]["classes"][3:] = -1
+  assert len({tuple(size) for size in batches[0]["size"]}) > 3
+  assert len({(row >= 0).sum() for row in batches[0]["classes"]}) > 1
+  keys = train.sample_keys(0, jnp.int32(0), 8)
+  loss = jax.jit(jax.value_and_grad(task.loss, has_aux=True))
+  (expected, _), gradients = loss(state.params, state.extra, task.frozen, batches[0], keys)
+
+  mesh = sharding.make_mesh()
+  step = jax.jit(train.make_train_step(task, tx, lambda step: 1.0, 0, accum_steps=1, max_spike=0.0))
+  placed = jax.device_put((state, task.frozen), sharding.replicated(mesh))
+  moved, metrics = step(*placed, sharding.global_batch(batches[0], mesh))
+  close = functools.partial(np.testing.assert_allclose, atol=1e-5)
+  close(metrics["loss"], expected)
+  jax.tree.map(lambda old, new, g: close(old - new, g), state.params, moved.params, gradients)
+  _, metrics = step(moved, placed[1], sharding.global_batch(batches[1], mesh))
+  assert np.isfinite(metrics["loss"]) and step._cache_size() <= 2  # of placed and of moved arrays
+
+
+@pytest.mark.variant
+def test_a_run_that_lost_its_last_steps_does_them_again_bit_for_bit(tmp_path):
+  config = tiny.detect_config(keep_checkpoints=3)
+  del config.evals["coco_ap"]
+  whole = jax.device_get(train.fit(config, detect.make(config), tmp_path))
+  assert whole.step == 2
+  shutil.rmtree(tmp_path / "checkpoints" / "2")
+  again = jax.device_get(train.fit(config, detect.make(config), tmp_path))
+  jax.tree.map(np.testing.assert_array_equal, again, whole)
+
+
+# --- a trained detector in use ---
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+  """A detector in detectron2's names, and the folder it lies in."""
+  path = tmp_path_factory.mktemp("detector") / "detector.safetensors"
+  model_files.write_model(make_detector(), path, "detectron2")
+  return path
+
+
+def picture(height, width, seed=0):
+  return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def test_objects_come_in_pixels_of_images_of_any_size(written, monkeypatch):
+  model = mrmae_jax.load(written)
+  assert model.class_names == ("cat", "dog", "cow") and model.config["classes"] == 3
+  found = {  # in a network of 64 x 64 pixels
+    "boxes": np.array([[[8, 4, 40, 20], [0, 0, 64, 64], [70, 0, 80, 9], [0, 0, 0, 0]]], np.float32),
+    "scores": np.array([[0.9, 0.8, 0.7, 0]], np.float32),
+    "classes": np.array([[2, 0, 1, -1]], np.int32),
+    "is_valid": np.array([[True, True, True, False]]),
+    "is_truncated": np.array([False]),
+  }
+  masks = np.zeros((1, 4, 28, 28), np.float32)
+  masks[:, :, :14] = 1  # the upper half
+  given = []
+
+  def detect(params, image, size, anchors, rules):
+    given.append((image.shape, tuple(size), rules.min_score))
+    return boxes.Detections(**found), masks
+
+  monkeypatch.setattr(model, "_detect", detect)
+  small, large = model.detect([picture(32, 64), Image.fromarray(picture(100, 128))], min_score=0.2)
+  assert given == [((64, 64, 3), (32, 64), 0.2), ((64, 64, 3), (50, 64), 0.2)]
+  np.testing.assert_array_equal(small["boxes"], [[8, 4, 40, 20], [0, 0, 64, 32]])  # inside of it
+  np.testing.assert_array_equal(large["boxes"], [[16, 8, 80, 40], [0, 0, 128, 100]])
+  assert large["boxes"].dtype == np.float32 and large["classes"].tolist() == [2, 0]
+  assert large["masks"].shape == (2, 100, 128) and large["masks"].dtype == bool
+  assert large["masks"][0, 9:23, 17:79].all() and large["masks"][0].sum() == 16 * 64
+  monkeypatch.setattr(model, "_detect", lambda *args, **_: (boxes.Detections(**found), None))
+  assert "masks" not in model.detect(picture(32, 64)[None])[0]
+
+
+def test_what_detects_nothing_is_refused(written, tmp_path):
+  model = mrmae_jax.load(written)
+  with pytest.raises(ValueError, match="min_score=1.5 given; expected a number from 0 to 1"):
+    model.detect([picture(8, 8)], min_score=1.5)
+  with pytest.raises(ValueError, match=r"expected \[H, W, 3\]"):
+    model.detect(picture(8, 8))
+  with pytest.raises(WeightsError, match="holds no decode_head; give a run of mrmae segment"):
+    model.segment([picture(8, 8)])
+  for classes, words in (
+    (0, "holds no roi_heads; give a run of mrmae detect"),
+    (3, "no roi_heads"),
+  ):
+    student = make_student(ViT(8, 16, 1, 2, 32), None, classes=classes)
+    model_files.write_model(student, tmp_path / "other.safetensors", "timm")
+    with pytest.raises(WeightsError, match=words):
+      mrmae_jax.load(tmp_path / "other.safetensors").detect([picture(8, 8)])
+
+
+def test_the_encoder_of_a_detector_is_exported_for_any_number_of_images(written):
+  model = mrmae_jax.load(written)
+  exported = model.export((64, 64), False)
+  (batch, *_), *_ = (x.shape for x in jax.tree.leaves(exported.out_avals))
+  assert str(batch) == "batch"
+
+
+def test_predict_writes_objects_as_coco_does(written, tmp_path, capsys):
+  fake.write(tmp_path / "coco")
+  words = ["predict", f"--models={written}", f"--images=coco:{tmp_path}/coco", "--min_score=0"]
+  assert run_command([*words, f"--out={tmp_path}/out"]) == 0
+  assert "overlays and classes.csv of 2 images" in capsys.readouterr().out
+  results = json.loads((tmp_path / "out" / "results.json").read_text())
+  about = json.loads((tmp_path / "out" / "images.json").read_text())
+  assert [row["id"] for row in about["images"]] == [100, 101]
+  assert about["categories"] == fake.CATEGORIES
+  sizes = {row["id"]: [row["height"], row["width"]] for row in about["images"]}
+  assert results and {row["category_id"] for row in results} <= {3, 7, 90}
+  for row in results:
+    assert row["segmentation"]["size"] == sizes[row["image_id"]] and row["bbox"][2] > 0
+  for row in about["images"]:
+    assert (tmp_path / "out" / "overlays" / row["file_name"]).with_suffix(".png").exists()
+  with open(tmp_path / "out" / "classes.csv", newline="") as file:
+    header, *rows = csv.reader(file)
+  assert header == ["category_id", "class", "color", "objects"]
+  assert sum(int(row[3]) for row in rows) == len(results)
+
+
+@pytest.mark.parametrize(
+  "options, message",
+  [
+    (["--out=x.csv"], "classes of objects apart, not of images"),
+    (["--out=x", "--flip"], "--mode, --scales and --flip are for segmentation"),
+    (["--out=x.csv", "--min_score=0.1"], "--min_score is for detection, whose --out is a folder"),
+  ],
+)
+def test_predict_refuses_what_does_not_fit(written, options, message, capsys):
+  assert run_command(["predict", f"--models={written}", "--images=coco:digits", *options]) == 2
+  assert message in capsys.readouterr().err
+
+
+def test_the_log_shows_the_main_results_alone():
+  shown = [
+    name
+    for kind in coco_ap.KINDS
+    for name in coco_ap.MEASURES
+    if not is_detail(f"coco_ap/{kind}_{name}")
+  ]
+  assert shown == 2 * ["ap", "ap50", "ap75"]
+
+
+@pytest.mark.parametrize(
+  "names, kind, expected",
+  [
+    ((), "folder", {1: "class 0", 2: "class 1", 3: "class 2"}),
+    ((), "coco", {3: "cat", 7: "dog", 90: "cow"}),
+    (("cow", "cat", "dog"), "coco", {90: "cow", 3: "cat", 7: "dog"}),
+    (("cow", "cat", "emu"), "coco", {1: "cow", 2: "cat", 3: "emu"}),
+  ],
+)
+def test_classes_keep_the_ids_of_the_annotations(tmp_path, names, kind, expected):
+  fake.write(tmp_path / "data")
+  path = tmp_path / "data" / ("val" if kind == "folder" else "")
+  rules = dict(holdout_every=0, max_dropped=0.1) if kind == "coco" else dict(holdout_every=0)
+  source = data.open_source(f"{kind}:{path}", "eval" if kind == "coco" else "train", **rules)
+  found = {
+    "boxes": np.float32([[1, 2, 3, 5]]),
+    "scores": np.float32([0.5]),
+    "classes": np.int32([1]),
+  }
+  model = SimpleNamespace(
+    network=make_detector()._replace(detector=make_detector(mask_convs=0).detector),
+    config={"classes": 3},
+    class_names=names,
+    detect=lambda images, min_score: [found],
+  )
+  options = SimpleNamespace(min_score=None, classes="")
+  pictures = object_pictures.ObjectPictures(tmp_path, "model", model, source, options)
+  pictures.add(0, "a/0.png", np.zeros((40, 60, 3), np.uint8))
+  assert "1 objects in results.json" in pictures.finish()
+  about = json.loads((tmp_path / "images.json").read_text())
+  assert {row["id"]: row["name"] for row in about["categories"]} == expected
+  image_id = 100 if kind == "coco" else 1
+  assert about["images"][0]["id"] == image_id
+  assert json.loads((tmp_path / "results.json").read_text()) == [
+    {"image_id": image_id, "category_id": [*expected][1], "bbox": [1, 2, 2, 3], "score": 0.5}
+  ]
+  assert (tmp_path / "overlays" / "a" / "0.png").exists()

@@ -40,7 +40,8 @@ from mrmae_jax import __main__ as entry
 from mrmae_jax import config
 from mrmae_jax.cli import parser
 from mrmae_jax.weights import model_files
-from tests.helpers.models import make_segmenter
+from tests.helpers import coco
+from tests.helpers.models import make_detector, make_segmenter
 from tests.helpers.programs import run_program
 
 ROOT = Path(__file__).parent.parent
@@ -81,6 +82,18 @@ SHORTER = [
   (
     r"--config=segment:",
     f"{RUN} {CONVVIT} --config.image_size=(32,32) --config.upernet.channels=8",
+    0,
+  ),
+  (
+    r"--config=detect_demo",
+    "--config.epochs=0.008 --config.optim.warmup_steps=1 --config.batch_size=8",
+    0,
+  ),
+  (
+    r"--config=detect:",
+    f"{RUN} {CONVVIT} --config.image_size=(64,64) --config.rcnn.channels=8 "
+    "--config.rcnn.position_grid=(4,4) --config.rcnn.window=3 --config.rcnn.box_hidden=16 "
+    "--config.rcnn.train_proposals=(32,32) --config.rcnn.roi_sample=16",
     0,
   ),
   (r"--config=photos", f"{RUN} {NARROW} {DECODER} --config.teacher.dtype=float32", 0),
@@ -396,6 +409,8 @@ class Place:
     (path / "shorter.json").write_text(json.dumps(SHORTER))
     images(path / "photos", 40, (90, 70))
     model_files.write_model(make_segmenter(), path / "upernet.safetensors", "mmseg")
+    model_files.write_model(make_detector(), path / "detector.safetensors", "detectron2")
+    coco.write(path / "coco")
     for split in ("training", "validation"):
       images(path / "scenes/images" / split, 8, (64, 80), classes=1)
       for image in (path / "scenes/images" / split).rglob("*.png"):
@@ -431,12 +446,14 @@ class Place:
       "FINETUNED_2": "/tmp/dir0",  # the first DIR of the page
       "/path/to/imagenet": "/tmp/photos",
       "/path/to/scenes": "/tmp/scenes",
+      "/path/to/coco": "/tmp/coco",
       "/path/to/shards": "/tmp/shards",
       "/path/to/bands": "/tmp/multispectral",
       "/shared": "/tmp",
       "mae_pretrain_vit_base.pth": "mae_pretrain_vit_base.safetensors",
       "--model=convmae_upernet.pth --format=convmae": "--model=convmae_upernet.pth --format=timm",
       "convmae_upernet.pth": "upernet.safetensors",
+      "mask_rcnn.safetensors": "detector.safetensors",
       "beitv2_base_patch16_224_pt1k_ft1k.pth": "tests/goldens/beitv2/timm_mean.safetensors",
       "/step_1200": "/step_4",  # the first step has no rate, the second spoils the weights
     }

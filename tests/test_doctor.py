@@ -54,7 +54,10 @@ def test_a_sound_run(examine, tmp_path):
     assert picture.size[0] > 4 * 100 and len(np.unique(np.asarray(picture))) > 50
 
 
-@pytest.mark.parametrize("words", [("teacher",), ("segment_demo", "init_from=")])
+@pytest.mark.parametrize(
+  "words",
+  [("teacher",), ("segment_demo", "init_from="), ("detect_demo", "init_from=", "batch_size=16")],
+)
 def test_the_picture_is_of_the_batch_of_the_task(words, examine, tmp_path):
   code, out = examine(f"--out={tmp_path}/views.png", *words[1:], config=words[0])
   assert code == 0 and "shows 16 of the first images as training sees them" in out, out

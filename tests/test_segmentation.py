@@ -447,8 +447,13 @@ def test_predict_writes_label_pictures(written, photos, tmp_path, capsys):
     (["--out=x.txt"], "must end in .csv or .parquet"),
     (["--out=x", "--crop=1"], "--crop and --average are for classifiers"),
     (["--out=x", "--scales=9"], "give numbers above 0 and at most 8"),
-    (["--out=x", "--models=a,b"], "segmentation takes one model"),
-    (["--out=x", "--models=CLASSIFIER"], "does not segment; --out=x must end in .csv or .parquet"),
+    (["--out=x", "--min_score=0.5"], "--min_score is for detection"),
+    (["--out=x.csv", "--min_score=2"], "expected a number from 0 to 1"),
+    (["--out=x", "--models=a,b"], "segmentation and detection take one model"),
+    (
+      ["--out=x", "--models=CLASSIFIER"],
+      "neither classes of pixels nor objects; --out=x must end in .csv",
+    ),
   ],
 )
 def test_predict_refuses_what_does_not_fit(written, photos, tmp_path, options, message, capsys):
@@ -464,7 +469,7 @@ def test_pictures_of_one_name_are_refused(written, photos, tmp_path, capsys):
   Image.fromarray(photo(40, 60)).save(photos / "a" / "x.png")
   words = ["predict", f"--models={written}", f"--images=folder:{photos}", f"--out={tmp_path}/out"]
   assert run_command(words) == 2
-  assert "would both be written as labels/a/x.png; rename one" in capsys.readouterr().err
+  assert "would both be written as overlays/a/x.png; rename one" in capsys.readouterr().err
 
 
 def test_colors_differ():

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mrmae_jax import config as config_lib
 from mrmae_jax import data, pretrained
 from mrmae_jax.cli.features import extract
 from mrmae_jax.cli.images import find_images, find_view, open_images, skip_options
@@ -44,11 +45,13 @@ def load_classifiers(options) -> Classifiers:
   models, names = {}, {}
   for path in options.models:
     models[path] = pretrained.load(path, num_heads=options.num_heads, decoder=False)
-    if models[path].network.segmenter is not None:
-      raise UsageError(
-        f"{path} tells the classes of pixels apart, not of images; mrmae predict --out=DIR, a"
-        " folder, writes pictures of them"
-      )
+    network = models[path].network
+    for module, parts in ((network.segmenter, "pixels"), (network.detector, "objects")):
+      if module is not None:
+        raise UsageError(
+          f"{path} tells the classes of {parts} apart, not of images; mrmae predict --out=DIR, a"
+          " folder, writes pictures of them"
+        )
     names[path] = class_names(path, models[path], options.classes)
   first, *others = names
   for path in others:
@@ -94,13 +97,19 @@ def find_positions(wanted, names) -> np.ndarray:
   return np.array([position[name] for name in wanted], np.int64)
 
 
-def open_source(options) -> data.Source:
+def open_source(options, has_objects: bool = False) -> data.Source:
   """Opens the images of --images, or else those of the models' runs.
+
+  Args:
+    options: of the command.
+    has_objects: read the annotations of coco:PATH too.
 
   Raises:
     UsageError, DataError: there are none, or they cannot be opened.
   """
   images = find_images(options, options.models)
+  if has_objects and images.source.startswith("coco:"):
+    images.max_boxes = config_lib.detect().data.max_boxes  # see `data.open_split`
   try:
     return open_images(options, images, options.split)
   except NothingHeldOut:

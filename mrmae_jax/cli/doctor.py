@@ -15,6 +15,7 @@ from PIL import Image
 
 from mrmae_jax import config as config_lib
 from mrmae_jax import data, hardware, optim, preflight, program, sharding, teachers, train
+from mrmae_jax.boxes import paste_mask
 from mrmae_jax.cli import bench, show_teacher
 from mrmae_jax.cli.train import load_training_config, out_of_memory
 from mrmae_jax.constants import IGNORED
@@ -30,7 +31,7 @@ from mrmae_jax.errors import (
 )
 from mrmae_jax.runs.paths import open_folder
 from mrmae_jax.runs.run import make_evaluators
-from mrmae_jax.viz.grid import bands_shown, draw_grid, paint_classes
+from mrmae_jax.viz.grid import bands_shown, draw_grid, draw_objects, paint_classes
 
 COUNT = 16  # images that doctor decodes
 
@@ -97,7 +98,7 @@ def examine(config, workdir: str | None, report: Report, out: str, should_compil
     batch = make_batch(config, source, task.views.train)
     check_pixels(config, batch["image"], report)
     if out:
-      draw_batch(config, batch, out, report)
+      draw_batch(config, source, batch, out, report)
   except UserError as error:
     report.stop(str(error), error.exit_code)
     return
@@ -226,16 +227,32 @@ def check_pixels(config, pixels: np.ndarray, report: Report) -> None:
     )
 
 
-def draw_batch(config, batch: dict[str, np.ndarray], path: str, report: Report) -> None:
+def draw_row(image: np.ndarray, index: int, batch: dict[str, np.ndarray], names) -> np.ndarray:
+  """Draws the objects of row `index` of a batch over its image, uint8 [H, W, 3]."""
+  is_object = batch["classes"][index] >= 0
+  objects = {name: batch[name][index][is_object] for name in ("boxes", "classes")}
+  masks = batch["masks"][index][is_object] if "masks" in batch else []
+  pasted = [
+    paste_mask(mask / np.float32(255), box, image.shape[:2]) >= 0.5
+    for mask, box in zip(masks, objects["boxes"])
+  ]
+  texts = [names[class_] for class_ in objects["classes"]]
+  return draw_objects(image, objects["boxes"], pasted, objects["classes"], texts)
+
+
+def draw_batch(config, source, batch: dict[str, np.ndarray], path: str, report: Report) -> None:
   """Writes a picture of a batch in up to four columns.
 
-  Beside a scene stand its classes; the two crops of an image stand side by side.
+  Beside a scene stand its classes; objects are drawn over their image; the two crops of an image
+  stand side by side.
   """
   bands, caption = bands_shown(config)
   pixels = batch["image"][..., bands]
   if config.task == "segment":
     painted = [paint_classes(*scene, IGNORED) for scene in zip(pixels, batch["label"])]
     pixels = np.stack([pixels, np.stack(painted)], 1)
+  if config.task == "detect":
+    pixels = np.stack([draw_row(x, i, batch, source.class_names) for i, x in enumerate(pixels)])
   pixels = pixels.reshape(-1, *pixels.shape[-3:])
   pixels = pixels.astype(np.float32) / 255
   columns = [pixels[i::4] for i in range(min(4, len(pixels)))]
@@ -251,7 +268,7 @@ def check_schedule(config, num_images: int, backend: str, report: Report) -> Non
   batch, options = config.batch_size, config.optim
   per_epoch, steps = optim.count_steps(config, num_images)
   peak = optim.peak_rate(options, batch)
-  warmup = round(options.warmup_epochs * per_epoch)
+  warmup = options.get("warmup_steps") or round(options.warmup_epochs * per_epoch)
   report.ok(
     f"batch {batch} = {batch // options.accum_steps} x {options.accum_steps} micro-batches; "
     f"{config.epochs:g} epochs of {per_epoch:.4g} steps = {steps} steps, {warmup} of warm-up; "

@@ -21,6 +21,7 @@ TASKS = {
   "pretrain": "pretrain",
   "finetune": "finetune",
   "segment": "segment",
+  "detect": "detect",
   "probe": "probe",
   "teacher": "self_distill",
 }
@@ -28,13 +29,14 @@ COMMANDS = {
   "pretrain": "pre-train: MR-MAE, ConvMAE or MAE (--config=mrmae:base)",
   "finetune": "fine-tune a classifier (--config=finetune:base)",
   "segment": "train a class for every pixel (--config=segment:convmae_base)",
+  "detect": "train boxes, classes and masks of objects (--config=detect:convmae_base)",
   "probe": "linear probe by the published protocol (--config=probe)",
   "teacher": "train a small teacher on your own images, without labels (--config=teacher)",
   "doctor": "would this run start, how long would it take, and are its settings sound?",
   "features": "features of images to a file",
   "knn": "k-NN, few-shot and linear accuracy of such files",
   "evaluate": "accuracy of a fine-tuned model, or of several as one, in all and per class",
-  "predict": "the class of each image or pixel, by a fine-tuned model or by several as one",
+  "predict": "the class of each image, by one model or several; of each pixel; or the objects",
   "visualize": "reconstructions, attention, features of a model, as pictures and a page",
   "report": "one page about a run or several: curves, throughput, pictures",
   "convert": "weights in the names of ConvMAE, timm or Hugging Face",
@@ -113,6 +115,17 @@ def positive(text: str) -> float:
     value = 0.0
   if not 0 < value < float("inf"):
     raise argparse.ArgumentTypeError(f"{text!r} given; expected a finite number > 0")
+  return value
+
+
+def share(text: str) -> float:
+  """The type of a number from 0 to 1."""
+  try:
+    value = float(text)
+  except ValueError:
+    value = -1.0
+  if not 0 <= value <= 1:
+    raise argparse.ArgumentTypeError(f"{text!r} given; expected a number from 0 to 1")
   return value
 
 
@@ -475,14 +488,18 @@ def _predict(parser: Parser) -> None:
   parser.epilog = """\
   mrmae predict --models=RUN --images=folder:/my/photos --out=classes.csv
   mrmae predict --models=upernet.safetensors --images=folder:/my/photos --out=DIR
+  mrmae predict --models=mask_rcnn.safetensors --images=folder:/my/photos --out=DIR
 
 The file holds the columns name, class and probability, a row for each image in order. The images
 need no labels. A segmentation model takes a folder: labels/ gets a PNG for each image, of its size,
 whose values are the classes of the pixels; overlays/ the image under their colors; classes.csv the
-value, name, color and share of each class. File or folder appear whole or not at all."""
+value, name, color and share of each class. So does a detector: results.json gets boxes, classes,
+scores and masks as COCO writes results, images.json the ids of images and classes, overlays/ the
+image with its objects, classes.csv the number of these. File or folder appear whole or not at
+all."""
   _classifiers(parser, "")
   parser.add_argument(
-    "--out", required=True, help="the file, .csv or .parquet; for segmentation a new folder"
+    "--out", required=True, help="the file, .csv or .parquet; for pixels and objects a new folder"
   )
   parser.add_argument(
     "--mode",
@@ -498,6 +515,11 @@ value, name, color and share of each class. File or folder appear whole or not a
   )
   parser.add_argument(
     "--flip", action="store_true", help="of segmentation: average with the mirrored image"
+  )
+  parser.add_argument(
+    "--min_score",
+    type=share,
+    help="of detection: score of the objects that are drawn and counted; default: 0.3",
   )
 
 
@@ -581,8 +603,8 @@ def _convert(parser: Parser) -> None:
 
 Formats: convmae, a ConvViT in the names of Alpha-VL/ConvMAE; timm, a ViT in those of timm and
 facebookresearch/mae; hf, a ViT as a folder of transformers' ViTMAE; mmseg, a segmentation model in
-mmsegmentation's names; detectron2, a detector in detectron2's names. The parameters are the same
-bit for bit, on the way and back. What is left out by design (mimic heads) is printed."""
+mmsegmentation's names; detectron2, a detector in detectron2's. The parameters are the same bit for
+bit, on the way and back. What is left out by design (mimic heads) is printed."""
   parser.add_argument("--model", required=True, help="workdir, weight file or ViTMAE folder")
   parser.add_argument(
     "--out", required=True, help="the .safetensors file; with --format=hf the folder"
@@ -845,6 +867,7 @@ _ADD_OPTIONS = {
   "pretrain": _pretrain,
   "finetune": _pretrain,
   "segment": _pretrain,
+  "detect": _pretrain,
   "probe": _pretrain,
   "teacher": _teacher,
   "doctor": _doctor,

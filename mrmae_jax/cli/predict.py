@@ -1,4 +1,4 @@
-"""The class of each image, by a fine-tuned model or several as one; or of each pixel."""
+"""The class of each image, by a fine-tuned model or several as one; or what is inside of images."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from mrmae_jax.cli import classifiers as lib
-from mrmae_jax.cli import label_pictures
+from mrmae_jax.cli import pictures
 from mrmae_jax.cli.evaluate import write_csv
 from mrmae_jax.cli.features import count_rows, find_writer, show_progress
 from mrmae_jax.errors import UsageError
@@ -23,12 +23,16 @@ def run(options) -> str:
     UsageError, WeightsError, DataError: options, models or images that do not fit.
   """
   if not Path(options.out).suffix:
-    return label_pictures.run(options)
+    return pictures.run(options)
   write = find_writer(options.out, WRITERS)
   if options.mode != "slide" or options.scales != (1.0,) or options.flip:
     raise UsageError(
       f"--mode, --scales and --flip are for segmentation, whose --out is a folder; {options.out} "
       "is a table of images"
+    )
+  if options.min_score is not None:
+    raise UsageError(
+      f"--min_score is for detection, whose --out is a folder; {options.out} is a table of images"
     )
   classifiers = lib.load_classifiers(options)
   source = lib.open_source(options)

@@ -27,6 +27,7 @@ KINDS = {  # folders of pictures, and what these show
     "Original, what the encoder sees, the decoder's output, and that output in the hidden places."
   ),
   "segmentations": "Image, true classes, predicted classes.",
+  "detections": "True objects, and those that were detected.",
 }
 MAX_PIXELS = 10**8  # of a picture
 # Order of the curves: FIRST, other losses, evaluations, LAST.

@@ -1,4 +1,4 @@
-"""The training commands: pretrain, finetune, segment, probe, teacher."""
+"""The training commands: pretrain, finetune, segment, detect, probe, teacher."""
 
 import contextlib
 import os

@@ -10,14 +10,14 @@ import dataclasses
 import io
 import json
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from PIL import Image, ImageOps
 
-from mrmae_jax import data, evals, sharding
-from mrmae_jax.boxes import paste_mask, restore
+from mrmae_jax import data, detection, evals, sharding
 from mrmae_jax.data import augment
 from mrmae_jax.data.sources import coco
 from mrmae_jax.errors import MissingSplitError
@@ -111,32 +111,32 @@ def ground_truth(source: data.Source, has_masks: bool) -> dict[str, list[dict]]:
 
 
 def to_results(
-  row: dict[str, np.ndarray], image_id: int, size: tuple[int, int], category_ids: tuple[int, ...]
+  found: dict[str, np.ndarray],
+  masks: Iterable[np.ndarray] | None,
+  image_id: int,
+  category_ids: Sequence[int],
 ) -> list[dict[str, Any]]:
-  """Returns the detections in an image as COCO writes results, in its original pixels.
+  """Returns the objects of an image as COCO writes results.
 
   Args:
-    row: what the task predicts of it, see `Evaluator`, and "size", (height, width) of the image in
-      the network's input.
+    found: "boxes" [N, 4], "scores" [N] and "classes" [N], in pixels of the original image.
+    masks: bool [H, W] of each object; None without masks.
     image_id: of the image.
-    size: (height, width) of the original image.
     category_ids: of the classes.
   """
   results = []
-  valid = np.flatnonzero(row["is_valid"])
-  for i, box in zip(valid, restore(row["boxes"][valid], row["size"], size)):
+  for box, score, class_ in zip(found["boxes"], found["scores"], found["classes"]):
     x1, y1, x2, y2 = box.tolist()
-    if min(x2 - x1, y2 - y1) <= 0:
-      continue
-    result = {
-      "image_id": image_id,
-      "category_id": category_ids[row["classes"][i]],
-      "bbox": [x1, y1, x2 - x1, y2 - y1],
-      "score": float(row["scores"][i]),
-    }
-    if row.get("masks") is not None:
-      result["segmentation"] = coco.encode_rle(paste_mask(row["masks"][i], box, size) >= 0.5)
-    results.append(result)
+    results.append(
+      {
+        "image_id": image_id,
+        "category_id": category_ids[class_],
+        "bbox": [x1, y1, x2 - x1, y2 - y1],
+        "score": float(score),
+      }
+    )
+  for result, mask in zip(results, () if masks is None else masks):
+    result["segmentation"] = coco.encode_rle(mask)
   return results
 
 
@@ -204,7 +204,9 @@ class Evaluator:
     for row in self._rows(params, extra):
       image_id = int(row["id"])
       size = self._source.objects(self._index[image_id]).size
-      results += to_results(row, image_id, size, self._source.category_ids)
+      found = detection.in_original(row, row["size"], size)
+      masks = detection.paste_masks(found, size) if "masks" in found else None
+      results += to_results(found, masks, image_id, self._source.category_ids)
       image_ids.append(image_id)
       truncated += int(row["is_truncated"])
       has_masks = row.get("masks") is not None

@@ -463,7 +463,7 @@ class Windows(NamedTuple):
   def cut(self, x: jax.Array) -> jax.Array:
     """[B, rows * columns, D] -> [B * windows, side * side, D]."""
     height, width = self.grid
-    x = x.reshape(len(x), height, width, -1)
+    x = x.reshape(x.shape[0], height, width, -1)
     x = jnp.pad(x, ((0, 0), (0, -height % self.side), (0, -width % self.side), (0, 0)))
     return to_blocks(x, self.side).reshape(-1, self.side**2, x.shape[-1])
 
@@ -473,7 +473,7 @@ class Windows(NamedTuple):
     counts = (-(-height // self.side), -(-width // self.side))
     x = x.reshape(-1, counts[0] * counts[1], self.side, self.side, x.shape[-1])
     x = from_blocks(x, counts)[:, :height, :width]
-    return x.reshape(len(x), height * width, -1)
+    return x.reshape(x.shape[0], height * width, -1)
 
 
 class Scope(NamedTuple):

@@ -1,6 +1,7 @@
 """Reads the metrics that a run has logged. This module imports no jax."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,14 @@ NOT_RESULTS = {
   "evaluation_s",
   "skipped",
 }
-DETAIL = "/IoU_"  # in the names of results of each class, of which there may be hundreds
+# In names of results of each class, of which there may be hundreds, of sizes of objects, of recall.
+DETAIL = re.compile(r"/IoU_|/(box|mask)_(ar|ap_)")
 LARGEST = 1e300  # of the numbers in a record
 
 
 def is_detail(name: str) -> bool:
   """Returns whether a metric is logged but not printed or drawn, being one of too many."""
-  return DETAIL in name
+  return bool(DETAIL.search(name))
 
 
 def read_metrics(workdir: str | Path) -> list[dict]:

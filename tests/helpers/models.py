@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from mrmae_jax import mrmae
+from mrmae_jax.detection import Rules
 from mrmae_jax.models.convvit import ConvViT
 from mrmae_jax.models.decoder import Decoder, MimicHead
+from mrmae_jax.models.mask_rcnn import MaskRCNN
 from mrmae_jax.models.upernet import Segmenter
 from mrmae_jax.models.vit import ViT
 from mrmae_jax.tasks import pretrain
-from mrmae_jax.weights import model_files
+from mrmae_jax.weights import detectron2, model_files
 
 HEIGHT, WIDTH, TEACHER_DIM = 48, 64, 20
 OPTIONS = dict(mask_ratio=0.75, norm_pix=True, pixel_weight=0.7)
@@ -172,4 +174,38 @@ def make_segmenter(seed=0, classes=4, **fields):
     report=None,
     classes=("sky", "sea", "land", "other")[:classes],
     segmenter=segmenter,
+  )
+
+
+def make_detector(seed=0, classes=("cat", "dog", "cow"), **fields):
+  """A small detector with random weights, for images of 64 x 64 pixels, and no golden."""
+  backbone = dict(window=4, global_blocks=(1,), distances="decomposed", position_grid=(8, 8))
+  backbone |= dict(cls_token=False)
+  encoder = ViT(8, 24, 2, 2, 48, learned_positions=True, **backbone)
+  heads = dict(rpn_convs=1, box_convs=1, box_hidden=16, mask_convs=1) | fields
+  detector = MaskRCNN(encoder, len(classes), "simple", 8, num_anchors=1, **heads)
+  rng = np.random.default_rng(seed)
+  draw = lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32)
+  params = jax.tree.map(draw, detectron2.detector_shapes(detector, (64, 64)))
+  params["encoder"]["norm"] = {"scale": np.ones(24, np.float32), "bias": np.zeros(24, np.float32)}
+  rules = Rules(
+    anchor_sizes=(8, 16, 24, 32, 48),
+    anchor_ratios=(1.0,),
+    test_proposals=(16, 16),
+    canonical_size=32,
+    detections=6,
+  )
+  return model_files.LoadedModel(
+    encoder=encoder,
+    decoder=None,
+    params=params,
+    grid=(8, 8),
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+    method={"mask_ratio": 0.75, "norm_pix": True},
+    has_norm=False,
+    report=None,
+    classes=classes,
+    detector=detector,
+    rules=rules,
   )

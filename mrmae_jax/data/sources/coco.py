@@ -18,7 +18,7 @@ from mrmae_jax.data.sources.base import (
 from mrmae_jax.data.sources.digits import DigitsSource
 from mrmae_jax.data.sources.folder import FolderSource, check_root
 from mrmae_jax.data.sources.listing import first_names, is_folder, list_images, subfolders
-from mrmae_jax.data.sources.scenes import DIGIT_SCENES, DIGITS_PER_SCENE, draw_digits
+from mrmae_jax.data.sources.scenes import DIGIT_SCENES, Drawing, draw_digits
 from mrmae_jax.data.sources.splits import Splits, find_splits
 from mrmae_jax.errors import DataError, MissingSplitError
 
@@ -27,6 +27,14 @@ FOLDER = "annotations"
 EVAL_NAMES = ("validation", "val", "valid", "test")  # of a file beside images without splits
 ROBOFLOW = "_annotations.coco.json"  # beside the images themselves
 MAX_NAMES = 3  # of files that a message lists
+SCATTERED = Drawing(  # digits as those that the demo has pre-trained
+  sides=(64,),
+  digits=(2, 12),
+  digit_sides=(26, 36),
+  ground=(0, 60),
+  noise=(2, 8),
+  inks=((180, 255),),
+)
 
 
 class Objects(NamedTuple):
@@ -168,9 +176,9 @@ class CocoSource:
 
 
 class DigitObjects:
-  """The scenes of `scenes:digits`, each digit an object with its exact box and mask."""
+  """Scattered handwritten digits, each an object with its exact box and mask."""
 
-  most_objects, has_all_masks = DIGITS_PER_SCENE[1], True
+  most_objects, has_all_masks = SCATTERED.digits[1], True
 
   def __init__(self, split: str, holdout_every: int):
     self._digits, self._split = DigitsSource(split, holdout_every), split
@@ -191,7 +199,7 @@ class DigitObjects:
     return example | {"id": self.image_id(index), "objects": self.objects(index)}
 
   def _draw(self, index: int):
-    return draw_digits(self._digits, self._split, index)
+    return draw_digits(self._digits, self._split, index, SCATTERED)
 
   def objects(self, index: int) -> Objects:
     """Returns the digits of scene `index`."""

@@ -3,7 +3,7 @@
 import collections
 import csv
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -36,10 +36,37 @@ LABEL_SUFFIX = ".png"
 CLASSES, ADE_CLASSES = "classes.txt", ("objectInfo150.txt", "objectInfo150.csv")
 MAX_NAMES = 3  # of files without a partner that a message lists
 DIGIT_SCENES = {"train": 2000, "eval": 200}
-SIDES = (64, 80, 96)  # of these scenes
-DIGITS_PER_SCENE = (4, 9)  # tries; a digit too near to another is left out
-DIGIT_SIDES = (22, 52)
 INK = 0.3  # a pixel belongs to a digit from this share of its color on
+
+
+class Drawing(NamedTuple):
+  """How scenes of digits look; ranges are (lowest, highest).
+
+  Attributes:
+    sides: lengths that a side of a scene may have.
+    digits: how many are tried; one that is too near to another is left out.
+    digit_sides: their size in pixels.
+    ground: values of the ground's channels.
+    noise: its standard deviation.
+    inks: ranges of the values of a digit's channels, one of which is drawn.
+  """
+
+  sides: tuple[int, ...]
+  digits: tuple[int, int]
+  digit_sides: tuple[int, int]
+  ground: tuple[int, int]
+  noise: tuple[int, int]
+  inks: tuple[tuple[int, int], ...]
+
+
+SCENES = Drawing(
+  sides=(64, 80, 96),
+  digits=(4, 9),
+  digit_sides=(22, 51),
+  ground=(70, 185),
+  noise=(4, 16),
+  inks=((0, 44), (210, 254)),
+)
 
 
 class ScenesSource:
@@ -96,7 +123,7 @@ class DigitScenes:
     return DIGIT_SCENES[self._split]
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    image, digits = draw_digits(self._digits, self._split, index)
+    image, digits = draw_digits(self._digits, self._split, index, SCENES)
     name = self.name(index)
     example = {"image": image, "label": -1, "name": name}
     if self._zero_is_unlabelled is None:
@@ -112,7 +139,7 @@ class DigitScenes:
 
 
 def draw_digits(
-  digits: DigitsSource, split: str, index: int
+  digits: DigitsSource, split: str, index: int, drawing: Drawing
 ) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
   """Draws the scene `index` of a split.
 
@@ -120,41 +147,44 @@ def draw_digits(
     The image, uint8 [H, W, 3], and of each digit in it the number and the pixels, bool [H, W].
   """
   rng = np.random.default_rng((list(DIGIT_SCENES).index(split), index))
-  image, drawn = _draw_ground(rng), []
+  image, drawn = _draw_ground(rng, drawing), []
   is_taken = np.zeros(image.shape[:2], bool)
-  for _ in range(rng.integers(*DIGITS_PER_SCENE, endpoint=True)):
+  for _ in range(rng.integers(*drawing.digits, endpoint=True)):
     example = digits[int(rng.integers(len(digits)))]
-    mask = _draw_digit(example, image, is_taken, rng)
+    mask = _draw_digit(example, image, is_taken, rng, drawing)
     is_taken |= mask
     if mask.any():
       drawn.append((example["label"], mask))
   return image, drawn
 
 
-def _draw_ground(rng: np.random.Generator) -> np.ndarray:
-  """Returns blotches of medium colors under noise, uint8 [H, W, 3]."""
-  height, width = rng.choice(SIDES, 2)
-  coarse = Image.fromarray(rng.integers(70, 186, (4, 4, 3), dtype=np.uint8))
+def _draw_ground(rng: np.random.Generator, drawing: Drawing) -> np.ndarray:
+  """Returns blotches of color under noise, uint8 [H, W, 3]."""
+  height, width = rng.choice(drawing.sides, 2)
+  low, high = drawing.ground
+  coarse = Image.fromarray(rng.integers(low, high + 1, (4, 4, 3), dtype=np.uint8))
   blotches = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
-  noise = rng.normal(0, rng.uniform(4, 16), blotches.shape)
+  noise = rng.normal(0, rng.uniform(*drawing.noise), blotches.shape)
   return np.clip(blotches + noise, 0, 255).astype(np.uint8)
 
 
 def _draw_digit(
-  example, image: np.ndarray, is_taken: np.ndarray, rng: np.random.Generator
+  example, image: np.ndarray, is_taken: np.ndarray, rng: np.random.Generator, drawing: Drawing
 ) -> np.ndarray:
-  """Draws a digit in dark or bright ink where no other is near; returns its pixels, bool [H, W]."""
-  side = int(rng.integers(*DIGIT_SIDES))
+  """Draws a digit where no other is near; returns its pixels, bool [H, W]."""
+  side = int(rng.integers(*drawing.digit_sides, endpoint=True))
   top, left = (int(rng.integers(length - side + 1)) for length in is_taken.shape)
   box = slice(top, top + side), slice(left, left + side)
-  ink = rng.integers(0, 45, 3) + 210 * rng.integers(2)
-  mask = np.zeros_like(is_taken)
-  if is_taken[box].any():
-    return mask
+  low, high = drawing.inks[rng.integers(len(drawing.inks))]
+  ink = rng.integers(low, high + 1, 3)
   glyph = Image.fromarray(example["image"][:, :, 0])
   share = np.asarray(glyph.resize((side, side), Image.Resampling.BICUBIC)) / 255
-  image[box] = image[box] * (1 - share[..., None]) + ink * share[..., None]
+  mask = np.zeros_like(is_taken)
   mask[box] = share >= INK
+  rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+  if is_taken[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].any():
+    return np.zeros_like(is_taken)
+  image[box] = image[box] * (1 - share[..., None]) + ink * share[..., None]
   return mask
 
 
