@@ -20,7 +20,6 @@ from PIL import Image
 from mrmae_jax import detection, mrmae, segmentation
 from mrmae_jax.checks import MAX_SCALE
 from mrmae_jax.config import MODES
-from mrmae_jax.data.detection import fit, pad_image
 from mrmae_jax.errors import WeightsError
 from mrmae_jax.models import encode, head_attention
 from mrmae_jax.models.layers import layer_norm
@@ -504,6 +503,8 @@ class PretrainedModel:
 
   def _detect_in(self, image: np.ndarray, rules: detection.Rules) -> dict[str, np.ndarray]:
     """Returns the objects in an image uint8 [H, W, C]."""
+    from mrmae_jax.data.detection import fit, pad_image  # brings grain, which no other model needs
+
     window, size = self.config["image_size"], image.shape[:2]
     row = pad_image(fit(size, window).image(image), window)
     anchors = detection.make_anchors(self.network.detector, window, rules)
