@@ -293,8 +293,8 @@ def test_the_step_of_segmentation_in_torch(run, tmp_path):
     "compare",
     "--pair=upernet",
     "--config=segment:convmae_base",
-    "--config.image_size=(96, 128)",
-    "--config.batch_size=2",
+    "--config.image_size=(96, 96)",
+    "--config.batch_size=8",  # one image for each device
     "--config.dtype=float32",
     "--config.encoder.embed_dims=(8, 12, 24)",
     "--config.encoder.depths=(1, 1, 2)",

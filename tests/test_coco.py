@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 from mrmae_jax import data, sharding
 from mrmae_jax.boxes import bin_matrix
 from mrmae_jax.data import detection
-from mrmae_jax.data.sources import annotations, coco, open_source
+from mrmae_jax.data.sources import annotations, open_source, segmentations
 from mrmae_jax.data.views import Views
 from mrmae_jax.detection import in_original, paste_masks
 from mrmae_jax.errors import DataError, MissingSplitError
@@ -73,7 +73,7 @@ def test_objects_of_a_folder(folder):
   assert objects.classes.tolist() == [0, 2]  # of the ids 3 and 90
   assert objects.boxes.tolist() == [[4, 6, 24, 16], [30, 20, 54, 36]]
   assert objects.areas.tolist() == [200, 384] and not objects.is_crowd.any()
-  mask = coco.to_mask(objects.segmentations[0], objects.size)
+  mask = segmentations.to_mask(objects.segmentations[0], objects.size)
   assert mask.sum() == 200 and mask[6:16, 4:24].all()
 
 
@@ -141,15 +141,15 @@ def test_digits_have_exact_boxes_and_masks():
   assert (len(source), source.class_names[0], source.category_ids[0]) == (200, "0", 1)
   assert np.array_equal(example["image"], again["image"]) and len(objects.ids) > 1
   for box, area, segmentation in zip(objects.boxes, objects.areas, objects.segmentations):
-    mask = coco.to_mask(segmentation, objects.size)
+    mask = segmentations.to_mask(segmentation, objects.size)
     assert mask.sum() == area > 0
-    assert coco.box_of_masks(mask[None])[0].tolist() == box.tolist()
+    assert segmentations.box_of_masks(mask[None])[0].tolist() == box.tolist()
 
 
 def test_boxes_of_masks_end_behind_the_last_pixel():
   masks = np.zeros((3, 6, 8), bool)
   masks[0, 2, 5] = masks[1] = True
-  assert coco.box_of_masks(masks).tolist() == [[5, 2, 6, 3], [0, 0, 8, 6], [0, 0, 0, 0]]
+  assert segmentations.box_of_masks(masks).tolist() == [[5, 2, 6, 3], [0, 0, 8, 6], [0, 0, 0, 0]]
 
 
 # --- bad files: a message each ---
@@ -330,7 +330,7 @@ def test_random_damage_is_refused_or_harmless(tmp_path):
       image = np.searchsorted(found.starts, i, side="right") - 1
       size = tuple(found.sizes[image].tolist())
       if segmentation is not None:
-        assert coco.to_mask(segmentation, size).shape == size
+        assert segmentations.to_mask(segmentation, size).shape == size
 
 
 # --- run lengths ---
@@ -342,7 +342,7 @@ def random_mask(seed, size=(17, 23)):
 
 
 def test_run_lengths_are_those_of_pycocotools():
-  mask_util = coco.load_pycocotools()
+  mask_util = segmentations.load_pycocotools()
   for seed in range(20):
     mask = random_mask(seed) if seed else np.ones((300, 500), bool)
     encoded = mask_util.encode(np.asfortranarray(mask.astype(np.uint8)))
@@ -351,7 +351,7 @@ def test_run_lengths_are_those_of_pycocotools():
     assert annotations.parse_counts(text).tolist() == counts
     checked = annotations.check_rle({"size": list(mask.shape), "counts": counts}, mask.shape)
     for segmentation in (text, checked):
-      assert np.array_equal(coco.to_mask(segmentation, mask.shape), mask)
+      assert np.array_equal(segmentations.to_mask(segmentation, mask.shape), mask)
 
 
 def test_empty_runs_are_joined():
@@ -363,7 +363,7 @@ def test_empty_runs_are_joined():
 
 def test_damaged_run_lengths_never_reach_pycocotools():
   """What passes the check has runs that sum up to the image: its C code trusts them."""
-  mask_util, rng = coco.load_pycocotools(), random.Random(0)
+  mask_util, rng = segmentations.load_pycocotools(), random.Random(0)
   mask = random_mask(3)
   good = mask_util.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
   passed = 0
@@ -381,7 +381,7 @@ def test_damaged_run_lengths_never_reach_pycocotools():
     passed += 1
     counts = annotations.parse_counts(checked) if isinstance(checked, str) else checked
     assert min(counts) >= 0 and sum(counts) == mask.size
-    assert coco.to_mask(checked, mask.shape).shape == mask.shape
+    assert segmentations.to_mask(checked, mask.shape).shape == mask.shape
   assert passed
 
 
@@ -428,7 +428,7 @@ def test_masks_of_a_batch_are_cut_out_by_roi_align():
   matrix = jax.jit(functools.partial(bin_matrix, bins=56, samples=8), static_argnames="length")
   for radius, center in ((280, (300, 400)), (90, (100, 120)), (9, (20, 30))):
     mask = (y - center[0]) ** 2 + (x - 1.3 * center[1]) ** 2 < radius**2
-    box = coco.box_of_masks(mask[None])[0].astype(float) + (0.3, -0.4, 0.2, 0.1)
+    box = segmentations.box_of_masks(mask[None])[0].astype(float) + (0.3, -0.4, 0.2, 0.1)
     rows, columns = (
       np.asarray(matrix(box[i], box[i + 2], length=mask.shape[1 - i])) for i in (1, 0)
     )
@@ -475,7 +475,7 @@ def test_flips_move_boxes_and_masks_with_the_pixels(folder):
 
 def test_masks_of_run_lengths_and_polygons_agree():
   polygon = [[4, 6, 24, 6, 24, 16, 4, 16]]
-  counts = annotations.encode_mask(coco.to_mask(polygon, (40, 60)))
+  counts = annotations.encode_mask(segmentations.to_mask(polygon, (40, 60)))
   jitter = detection.make_jitter((40, 60), (64, 64), True, 1.3, 0.5)
   (box, mask), (same, other) = (
     detection.move_object(np.array([4.0, 6, 24, 16]), x, jitter) for x in (polygon, counts)
@@ -627,7 +627,9 @@ def test_detections_come_back_to_the_original_pixels():
     assert [x["category_id"] - 10 for x in results] == expected["classes"]
     for result, text in zip(results, expected["rle"]):
       ours, theirs = (
-        coco.load_pycocotools().decode({"size": dims["original_sizes"][i], "counts": counts})
+        segmentations.load_pycocotools().decode(
+          {"size": dims["original_sizes"][i], "counts": counts}
+        )
         for counts in (result["segmentation"]["counts"], text)
       )
       assert (ours != theirs).sum() <= 1  # of values within 1e-5 of 0.5

@@ -153,7 +153,7 @@ def test_a_training_run_imports_neither_torch_nor_tensorflow(tmp_path):
     ("grain", ("data/",)),
     ("tensorflow_datasets", ("data/",)),
     ("datasets", ("data/sources/hf.py",)),
-    ("pycocotools", ("data/sources/coco.py", "evals/coco_ap.py")),
+    ("pycocotools", ("data/sources/segmentations.py", "evals/coco_ap.py")),
     ("matplotlib", ("viz/",)),
     ("tensorboardX", ("runs/tensorboard.py",)),
     ("torch", ("weights/torch_files.py", "cli/bench/")),

@@ -9,7 +9,7 @@ from PIL import Image
 from mrmae_jax.cli import classifiers
 from mrmae_jax.cli.evaluate import write_csv
 from mrmae_jax.cli.label_pictures import color_text
-from mrmae_jax.data.sources import coco
+from mrmae_jax.data.sources import segmentations
 from mrmae_jax.evals import coco_ap
 from mrmae_jax.viz.grid import class_colors, draw_objects
 
@@ -35,7 +35,7 @@ class ObjectPictures:
       DataError: masks need pycocotools, which is not installed.
     """
     if model.network.detector.mask_convs:
-      coco.load_pycocotools()
+      segmentations.load_pycocotools()
     self._folder, self._model, self._source = folder, model, source
     self._min_shown = coco_ap.MIN_SHOWN if options.min_score is None else options.min_score
     self._min_score = min(model.network.rules.min_score, self._min_shown)

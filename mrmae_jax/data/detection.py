@@ -13,7 +13,7 @@ from PIL import Image
 from mrmae_jax.boxes import interpolate
 from mrmae_jax.data import augment
 from mrmae_jax.data.scenes import exif_advice
-from mrmae_jax.data.sources import Source, coco
+from mrmae_jax.data.sources import Source, segmentations
 from mrmae_jax.data.sources.annotations import MIN_SIDE
 from mrmae_jax.data.views import Views
 from mrmae_jax.errors import DataError
@@ -111,11 +111,11 @@ def move_object(
     return np.concatenate([corners.min(0), corners.max(0)]), None
   if isinstance(segmentation, list) and isinstance(segmentation[0], list):
     rings = [jitter.points(np.reshape(ring, (-1, 2))) for ring in segmentation]
-    mask = coco.to_mask([ring.reshape(-1).tolist() for ring in rings], jitter.shown)
+    mask = segmentations.to_mask([ring.reshape(-1).tolist() for ring in rings], jitter.shown)
     return box_of_polygons(rings, jitter.shown), mask
-  whole = coco.to_mask(segmentation, jitter.old).astype(np.uint8)[..., None]
+  whole = segmentations.to_mask(segmentation, jitter.old).astype(np.uint8)[..., None]
   bits = jitter.image(whole, Image.Resampling.NEAREST)[..., 0] > 0
-  return coco.box_of_masks(bits[None])[0].astype(np.float64), bits
+  return segmentations.box_of_masks(bits[None])[0].astype(np.float64), bits
 
 
 def box_of_polygons(rings: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
@@ -241,7 +241,7 @@ class DetectionView:
     row = pad_image(jitter.image(image), self.image_size)
     return row | self._objects(example["objects"], jitter)
 
-  def _objects(self, objects: coco.Objects, jitter: Jitter) -> dict[str, np.ndarray]:
+  def _objects(self, objects: segmentations.Objects, jitter: Jitter) -> dict[str, np.ndarray]:
     kept = []
     for index in np.flatnonzero(~objects.is_crowd):
       segmentation = objects.segmentations[index] if self.has_masks else None

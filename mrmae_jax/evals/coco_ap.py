@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 
 from mrmae_jax import data, detection, evals, sharding
 from mrmae_jax.data import augment
-from mrmae_jax.data.sources import coco
+from mrmae_jax.data.sources import segmentations
 from mrmae_jax.errors import MissingSplitError
 from mrmae_jax.runs import distributed, supervision
 from mrmae_jax.runs.paths import atomic_write
@@ -47,7 +47,7 @@ def measure(
     kind: a value of KINDS.
     image_ids: of the images that were looked at; others do not count.
   """
-  coco.load_pycocotools()
+  segmentations.load_pycocotools()
   from pycocotools.coco import COCO
   from pycocotools.cocoeval import COCOeval
 
@@ -94,9 +94,9 @@ def ground_truth(source: data.Source, has_masks: bool) -> dict[str, list[dict]]:
       if segmentation is None:
         segmentation = [[x1, y1, x2, y1, x2, y2, x1, y2]]  # of a crowd, or for boxes alone
       if has_masks:
-        mask = {"segmentation": coco.to_rle(segmentation, objects.size)}
+        mask = {"segmentation": segmentations.to_rle(segmentation, objects.size)}
       if math.isnan(area):
-        area = float(coco.to_mask(segmentation, objects.size).sum())
+        area = float(segmentations.to_mask(segmentation, objects.size).sum())
       annotation = {
         "id": int(objects.ids[i]),
         "image_id": image_id,
@@ -136,7 +136,7 @@ def to_results(
       }
     )
   for result, mask in zip(results, () if masks is None else masks):
-    result["segmentation"] = coco.encode_rle(mask)
+    result["segmentation"] = segmentations.encode_rle(mask)
   return results
 
 
@@ -170,7 +170,7 @@ class Evaluator:
     Raises:
       DataError: pycocotools is not installed.
     """
-    coco.load_pycocotools()
+    segmentations.load_pycocotools()
     self._frozen, self._config, self._mesh = frozen, config, mesh
     self._view, self.note, self.results = IdView(task.views.eval), "", ()
     try:
@@ -287,7 +287,7 @@ def draw_rows(image: np.ndarray, rows: list[dict], category_ids, texts: list[str
   """Draws annotations or results of COCO's format over an image; see `draw_objects`."""
   boxes = [(x, y, x + w, y + h) for x, y, w, h in (row["bbox"] for row in rows)]
   masks = [
-    coco.load_pycocotools().decode(row["segmentation"]).astype(bool)
+    segmentations.load_pycocotools().decode(row["segmentation"]).astype(bool)
     for row in rows
     if "segmentation" in row
   ]

@@ -911,7 +911,7 @@ def workdirs() -> Callable[[np.random.Generator], Case]:
 
 def coco_files() -> Callable[[np.random.Generator], Case]:
   from mrmae_jax.data import open_source
-  from mrmae_jax.data.sources.coco import encode_rle, to_mask
+  from mrmae_jax.data.sources.segmentations import encode_rle, to_mask
   from tests.helpers import coco
 
   document = coco.document()
@@ -1024,7 +1024,8 @@ def attempt(case: Case) -> str:
 
 def work(target: str, numbers: list[int]) -> None:
   """Runs inputs of a target; prints each start and each outcome as a line of JSON."""
-  say = lambda **message: print(json.dumps(message), flush=True)
+  answers, sys.stdout = sys.stdout, sys.stderr  # what an input prints is no answer
+  say = lambda **message: print(json.dumps(message), flush=True, file=answers)
   make = TARGETS[target]()
   for number in numbers:
     say(begin=number)

@@ -39,7 +39,7 @@ class Source(Protocol):
     The image is its encoded bytes or its pixels (uint8 [H, W, C]). The label is an int, -1 when
     there is none. The name lets a person find the image. Of scenes the label is a class for every
     pixel, uint8 [H, W] with 255 for ignored ones, and "label_name" lets a person find it. Images
-    with objects have their "id" and "objects", see `coco.Objects`.
+    with objects have their "id" and "objects", see `segmentations.Objects`.
 
     Raises:
       DataError: the image cannot be read.

@@ -61,7 +61,7 @@ class FilteredSource:
     return self._source[int(self._indices[index])]
 
   def objects(self, index: int):
-    """Returns the objects of an image, see `coco.Objects`."""
+    """Returns the objects of an image, see `segmentations.Objects`."""
     return self._source.objects(int(self._indices[index]))
 
   def image_id(self, index: int) -> int:
