@@ -80,7 +80,7 @@ def paint_classes(image: np.ndarray, label: np.ndarray, ignored: int = -1) -> np
 def draw_objects(
   image: np.ndarray, boxes: np.ndarray, masks: list[np.ndarray], classes, texts: list[str]
 ) -> np.ndarray:
-  """Draws objects over an image, in the colors of their classes.
+  """Draws objects over an image, in the colors of their classes, the first on top.
 
   Args:
     image: uint8 [H, W, 3] or [H, W, 1].
@@ -95,12 +95,12 @@ def draw_objects(
   zoom = -(-MIN_DRAWN // max(image.shape[:2]))
   painted = np.repeat(image, 3 // image.shape[2], axis=2)
   colors = class_colors(int(max(classes, default=0)) + 1)
-  for mask, class_ in zip(masks, classes):
+  for mask, class_ in reversed(list(zip(masks, classes))):
     painted = painted.copy()
     painted[mask] = ((1 - OPACITY) * painted[mask] + OPACITY * colors[class_]).astype(np.uint8)
   canvas = Image.fromarray(painted.repeat(zoom, 0).repeat(zoom, 1))
   draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(11)
-  for box, class_, text in zip(np.asarray(boxes) * zoom, classes, texts):
+  for box, class_, text in reversed(list(zip(np.asarray(boxes) * zoom, classes, texts))):
     color = tuple(map(int, colors[class_]))
     draw.rectangle([box[0], box[1], max(box[2] - 1, box[0]), max(box[3] - 1, box[1])], None, color)
     left, top, right, bottom = draw.textbbox((box[0] + 2, box[1] + 1), text, font)
