@@ -523,3 +523,14 @@ def test_it_runs(place_of, block):
       place.run(text)
   place.run(block.text)
   (place.path / "photos" / "class0" / "broken.png").unlink(missing_ok=True)
+
+
+def test_every_name_of_the_api_page_exists():
+  module = "mrmae_jax"
+  page = (ROOT / "docs/reference/api.md").read_text()
+  for kind, name in re.findall(r"\.\. (currentmodule|auto\w+):: (\S+)", page):
+    if kind == "currentmodule":
+      module = name
+      continue
+    place, _, leaf = (name if name.startswith("mrmae_jax.") else f"{module}.{name}").rpartition(".")
+    assert hasattr(importlib.import_module(place), leaf), name
