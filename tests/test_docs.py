@@ -529,8 +529,8 @@ def test_every_name_of_the_api_page_exists():
   module = "mrmae_jax"
   page = (ROOT / "docs/reference/api.md").read_text()
   for kind, name in re.findall(r"\.\. (currentmodule|auto\w+):: (\S+)", page):
-    if kind == "currentmodule":
-      module = name
+    if kind in ("currentmodule", "automodule"):
+      module = importlib.import_module(name).__name__
       continue
     place, _, leaf = (name if name.startswith("mrmae_jax.") else f"{module}.{name}").rpartition(".")
     assert hasattr(importlib.import_module(place), leaf), name
