@@ -121,7 +121,8 @@ def _add_cwd_to_path() -> None:
 def run_process() -> None:
   """The whole process: `main`, and its end."""
   sys.stdout.reconfigure(errors="backslashreplace")  # file names may be of any bytes
-  # A host that finds its program would leave alone those that compile theirs together.
+  # Before a configuration imports jax. A host that finds its program would leave alone those that
+  # compile theirs together.
   if "--multihost" not in sys.argv:
     keep_programs()
   code = main()

@@ -1,4 +1,4 @@
-"""What Mask R-CNN computes between its networks, on a few pages (arXiv 1703.06870).
+"""The steps of Mask R-CNN between its networks, on a few pages (arXiv 1703.06870).
 
 The region proposal network gives every anchor a logit and four deltas. Anchors are matched with the
 objects of the image, a sample of them is trained, and the best decoded boxes that survive
@@ -155,7 +155,7 @@ def nms(
 
 
 class Proposals(NamedTuple):
-  """What the region proposal network proposes, by descending logit.
+  """The proposals of the region proposal network, by descending logit.
 
   Attributes:
     boxes: [N, 4], zeros where invalid.
@@ -510,7 +510,7 @@ def restore(boxes: np.ndarray, shown: tuple[int, int], size: tuple[int, int]) ->
 
 
 class Detections(NamedTuple):
-  """What an image shows, by descending score.
+  """The objects that are detected in an image, by descending score.
 
   Attributes:
     boxes: [N, 4] in pixels of the network's input, zeros where invalid.

@@ -6,6 +6,7 @@ print(model.report)                        # what was loaded, and what was not
 features = model.encode(images)["pooled"]  # uint8 [B, H, W, 3] of any size -> float32 [B, D]
 """
 
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -507,9 +508,8 @@ class PretrainedModel:
 
     window, size = self.config["image_size"], image.shape[:2]
     row = pad_image(fit(size, window).image(image), window)
-    anchors = detection.make_anchors(self.network.detector, window, rules)
-    params = self._params_at(self.network.grid)
-    detections, masks = self._detect(params, row["image"], row["size"], anchors, rules=rules)
+    params, args = self._params_at(self.network.grid), (row["image"], row["size"], self._anchors)
+    detections, masks = self._detect(params, *args, rules=rules)
     predicted = jax.device_get(detections._asdict() | ({} if masks is None else {"masks": masks}))
     found = detection.in_original(
       jax.tree.map(lambda x: x[0], predicted), tuple(map(int, row["size"])), size
@@ -520,6 +520,12 @@ class PretrainedModel:
         mask[:] = pixels
       found["masks"] = masks
     return found | {"boxes": found["boxes"].astype(np.float32)}
+
+  @functools.cached_property
+  def _anchors(self) -> list[jax.Array]:
+    """The anchors of a detector, on the device: 261,888 for 1024 x 1024 pixels."""
+    window = self.config["image_size"]
+    return jax.device_put(detection.make_anchors(self.network.detector, window, self.network.rules))
 
   def _detections(self, params, image, size, anchors, rules):
     pixels = detection.hide_padding(self._normalize(image[None]), size[None])

@@ -1,4 +1,4 @@
-"""What a model finds inside of images, as a folder of pictures: `mrmae predict --out=DIR`."""
+"""Writes a folder of pictures of classes or objects: `mrmae predict --out=DIR`."""
 
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath

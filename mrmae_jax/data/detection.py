@@ -23,7 +23,7 @@ MASK_SIDE = 56  # of the masks of a batch, each in the box of its object
 
 
 class Jitter(NamedTuple):
-  """What happens to an image: it is mirrored, resized, then cut.
+  """The change of an image: it is mirrored, resized, then cut.
 
   Attributes:
     old: (height, width) of the image.

@@ -263,11 +263,11 @@ class Evaluator:
   def _draw(self, shown: list[int], truth, results: list[dict], step: int) -> dict:
     """Returns {path: picture} of the first images with their truth and detections."""
     names = dict(zip(self._source.category_ids, self._source.class_names))
+    sure = [row for row in results if row["score"] >= MIN_SHOWN]
     columns = [[], []]
     for image_id in shown:
       example = self._source[self._index[image_id]]
       image = augment.pixels(example, len(self._config.data.mean), self._config.data.exif)
-      sure = [row for row in results if row["score"] >= MIN_SHOWN]
       for column, rows in zip(columns, (truth["annotations"], sure)):
         rows = [row for row in rows if row["image_id"] == image_id]
         texts = [

@@ -162,14 +162,7 @@ class ConvViT(nn.Module):
     layer_scale: those blocks have learned gains on both branches, see `layers.Block`.
     eps: epsilon of the transformer stage and of the last norm; ConvMAE's segmentation has 1e-5.
     conv_eps: epsilon of the convolutional blocks; ConvMAE's detection in ViTDet's style has 1e-6.
-    window: side, in tokens, of the windows in which blocks attend; 0: all blocks attend to all
-      tokens. Windows and distances are for detection, with the whole image and without CLS.
-    global_blocks: blocks, counted from 0, that attend to all tokens nevertheless.
-    distances: "decomposed": blocks have tables of vectors for distances, see
-      `layers.DecomposedPositions` (ViTDet); "shared": there is one table of numbers for the blocks
-      with windows and one for the others (ConvMAE's detection); "none".
-    position_grid: (rows, columns) of the position table, which is interpolated to the image in
-      every pass; (): the image's.
+    window, global_blocks, distances, position_grid: of the transformer stage, see `vit.ViT`.
     sparse: run the convolutional stages on the visible blocks only when there is a mask.
     drop_path: drop rate of the last block; it rises linearly from 0 over the blocks of all stages.
     remat: what the backward pass recomputes, see `rematerialize`.

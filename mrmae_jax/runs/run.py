@@ -173,9 +173,11 @@ class Run:
     began, found = time.monotonic(), []
     note_hit = lambda event, **_: found.append(event) if event == CACHE_HIT else None
     jax.monitoring.register_event_listener(note_hit)
-    with supervision.phase("compile", interruptible=True):
-      self._program = self._plan.step.lower(state, self._frozen, batch).compile()
-    jax.monitoring.unregister_event_listener(note_hit)
+    try:
+      with supervision.phase("compile", interruptible=True):
+        self._program = self._plan.step.lower(state, self._frozen, batch).compile()
+    finally:
+      jax.monitoring.unregister_event_listener(note_hit)
     cache = jax.config.jax_compilation_cache_dir
     done = (
       f"took the compiled training step from {cache}" if found else "compiled the training step"

@@ -138,25 +138,16 @@ def _read_detector(config, source, network: MaskRCNN, class_names: tuple[str, ..
 def check_network(config, source, network: MaskRCNN, class_names: tuple[str, ...]) -> None:
   """Raises WeightsError unless backbone, pyramid and heads of a detector fit."""
   theirs = source.detector
-  different = [
-    f"{name} {getattr(old, name)} there, {getattr(new, name)} here"
-    for old, new, names in ((theirs.encoder, network.encoder, BACKBONE), (theirs, network, HEADS))
-    for name in names
-    if getattr(old, name) != getattr(new, name)
-  ]
+  different = init_from.different_fields(theirs.encoder, network.encoder, BACKBONE)
+  different += init_from.different_fields(theirs, network, HEADS)
   if different:
     raise WeightsError(
       f"config.init_from={config.init_from} is another detector: {'; '.join(different)}. Set "
       "config.rcnn to these"
     )
-  only = lambda a, b: ", ".join([x for x in a if x not in b][:5]) or "none"
   same = theirs.num_classes == len(class_names) and (
     not source.classes or tuple(source.classes) == tuple(class_names)
   )
   if config.head != "new" and not same:
-    raise WeightsError(
-      f"config.init_from={config.init_from} tells {theirs.num_classes} classes apart, "
-      f"{config.data.source} has {len(class_names)}; only there: "
-      f"{only(source.classes, class_names)}; only here: {only(class_names, source.classes)}. "
-      "config.head=new starts fresh layers for them"
-    )
+    difference = init_from.different_classes(config, source, theirs.num_classes, class_names)
+    raise WeightsError(f"{difference}. config.head=new starts fresh layers for them")

@@ -148,21 +148,11 @@ def read_pretrained(
 def check_heads(config, source, model: Segmenter, class_names: tuple[str, ...]) -> None:
   """Raises WeightsError unless the heads of a segmentation model fit."""
   theirs = source.segmenter
-  only = lambda a, b: ", ".join([x for x in a if x not in b][:5]) or "none"
   if theirs.num_classes != len(class_names):
-    raise WeightsError(
-      f"config.init_from={config.init_from} tells {theirs.num_classes} classes apart, "
-      f"{config.data.source} has {len(class_names)}; only there: "
-      f"{only(source.classes, class_names)}; only here: {only(class_names, source.classes)}. "
-      "config.head=new starts fresh heads"
-    )
+    difference = init_from.different_classes(config, source, theirs.num_classes, class_names)
+    raise WeightsError(f"{difference}. config.head=new starts fresh heads")
   fields = ("channels", "aux_channels", "pool_scales", "levels")
-  different = [
-    f"{x} {getattr(theirs, x)} there, {getattr(model, x)} here"
-    for x in fields
-    if getattr(theirs, x) != getattr(model, x)
-  ]
-  if different:
+  if different := init_from.different_fields(theirs, model, fields):
     raise WeightsError(
       f"config.init_from={config.init_from} has other heads: {'; '.join(different)}. Set "
       "config.upernet to these, or start fresh ones with config.head=new"

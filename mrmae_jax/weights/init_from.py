@@ -67,6 +67,32 @@ def _differences(theirs, ours, free: set[str]) -> list[str]:
   ]
 
 
+def different_fields(theirs, ours, names: tuple[str, ...]) -> list[str]:
+  """Returns one text for each of the named fields in which two modules differ."""
+  return [
+    f"{name} {getattr(theirs, name)} there, {getattr(ours, name)} here"
+    for name in names
+    if getattr(theirs, name) != getattr(ours, name)
+  ]
+
+
+def different_classes(config, source, num_classes: int, class_names: tuple[str, ...]) -> str:
+  """Returns how the classes of a model and of the images of a run differ.
+
+  Args:
+    config: of the run.
+    source: the model.
+    num_classes: of the model.
+    class_names: of the images.
+  """
+  only = lambda a, b: ", ".join([x for x in a if x not in b][:5]) or "none"
+  return (
+    f"config.init_from={config.init_from} tells {num_classes} classes apart, "
+    f"{config.data.source} has {len(class_names)}; only there: "
+    f"{only(source.classes, class_names)}; only here: {only(class_names, source.classes)}"
+  )
+
+
 def _options(encoder, section) -> str:
   """Returns the options that make a configuration's `encoder` that of a checkpoint, if any do."""
   fields = model_files.module_fields(encoder)

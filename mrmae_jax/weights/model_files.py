@@ -1041,11 +1041,6 @@ def _check_form(model: LoadedModel, out: Path, form: str) -> None:
     raise WeightsError(f"{out} is a file; format hf is a folder")
   if form in ("mmseg", "detectron2"):
     return
-  if model.encoder.window or model.encoder.distances != "none":
-    raise WeightsError(
-      f"an encoder with windows or tables of distances has no place in the format {form}; hand on "
-      "the whole detector as detectron2, or the encoder with mrmae export"
-    )
   plain, is_beit = ViT(), _is_beit(model.encoder)
   fields = TOWER_FIELDS + (() if is_beit else BEIT_FIELDS)
   if is_vit and (special := [x for x in fields if getattr(model.encoder, x) != getattr(plain, x)]):

@@ -8,7 +8,7 @@ from mrmae_jax.errors import DataError
 
 
 class Objects(NamedTuple):
-  """What is annotated in an image.
+  """The annotations of an image.
 
   Attributes:
     size: (height, width) of the image.
