@@ -205,6 +205,7 @@ def mutate_json(content, rng: np.random.Generator):
     elif kind == 4:
       for _ in range(int(rng.choice([3, 100, 3000]))):
         node[key] = [node[key]]
+      break  # too deep for another walk
     else:
       node[key] = hostile(rng)
   return content
