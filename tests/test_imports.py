@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import coco
+
 ROOT = Path(__file__).parent.parent
 MODULES = sorted(
   ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
@@ -131,6 +133,17 @@ def test_the_package_is_light_until_a_student_is_loaded(tmp_path):
   assert "jax" in packages and not packages.intersection(
     (*HEAVY, "huggingface_hub", "grain", "tensorflow_datasets")
   )
+
+
+def test_pictures_of_others_import_no_digits(tmp_path):
+  """scikit-learn takes seconds, in each process of a loader."""
+  address = coco.write(tmp_path / "data")
+  packages = loaded(
+    "from mrmae_jax import data\nfrom mrmae_jax.data.sources import scenes\n"
+    f"source = data.open_source('{address}', 'train', eval_split='val', max_dropped=0.0)\n"
+    "assert len(source[0]['objects'].ids) == 2"
+  )
+  assert "grain" in packages and "sklearn" not in packages
 
 
 def test_a_training_run_imports_neither_torch_nor_tensorflow(tmp_path):

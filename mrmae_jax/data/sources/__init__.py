@@ -2,7 +2,7 @@
 scenes with a class for every pixel, images with objects.
 
 A module KIND has `make_source(address, split, rules)`, and is imported when it is needed. Its kind
-is listed in KINDS.
+is listed in KINDS; pictures that are drawn have modules of their own, those in DRAWN.
 """
 
 import importlib
@@ -23,8 +23,11 @@ KINDS = {  # kind -> how it is written
   "scenes": "scenes:/path or scenes:digits",
   "coco": "coco:/path or coco:digits",
 }
-PACKAGES = {  # kind -> the packages that it needs beside numpy and Pillow
+DRAWN = {"scenes:digits": "digit_scenes", "coco:digits": "digit_objects"}  # dataset -> module
+PACKAGES = {  # module -> the packages that it needs beside numpy and Pillow
   "digits": "scikit-learn",
+  "digit_scenes": "scikit-learn",
+  "digit_objects": "scikit-learn",
   "tfds": "tensorflow-datasets array_record importlib_resources",
   "packed": "array_record",
   "hf": "'mrmae_jax[hf]'",
@@ -121,12 +124,13 @@ def open_source(
       f"labels={labels!r} given; a table of labels is for folders and archives (folder:/path),"
       f" {spec!r} has its own"
     )
+  name = DRAWN.get(spec, kind)
   try:
-    module = importlib.import_module(f"{__name__}.{kind}")
+    module = importlib.import_module(f"{__name__}.{name}")
   except ImportError as error:
     raise DataError(
       f"dataset {spec!r} needs packages that are not installed ({error}); run `pip install"
-      f" {PACKAGES[kind]}`"
+      f" {PACKAGES[name]}`"
     ) from error
   rules = SplitRules(
     train_split, eval_split, data_dir, holdout_every, labels, zero_is_unlabelled, max_dropped
