@@ -495,7 +495,6 @@ TASKS = {  # modules of mrmae_jax.tasks
       ),
     ),
     evals=("coco_ap",),
-    splits=("train", "eval"),
     takes_knn=False,
   ),
   "self_distill": TaskSchema(

@@ -122,9 +122,9 @@ def check(config, task: Task) -> TrainState:
   try:
     state = run.restore_or_init()
     batch = run.first_batch(0)
+    run.open_evaluators()
     compiled = run.compile(state, batch)
     state, metrics = run.train_step(state, batch)
-    run.open_evaluators()
   finally:
     run.close()
   metrics = jax.device_get(metrics)

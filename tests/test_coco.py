@@ -18,15 +18,16 @@ from ml_collections import ConfigDict
 from PIL import Image
 from safetensors.numpy import load_file
 
-from mrmae_jax import data, sharding
+from mrmae_jax import data, preflight, sharding
 from mrmae_jax.boxes import bin_matrix
 from mrmae_jax.data import detection
 from mrmae_jax.data.sources import annotations, open_source, segmentations
 from mrmae_jax.data.views import Views
 from mrmae_jax.detection import in_original, paste_masks
-from mrmae_jax.errors import DataError, MissingSplitError
+from mrmae_jax.errors import ConfigError, DataError, MissingSplitError
 from mrmae_jax.evals import coco_ap
 from mrmae_jax.train import Task
+from tests import tiny
 from tests.helpers import coco as fake
 
 GOLDENS = Path(
@@ -182,8 +183,8 @@ REFUSED = {
     "no list images; found the keys categories, annotations",
   ),
   "entry": (lambda c: c["images"].append(5), "entry 2 of images is 5; expected an object"),
-  "image_id": (change(image_id=77), "1 annotations have a image_id .* 77 \\(annotations 10\\)"),
-  "category": (change(category_id=4), "1 annotations have a category_id .* declare: 4"),
+  "image_id": (change(image_id=77), "1 annotations have an unknown image_id: 77 .annotations 10."),
+  "category": (change(category_id=4), "1 annotations have an unknown category_id: 4 "),
   "twice": (change(id=11), "1 ids of annotations stand there twice: 11"),
   "image_twice": (change_image(id=2), "1 ids of images stand there twice: 2"),
   "text_id": (change_image(id="a"), "an image has id='a'; expected a whole number"),
@@ -192,7 +193,11 @@ REFUSED = {
   "no_size": (change_image(height=None), "height=None"),
   "xyxy": (
     change_all("bbox", lambda b: [b[0], b[1], b[0] + b[2], b[1] + b[3]]),
-    "50% of the boxes end outside of their image, which looks like x1, y1, x2, y2",
+    r"50% of the boxes end outside of their image \(annotations 11, 21\).*like x1, y1, x2, y2",
+  ),
+  "exchanged": (
+    lambda c: [image.update(height=60, width=40) for image in c["images"]],
+    "like images whose height and width are exchanged; expected x, y, width, height in pixels",
   ),
   "normalized": (change_all("bbox", lambda b: [x / 60 for x in b]), "no box reaches beyond 1"),
   "negative": (change(bbox=[3, 3, -2, 5]), "1: the box is not x, y, width, height .annotation 10"),
@@ -704,9 +709,12 @@ def test_without_pycocotools_a_message_says_what_to_install(monkeypatch):
     coco_ap.Evaluator(None, (), None, None, None, batch_size=1, images=0)
 
 
-def test_without_annotated_images_measures_are_left_out_with_a_note(tmp_path):
+@pytest.mark.parametrize("problem", ["annotates no object", "no annotations of 'eval'"])
+def test_without_annotated_images_measures_are_left_out_with_a_note(tmp_path, problem):
   empty = fake.document(first_id=100) | {"annotations": []}
   address = fake.write(tmp_path / "x", val=empty)
+  if "no annotations" in problem:
+    (tmp_path / "x" / "annotations" / "instances_val.json").unlink()
   task = perfect_task(open_coco(address, "train"), (64, 64))._replace(
     source=functools.partial(open_coco, address)
   )
@@ -715,4 +723,10 @@ def test_without_annotated_images_measures_are_left_out_with_a_note(tmp_path):
     task, (), config, sharding.make_mesh(), tmp_path, batch_size=1, images=0
   )
   assert evaluator.note.startswith("COCO's measures are left out: coco:")
+  assert problem in evaluator.note and "config.data" in evaluator.note
   assert evaluator.run({}, (), 1) == {} and evaluator.results == ()
+  run = tiny.detect_config(data__source=address)
+  preflight.check(run, 1)  # trains all the same
+  run.data.source = f"{address}/train"
+  with pytest.raises(ConfigError, match="no annotations of 'train'"):
+    preflight.check(run, 1)

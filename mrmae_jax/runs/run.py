@@ -199,8 +199,8 @@ class Run:
   def batches(self, state) -> Iterator[tuple[int, dict[str, jax.Array]]]:
     """Yields (number of the step, its global batch) from the first step to do to the last.
 
-    Before the first one it compiles the step and evaluates `state` where that is due. Between two
-    of them it shows a sign of life, which is where a signal ends the run.
+    Before the first one it opens the evaluators, compiles the step and evaluates `state` where that
+    is due. Between two of them it shows a sign of life, which is where a signal ends the run.
     """
     first = self._first_step
     records = read_metrics(self._workdir)
@@ -212,8 +212,8 @@ class Run:
       self._log.say("\n  ".join([already, *summary(self._log.path.parent)]))
       return
     self._batch = self.first_batch(first)
+    self.open_evaluators()  # before compiling, which may take longer than to find a mistake
     self._log.say(self.compile(state, self._batch))
-    self.open_evaluators()
     for record in records:
       self._score(record["step"], record)
     self._skips = nonfinite.Skips(self._config.optim.max_skips)

@@ -246,8 +246,8 @@ def _read_objects(rows, images: list[_Image], category_ids, path: str) -> list[_
     if strangers:
       values = sorted({row[key] for row in rows} - known.keys())
       raise DataError(
-        f"{path}: {len(strangers)} annotations have a {key} that the file does not declare:"
-        f" {_first(values)} (annotations {_first(strangers)}); add these, or remove the annotations"
+        f"{path}: {len(strangers)} annotations have an unknown {key}: {_first(values)} (annotations"
+        f" {_first(strangers)}); add what has this id, or remove the annotations"
       )
   return [
     _read_object(
@@ -405,14 +405,16 @@ def _check_boxes(rows: list[_Object], images: list[_Image], path: str) -> None:
     return
   corners = np.array([row.box for row in readable])
   sizes = np.array([images[row.image].size[::-1] for row in readable])
-  outside = (corners[:, 2:] > sizes + 1).any(1).mean()
+  is_outside = (corners[:, 2:] > sizes + 1).any(1)
   expected = "expected x, y, width, height in pixels"
   if corners.max() <= 1 and sizes.min() > 1:
     raise DataError(f"{path}: no box reaches beyond 1, as if sides were 1 long; {expected}")
-  if outside > MAX_OUTSIDE:
+  if is_outside.mean() > MAX_OUTSIDE:
+    first = _first([row.id for row, outside in zip(readable, is_outside) if outside])
     raise DataError(
-      f"{path}: {outside:.0%} of the boxes end outside of their image, which looks like x1, y1, x2,"
-      f" y2; {expected}"
+      f"{path}: {is_outside.mean():.0%} of the boxes end outside of their image (annotations"
+      f" {first}), which looks like x1, y1, x2, y2, or like images whose height and width are"
+      f" exchanged; {expected}"
     )
 
 

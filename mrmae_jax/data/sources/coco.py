@@ -218,7 +218,8 @@ def find_annotations(
     is_held_out: there are no folders for the splits. Files may name them, or there is one file.
 
   Raises:
-    DataError: there is none, or there are several.
+    MissingSplitError: there is none for evaluation.
+    DataError: there is none for training, or there are several.
   """
   names = [os.path.basename(folder)]
   if is_held_out:
@@ -236,7 +237,7 @@ def find_annotations(
   if not paths and is_held_out and split == "eval":
     return find_annotations(root, folder, "train", rules, is_held_out)
   if not paths:
-    raise DataError(
+    raise (DataError if split == "train" else MissingSplitError)(
       f"coco:{root}: no annotations of {split!r}; looked for"
       f" {', '.join(os.path.relpath(path, root) for path in tried)}; expected {LAYOUT}, in COCO's"
       f" format (convert YOLO's .txt and VOC's .xml), or name the split with {key}"
