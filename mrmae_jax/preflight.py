@@ -92,8 +92,7 @@ def _check_source(config, mistakes: Mistakes) -> None:
   """Opens the splits that the task needs, and compares their classes."""
   if not mistakes.need(
     config.data.source,
-    "config.data.source is not set; use digits, folder:/path/to/images, tfds:name, hf:name, "
-    "wds:/path/*.tar or packed:/path",
+    f"config.data.source is not set; use {data.describe_kinds(config.data)}",
   ):
     return
   sources = []

@@ -93,6 +93,8 @@ def test_tasks_that_need_objects_get_them(folder):
   section.source = "digits"
   with pytest.raises(DataError, match="source='digits' given; expected coco:/path or coco:digits"):
     data.open_split(section, "train")
+  with pytest.raises(ConfigError, match="source is not set; use coco:/path or coco:digits, images"):
+    preflight.check(tiny.detect_config(data__source=None), 1)
 
 
 def test_images_are_sorted_and_those_without_objects_only_evaluated(tmp_path):
@@ -488,13 +490,28 @@ def test_masks_of_run_lengths_and_polygons_agree():
   assert np.abs(box - same).max() < 1.5 and (mask & other).sum() / (mask | other).sum() > 0.9
 
 
-def test_crowds_and_objects_outside_are_not_trained_on(folder):
+def test_crowds_and_boxes_without_a_size_are_measured_alone(tmp_path):
+  content = fake.document()
+  crowd, run_lengths, flat, _ = content["annotations"]
+  crowd["iscrowd"] = 1  # it decides, and not the form of the mask
+  run_lengths["segmentation"] = {"size": [40, 60], "counts": [900, 500, 1000]}
+  flat["bbox"][2] = 0  # what its polygon says counts no more
+  source = open_coco(fake.write(tmp_path / "x", train=content), "train", max_dropped=0.3)
+  assert "2 images, 2 objects of 3 classes, annotations" in source.description
+  assert [source.objects(i).is_trained.tolist() for i in range(2)] == [[False, True]] * 2
+  assert [
+    view()(source[i], np.random.default_rng(0))["classes"][:2].tolist() for i in range(2)
+  ] == [[2, -1]] * 2
+  truth = coco_ap.ground_truth(source, has_masks=True)["annotations"]
+  assert [row["iscrowd"] for row in truth] == [1, 0, 0, 0]
+  assert segmentations.load_pycocotools().area(truth[1]["segmentation"]) == 500
+
+
+def test_objects_outside_of_what_is_seen_are_not_trained_on(folder):
   example = open_coco(f"coco:{folder}", "train")[0]
   objects = example["objects"]
-  crowd = example | {"objects": objects._replace(is_crowd=np.array([True, False]))}
-  assert view()(crowd, np.random.default_rng(0))["classes"].tolist() == [2, -1, -1, -1]
   assert view(max_boxes=1)(example, np.random.default_rng(0))["classes"].tolist() == [2]
-  nothing = example | {"objects": objects._replace(is_crowd=np.array([True, True]))}
+  nothing = example | {"objects": objects._replace(is_trained=np.array([False, False]))}
   row = view()(nothing, np.random.default_rng(0))
   assert (row["classes"] == -1).all() and not row["boxes"].any() and not row["masks"].any()
 
@@ -524,6 +541,7 @@ def test_objects_without_masks_and_too_many_are_told(tmp_path):
   del content["annotations"][1]["segmentation"]
   source = open_coco(fake.write(tmp_path / "x", train=content), "train")
   assert source.objects(0).segmentations[1] is None
+  assert "4 objects of 3 classes, 1 of them without a mask, annotations" in source.description
   with pytest.raises(
     DataError, match="annotation 11 has no segmentation; add masks, or train boxes"
   ):
@@ -707,6 +725,9 @@ def test_without_pycocotools_a_message_says_what_to_install(monkeypatch):
   monkeypatch.setitem(sys.modules, "pycocotools", None)
   with pytest.raises(DataError, match=r'pip install "mrmae_jax\[detect\]"'):
     coco_ap.Evaluator(None, (), None, None, None, batch_size=1, images=0)
+  with pytest.raises(DataError, match="masks and COCO's measures need pycocotools"):
+    data.detection_views(tiny.detect_config(), has_masks=True)
+  data.detection_views(tiny.detect_config(), has_masks=False)
 
 
 @pytest.mark.parametrize("problem", ["annotates no object", "no annotations of 'eval'"])
@@ -726,7 +747,8 @@ def test_without_annotated_images_measures_are_left_out_with_a_note(tmp_path, pr
   assert problem in evaluator.note and "config.data" in evaluator.note
   assert evaluator.run({}, (), 1) == {} and evaluator.results == ()
   run = tiny.detect_config(data__source=address)
-  preflight.check(run, 1)  # trains all the same
+  preflight.check(run, 1)
+  assert preflight.open_task(run).pretrained == {}  # trains all the same
   run.data.source = f"{address}/train"
   with pytest.raises(ConfigError, match="no annotations of 'train'"):
     preflight.check(run, 1)

@@ -332,7 +332,7 @@ def changed(**overrides):
     ),
     (
       dict(data__source="didgits"),
-      r"config\.data: dataset 'didgits' given; expected 'digits', 'folder:",
+      r"config\.data: dataset 'didgits' given; expected digits, folder:",
     ),
     (dict(data__crop_scale=(0.0, 1.0)), r"config\.data\.crop_scale=\(0\.0, 1\.0\)"),
     (

@@ -595,7 +595,7 @@ def test_folders_that_cannot_be_used(tmp_path):
 
 @pytest.mark.parametrize("spec", ["", "cifar10", "folder:", "digits:1", "/data"])
 def test_unknown_form(spec):
-  with pytest.raises(DataError, match="'digits', 'folder:.*'tfds:"):
+  with pytest.raises(DataError, match="expected digits, folder:.*tfds:"):
     open_source(spec, "train")
 
 

@@ -24,6 +24,7 @@ from mrmae_jax.data.scenes import (
 from mrmae_jax.data.sources import (
   Source,
   check_same_classes,
+  describe_kinds,
   open_source,
   open_split,
   sample_contents,
@@ -53,6 +54,7 @@ __all__ = [
   "check_same_classes",
   "center_view",
   "decode_scene",
+  "describe_kinds",
   "describe_labels",
   "detection_views",
   "element_shapes",

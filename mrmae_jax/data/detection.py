@@ -200,8 +200,7 @@ def check_size(example: dict[str, Any], size: tuple[int, int], exif: str = "igno
   height, width = example["objects"].size
   if (height, width) == tuple(size):
     return
-  is_turned = (width, height) == tuple(size)
-  advice = is_turned and exif_advice(example["image"], "the annotation", exif)
+  advice = exif_advice(example["image"], size, (height, width), "the annotation", exif)
   advice = advice or "restore the image that was annotated, or correct height and width"
   raise DataError(
     f"{example['name']}: {size[0]} x {size[1]} pixels, annotated as {height} x {width} (image"
@@ -243,7 +242,7 @@ class DetectionView:
 
   def _objects(self, objects: segmentations.Objects, jitter: Jitter) -> dict[str, np.ndarray]:
     kept = []
-    for index in np.flatnonzero(~objects.is_crowd):
+    for index in np.flatnonzero(objects.is_trained):
       segmentation = objects.segmentations[index] if self.has_masks else None
       if self.has_masks and segmentation is None:
         raise DataError(f"annotation {objects.ids[index]} {NO_MASK}")
@@ -293,7 +292,12 @@ def detection_views(config, has_masks: bool) -> Views:
   Args:
     config: of the run.
     has_masks: whether rows of training have masks.
+
+  Raises:
+    DataError: masks need pycocotools, which is not installed.
   """
+  if has_masks:
+    segmentations.load_pycocotools()  # in a loader its absence would be that of an image
   data, size, channels = config.data, tuple(config.image_size), len(config.data.mean)
   train = DetectionView(
     image_size=size,
@@ -323,12 +327,10 @@ def check_objects(source: Source, max_boxes: int, has_masks: bool) -> str:
   images, extra, maskless = 0, 0, []
   for index in range(len(source)):
     objects = source.objects(index)
-    is_trained = ~objects.is_crowd
-    images += is_trained.sum() > max_boxes
-    extra += max(is_trained.sum() - max_boxes, 0)
-    maskless += [
-      str(objects.ids[i]) for i in np.flatnonzero(is_trained) if objects.segmentations[i] is None
-    ]
+    trained = np.flatnonzero(objects.is_trained)
+    images += len(trained) > max_boxes
+    extra += max(len(trained) - max_boxes, 0)
+    maskless += [str(objects.ids[i]) for i in trained if objects.segmentations[i] is None]
   if maskless and has_masks:
     more = f" and {len(maskless) - 1} others" if len(maskless) > 1 else ""
     raise DataError(f"{source.description}: annotation {maskless[0]}{more} {NO_MASK}")

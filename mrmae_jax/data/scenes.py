@@ -46,17 +46,27 @@ def check_size(example: dict[str, Any], size: tuple[int, int], exif: str = "igno
   height, width = example["label"].shape
   if (height, width) == tuple(size):
     return
-  is_turned = (width, height) == tuple(size)
-  advice = is_turned and exif_advice(example["image"], "the label", exif)
+  advice = exif_advice(example["image"], size, (height, width), "the label", exif)
   advice = advice or "write the label again at the size of its image, or remove both"
   raise DataError(
     f"{example['label_name']}: {height} x {width}, its image is {size[0]} x {size[1]}; {advice}"
   )
 
 
-def exif_advice(image, kind: str, exif: str) -> str:
-  """Returns what to do if an image was turned by its EXIF and `kind` not, or the reverse, or ""."""
-  if augment.orientation_of(image) <= 4:  # not by a quarter
+def exif_advice(
+  image, size: tuple[int, int], expected: tuple[int, int], kind: str, exif: str
+) -> str:
+  """Returns what to do if an image was turned by its EXIF and `kind` not, or the reverse, or "".
+
+  Args:
+    image: of an example.
+    size: (height, width) that it was decoded to.
+    expected: (height, width) that `kind` has.
+    kind: "the label", for the message.
+    exif: see `augment.decode_image`.
+  """
+  is_turned = tuple(size) == tuple(expected)[::-1] and augment.orientation_of(image) > 4
+  if not is_turned:
     return ""
   if exif == "apply":
     return f"{kind} is as the image is stored, without its EXIF: set config.data.exif=ignore"

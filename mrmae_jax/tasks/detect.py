@@ -29,11 +29,11 @@ def make(config) -> Task:
   """Returns the detection task of a validated configuration.
 
   Raises:
-    DataError: the training images have no classes, or objects lack masks.
+    DataError: objects lack masks, or pycocotools is not installed.
     WeightsError: the file of `config.init_from` does not load or does not fit.
   """
   source = functools.cache(functools.partial(data.open_split, config.data))
-  class_names = finetune.read_class_names(source)
+  class_names = source("train").class_names
   has_masks = config.rcnn.masks
   crowded = data.check_objects(source("train"), config.data.max_boxes, has_masks)
   network = make_mask_rcnn(config.encoder, config.rcnn, len(class_names), jnp.dtype(config.dtype))

@@ -11,7 +11,14 @@ from mrmae_jax.data.sources.base import Source, SplitRules, check_same_classes, 
 from mrmae_jax.data.sources.quarantine import FilteredSource
 from mrmae_jax.errors import DataError, printable
 
-__all__ = ["Source", "check_same_classes", "open_source", "open_split", "sample_contents"]
+__all__ = [
+  "Source",
+  "check_same_classes",
+  "describe_kinds",
+  "open_source",
+  "open_split",
+  "sample_contents",
+]
 
 KINDS = {  # kind -> how it is written
   "digits": "digits",
@@ -34,6 +41,17 @@ PACKAGES = {  # module -> the packages that it needs beside numpy and Pillow
 }
 
 
+def describe_kinds(config) -> str:
+  """Returns how datasets are written that a task can learn from, for its `config.data`."""
+  # Of all tasks only detection has the key max_boxes, and segmentation zero_is_unlabelled.
+  if "max_boxes" in config:
+    return f"{KINDS['coco']}, images with boxes"
+  if "zero_is_unlabelled" in config:
+    return f"{KINDS['scenes']}, images with a class for every pixel"
+  *others, last = KINDS.values()
+  return f"{', '.join(others)} or {last}"
+
+
 def open_split(config, split: str) -> Source:
   """Opens a split of the dataset of a run's `config.data`; see `open_source`.
 
@@ -42,22 +60,15 @@ def open_split(config, split: str) -> Source:
       `config.data` has a key zero_is_unlabelled, and there are none, or the key is not set; or it
       learns from objects, its `config.data` has a key max_boxes, and there are none.
   """
-  # Of all tasks only detection has the key max_boxes, and segmentation zero_is_unlabelled.
-  if (has_objects := "max_boxes" in config) and not config.source.startswith("coco:"):
+  has_objects, has_scenes = (key in config for key in ("max_boxes", "zero_is_unlabelled"))
+  needed = "coco:" if has_objects else "scenes:" if has_scenes else ""
+  if not config.source.startswith(needed):
+    raise DataError(f"source={config.source!r} given; expected {describe_kinds(config)}")
+  if has_scenes and config.zero_is_unlabelled is None:
     raise DataError(
-      f"source={config.source!r} given; expected coco:/path or coco:digits, images with boxes"
+      "zero_is_unlabelled is not set; expected True if the value 0 in label files means"
+      " unlabelled and 1 is the first class, as in ADE20K, False if 0 is the first class"
     )
-  if "zero_is_unlabelled" in config:
-    if not config.source.startswith("scenes:"):
-      raise DataError(
-        f"source={config.source!r} given; expected scenes:/path or scenes:digits, images with a"
-        " class for every pixel"
-      )
-    if config.zero_is_unlabelled is None:
-      raise DataError(
-        "zero_is_unlabelled is not set; expected True if the value 0 in label files means"
-        " unlabelled and 1 is the first class, as in ADE20K, False if 0 is the first class"
-      )
   return open_source(
     config.source,
     split,
@@ -117,8 +128,7 @@ def open_source(
     )
   kind, _, address = spec.partition(":")
   if kind not in KINDS or bool(address) != (":" in KINDS[kind]):
-    *others, last = map(repr, KINDS.values())
-    raise DataError(f"dataset {spec!r} given; expected {', '.join(others)} or {last}")
+    raise DataError(f"dataset {spec!r} given; expected {describe_kinds({})}")
   if labels and kind != "folder":
     raise DataError(
       f"labels={labels!r} given; a table of labels is for folders and archives (folder:/path),"

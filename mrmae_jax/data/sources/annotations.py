@@ -64,6 +64,11 @@ class Annotations(NamedTuple):
   segment_starts: np.ndarray
   note: str
 
+  @property
+  def is_trained(self) -> np.ndarray:
+    """Tells which objects are learned, bool [A]; all of them are measured."""
+    return self.is_usable & ~self.is_crowd
+
   def segmentation(self, index: int) -> Any:
     """Returns the mask of an object: polygons, the counts of an RLE, or None.
 

@@ -37,7 +37,7 @@ class CocoSource:
   Attributes:
     category_ids: of the classes.
     most_objects: that any of the images has, or more.
-    has_all_masks: whether each of the objects has a mask.
+    has_all_masks: whether each of the objects to learn has a mask.
   """
 
   is_known_by_names = True
@@ -62,9 +62,10 @@ class CocoSource:
     self._images, self._annotations, self._kept = images, annotations, kept
     self.class_names, self.category_ids = annotations.class_names, annotations.category_ids
     self.description, self.left_out = description, left_out
-    rows = np.isin(np.repeat(np.arange(len(annotations.sizes)), np.diff(annotations.starts)), kept)
     self.most_objects = int(np.diff(annotations.starts)[kept].max())
-    self.has_all_masks = bool((annotations.has_mask | annotations.is_crowd)[rows].all())
+    self.has_all_masks = not _count(annotations, annotations.is_trained & ~annotations.has_mask)[
+      kept
+    ].any()
 
   @property
   def fingerprint(self) -> str:
@@ -92,6 +93,7 @@ class CocoSource:
       a.boxes[rows],
       a.classes[rows],
       a.is_crowd[rows],
+      a.is_trained[rows],
       a.areas[rows],
       tuple(map(a.segmentation, range(rows.start, rows.stop))),
     )
@@ -148,9 +150,7 @@ def _join(
     split: "train" or "eval".
     notes: parts of the description.
   """
-  per_image = np.add.reduceat(
-    np.append(annotations.is_usable & ~annotations.is_crowd, False), annotations.starts[:-1]
-  ) * (np.diff(annotations.starts) > 0)
+  per_image = _count(annotations, annotations.is_trained)
   empty = np.flatnonzero(per_image[indices] == 0)
   if len(empty) == len(indices):
     raise MissingSplitError(
@@ -174,14 +174,26 @@ def _join(
   parts = [f"{unnamed} images without an entry" if unnamed else "", annotations.note]
   left_out = "; ".join(filter(None, (listed.left_out, *parts)))
   left_out = f"left out: {left_out}" if left_out else ""
-  objects = int(per_image[indices].sum())
+  maskless = _count(annotations, annotations.is_trained & ~annotations.has_mask)[indices].sum()
+  lack = f", {maskless} of them without a mask" if maskless else ""
   head = (
-    f"coco:{folder}: {len(names)} images, {objects} objects of"
-    f" {describe_classes(annotations.class_names)}, annotations: {os.path.basename(path)}"
+    f"coco:{folder}: {len(names)} images, {per_image[indices].sum()} objects of"
+    f" {describe_classes(annotations.class_names)}{lack}, annotations: {os.path.basename(path)}"
   )
   description = "; ".join(filter(None, (head, *notes, left_out)))
   images = FolderSource(folder, names, description)
   return CocoSource(images, annotations, indices, description, left_out)
+
+
+def _count(annotations: Annotations, is_counted: np.ndarray) -> np.ndarray:
+  """Returns how many annotations count in each image, int64 [I].
+
+  Args:
+    annotations: A of them.
+    is_counted: bool [A].
+  """
+  counts = np.concatenate([[0], np.cumsum(is_counted)])[annotations.starts]
+  return np.diff(counts)
 
 
 def _images_alone(folder: str, split: str, rules: SplitRules, splits: Splits) -> FolderSource:

@@ -56,6 +56,7 @@ class DigitObjects:
       box_of_masks(masks).astype(np.float64),
       np.array([digit for digit, _ in digits], np.int32),
       np.zeros(len(digits), bool),
+      np.ones(len(digits), bool),
       masks.sum((1, 2)).astype(np.float64),
       tuple(map(encode_mask, masks)),
     )

@@ -16,6 +16,7 @@ class Objects(NamedTuple):
     boxes: float64 [N, 4], (x1, y1, x2, y2) in pixels.
     classes: int32 [N].
     is_crowd: bool [N], regions of many objects.
+    is_trained: bool [N], others, whose box has a size inside of the image.
     areas: float64 [N], in pixels; nan where it is not given.
     segmentations: of each, see `Annotations.segmentation`.
   """
@@ -25,6 +26,7 @@ class Objects(NamedTuple):
   boxes: np.ndarray
   classes: np.ndarray
   is_crowd: np.ndarray
+  is_trained: np.ndarray
   areas: np.ndarray
   segmentations: tuple[Any, ...]
 
