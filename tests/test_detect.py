@@ -5,6 +5,7 @@ their words.
 import csv
 import functools
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -231,6 +232,80 @@ def written(tmp_path_factory):
   path = tmp_path_factory.mktemp("detector") / "detector.safetensors"
   model_files.write_model(make_detector(), path, "detectron2")
   return path
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+  """Images with the classes of the detector."""
+  return fake.write(tmp_path_factory.mktemp("data") / "coco")
+
+
+def further_config(written, address, **values):
+  """Detection that starts from the detector."""
+  rcnn = dict(window=4, position_grid=(8, 8), anchor_ratios=(1.0,), anchor_sizes=ANCHOR_SIZES)
+  fields = {f"rcnn.{key}": x for key, x in rcnn.items()} | {"rcnn.global_blocks": (1,)}
+  fields |= {"data.source": address, "init_from": str(written), "image_size": (64, 64)}
+  return tiny.detect_config("vit", **(fields | values))
+
+
+ANCHOR_SIZES = (8.0, 16.0, 24.0, 32.0, 48.0)
+
+
+@pytest.mark.parametrize(
+  "values, missing, words",
+  [
+    ({"image_size": (64, 96)}, "", "position table 8x8 interpolated to 8x12"),
+    ({"head": "new"}, "(box_heads_0|mask_head)/(logits|deltas)/.*", "config.head=new"),
+    ({"rcnn.masks": False}, "", "left out: mask_head"),
+    (
+      {"rcnn.anchor_sizes": (16.0,) * 5},
+      "",
+      "other rules: anchor_sizes (8, 16, 24, 32, 48) there, (16.0, ",
+    ),
+  ],
+)
+def test_a_detector_starts_detection(written, address, values, missing, words):
+  task = detect.make(further_config(written, address, **values))
+  shapes = flatten_dict(jax.eval_shape(task.init, jax.random.key(0))[0], sep="/")
+  assert {x: y.shape for x, y in task.pretrained.items()}.items() <= {
+    x: y.shape for x, y in shapes.items()
+  }.items()
+  new = [name for name in shapes if name not in task.pretrained and "encoder/norm/" not in name]
+  assert all(re.fullmatch(missing, name) for name in new) and bool(new) == bool(missing)
+  assert words in "\n".join(task.notes)
+
+
+@pytest.mark.parametrize(
+  "values, words",
+  [
+    ({"encoder.dim": 48}, "another architecture: dim 24 there, 48 here. Set config.encoder"),
+    ({"rcnn.channels": 16}, "channels 8 there, 16 here. Set --config.rcnn.channels=8"),
+    ({"rcnn.stages": 3}, "Set --config.rcnn.stages=1"),
+    ({"rcnn.anchor_ratios": (0.5, 1.0)}, "Set --config.rcnn.anchor_ratios=(1.0,)"),
+    ({"rcnn.global_blocks": (0,)}, "Set --config.rcnn.global_blocks=(1,)"),
+  ],
+)
+def test_another_detector_is_named_with_its_options(written, address, values, words):
+  with pytest.raises(WeightsError) as error:
+    detect.make(further_config(written, address, **values))
+  assert words in str(error.value)
+
+
+def test_detectors_of_other_classes_and_heads(tmp_path, address):
+  path = tmp_path / "other.safetensors"
+  model_files.write_model(make_detector(classes=("cat", "dog", "emu")), path, "detectron2")
+  with pytest.raises(WeightsError, match="3 classes apart.* has 3; only there: emu; only here: co"):
+    detect.make(further_config(path, address))
+  model_files.write_model(make_detector(classes=("dog", "cat", "cow")), path, "detectron2")
+  with pytest.raises(WeightsError, match="are the same in another order. config.head=new"):
+    detect.make(further_config(path, address))
+  model_files.write_model(make_detector(mask_convs=0), path, "detectron2")
+  task = detect.make(further_config(path, address))
+  assert "new, with random weights: mask_head" in "\n".join(task.notes)
+  assert not any(name.startswith("mask_head") for name in task.pretrained)
+  model_files.write_model(make_detector(box_size=5), path, "detectron2")
+  with pytest.raises(WeightsError, match="box_size 5 there, 7 here. No key of config.rcnn changes"):
+    detect.make(further_config(path, address))
 
 
 def picture(height, width, seed=0):

@@ -21,8 +21,10 @@ from mrmae_jax.weights import init_from
 # Fields of an encoder that detection adds.
 BACKBONE = ("window", "global_blocks", "distances", "position_grid")
 HEADS = ("pyramid_kind", "channels", "norm", "num_anchors", "rpn_convs", "box_convs", "box_hidden")
-HEADS += ("stages", "mask_convs")
+HEADS += ("stages", "mask_convs", "box_size", "mask_size")
 CLASS_LAYERS = ("logits", "deltas")
+# Rules to which the heads of a detector have grown.
+GROWN = ("anchor_sizes", "anchor_ratios", "canonical_size")
 
 
 def make(config) -> Task:
@@ -122,12 +124,22 @@ def read_pretrained(
 
 
 def _read_detector(config, source, network: MaskRCNN, class_names: tuple[str, ...]):
-  """Returns what `read_pretrained` does, of a detector."""
+  """Returns what `read_pretrained` does, of a detector.
+
+  The mask head is left out or new if one of both detectors has none.
+  """
   check_network(config, source, network, class_names)
   params, notes = init_from.encoder_params(config, source, network.encoder)
   pretrained = {f"encoder/{x}": params[x] for x in params if not x.startswith("norm/")}
-  heads = flatten_dict(source.params["detector"], sep="/")
-  stats = flatten_dict(source.params.get("batch_stats", {}), sep="/")
+  is_kept = lambda name: network.mask_convs or not name.startswith("mask_head/")
+  take = lambda tree: {name: x for name, x in flatten_dict(tree, sep="/").items() if is_kept(name)}
+  heads, stats = (take(source.params.get(part, {})) for part in ("detector", "batch_stats"))
+  if not _agree_on_masks(source.detector, network):
+    kind = "new, with random weights" if network.mask_convs else "left out"
+    notes.append(f"{kind}: mask_head")
+  rules = detection.make_rules(config.rcnn)
+  if different := init_from.different_fields(source.rules, rules, GROWN):
+    notes.append(f"trained by other rules: {'; '.join(different.values())}")
   if config.head == "new":
     is_new = lambda name: name.split("/")[-2] in CLASS_LAYERS and not name.startswith("rpn_head")
     heads = {name: x for name, x in heads.items() if not is_new(name)}
@@ -138,12 +150,15 @@ def _read_detector(config, source, network: MaskRCNN, class_names: tuple[str, ..
 def check_network(config, source, network: MaskRCNN, class_names: tuple[str, ...]) -> None:
   """Raises WeightsError unless backbone, pyramid and heads of a detector fit."""
   theirs = source.detector
+  heads = [name for name in HEADS if name != "mask_convs" or _agree_on_masks(theirs, network)]
   different = init_from.different_fields(theirs.encoder, network.encoder, BACKBONE)
-  different += init_from.different_fields(theirs, network, HEADS)
+  different |= init_from.different_fields(theirs, network, heads)
   if different:
+    options = [option for name in different if (option := _option(source, name, config.rcnn))]
+    advice = f"Set {' '.join(options)}" if options else "No key of config.rcnn changes this"
     raise WeightsError(
-      f"config.init_from={config.init_from} is another detector: {'; '.join(different)}. Set "
-      "config.rcnn to these"
+      f"config.init_from={config.init_from} is another detector: {'; '.join(different.values())}. "
+      f"{advice}"
     )
   same = theirs.num_classes == len(class_names) and (
     not source.classes or tuple(source.classes) == tuple(class_names)
@@ -151,3 +166,16 @@ def check_network(config, source, network: MaskRCNN, class_names: tuple[str, ...
   if config.head != "new" and not same:
     difference = init_from.different_classes(config, source, theirs.num_classes, class_names)
     raise WeightsError(f"{difference}. config.head=new starts fresh layers for them")
+
+
+def _agree_on_masks(theirs: MaskRCNN, ours: MaskRCNN) -> bool:
+  """Returns whether two detectors agree on whether masks are drawn."""
+  return bool(theirs.mask_convs) == bool(ours.mask_convs)
+
+
+def _option(source, name: str, section) -> str:
+  """Returns the option that makes a field that of a detector, "" if `section` lacks such a key."""
+  key = {"pyramid_kind": "pyramid", "num_anchors": "anchor_ratios"}.get(name, name)
+  value = getattr(source.detector.encoder if name in BACKBONE else source.detector, name)
+  value = source.rules.anchor_ratios if key == "anchor_ratios" else value
+  return f"--config.rcnn.{key}={value}".replace(" ", "") if key in section else ""

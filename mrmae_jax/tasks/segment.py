@@ -154,6 +154,6 @@ def check_heads(config, source, model: Segmenter, class_names: tuple[str, ...]) 
   fields = ("channels", "aux_channels", "pool_scales", "levels")
   if different := init_from.different_fields(theirs, model, fields):
     raise WeightsError(
-      f"config.init_from={config.init_from} has other heads: {'; '.join(different)}. Set "
+      f"config.init_from={config.init_from} has other heads: {'; '.join(different.values())}. Set "
       "config.upernet to these, or start fresh ones with config.head=new"
     )

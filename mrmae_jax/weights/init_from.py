@@ -1,6 +1,7 @@
 """Reads the weights that a run starts from, `config.init_from`: a run, or a file of weights."""
 
 import hashlib
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -58,8 +59,13 @@ def read_source(
 
 
 def _differences(theirs, ours, free: set[str]) -> list[str]:
-  """Returns one text for each field, but those in `free`, in which two modules differ."""
+  """Returns one text for each field, but those in `free`, in which two modules differ.
+
+  Of a ConvViT and a ViT that is their kind alone.
+  """
   theirs, ours = (model_files.module_fields(module) for module in (theirs, ours))
+  if theirs.get("name") != ours.get("name"):
+    return [f"{theirs['name']} there, {ours['name']} here"]
   return [
     f"{key} {theirs.get(key)!r} there, {ours.get(key)!r} here"
     for key in sorted((ours.keys() | theirs.keys()) - free)
@@ -67,13 +73,13 @@ def _differences(theirs, ours, free: set[str]) -> list[str]:
   ]
 
 
-def different_fields(theirs, ours, names: tuple[str, ...]) -> list[str]:
-  """Returns one text for each of the named fields in which two modules differ."""
-  return [
-    f"{name} {getattr(theirs, name)} there, {getattr(ours, name)} here"
+def different_fields(theirs, ours, names: Iterable[str]) -> dict[str, str]:
+  """Returns {name: text} of each of the named fields in which two modules differ."""
+  return {
+    name: f"{name} {getattr(theirs, name)} there, {getattr(ours, name)} here"
     for name in names
     if getattr(theirs, name) != getattr(ours, name)
-  ]
+  }
 
 
 def different_classes(config, source, num_classes: int, class_names: tuple[str, ...]) -> str:
@@ -86,10 +92,16 @@ def different_classes(config, source, num_classes: int, class_names: tuple[str, 
     class_names: of the images.
   """
   only = lambda a, b: ", ".join([x for x in a if x not in b][:5]) or "none"
+  if not source.classes:
+    names = "there they have no names"
+  elif set(source.classes) == set(class_names):
+    names = "they are the same in another order"
+  else:
+    there, here = only(source.classes, class_names), only(class_names, source.classes)
+    names = f"only there: {there}; only here: {here}"
   return (
     f"config.init_from={config.init_from} tells {num_classes} classes apart, "
-    f"{config.data.source} has {len(class_names)}; only there: "
-    f"{only(source.classes, class_names)}; only here: {only(class_names, source.classes)}"
+    f"{config.data.source} has {len(class_names)}; {names}"
   )
 
 
@@ -99,7 +111,7 @@ def _options(encoder, section) -> str:
   if fields["name"] != section.name:
     is_beit = fields["name"] == "vit" and fields["relative_positions"]
     kind = "beitv2" if is_beit else fields["name"]
-    return f": a configuration with encoder={kind}"
+    return f": a configuration whose encoder is {kind}"
   words = [
     f"--config.encoder.{key}={str(value).replace(' ', '')}"
     for key, value in fields.items()
