@@ -1,5 +1,6 @@
 """COCO's files are read strictly, seen through large-scale jitter, and measured as COCO does."""
 
+import contextlib
 import copy
 import functools
 import io
@@ -659,7 +660,7 @@ def test_detections_come_back_to_the_original_pixels():
     assert json.loads(json.dumps(results)) == results
 
 
-def perfect_task(source, image_size):
+def perfect_task(source, image_size, masks=True):
   """A task that detects the objects of the image whose id stands in its first pixels."""
   most, rows = 6, 1 + max(source.image_id(i) for i in range(len(source)))
   table = {
@@ -678,6 +679,7 @@ def perfect_task(source, image_size):
       for name, value in zip(table, values):
         table[name][image_id, i] = value
   table["is_valid"] = table["classes"] >= 0
+  table = {name: x for name, x in table.items() if masks or name != "masks"}
 
   def predict(params, extra, frozen, batch, keys):
     del params, extra, frozen, keys
@@ -688,7 +690,8 @@ def perfect_task(source, image_size):
   return Task(predict=predict, views=views, source=lambda split: source, **fields)
 
 
-def test_every_image_is_measured_once_on_all_devices(tmp_path):
+@pytest.mark.parametrize("masks", [True, False])
+def test_every_image_is_measured_once_on_all_devices(tmp_path, masks):
   content = fake.document(first_id=1, images=11)
   root = tmp_path / "x"
   fake.write(root, val=content)
@@ -701,24 +704,28 @@ def test_every_image_is_measured_once_on_all_devices(tmp_path):
   loader = dict(workers=0, on_error="raise", max_skipped=0.01, timeout_s=60.0)
   config = ConfigDict(
     dict(image_size=(64, 64), hang_s=0, data=dict(mean=(0.5,) * 3, exif="ignore", **loader))
+    | dict(rcnn=dict(masks=masks))
   )
-  evaluator = coco_ap.Evaluator(
-    perfect_task(source, (64, 64)),
-    (),
-    config,
-    sharding.make_mesh(),
-    tmp_path,
-    batch_size=3,
-    images=2,
-  )
+  task, mesh = perfect_task(source, (64, 64), masks), sharding.make_mesh()
+  options = dict(batch_size=3, images=2)
+  evaluator = coco_ap.Evaluator(task, (), config, mesh, tmp_path, **options)
   found = evaluator.run({}, (), 7)
   assert found["images"] == 11 and found["detections"] == 22 and found["truncated"] == 6
-  assert found["box_ap"] > 0.95 and found["mask_ap"] > 0.9
+  assert found["box_ap"] > 0.95 and ("mask_ap" in found) == masks
+  assert not masks or found["mask_ap"] > 0.9
   assert math.isnan(found["box_ap_large"]) and set(evaluator.results) <= set(found)
   written = json.loads((tmp_path / "detections" / "step_0000007.json").read_text())
   assert len(written) == 22 and {row["category_id"] for row in written} == {3, 90}
   (path, picture), *_ = found["pictures"].items()
   assert path.is_file() and picture.shape[0] > 640
+
+  for row in content["annotations"]:
+    row.pop("segmentation")
+  fake.write_annotations(root, content, "val")
+  task = task._replace(source=functools.partial(open_coco, f"coco:{root}"))
+  raises = pytest.raises(DataError, match="10 and 21 others has no segmentation")
+  with raises if masks else contextlib.nullcontext():
+    coco_ap.Evaluator(task, (), config, mesh, tmp_path, **options)
 
 
 def test_without_pycocotools_a_message_says_what_to_install(monkeypatch):

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
 from mrmae_jax import boxes, detection, mrmae
@@ -22,6 +23,7 @@ from mrmae_jax.models.mask_rcnn import MaskRCNN
 from mrmae_jax.weights import detectron2, model_files, model_sources, positions, tower_params
 from mrmae_jax.weights.table import convert, export
 from tests.helpers.goldens import close, read_tensors
+from tests.helpers.models import make_detector
 
 GOLDENS = Path(
   os.environ.get("MRMAE_DETECTION_GOLDENS", Path(__file__).parent / "goldens" / "detection")
@@ -405,6 +407,18 @@ def test_a_file_in_fpn_style_is_written_and_tells_the_network(tmp_path):
     model_files.write_model(model_files.encoder_only(model), tmp_path / "x.safetensors", "convmae")
   with pytest.raises(WeightsError, match="a detector cannot be written as 'convmae'"):
     model_files.write_model(model, tmp_path / "x.safetensors", "convmae")
+
+
+def test_the_encoder_of_a_detector_without_windows_keeps_its_grid_of_positions(tmp_path):
+  model = make_detector()
+  params = flatten_dict(model.params["encoder"])
+  params = {path: x for path, x in params.items() if not path[-1].startswith("rel_pos")}
+  encoder = model.encoder.clone(window=0, global_blocks=(), distances="none")
+  model = model._replace(encoder=encoder, params=model.params | {"encoder": unflatten_dict(params)})
+  moved = model_files.params_at(model, (12, 8))["encoder"]  # interpolated in each forward pass
+  assert jax.tree.all(jax.tree.map(np.array_equal, moved, model.params["encoder"]))
+  with pytest.raises(WeightsError, match="a grid of positions. has a place in the format"):
+    model_files.write_model(model_files.encoder_only(model), tmp_path / "x.safetensors", "timm")
 
 
 @pytest.mark.parametrize("distances", ["decomposed", "shared"])

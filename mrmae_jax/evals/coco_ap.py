@@ -168,7 +168,7 @@ class Evaluator:
       images: rows of the pictures; 0: no pictures.
 
     Raises:
-      DataError: pycocotools is not installed.
+      DataError: pycocotools is not installed, or an object to measure masks on has none.
     """
     segmentations.load_pycocotools()
     self._frozen, self._config, self._mesh = frozen, config, mesh
@@ -182,7 +182,9 @@ class Evaluator:
     self._folder, self._images = workdir / "detections", images
     self._bands, _ = bands_shown(config)
     self._index = {self._source.image_id(i): i for i in range(len(self._source))}
-    self.results = tuple(f"{kind}_{name}" for kind in KINDS for name in MEASURES)
+    self._kinds = tuple(KINDS) if config.rcnn.masks else ("box",)
+    data.check_objects(self._source, self._source.most_objects, config.rcnn.masks)
+    self.results = tuple(f"{kind}_{name}" for kind in self._kinds for name in MEASURES)
     keys = jax.random.split(jax.random.key(0), self._batch_size)  # predictions do not need them
     self._predict = jax.jit(
       lambda params, extra, frozen, batch: task.predict(params, extra, frozen, batch, keys),
@@ -194,13 +196,10 @@ class Evaluator:
 
     Beside them are "images": how many were looked at; "detections"; "truncated": in how many images
     more candidates might have changed them; and "pictures" of the first ones.
-
-    Raises:
-      DataError: an object to measure masks on has none.
     """
     if self.note:
       return {}
-    results, image_ids, truncated, has_masks = [], [], 0, False
+    results, image_ids, truncated = [], [], 0
     for row in self._rows(params, extra):
       image_id = int(row["id"])
       size = self._source.objects(self._index[image_id]).size
@@ -209,8 +208,7 @@ class Evaluator:
       results += to_results(found, masks, image_id, self._source.category_ids)
       image_ids.append(image_id)
       truncated += int(row["is_truncated"])
-      has_masks = row.get("masks") is not None
-    parts = gather(json.dumps([results, image_ids, truncated, has_masks]))
+    parts = gather(json.dumps([results, image_ids, truncated]))
     if jax.process_index() == 0:
       numbers, pictures = self._measure(parts, step)
     text = json.dumps(numbers) if jax.process_index() == 0 else ""
@@ -239,16 +237,13 @@ class Evaluator:
     )
     image_ids = sorted(i for _, ids, *_ in by_host for i in ids)
     assert len(set(image_ids)) == len(image_ids), "an image was looked at twice"
-    has_masks = any(part[3] for part in by_host)
     path = self._folder / f"step_{step:07d}.json"
     self._folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
       temporary.write_text(json.dumps(results))
-    if has_masks:
-      data.check_objects(self._source, self._source.most_objects, has_masks)
-    truth = ground_truth(self._source, has_masks)
+    truth = ground_truth(self._source, "mask" in self._kinds)
     numbers = {}
-    for kind in ("box", "mask") if has_masks else ("box",):
+    for kind in self._kinds:
       supervision.beat()
       measured = measure(truth, results, KINDS[kind], image_ids)
       numbers |= {f"{kind}_{name}": x for name, x in measured.items()}

@@ -855,9 +855,14 @@ def params_at(model: LoadedModel, grid: tuple[int, int]) -> dict[str, Any]:
   Learned position tables are interpolated by `model.rule`: bicubically, as in MAE and DeiT, or as
   the family of a tower does it; tables of relative positions as BEiT does it.
   """
-  if model.encoder.window or model.encoder.distances != "none":
+  if _is_backbone(model.encoder):
     return _detector_params_at(model, grid)
   return positions.resize_tables(model.params, model.grid, grid, model.rule)
+
+
+def _is_backbone(encoder) -> bool:
+  """Returns whether an encoder has what detection adds to one."""
+  return bool(encoder.window or encoder.distances != "none" or encoder.position_grid)
 
 
 def _detector_params_at(model: LoadedModel, grid: tuple[int, int]) -> dict[str, Any]:
@@ -1015,7 +1020,7 @@ def _check_form(model: LoadedModel, out: Path, form: str) -> None:
     raise WeightsError(f"format {form!r} is not one of {', '.join(FORMATS)}")
   if (model.detector is not None) != (form == "detectron2"):
     raise WeightsError(
-      f"a detector cannot be written as {form!r}; use detectron2, or --parts=encoder"
+      f"a detector cannot be written as {form!r}; use detectron2, or for its encoder mrmae export"
       if model.detector is not None
       else "the format detectron2 is for detectors; this one has no roi_heads"
     )
@@ -1025,10 +1030,10 @@ def _check_form(model: LoadedModel, out: Path, form: str) -> None:
       if model.segmenter is not None
       else "the format mmseg is for segmentation models; this one has no decode_head"
     )
-  if form != "detectron2" and (model.encoder.window or model.encoder.distances != "none"):
+  if form != "detectron2" and _is_backbone(model.encoder):
     raise WeightsError(
-      "an encoder with windows or tables of distances has a place in the format detectron2 alone, "
-      "with its detector: --parts=all"
+      "the encoder of a detector (windows, tables of distances, a grid of positions) has a place "
+      "in the format detectron2 alone, with its detector: --parts=all"
     )
   if form not in ("mmseg", "detectron2") and is_vit == (form == "convmae"):
     raise WeightsError(
