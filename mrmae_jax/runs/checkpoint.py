@@ -26,7 +26,15 @@ from absl import logging
 from mrmae_jax.config import flatten
 from mrmae_jax.errors import StorageError, WorkdirError, one_line
 from mrmae_jax.runs import distributed
-from mrmae_jax.runs.paths import is_bucket, is_file, open_folder, sync, sync_tree
+from mrmae_jax.runs.paths import (
+  find_special,
+  is_bucket,
+  is_file,
+  open_folder,
+  read_regular,
+  sync,
+  sync_tree,
+)
 
 FORMAT = 2  # of the record
 FREE_SPACE = 1.2  # free space on the disk that a save needs, in sizes of the state
@@ -336,9 +344,9 @@ def read_config(workdir: str | Path) -> dict[str, Any]:
       f"{workdir} holds no run with a checkpoint: expected config.json and checkpoints/STEP there"
     )
   try:
-    config = json.loads(path.read_text())
+    config = json.loads(read_regular(path))
     flat = flatten(config) if isinstance(config, dict) else {}
-  except (ValueError, RecursionError) as error:
+  except (OSError, ValueError, RecursionError) as error:
     raise WorkdirError(
       f"{path} cannot be read ({one_line(error)}); a run writes it anew when it resumes"
     ) from None
@@ -473,8 +481,13 @@ def _open_manager(directory, state_handler, **options) -> ocp.CheckpointManager:
   """Opens a folder of checkpoints.
 
   Raises:
-    StorageError: a file of orbax's own in there is not what orbax writes.
+    StorageError: a file of orbax's own in there is not what orbax writes, or is no file.
   """
+  if not is_bucket(directory) and (special := find_special(directory)):
+    raise StorageError(
+      f"{directory / special[0]} is no file, and would be waited for; remove it (it and "
+      f"{len(special) - 1} more are pipes, sockets, devices or links that lead nowhere)"
+    )
   handlers = {"state": state_handler, "run": ocp.JsonCheckpointHandler()}
   try:
     return ocp.CheckpointManager(

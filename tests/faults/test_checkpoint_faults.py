@@ -278,6 +278,17 @@ def test_f15_files_of_orbax_that_it_would_not_write(described, tmp_path):
     checkpoint.read_config(folder)
 
 
+@pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "run/metadata", "state/x"])
+def test_f15_a_pipe_in_a_checkpoint_is_not_waited_for(described, tmp_path, name):
+  folder = shutil.copytree(described, tmp_path / "run")
+  path = folder / "checkpoints" / "4" / name
+  path.unlink(missing_ok=True)
+  os.mkfifo(path)
+  for read in (lambda: Checkpoints(folder, {}), lambda: checkpoint.read_config(folder)):
+    with pytest.raises(StorageError, match=f"4/{name} is no file, .*; remove it"):
+      read()
+
+
 @pytest.mark.parametrize(
   "account", ["[" * 100_000, "3", {"reached": "x"}, {"starts": []}, {"seconds": {"step": {}}}]
 )
@@ -357,7 +368,7 @@ def test_f19_a_save_that_fails_leaves_the_one_before(tmp_path):
     check=False,
   )
   assert done.returncode == 5, done.stderr[-2000:]
-  assert "\nerror: checkpoint 20 could not be saved: " in done.stderr
+  assert "error: checkpoint 20 could not be saved: " in done.stderr
   assert "warning: checkpoint 8 is not saved" in done.stdout and "step 20/20" in done.stdout
   assert [p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()] in (
     ["1", "4"],

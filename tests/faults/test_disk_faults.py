@@ -249,6 +249,41 @@ def test_an_evaluation_that_fails_loses_no_step(tmp_path, monkeypatch, capsys, e
   assert (tmp_path / "checkpoints" / "10").is_dir()
 
 
+class Drawing:
+  """An evaluator with a number, a picture and a file."""
+
+  def __init__(self, workdir):
+    self._workdir = workdir
+
+  def run(self, params, extra, step):
+    name = f"step_{step:07d}"
+    pictures = {self._workdir / "pictures" / f"{name}.png": noise(40)}
+    files = {self._workdir / "boxes" / f"{name}.json": b"[]"}
+    return {"value": 1.0, "pictures": pictures, "files": files}
+
+
+def test_numbers_stay_where_there_is_no_space_for_a_picture(tmp_path, monkeypatch, capsys):
+  """Nor is the file that a link in the place of a picture leads to written."""
+  config = small.get_config()
+  config.evals, config.eval_every = {"drawing": {}}, 10 * 16 / 1438
+  evaluators = {"drawing": Drawing(tmp_path)}
+
+  def open_evaluators(*_):
+    (tmp_path / "pictures").write_text("no folder")
+    (tmp_path / "boxes").mkdir()
+    (tmp_path / "precious").write_text("of somebody else")
+    (tmp_path / "boxes" / "step_0000010.json").symlink_to(tmp_path / "precious")
+    return evaluators, []
+
+  monkeypatch.setattr("mrmae_jax.runs.run.make_evaluators", open_evaluators)
+  train.fit(config, small.toy_task(), tmp_path)
+  steps = [r["step"] for r in metrics.read_metrics(tmp_path) if "drawing/value" in r]
+  assert steps == [0, 10, 20]
+  assert capsys.readouterr().out.count("warning: drawing of step 10: no step_0000010.png: ") == 1
+  assert (tmp_path / "precious").read_text() == "of somebody else"
+  assert (tmp_path / "boxes" / "step_0000010.json").read_text() == "[]"
+
+
 def test_a_locale_that_cannot_spell_the_workdir_is_refused(tmp_path, monkeypatch):
   workdir.prepare_workdir(tmp_path / "l\u00e4uft")
   with pytest.raises(WorkdirError, match=r"l\\udce4uft.*set LC_ALL=C.UTF-8"):
@@ -263,8 +298,22 @@ def test_links_in_a_workdir_are_refused(tmp_path):
   (tmp_path / "foreign" / "4.orbax-checkpoint-tmp").mkdir(parents=True)
   (tmp_path / "run").mkdir()
   (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "foreign")
-  with pytest.raises(WorkdirError, match=r"run holds links \(checkpoints\)"):
+  with pytest.raises(WorkdirError, match=r"run holds links, pipes or devices \(checkpoints\)"):
     workdir.prepare_workdir(tmp_path / "run")
   assert (tmp_path / "foreign" / "4.orbax-checkpoint-tmp").is_dir()
   (tmp_path / "link").symlink_to(tmp_path / "foreign")  # the whole folder may be one
   workdir.prepare_workdir(tmp_path / "link")
+
+
+def test_links_and_pipes_deep_in_a_workdir_are_refused(tmp_path):
+  """A pipe would be waited for."""
+  run = tmp_path / "run"
+  for name in ("checkpoints/4", "tensorboard", "wandb"):
+    (run / name).mkdir(parents=True)
+  (run / "wandb" / "latest-run").symlink_to("run-1")  # Weights & Biases make it
+  workdir.prepare_workdir(run)
+  for number, name in enumerate(("checkpoints/4/state", "metrics.jsonl", "tensorboard/hparams")):
+    (os.mkfifo if number % 2 else lambda path: os.symlink("/etc", path))(run / name)
+    with pytest.raises(WorkdirError, match=f"{name}.*; remove them"):
+      workdir.prepare_workdir(run)
+    (run / name).unlink()
