@@ -1,21 +1,27 @@
 """Disks that are full, by limits on the size of files and /dev/full; lines that are no records."""
 
+import configparser
 import contextlib
+import errno
 import json
 import os
 import resource
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mrmae_jax import __main__ as entry
 from mrmae_jax import train
 from mrmae_jax.cli.console import SteadyStream
 from mrmae_jax.errors import WorkdirError
 from mrmae_jax.runs import log, metrics, paths, workdir
 from mrmae_jax.runs.checkpoint import Checkpoints
 from tests.faults import small
-from tests.helpers.programs import Program, finish, wait_for
+from tests.helpers.cli import run_command
+from tests.helpers.programs import ROOT, Program, finish, wait_for
 
 
 @contextlib.contextmanager
@@ -197,9 +203,43 @@ def test_a_steady_stream_loses_lines_and_nothing_else():
     assert stream.write("x" * 100_000) == 100_000
     stream.flush()
     stream.writelines(["a", "b"])
-    assert stream.fileno() == full.fileno()
+    assert stream.fileno() == full.fileno() and "No space left" in stream.problem
     with contextlib.suppress(OSError):
       full.close()
+
+
+@pytest.mark.parametrize(
+  "words, code, message",
+  [
+    ("--version > /dev/full", 5, "error: a part of the output is lost: [Errno 28] No space"),
+    ("--version >&-", 0, ""),
+    ("--version 2>&-", 0, ""),
+    ("--help | head -c 1 > /dev/null; exit ${PIPESTATUS[0]}", 0, ""),
+    ("verify --sauce=digits 2> /dev/full", 2, ""),
+  ],
+)
+def test_commands_say_what_a_console_has_lost(words, code, message):
+  command = f"{sys.executable} -m mrmae_jax {words}"
+  done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode == code and done.stderr.startswith(message)
+  assert "Traceback" not in done.stderr and bool(done.stderr) == bool(message)
+
+
+def test_a_full_disk_is_not_a_mistake_in_the_command(monkeypatch, capsys):
+  def run(options):
+    raise OSError(errno.ENOSPC, "No space left on device", "page.html")
+
+  monkeypatch.setattr("mrmae_jax.cli.report.run", run)
+  assert run_command(["report", "--runs=x", "--out=page.html"]) == 5
+  assert "error: [Errno 28] No space left on device: 'page.html'" in capsys.readouterr().err
+
+
+def test_the_installed_command_is_that_of_the_package():
+  """It keeps compiled programs, shows every name and ends although a thread waits for its image."""
+  settings = configparser.ConfigParser()
+  settings.read(ROOT / "setup.cfg")
+  scripts = settings["options.entry_points"]["console_scripts"]
+  assert scripts.split() == ["mrmae", "=", f"{entry.__name__}:{entry.run_process.__name__}"]
 
 
 def test_lines_that_are_no_records_are_left_out(tmp_path, capsys):
