@@ -22,8 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from ml_collections import ConfigDict
 
-from mrmae_jax.config import flatten
+from mrmae_jax import config as config_lib
+from mrmae_jax.config import find_keys, find_mistake, flatten
 from mrmae_jax.errors import StorageError, WorkdirError, one_line
 from mrmae_jax.runs import distributed
 from mrmae_jax.runs.paths import (
@@ -361,7 +363,32 @@ def read_config(workdir: str | Path) -> dict[str, Any]:
         f"{path} is not that of its checkpoint ({key}: {now} in the file, {identity[key]!r} in the "
         "checkpoint); a run writes it anew when it resumes"
       )
+  if any("." in key for key in identity) and (problem := _find_mistake(config, flat, identity)):
+    raise WorkdirError(
+      f"{path} is not that of its checkpoint ({problem}); a run writes it anew when it resumes"
+    )
   return config
+
+
+def _find_mistake(config: dict, flat: dict[str, Any], identity: dict[str, Any]) -> str:
+  """Returns what is wrong with the keys that an identity does not name, or "".
+
+  It leaves out those that have their defaults, and those that a resumed run may change.
+  """
+  try:
+    config = ConfigDict(config)
+    departures, keys = config_lib.identity(config).keys() - identity.keys(), find_keys(config)
+  # The file may hold anything anywhere.
+  except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+    return one_line(error)
+  if unknown := sorted(x for x in departures - keys.keys() if x.startswith("encoder.")):
+    return f"{unknown[0]} is not a key"
+  for key in sorted(flat.keys() & keys.keys() - identity.keys()):
+    if mistake := find_mistake(flat[key], keys[key]):
+      return f"{key}={flat[key]!r:.60} {mistake}"
+    if key in departures:
+      return f"{key}: {flat[key]!r:.60} in the file, {keys[key].default!r} in the checkpoint"
+  return ""
 
 
 def read_identity(workdir: str | Path) -> dict[str, Any]:

@@ -225,6 +225,12 @@ def described(tmp_path_factory):
     ({"image_size": [10**8] * 2}, r"image_size: .100000000, 100000000. in the file, .32, 48. in"),
     ({"encoder": []}, "encoder.depth: missing in the file, 1 in the checkpoint"),
     ({"image_size": None, "data": "x"}, "data.crop_scale: missing in the file"),
+    # Keys that an identity does not name: they have their defaults, or may change
+    ({"encoder": {"num_registers": 8}}, "encoder.num_registers: 8 in the file, 0 in the check"),
+    ({"encoder": {"activation": "x"}}, "encoder.activation='x' is not one of gelu"),
+    ({"encoder": {"remat": [10**8]}}, r"encoder.remat=.100000000. must be of type str"),
+    ({"encoder": {"nonsense": 1}}, "encoder.nonsense is not a key"),
+    ({"evals": 3}, "is not that of its checkpoint .*int"),
   ],
 )
 def test_a_config_that_is_not_that_of_its_checkpoint(described, tmp_path, content, message):
