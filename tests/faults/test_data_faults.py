@@ -36,6 +36,7 @@ from mrmae_jax.errors import ConfigError, DataError, UserError, WorkdirError
 from mrmae_jax.runs import checkpoint
 from mrmae_jax.weights import files
 from tests.faults import small
+from tests.helpers import coco
 from tests.helpers.cli import run_command
 from tests.helpers.images import (
   SIZE,
@@ -1043,6 +1044,28 @@ def test_replaced_images_are_told_from_repaired_ones(tmp_path):
   assert compare(before, contents(tmp_path / "photos"))[0]
   assert compare(["a"], ["b"])[0] and compare(["a", "b"], ["c", "d"])[0]
   assert not compare(["a", "b"], ["a", "c"])[0]
+
+
+def test_replaced_labels_of_scenes_are_seen_and_moved_boxes_too(tmp_path):
+  """Images, names and sizes of all files stay as they are."""
+  samples, prints = [], []
+  for seed in (0, 1):
+    photographs(tmp_path / "images", 0, 6)
+    for path in sorted((tmp_path / "images").rglob("*.png")):
+      label = tmp_path / "annotations" / path.relative_to(tmp_path / "images")
+      label.parent.mkdir(parents=True, exist_ok=True)
+      values = (np.arange(64).reshape(8, 8) // (9 + seed)) % 2
+      label.write_bytes(encode(values.astype(np.uint8), "PNG"))
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    options = {"holdout_every": 0, "zero_is_unlabelled": False}
+    samples.append(sample_contents(open_source(f"scenes:{tmp_path}", "train", **options)))
+    objects = coco.document()
+    objects["annotations"][0]["segmentation"][0][0] += seed
+    (tmp_path / str(seed)).mkdir()
+    address = coco.write(tmp_path / str(seed), objects)
+    prints.append(open_source(address, "train", holdout_every=0, max_dropped=0.0).fingerprint)
+  assert len(samples[0]) == 6 and not set(samples[0]) & set(samples[1])
+  assert prints[0] != prints[1]
 
 
 @pytest.mark.parametrize("kind", ["zip", "wds", "quarantine"])
