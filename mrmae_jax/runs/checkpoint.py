@@ -654,8 +654,7 @@ def _space_problem(directory, state) -> str:
   if free > required:
     return ""
   return (
-    f"{free / 1e9:.2f} GB are free on the disk of {directory}, {required / 1e9:.2f} GB are needed; "
-    "the run goes on and tries again at the next save"
+    f"{free / 1e6:,.2f} MB are free on the disk of {directory}, {required / 1e6:,.2f} MB are needed"
   )
 
 

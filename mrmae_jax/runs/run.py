@@ -314,9 +314,12 @@ class Run:
       self._log.sync()
       problem = self._checkpoints.save(step, self._state, wait=is_last or step == 1)
     if problem:
-      self._log.say(f"warning: checkpoint {step} is not saved: {problem}")
       if is_last:
         raise StorageError(f"checkpoint {step} could not be saved: {problem}")
+      self._log.say(
+        f"warning: checkpoint {step} is not saved: {problem}; the run goes on and tries again at the "
+        "next save"
+      )
 
   def _save_interrupted(self) -> None:
     """Saves the newest state of a run that ends early."""
