@@ -17,7 +17,7 @@ from mrmae_jax.runs.metrics import (
   read_json_lines,
   read_records,
 )
-from mrmae_jax.runs.paths import is_file, open_folder
+from mrmae_jax.runs.paths import is_file, open_folder, open_regular, read_regular
 from mrmae_jax.viz.page import Figure, Page
 from mrmae_jax.viz.plot import line_plot
 
@@ -102,9 +102,7 @@ def read_run(folder: epath.Path) -> Run:
 def _read_json(path: epath.Path, interpret: Callable, problems: list[str]) -> dict[str, Any]:
   """Returns `interpret` of the object in a file; {} and a problem if that fails."""
   try:
-    if path.exists() and not is_file(path):  # a pipe would be read for ever
-      raise ValueError("not a file")
-    return interpret(json.loads(path.read_text()))
+    return interpret(json.loads(read_regular(path)))
   except FileNotFoundError:
     pass
   except (OSError, ValueError, RecursionError, AttributeError, TypeError, LookupError) as error:
@@ -131,9 +129,7 @@ def _read_pictures(folder: epath.Path, problems: list[str]) -> dict[int, np.ndar
 
 def _read_picture(path: epath.Path) -> np.ndarray:
   """Reads a PNG as uint8 [H, W, 3]."""
-  if not is_file(path):
-    raise ValueError("not a file")
-  with path.open("rb") as file, Image.open(file, formats=("PNG",)) as image:
+  with open_regular(path) as file, Image.open(file, formats=("PNG",)) as image:
     if image.width * image.height > MAX_PIXELS:
       raise ValueError(f"it has {image.width} x {image.height} pixels, at most {MAX_PIXELS:,}")
     return np.asarray(image.convert("RGB"))

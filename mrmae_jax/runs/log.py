@@ -358,7 +358,7 @@ class Goodput:
       OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError
     ):
       if first_step and paths.is_file(path):
-        self._before |= check_goodput(json.loads(path.read_text()))
+        self._before |= check_goodput(json.loads(paths.read_regular(path)))
     self._replayed_steps = max(0, self._before["reached"] - first_step)
 
   def account(self, step: int) -> dict[str, Any]:

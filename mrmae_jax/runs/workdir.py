@@ -15,12 +15,13 @@ from etils import epath
 
 from mrmae_jax.errors import WorkdirError, one_line
 from mrmae_jax.runs import distributed
-from mrmae_jax.runs.paths import is_bucket, open_folder
+from mrmae_jax.runs.paths import find_special, is_bucket, open_folder
 
 # How long to wait for a holder on another host: a run that was requeued may need this long to end.
 PATIENCE_S = 40
 SEEN_S = 10  # until every host sees a file that process 0 has written to a network disk
 POLL_S = 1  # between two attempts
+MAX_NAMES = 3  # that a message lists
 
 
 def prepare_workdir(workdir: str | Path) -> None:
@@ -38,10 +39,12 @@ def prepare_workdir(workdir: str | Path) -> None:
   probe, hint = folder / f".write_test_{jax.process_index()}", ""
   if is_bucket(workdir):
     hint = ": does the bucket exist, and may this account create objects in it?"
-  elif links := _find_links(folder):
+  elif special := _find_special(folder):
+    more = f" and {len(special) - MAX_NAMES} more" if len(special) > MAX_NAMES else ""
     raise WorkdirError(
-      f"{folder} holds links ({', '.join(links)}), and a run would write and delete files where "
-      "they lead; remove them, or make the whole folder a link"
+      f"{folder} holds links, pipes or devices ({', '.join(special[:MAX_NAMES])}{more}), and a run "
+      "would write and delete files where links lead, and wait for pipes; remove them, or make the "
+      "whole folder a link"
     )
   try:
     # A bucket has no folders, and gcsfs would create a bucket that does not exist.
@@ -53,11 +56,9 @@ def prepare_workdir(workdir: str | Path) -> None:
     raise WorkdirError(f"cannot write to {workdir} ({one_line(error)}){hint}") from None
 
 
-def _find_links(folder: epath.Path) -> list[str]:
-  """Returns the names of symbolic links in a folder, which need not exist."""
-  with contextlib.suppress(OSError), os.scandir(folder) as entries:
-    return sorted(entry.name for entry in entries if entry.is_symlink())
-  return []
+def _find_special(folder: epath.Path) -> list[str]:
+  """Returns what a run cannot have written; the links of Weights & Biases are its own."""
+  return [x for x in find_special(folder, links=True) if not x.startswith(f"wandb{os.sep}")]
 
 
 def _has_utf8_name(path: str) -> bool:
