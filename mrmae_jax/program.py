@@ -212,7 +212,8 @@ def kernels(text: str) -> list[Kernel]:
       continue
     name, shape, kind, rest = match.groups()
     results = arrays[name] = _arrays(shape)
-    if kind == "dot" or (kind not in VIEWS and current not in inside_fusion):
+    moves = kind not in VIEWS and not kind.endswith("-done")  # counted where it starts
+    if kind == "dot" or (moves and current not in inside_fusion):
       operands = _operands(rest.split("), ")[0], arrays)
       kernel = _kernel(kind, rest, operands, results, flops_of)
       flops_of[current] += kernel.flops
