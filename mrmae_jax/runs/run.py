@@ -317,8 +317,8 @@ class Run:
       if is_last:
         raise StorageError(f"checkpoint {step} could not be saved: {problem}")
       self._log.say(
-        f"warning: checkpoint {step} is not saved: {problem}; the run goes on and tries again at the "
-        "next save"
+        f"warning: checkpoint {step} is not saved: {problem}; the run goes on and tries again at "
+        "the next save"
       )
 
   def _save_interrupted(self) -> None:
