@@ -74,14 +74,14 @@ class Run(NamedTuple):
 def read_run(folder: epath.Path) -> Run:
   """Reads a workdir. Files that a running run has not written yet count as empty."""
   series, problems = {}, []
-  records, spoiled = read_records(folder / "metrics.jsonl")
+  records, spoiled = _read_lines(folder / "metrics.jsonl", read_records, problems)
   for record in records:
     for name, value in record.items():
       if name != "step":
         steps, values = series.setdefault(printable(name), ([], []))
         steps.append(record["step"])
         values.append(value)
-  rows, spoiled_starts = read_json_lines(folder / "starts.jsonl")
+  rows, spoiled_starts = _read_lines(folder / "starts.jsonl", read_json_lines, problems)
   starts = [row for row in rows if isinstance(row, dict)]
   spoiled_starts += len(rows) - len(starts)
   for name, count in (("metrics.jsonl", spoiled), ("starts.jsonl", spoiled_starts)):
@@ -97,6 +97,15 @@ def read_run(folder: epath.Path) -> Run:
     pictures={kind: _read_pictures(folder / kind, problems) for kind in KINDS},
     problems=problems,
   )
+
+
+def _read_lines(path: epath.Path, read: Callable, problems: list[str]) -> tuple[list, int]:
+  """Returns `read(path)`: lines, and how many are spoiled; none and a problem if that fails."""
+  try:
+    return read(path)
+  except OSError as error:
+    problems.append(f"{path.name}: {one_line(error)}")
+    return [], 0
 
 
 def _read_json(path: epath.Path, interpret: Callable, problems: list[str]) -> dict[str, Any]:

@@ -253,7 +253,7 @@ def sync_tree(folder: str | Path) -> None:
 
 def write_text(path: epath.Path, text: str, lasting: bool = True) -> None:
   """Writes a text file atomically, on disk or in a bucket; `lasting` as in `atomic_write`."""
-  write_bytes(path, text.encode(), lasting)
+  write_bytes(path, text.encode(errors="surrogateescape"), lasting)
 
 
 def write_bytes(path: epath.Path, content: bytes, lasting: bool = True) -> None:

@@ -925,6 +925,13 @@ def test_tables_lists_and_notes_must_be_files_of_a_sane_size(tmp_path, kind):
       read()
 
 
+def test_a_pipe_in_a_prepared_data_set_is_not_waited_for(tmp_path):
+  (tmp_path / "dataset_info.json").write_text("{}")
+  os.mkfifo(tmp_path / "features.json")
+  with pytest.raises(DataError, match="features.json is no file; remove it"):
+    open_source("tfds:x", "train", data_dir=str(tmp_path))
+
+
 def test_holes_behind_a_tar_are_not_read(tmp_path):
   with open(tmp_path / "x.tar", "wb") as file:
     file.truncate(60 * 2**30)
