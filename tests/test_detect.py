@@ -104,7 +104,7 @@ def test_a_pretrained_encoder_starts_detection(tmp_path, kind):
     encoder = ViT(8, 24, 2, 2, 48, learned_positions=True)
   else:
     encoder = ConvViT((2, 2, 2), (8, 12, 24), (1, 1, 1), 2, learned_positions=True)
-  student, path = make_student(encoder), tmp_path / "model.safetensors"
+  student, path = make_student(encoder, None, classes=3), tmp_path / "model.safetensors"
   model_files.write_model(student, path, "timm" if kind == "vit" else "convmae")
   config = tiny.detect_config(kind, init_from=str(path))
   config.data.update(mean=student.mean, std=student.std)
@@ -124,7 +124,10 @@ def test_a_pretrained_encoder_starts_detection(tmp_path, kind):
   own = {name for name in shapes.keys() - task.pretrained.keys() if name.startswith("encoder/")}
   assert {name.split("/")[-1] for name in own} == {"rel_pos_h", "rel_pos_w", "scale", "bias"}
   text = "\n".join(task.notes)
-  assert "left out of detection: " in text and "new: tables of distances (decomposed)" in text
+  assert (
+    "left out of detection: classifier, " in text
+    and "new: tables of distances (decomposed)" in text
+  )
   assert "position table 3x5 interpolated to 4x6" in text
 
 
