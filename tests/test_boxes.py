@@ -188,6 +188,16 @@ def test_proposals_that_are_not_finite_are_left_out():
   assert found.boxes[0].tolist() == [0, 0, 10, 10] and not found.boxes[1:].any()
 
 
+def test_the_best_proposals_are_those_of_the_highest_logits():
+  # In float32 the probability of each of them is 1.
+  anchors = jnp.array([[0.0, 0, 10, 10], [20, 20, 30, 30], [40, 0, 50, 10]])
+  propose = functools.partial(bx.propose, per_level=1, count=1, threshold=0.7)
+  found = jax.jit(propose)(
+    [jnp.array([30.0, 40, 35])], [jnp.zeros((3, 4))], [anchors], jnp.array([60, 80])
+  )
+  assert found.boxes.tolist() == [[20, 20, 30, 30]]
+
+
 def test_detections_take_every_class_and_tell_what_they_cut():
   boxes = jnp.array([[[0.0, 0, 10, 10]], [[1, 0, 10, 10]], [[40, 40, 70, 90]]])
   scores = jnp.array([[0.6, 0.3, 0.1], [0.5, 0.4, 0.1], [0.04, 0.06, 0.9]])

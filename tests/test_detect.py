@@ -42,10 +42,21 @@ def batch_of(task, count=2):
   return jax.tree.map(lambda *x: jnp.stack(x), *rows)
 
 
-@pytest.mark.parametrize("encoder", ["vit", pytest.param("convvit", marks=pytest.mark.variant)])
-def test_the_task_learns_from_objects_and_predicts_them(encoder):
-  fields = {} if encoder == "vit" else {"rcnn.pyramid": "fpn", "rcnn.norm": "bn"}
-  task = detect.make(tiny.detect_config(encoder, **fields))
+DETECTORS = {
+  "simple": {},
+  "fpn": {"rcnn.pyramid": "fpn", "rcnn.norm": "bn"},
+  "cascade": {"rcnn.stages": 3},
+  "boxes_alone": {"rcnn.masks": False},
+  "no_windows": {"rcnn.window": 0},
+}
+
+
+@pytest.mark.parametrize(
+  "kind", ["simple", *(pytest.param(x, marks=pytest.mark.variant) for x in [*DETECTORS][1:])]
+)
+def test_the_task_learns_from_objects_and_predicts_them(kind):
+  encoder = "convvit" if kind == "fpn" else "vit"
+  task = detect.make(tiny.detect_config(encoder, **DETECTORS[kind]))
   batch, keys = batch_of(task), jax.random.split(jax.random.key(3), 2)
   assert (batch["classes"] >= 0).any() and batch["image"].shape == (2, 64, 96, 3)
 
@@ -60,27 +71,31 @@ def test_the_task_learns_from_objects_and_predicts_them(encoder):
     return jax.value_and_grad(loss, has_aux=True)(params)
 
   (total, (terms, moved)), gradients = step(batch)
-  assert terms.keys() == {"rpn_class", "rpn_box", "class", "box", "mask"}
+  stages = ("0", "1", "2") if kind == "cascade" else ("",)
+  masks = ["mask"] if kind != "boxes_alone" else []
+  names = [f"{name}{stage}" for name in ("class", "box") for stage in stages]
+  assert terms.keys() == {"rpn_class", "rpn_box", *names, *masks}
   assert np.isclose(total, sum(terms.values())) and all(x > 0 for x in terms.values())
   unused = ("encoder/norm/", "pyramid/p5_")  # no sampled anchor may be that large
   for name, x in flatten_dict(gradients, sep="/").items():
     assert np.isfinite(x).all() and (np.any(x) or name.startswith(unused)), name
-  assert bool(extra) == (encoder == "convvit")
+  assert bool(extra) == (kind == "fpn")
   changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), extra, moved)
   assert jax.tree.all(changed)
-  if encoder == "convvit":
+  if kind != "simple":
     predict = jax.jit(lambda batch: task.predict(params, extra, task.frozen, batch, keys))
     predicted = predict(batch)
-    assert predicted["boxes"].shape == (2, 5, 4) and predicted["masks"].shape == (2, 5, 28, 28)
+    assert predicted["boxes"].shape == (2, 5, 4) and ("masks" in predicted) == bool(masks)
+    assert not masks or predicted["masks"].shape == (2, 5, 28, 28)
     assert predicted["is_truncated"].shape == (2,)
 
   empty = {"classes": jnp.full_like(batch["classes"], -1)}
-  empty |= {name: jnp.zeros_like(batch[name]) for name in ("boxes", "masks", "image")}
+  empty |= {name: jnp.zeros_like(batch[name]) for name in batch.keys() - {"size", "classes"}}
   (total, (terms, _)), gradients = step(batch | empty)
-  assert np.isfinite(total) and terms["rpn_class"] > 0 and terms["class"] > 0
-  assert terms["rpn_box"] == terms["box"] == terms["mask"] == 0
+  is_class = lambda name: name.rstrip("012") in ("rpn_class", "class")
+  assert np.isfinite(total) and all((x > 0) == is_class(name) for name, x in terms.items())
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradients))
-  assert not any(np.any(x) for x in jax.tree.leaves(gradients["mask_head"]))
+  assert not any(np.any(x) for x in jax.tree.leaves(gradients.get("mask_head", ())))
 
 
 @pytest.mark.parametrize("kind", ["vit", "convvit"])
@@ -89,7 +104,7 @@ def test_a_pretrained_encoder_starts_detection(tmp_path, kind):
     encoder = ViT(8, 24, 2, 2, 48, learned_positions=True)
   else:
     encoder = ConvViT((2, 2, 2), (8, 12, 24), (1, 1, 1), 2, learned_positions=True)
-  student, path = make_student(encoder), tmp_path / "model.safetensors"
+  student, path = make_student(encoder, None, classes=3), tmp_path / "model.safetensors"
   model_files.write_model(student, path, "timm" if kind == "vit" else "convmae")
   config = tiny.detect_config(kind, init_from=str(path))
   config.data.update(mean=student.mean, std=student.std)
@@ -109,7 +124,10 @@ def test_a_pretrained_encoder_starts_detection(tmp_path, kind):
   own = {name for name in shapes.keys() - task.pretrained.keys() if name.startswith("encoder/")}
   assert {name.split("/")[-1] for name in own} == {"rel_pos_h", "rel_pos_w", "scale", "bias"}
   text = "\n".join(task.notes)
-  assert "left out of detection: " in text and "new: tables of distances (decomposed)" in text
+  assert (
+    "left out of detection: classifier, " in text
+    and "new: tables of distances (decomposed)" in text
+  )
   assert "position table 3x5 interpolated to 4x6" in text
 
 

@@ -455,6 +455,21 @@ def empty_network():
   return network, rules, anchors
 
 
+def test_boxes_are_float32_in_a_network_of_bfloat16():
+  network = empty_network()[0].clone(
+    dtype=jnp.bfloat16
+  )  # what lies between is computed as it comes
+
+  def heads(network):
+    levels = [jnp.zeros((1, side, side, 8), jnp.bfloat16) for side in (16, 8)]
+    regions = [jnp.zeros((2, side, side, 8), jnp.bfloat16) for side in (7, 14)]
+    boxes = network.box_heads[0](regions[0], False)
+    return network.rpn_head(levels), boxes, network.mask_head(regions[1], False)
+
+  shapes = jax.eval_shape(lambda: network.init_with_output(jax.random.key(0), method=heads)[0])
+  assert {x.dtype.name for x in jax.tree.leaves(shapes)} == {"float32"}
+
+
 @pytest.mark.variant
 def test_images_without_objects_move_no_statistics_of_the_mask_head():
   network, rules, anchors = empty_network()

@@ -274,7 +274,7 @@ def test_a_run_is_a_model_that_segments(run, tmp_path):
 
 def test_it_starts_from_a_pretrained_encoder(tmp_path):
   finished_run(tmp_path / "run", "vit")
-  student = make_student(ViT(8, 24, 2, 2, 48))  # 4 x 6 tokens
+  student = make_student(ViT(8, 24, 2, 2, 48), None, classes=3)  # 4 x 6 tokens
   model_files.write_model(student, tmp_path / "mae.safetensors", "timm")
   for name in ("run", "mae.safetensors"):
     config = tiny.segment_config(init_from=str(tmp_path / name), image_size=(48, 48))
@@ -289,6 +289,7 @@ def test_it_starts_from_a_pretrained_encoder(tmp_path):
     assert task.pretrained["encoder/pos_embed"].shape == (1, 37, 24)
     for words in ("new: tables of relative positions", "new: gains", "new: neck and heads"):
       assert words in task.notes[0]
+  assert "left out of segmentation: classifier" in task.notes[0]
 
 
 def test_heads_of_other_classes_are_refused_or_started_anew(tmp_path):

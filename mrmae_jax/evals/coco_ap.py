@@ -237,6 +237,8 @@ class Evaluator:
     )
     image_ids = sorted(i for _, ids, *_ in by_host for i in ids)
     assert len(set(image_ids)) == len(image_ids), "an image was looked at twice"
+    is_whole = len(image_ids) == len(self._source) or self._config.data.on_error == "skip"
+    assert is_whole, "an image was not looked at"
     written = {"files": {self._folder / f"step_{step:07d}.json": json.dumps(results).encode()}}
     truth = ground_truth(self._source, "mask" in self._kinds)
     numbers = {}

@@ -116,7 +116,8 @@ def read_pretrained(
   params = {name: x for name, x in params.items() if name not in left_out}
   if source.encoder.cls_token and "pos_embed" in params and isinstance(encoder, ViT):
     params["pos_embed"] = params["pos_embed"][:, 1:]  # the row of CLS
-  notes.append(f"left out of detection: {', '.join(sorted({x.split('/')[0] for x in left_out}))}")
+  parts = {x.split("/")[0] for x in left_out} | (source.params.keys() - {"encoder"})
+  notes.append(f"left out of detection: {', '.join(sorted(parts))}")
   if encoder.distances != "none":
     notes.append(f"new: tables of distances ({encoder.distances}), zeros")
   notes.append("new: pyramid and heads, with random weights")

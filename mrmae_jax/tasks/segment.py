@@ -126,6 +126,8 @@ def read_pretrained(
     if getattr(model.encoder, field) and not getattr(source.encoder, field)
   ]
   if source.segmenter is None:
+    if left_out := sorted(source.params.keys() - {"encoder"}):
+      notes.append(f"left out of segmentation: {', '.join(left_out)}")
     return pretrained, {}, ("\n  ".join([*notes, "new: neck and heads, with random weights"]),)
   parts = set(source.params["segmenter"])
   if config.head == "new":

@@ -207,10 +207,8 @@ def _read_run(
         f"{path} is a run of mrmae teacher; its teacher is the folder {path}/teacher, or that of "
         "--out, for config.teacher.path and transformers' ViTModel"
       )
-    if config["task"] == "segment":
-      return _read_segmentation_run(path, config, dtype)
-    if config["task"] == "detect":
-      return _read_detection_run(path, config, dtype)
+    if config["task"] in ("segment", "detect"):
+      return _read_run_with_heads(path, config, dtype)
     optional = ("decoder",) * with_decoder + ("mimic_heads",) * with_heads
     stored = checkpoint.read_params(path, "encoder", "fc_norm", "head", *optional)
   except (StorageError, WorkdirError) as error:
@@ -254,62 +252,50 @@ def _read_run(
   )
 
 
-def _read_segmentation_run(path: str | Path, config: dict[str, Any], dtype) -> LoadedModel:
-  """Reads the newest checkpoint of a run of segmentation."""
-  parts = ("neck", "decode_head", "auxiliary_head")
+def _read_run_with_heads(path: str | Path, config: dict[str, Any], dtype) -> LoadedModel:
+  """Reads the newest checkpoint of a run of segmentation or detection."""
+  if is_detector := config["task"] == "detect":
+    stages = range(config["rcnn"]["stages"])
+    parts = ("pyramid", "rpn_head", *(f"box_heads_{stage}" for stage in stages), "mask_head")
+    make_network, heads, describe_heads = make_mask_rcnn, config["rcnn"], detectron2.describe
+  else:
+    parts = ("neck", "decode_head", "auxiliary_head")
+    make_network, heads, describe_heads = make_segmenter, config["upernet"], mmseg.describe
   stored = checkpoint.read_params(path, "encoder", *parts, with_extra=True)
-  classes, data = tuple(stored.identity.get("classes", ())), config["data"]
-  segmenter = make_segmenter(config["encoder"], config["upernet"], len(classes), dtype)
+  classes, data = tuple(stored.identity["classes"]), config["data"]
+  network = make_network(config["encoder"], heads, len(classes), dtype)
   params = {
     "encoder": stored.params["encoder"],
-    "segmenter": {name: stored.params[name] for name in parts if name in stored.params},
-    "batch_stats": stored.extra,
-  }
-  model = f"{describe(segmenter.encoder)}, {mmseg.describe(segmenter)}"
-  name = f"{path} after {stored.step} steps"
-  return LoadedModel(
-    encoder=segmenter.encoder,
-    decoder=None,
-    params=params,
-    grid=tuple(side // segmenter.encoder.patch_size for side in config["image_size"]),
-    mean=tuple(data["mean"]),
-    std=tuple(data["std"]),
-    method=METHOD,
-    has_norm=False,
-    report=Report(name, model, _count_params(params), (), ()),
-    classes=classes,
-    segmenter=segmenter,
-  )
-
-
-def _read_detection_run(path: str | Path, config: dict[str, Any], dtype) -> LoadedModel:
-  """Reads the newest checkpoint of a run of detection."""
-  data, rcnn = config["data"], config["rcnn"]
-  heads = tuple(f"box_heads_{stage}" for stage in range(rcnn["stages"]))
-  parts = ("pyramid", "rpn_head", *heads, "mask_head")
-  stored = checkpoint.read_params(path, "encoder", *parts, with_extra=True)
-  classes = tuple(stored.identity["classes"])
-  detector = make_mask_rcnn(config["encoder"], rcnn, len(classes), dtype)
-  params = {
-    "encoder": stored.params["encoder"],
-    "detector": {name: stored.params[name] for name in parts if name in stored.params},
+    "detector" if is_detector else "segmenter": {
+      name: stored.params[name] for name in parts if name in stored.params
+    },
   }
   if stored.extra:
     params["batch_stats"] = stored.extra
-  model = f"{describe(detector.encoder)}, {detectron2.describe(detector)}"
-  return LoadedModel(
-    encoder=detector.encoder,
-    decoder=None,
-    params=params,
-    grid=tuple(side // detector.encoder.patch_size for side in config["image_size"]),
+  model = f"{describe(network.encoder)}, {describe_heads(network)}"
+  return _with_heads(
+    network,
+    params,
+    grid=tuple(side // network.encoder.patch_size for side in config["image_size"]),
     mean=tuple(data["mean"]),
     std=tuple(data["std"]),
     method=METHOD,
-    has_norm=False,
     report=Report(f"{path} after {stored.step} steps", model, _count_params(params), (), ()),
     classes=classes,
-    detector=detector,
-    rules=make_rules(rcnn),
+    rules=make_rules(heads) if is_detector else Rules(),
+  )
+
+
+def _with_heads(network: Segmenter | MaskRCNN, params: dict[str, Any], **fields) -> LoadedModel:
+  """Returns a model of segmentation or detection, given other fields of `LoadedModel`."""
+  kind = "detector" if isinstance(network, MaskRCNN) else "segmenter"
+  return LoadedModel(
+    encoder=network.encoder,
+    decoder=None,
+    params=params,
+    has_norm=False,
+    **{kind: network},
+    **fields,
   )
 
 
@@ -468,15 +454,13 @@ def _read_segmenter(path: Path, network: networks.Network, hints: Hints, dtype) 
   constants = [x for x in (*tensors, *network.heads) if re.fullmatch(mmseg.CONSTANTS, x)]
   dropped = [f"{len(constants)} counters and table indices"] if constants else []
   model = f"{describe(encoder)}, {mmseg.describe(segmenter)}, {mmseg.NAMING}"
-  return LoadedModel(
-    encoder=encoder,
-    decoder=None,
-    params=params,
+  return _with_heads(
+    segmenter,
+    params,
     grid=grid,
     mean=mean,
     std=std,
     method=description.method,
-    has_norm=False,
     report=Report(
       source,
       model,
@@ -485,8 +469,6 @@ def _read_segmenter(path: Path, network: networks.Network, hints: Hints, dtype) 
       (*network.left_out, *dropped),
     ),
     classes=classes,
-    rule=interpolation.BICUBIC,
-    segmenter=segmenter,
   )
 
 
@@ -524,15 +506,13 @@ def _read_detector(path: Path, network: networks.Network, hints: Hints, dtype) -
   _check_classes(classes, detector.num_classes, source)
   constants = [x for x in tensors if re.fullmatch(detectron2.CONSTANTS, x)]
   dropped = [f"{len(constants)} constants and counters"] if constants else []
-  return LoadedModel(
-    encoder=encoder,
-    decoder=None,
-    params=params,
+  return _with_heads(
+    detector,
+    params,
     grid=grid,
     mean=mean,
     std=std,
     method=description.method,
-    has_norm=False,
     report=Report(
       source,
       f"{describe(encoder)}, {detectron2.describe(detector)}, {detectron2.NAMING}",
@@ -541,7 +521,6 @@ def _read_detector(path: Path, network: networks.Network, hints: Hints, dtype) -
       (*network.left_out, *dropped),
     ),
     classes=classes,
-    detector=detector,
     rules=rules,
   )
 
