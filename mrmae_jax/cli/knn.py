@@ -1,16 +1,16 @@
 """What frozen features are worth: k-NN, few-shot and linear accuracy."""
 
 import json
-import math
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from mrmae_jax import sharding
+from mrmae_jax.cli.arrays import read_arrays
 from mrmae_jax.errors import UsageError
 from mrmae_jax.evals import knn
-from mrmae_jax.runs.paths import atomic_write, open_regular
+from mrmae_jax.runs.paths import atomic_write
 from mrmae_jax.tasks import probe
 
 COLUMNS = ("features", "labels", "names", "class_names", "about")
@@ -65,11 +65,12 @@ def read_features(path: str) -> dict:
     UsageError: no such file, another file, or images without labels.
   """
   try:
-    with open_regular(Path(path), math.inf) as stream, np.load(stream, allow_pickle=False) as file:
-      content = {name: file[name] for name in COLUMNS}
+    arrays = read_arrays(Path(path))
+    content = {name: arrays[name] for name in COLUMNS}
+    _check_types(content)
     content["class_names"] = tuple(content["class_names"].tolist())
-    content["about"] = json.loads(str(content["about"]))
-  except (OSError, ValueError, KeyError, TypeError) as error:
+    content["about"] = dict(json.loads(str(content["about"])))
+  except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
     raise UsageError(
       f"{path} cannot be read as features ({error}); expected an .npz of mrmae features"
     ) from None
@@ -86,6 +87,19 @@ def read_features(path: str) -> dict:
   if not np.isfinite(content["features"]).all():
     raise UsageError(f"{path} has features that are not finite")
   return content
+
+
+def _check_types(content: dict) -> None:
+  """Raises ValueError unless the columns have the types, and as many rows as each other."""
+  features, labels, names, classes, _ = (content[name] for name in COLUMNS)
+  kinds = "".join(x.dtype.kind for x in (features, labels, names, classes))
+  shapes = features.shape[:1], labels.shape, names.shape
+  if kinds not in ("fiUU", "fuUU") or len(set(shapes)) > 1 or not labels.size or classes.ndim != 1:
+    raise ValueError(
+      f"its columns have the types {kinds}, and names and labels the shapes {shapes}"
+    )
+  if len(classes) and labels.max() >= len(classes):
+    raise ValueError(f"a label is {labels.max()}, of {len(classes)} classes")
 
 
 def _check_alike(train: dict, held_out: dict) -> None:

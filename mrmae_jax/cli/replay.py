@@ -21,9 +21,12 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mrmae_jax import preflight, sharding, train
+from mrmae_jax.cli.arrays import read_arrays
 from mrmae_jax.errors import UsageError
 from mrmae_jax.runs.checkpoint import Checkpoints
-from mrmae_jax.runs.paths import open_folder, open_regular, read_regular
+from mrmae_jax.runs.paths import open_folder, read_regular
+
+MOST_PROCESSES = 10**5
 
 
 class Bundle(NamedTuple):
@@ -54,8 +57,9 @@ def read_bundle(path: str) -> Bundle:
   try:
     record = json.loads(read_regular(folder / "bundle.json"))
     config = ConfigDict(json.loads(read_regular(folder / "config.json")))
-    files = [folder / f"batch_{i}.npz" for i in range(record["processes"])]
-    shards = [np.load(open_regular(file), allow_pickle=False) for file in files]
+    if not 1 <= record["processes"] <= MOST_PROCESSES:
+      raise ValueError(f"processes: {record['processes']!r}")
+    shards = [read_arrays(folder / f"batch_{i}.npz") for i in range(record["processes"])]
     bundle = Bundle(
       folder=folder,
       step=record["step"],
@@ -65,9 +69,10 @@ def read_bundle(path: str) -> Bundle:
       config=config,
       batch={name: np.concatenate([shard[name] for shard in shards]) for name in shards[0]},
     )
-  except (OSError, ValueError, KeyError) as error:
+    is_saved = record["state"] == "saved"
+  except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
     raise UsageError(f"{path} is not a bundle of a run that gave up ({error})") from None
-  if record["state"] != "saved":
+  if not is_saved:
     raise UsageError(f"{path}: the state is missing, it could not be saved: {record['state']}")
   return bundle
 

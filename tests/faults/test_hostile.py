@@ -24,12 +24,13 @@ from safetensors.numpy import load_file, save
 
 from mrmae_jax import config as config_lib
 from mrmae_jax import preflight, teachers, train
+from mrmae_jax.cli import knn, replay
 from mrmae_jax.config import flatten
 from mrmae_jax.data import augment, open_source
 from mrmae_jax.data.pack import write_packed
 from mrmae_jax.data.randaugment import parse as parse_randaug
 from mrmae_jax.data.sources import packed
-from mrmae_jax.errors import ConfigError, DataError, WeightsError
+from mrmae_jax.errors import ConfigError, DataError, UsageError, WeightsError
 from mrmae_jax.weights import files, model_files
 from tests import tiny
 from tests.faults import fuzz
@@ -782,6 +783,78 @@ def test_f34_packed_records_are_checked(tmp_path, photos, about):
 
 
 # F35: teachers.
+
+
+def features_file(path, **members):
+  """Writes an .npz of features, with these bytes in the place of arrays of these names."""
+  arrays = dict(features=np.eye(4, dtype=np.float32), labels=np.array([0, 1, 0, 1]))
+  arrays |= dict(names=np.array(list("abcd")), class_names=np.array(["x", "y"]))
+  with zipfile.ZipFile(path, "w", members.pop("method", zipfile.ZIP_STORED)) as archive:
+    for name, array in (arrays | {"about": np.array("{}")} | members).items():
+      content = io.BytesIO()
+      if isinstance(array, bytes):
+        content.write(array)
+      else:
+        np.save(content, array)
+      archive.writestr(f"{name}.npy", content.getvalue())
+
+
+def array_header(shape, kind="<f4"):
+  content = io.BytesIO()
+  header = {"descr": kind, "fortran_order": False, "shape": shape}
+  np.lib.format.write_array_header_1_0(content, header)
+  return content.getvalue()
+
+
+@pytest.mark.parametrize(
+  "members, message",
+  [
+    ({}, ""),
+    (dict(features=array_header((10**12, 3))), "its header claims float32 of shape"),
+    (dict(features=array_header((10**18, 10**18))), "its header claims"),
+    (dict(features=array_header((4, 3), "|O")), "its header claims object"),
+    (dict(features=b""), "EOF"),
+    (dict(features=b"\x93NUMPY\x01\x00\xff\xff"), "EOF"),
+    (dict(features=array_header((2, 2))[:-40] + b"(" * 40), "EOF"),
+    (dict(method=zipfile.ZIP_DEFLATED), "is compressed, or claims more"),
+    (dict(labels=b"a text that is no array"), "magic string"),
+    (dict(labels=np.array([0, 1, 0, 7])), "a label is 7, of 2 classes"),
+    (dict(labels=np.array([0.5, 1, 0, 1])), "its columns have the types ffUU"),
+    (dict(labels=np.array([], int)), "its columns have the types"),
+    (dict(names=np.array(["a", "b"])), "its columns have the types"),
+    (dict(class_names=np.array(3)), "its columns have the types"),
+    (dict(about=np.array("[" * 10**5)), "recursion"),
+    (dict(about=np.array("3")), "not iterable"),
+  ],
+)
+def test_f34_files_of_features_are_checked(tmp_path, members, message):
+  features_file(tmp_path / "x.npz", **members)
+  if not message:
+    assert knn.read_features(tmp_path / "x.npz")["class_names"] == ("x", "y")
+    return
+  with pytest.raises(UsageError, match=f"x.npz cannot be read as features .*{message}"):
+    knn.read_features(tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04" + b"x" * 100])
+def test_f34_files_of_features_are_archives(tmp_path, content):
+  (tmp_path / "x.npz").write_bytes(content)
+  with pytest.raises(UsageError, match="cannot be read as features .*not a zip file"):
+    knn.read_features(tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize(
+  "change",
+  ["[1]", {"processes": 10**9}, {"processes": "x"}, {"metrics": 3}, {"metrics": {"loss": [1]}}],
+)
+def test_f34_bundles_are_checked(tmp_path, change):
+  record = {"step": 1, "reason": "x", "processes": 1, "metrics": {}, "identity": {}}
+  text = change if isinstance(change, str) else json.dumps(record | {"state": "saved"} | change)
+  (tmp_path / "bundle.json").write_text(text)
+  (tmp_path / "config.json").write_text("{}")
+  np.savez(tmp_path / "batch_0.npz", image=np.zeros((2, 3)))
+  with pytest.raises(UsageError, match="is not a bundle of a run"):
+    replay.read_bundle(str(tmp_path))
 
 
 @pytest.mark.parametrize(
