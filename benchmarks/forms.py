@@ -2,6 +2,7 @@
 
   python -m benchmarks.forms --operation=depthwise                       # timed here
   python -m benchmarks.forms --operation=depthwise --topology=v5e:2x2    # for an absent TPU
+  python -m benchmarks.forms --operation=attention --topology=h100       # for an absent GPU
 
 Operations, at the shapes of the base size at 224 px, 49 of 196 tokens visible:
   depthwise   the masked 5x5 convolution of stage 1 and stage 2 on the visible blocks: the packed
@@ -11,7 +12,7 @@ Operations, at the shapes of the base size at 224 px, 49 of 196 tokens visible:
   attention   49 tokens in 12 heads of 64 channels (encoder), 196 in 16 of 32 (decoder), 197 in 12
               of 64 (teacher): explicit, and the fused kernel of cuDNN where it can be used
 All forms must agree with the model's before anything is printed. FLOPs, bytes and temporaries are
-XLA's, of one image.
+those of one image: XLA's, for an absent GPU those of the kernels (mrmae_jax/program.py).
 """
 
 import functools
@@ -28,6 +29,7 @@ from mrmae_jax.cli.compile import find_devices
 from mrmae_jax.cli.parser import integer
 from mrmae_jax.errors import UsageError
 from mrmae_jax.models import convvit, layers
+from mrmae_jax.program import cost
 
 # Of the largest value: kernel gradients sum over thousands of positions.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}
@@ -133,15 +135,15 @@ def _windows_form(side: int):
   return form
 
 
-def _attention_forms():
-  """Returns {name: (q, k, v) -> output} for this backend."""
+def _attention_forms(device):
+  """Returns {name: (q, k, v) -> output} for a device."""
   forms = {"explicit": lambda q, k, v: layers.attention_weights(q, k).astype(v.dtype) @ v}
-  if jax.default_backend() == "gpu":
+  if device.platform == "gpu":
     forms["cuDNN"] = layers.attend
   return forms
 
 
-def _cases(options):
+def _cases(options, device):
   """Yields (title, {form: function}, arrays with a gradient, other arrays) of the operation.
 
   The arrays are shapes where nothing is run.
@@ -154,7 +156,7 @@ def _cases(options):
       shape = (b, heads, tokens, width)
       draw = lambda shape=shape: tuple(jax.random.normal(key, shape, dtype) for key in keys[:3])
       title = f"{name}: {tokens} tokens, {heads} heads of {width}"
-      yield title, _attention_forms(), make(draw), ()
+      yield title, _attention_forms(device), make(draw), ()
     return
   mask = make(lambda: mrmae.sample_mask(jax.random.uniform(keys[2], (b, 196)), 0.75))
   for name, (side, channels) in STAGES.items():
@@ -178,7 +180,7 @@ def run(options) -> str:
     machine["device"] = devices[0].device_kind
   print(json.dumps(machine), flush=True)
   tables, results = [], []
-  for title, forms, inputs, others in _cases(options):
+  for title, forms, inputs, others in _cases(options, devices[0]):
     device = devices[0] if options.topology else None
     programs = {name: _compile(form, inputs, others, device) for name, form in forms.items()}
     seconds = {}
@@ -208,7 +210,8 @@ def _compile(form, inputs, others, device):
     sharding = jax.sharding.SingleDeviceSharding(device)
     struct = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     inputs, others = jax.tree.map(struct, (inputs, others))
-  return jax.jit(both_ways).lower(inputs, others).compile()
+  with layers.tracing_for(device):
+    return jax.jit(both_ways).lower(inputs, others).compile()
 
 
 def _check_agreement(title: str, programs, arguments, tolerance: float) -> None:
@@ -226,14 +229,14 @@ def _check_agreement(title: str, programs, arguments, tolerance: float) -> None:
 
 def _measure(title: str, name: str, program, seconds: dict, batch_size: int) -> dict:
   """Returns what a program costs, of one image."""
-  cost, memory = program.cost_analysis() or {}, program.memory_analysis()
+  (flops, moved), memory = cost(program), program.memory_analysis()
   return {
     "operation": title,
     "form": name,
     "seconds": seconds.get(name),
     "temporaries": memory.temp_size_in_bytes / batch_size,
-    "flops": cost.get("flops", 0) / batch_size,
-    "bytes": cost.get("bytes accessed", 0) / batch_size,
+    "flops": flops / batch_size,
+    "bytes": moved / batch_size,
   }
 
 
@@ -257,7 +260,7 @@ def main(argv: list[str] | None = None) -> int:
     "--operation", choices=("depthwise", "attention"), default="depthwise", help="what is measured"
   )
   parser.add_argument(
-    "--topology", default="", help="chips to compile for instead of running, e.g. v5e:2x2"
+    "--topology", default="", help="chips to compile for instead of running, e.g. v5e:2x2 or h100"
   )
   parser.add_argument("--batch_size", type=integer(1), default=64, help="images")
   parser.add_argument(

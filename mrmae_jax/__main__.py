@@ -4,7 +4,6 @@
 """
 
 import argparse
-import contextlib
 import errno
 import importlib
 import os
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import mrmae_jax
 from mrmae_jax.cli import parser
-from mrmae_jax.cli.console import steady_console
+from mrmae_jax.cli.console import open_missing_streams, steady_console
 from mrmae_jax.cli.program_cache import keep_programs
 from mrmae_jax.errors import (
   DataError,
@@ -27,6 +26,7 @@ from mrmae_jax.errors import (
 )
 
 HELP = {"-h", "--help", "--helpfull"}
+STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,6 +42,17 @@ def main(argv: list[str] | None = None) -> int:
   elif argv[:1] == ["mrmae"]:
     argv = argv[1:]
   _add_cwd_to_path()
+  with steady_console() as console:
+    code = _answer(argv)
+    console.flush()
+    if console.problem and not code and set(argv).isdisjoint(parser.TASKS):  # they have a log
+      report_error(StorageError(f"a part of the output is lost: {console.problem}"), debug=False)
+      return StorageError.exit_code
+  return code
+
+
+def _answer(argv: list[str]) -> int:
+  """Does what the words of a command line ask for; returns the exit code."""
   debug = "--debug" in argv
   try:
     if argv == ["--version"]:
@@ -54,9 +65,7 @@ def main(argv: list[str] | None = None) -> int:
   except UsageError as error:
     return report_error(error, debug)
   trains = options.command in parser.TASKS
-  name = "train" if trains else options.command.replace("-", "_")
-  with steady_console() if trains else contextlib.nullcontext():
-    return _run(name, options, debug)
+  return _run("train" if trains else options.command.replace("-", "_"), options, debug)
 
 
 def _run(name: str, options: argparse.Namespace, debug: bool) -> int:
@@ -69,7 +78,7 @@ def _run(name: str, options: argparse.Namespace, debug: bool) -> int:
   except UserError as error:
     return report_error(error, debug)
   except OSError as error:
-    kind = StorageError if name == "train" else UsageError
+    kind = StorageError if name == "train" or error.errno in STORAGE_ERRORS else UsageError
     hint = ": raise the limit with ulimit -n" if error.errno == errno.EMFILE else ""
     return report_error(kind(f"{one_line(error, 1000)}{hint}"), debug)
   if isinstance(result, str):
@@ -120,6 +129,7 @@ def _add_cwd_to_path() -> None:
 
 def run_process() -> None:
   """The whole process: `main`, and its end."""
+  open_missing_streams()
   sys.stdout.reconfigure(errors="backslashreplace")  # file names may be of any bytes
   # Before a configuration imports jax. A host that finds its program would leave alone those that
   # compile theirs together.

@@ -751,6 +751,28 @@ def find_keys(config: ConfigDict) -> dict[str, Key]:
   return flatten(sections)
 
 
+def find_mistake(value, key: Key) -> str:
+  """Returns what is wrong with the value of a key, or "" if it is right."""
+  default = key.default
+  if default is None:
+    words = {str: "a text", bool: "True or False"}[key.unset]
+    return "" if value is None or isinstance(value, key.unset) else f"must be {words}"
+  if is_tuple := isinstance(default, tuple):
+    if not isinstance(value, (tuple, list)) or not (key.many or len(value) == len(default)):
+      count = {2: "two numbers", 3: "three numbers"}.get(len(default), "several values")
+      return f"must hold {count}, e.g. {default}"
+  kind = key.many or type(default[0] if is_tuple else default)
+  for x in value if is_tuple else (value,):
+    fits = isinstance(x, (int, float) if kind is float else kind)
+    if not fits or (isinstance(x, bool) and kind is not bool):
+      return f"must be {'made ' if is_tuple else ''}of type {kind.__name__}, like {default!r}"
+    if isinstance(key.allowed, Rule) and not key.allowed.test(x):
+      return f"must {key.allowed.words}"
+    if type(key.allowed) is tuple and x not in key.allowed:
+      return f"is not one of {', '.join(key.allowed)}"
+  return ""
+
+
 def describe(config: ConfigDict) -> list[tuple[str, Any, str]]:
   """Returns (name, value, meaning and choices) of every key of a configuration.
 

@@ -6,8 +6,10 @@ them). Bytes are read off the compiled program: what each of its kernels reads a
 are those of the backend that it was compiled for.
 """
 
+import collections
 import math
 import re
+from typing import NamedTuple
 
 import jax
 from jax.extend.core import jaxprs_in_params
@@ -39,6 +41,10 @@ BYTES = {
   "s64": 8,
   "u64": 8,
   "f64": 8,
+}
+VIEWS = {  # instructions that move nothing
+  *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota"),
+  *("while", "conditional", "call", "after-all"),
 }
 
 
@@ -88,61 +94,154 @@ def flops(function, *args) -> dict[str, float]:
   return {part: number for part, number in totals.items() if number}
 
 
-def _sizes(shape: str) -> list[int]:
-  """Bytes of each array in an HLO type such as "(f32[8,2]{1,0}, u32[])"."""
+class Array(NamedTuple):
+  """The type of an array in HLO, such as bf16[8,2]."""
+
+  kind: str
+  dims: tuple[int, ...]
+
+  @property
+  def size(self) -> int:
+    """Number of elements."""
+    return math.prod(self.dims)
+
+  @property
+  def bytes(self) -> int:
+    """Bytes of its elements."""
+    return self.size * BYTES.get(self.kind, 4)
+
+
+class Kernel(NamedTuple):
+  """What a compiled program runs as one kernel.
+
+  Attributes:
+    kind: its instruction, e.g. "fusion" or "copy"; of a library's call the target, e.g.
+      "__cudnn$fmhaSoftmax".
+    component: the part of the model.
+    operands: the arrays that it may read.
+    results: the arrays that it writes.
+    bytes: what it reads and writes.
+    flops: of the matrix products in it.
+    epilogue: what the product does besides: "bias", "addition" to an array, both, or "".
+  """
+
+  kind: str
+  component: str
+  operands: list[Array]
+  results: list[Array]
+  bytes: int
+  flops: float
+  epilogue: str
+
+
+def _arrays(text: str) -> list[Array]:
+  """Returns the arrays in an HLO type such as "(f32[8,2]{1,0}, u32[])"."""
   return [
-    math.prod(map(int, filter(None, dims.split(",")))) * BYTES.get(kind, 4)
-    for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape)
+    Array(kind, tuple(map(int, filter(None, dims.split(",")))))
+    for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", text)
   ]
+
+
+def _operands(text: str, arrays: dict[str, list[Array]]) -> list[Array]:
+  """Returns the arrays of the operands; `name#1` is one result of an instruction with several."""
+  names = re.findall(r"%?([\w.\-]+)(?:#(\d+))?", text)
+  found = []
+  for name, index in names:
+    results = arrays.get(name, [])
+    found += [results[int(index)]] if index and results else results
+  return found
+
+
+def _product_flops(kind: str, rest: str, operands: list[Array], results: list[Array]) -> float:
+  """Returns the FLOPs of an instruction that is a product of matrices, or cuDNN's attention."""
+  if kind.startswith("__cudnn$fmha"):
+    batch, heads, _, width = results[0].dims
+    keys = operands[1].size // (batch * heads * width)
+    products = 5 if kind.endswith("Backward") else 2  # the backward pass computes the weights anew
+    return 2.0 * products * results[0].size * keys
+  contracted = re.search(r'lhs_contracting_dim(?:s={|ensions":\[)([\d,"]*)', rest)
+  if not contracted or not (kind == "dot" or kind.startswith("__cublas")):
+    return 0.0
+  left = operands[0].dims
+  return 2.0 * results[0].size * math.prod(left[int(i)] for i in re.findall(r"\d+", contracted[1]))
+
+
+def _epilogue(kind: str, rest: str) -> str:
+  """Returns what a product of cuBLAS does besides, see `Kernel`."""
+  if not kind.startswith("__cublas"):
+    return ""
+  fused = re.search(r'"epilogue":"(\w+)"', rest)
+  words = fused[1].lower().split("_") if fused and fused[1] != "DEFAULT" else []
+  if re.search(r'"beta":"?(?!0[,"}])[\d.]', rest):
+    words.append("addition")
+  return " and ".join(words)
+
+
+def _kernel(kind, rest, operands, results, flops_of) -> Kernel:
+  """Returns the kernel of an instruction, whose operands and attributes are the text `rest`."""
+  if target := re.search(r'custom_call_target="([^"]*)"', rest):
+    kind = target[1]
+  if kind.startswith(("__cublas", "__cudnn")):
+    results = [array for array in results if array.kind not in ("s8", "u8")]  # space to work in
+  called = re.search(r"\bcalls=%?([\w.\-]+)", rest)
+  flops = flops_of[called[1]] if called else _product_flops(kind, rest, operands, results)
+  written = sum(array.bytes for array in results)
+  read = sum(array.bytes for array in operands)
+  if kind in ("dynamic-slice", "slice", "gather"):
+    read = written
+  path = re.search(r'op_name="([^"]*)"', rest)
+  part = component(path[1] if path else "")
+  return Kernel(kind, part, operands, results, written + read, flops, _epilogue(kind, rest))
+
+
+def kernels(text: str) -> list[Kernel]:
+  """Reads the kernels off a compiled program, in the order of its HLO `text`.
+
+  Each instruction of the entry computation and of the bodies of loops is a kernel, whose operands
+  and results pass through memory; instructions inside a fusion do not. Views cost nothing, and of
+  what is sliced only the slice is read. The body of a loop counts once. The memory that a library
+  asks for to work in is no traffic.
+  """
+  inside_fusion = set(re.findall(r"\b(?:calls|to_apply)=%?([\w.\-]+)", text))
+  found, current, arrays, flops_of = [], "", {}, collections.Counter()
+  for line in text.splitlines():
+    if match := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line):
+      current, arrays = match[1], {}
+      continue
+    if not (match := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*)", line)):
+      continue
+    name, shape, kind, rest = match.groups()
+    results = arrays[name] = _arrays(shape)
+    moves = kind not in VIEWS and not kind.endswith("-done")  # counted where it starts
+    if kind == "dot" or (moves and current not in inside_fusion):
+      operands = _operands(rest.split("), ")[0], arrays)
+      kernel = _kernel(kind, rest, operands, results, flops_of)
+      flops_of[current] += kernel.flops
+      if current not in inside_fusion:
+        found.append(kernel)
+  return found
 
 
 def traffic(text: str) -> dict[str, float]:
   """Counts the bytes that the kernels of a compiled program read and write, by component.
 
-  `text` is the program's HLO. The body of a loop counts once.
-
-  Each instruction of the entry computation and of the bodies of loops is a kernel, whose operands
-  and results pass through memory; instructions inside a fusion do not. Views cost nothing, and of
-  what is sliced only the slice is read.
+  `text` is the program's HLO; see `kernels`.
   """
-  totals, inside_fusion = (
-    dict.fromkeys(COMPONENTS, 0.0),
-    set(re.findall(r"\bcalls=%?([\w.\-]+)", text)),
-  )
-  inside_fusion |= set(re.findall(r"\bto_apply=%?([\w.\-]+)", text))
-  free = {
-    "parameter",
-    "constant",
-    "tuple",
-    "get-tuple-element",
-    "bitcast",
-    "iota",
-    "while",
-    "conditional",
-    "call",
-    "after-all",
-  }
-  current, sizes = "", {}
-  for line in text.splitlines():
-    if match := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line):
-      current, sizes = match[1], {}
-      continue
-    if not (match := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*)", line)):
-      continue
-    name, shape, kind, rest = match.groups()
-    sizes[name] = sum(_sizes(shape))
-    if current in inside_fusion or kind in free:
-      continue
-    read = [
-      sizes.get(operand, 0)
-      for operand in re.findall(r"%?([\w.\-]+)", rest.split("), ")[0])
-      if operand in sizes
-    ]
-    if kind in ("dynamic-slice", "slice", "gather"):
-      read = [sizes[name]]
-    where = re.search(r'op_name="([^"]*)"', rest)
-    totals[component(where[1] if where else "")] += sizes[name] + sum(read)
-  return {part: number for part, number in totals.items() if number}
+  totals = collections.Counter()
+  for kernel in kernels(text):
+    totals[kernel.component] += kernel.bytes
+  return {part: float(number) for part, number in totals.items() if number}
+
+
+def cost(compiled) -> tuple[float, float]:
+  """Returns FLOPs and bytes of a compiled program: XLA's, or where it has none those of `kernels`.
+
+  XLA has none for a GPU that is not there.
+  """
+  if counted := compiled.cost_analysis():
+    return counted.get("flops", 0.0), counted.get("bytes accessed", 0.0)
+  found = kernels(compiled.as_text())
+  return sum(kernel.flops for kernel in found), float(sum(kernel.bytes for kernel in found))
 
 
 def collectives(text: str) -> dict[str, dict[str, int]]:
@@ -155,7 +254,7 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
     match = re.match(rf"\s*(?:ROOT )?%?\S+ = (.+?) ({'|'.join(COLLECTIVES)})(-start)?\(", line)
     if not match:
       continue
-    sizes = _sizes(match[1])
+    sizes = [array.bytes for array in _arrays(match[1])]
     exchange = exchanges.setdefault(match[2], {"count": 0, "bytes": 0})
     exchange["count"] += 1
     # The result of an asynchronous start holds operand and output.

@@ -240,12 +240,14 @@ def make_train_step(
     followed = jnp.where(mean_norm > 0, 0.98 * mean_norm + 0.02 * norm, norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.params, bad=bad)
     params = optim.keep_if(bad, state.params, optax.apply_updates(state.params, updates))
+    # A GPU's kernel that also adds up what it writes could not write into the arrays of the state.
+    written = jax.lax.optimization_barrier({"params": params, "updates": updates})
     metrics |= {
       "skipped": bad.astype(jnp.int32),
       "lr": schedule(state.step),
       "grad_norm": norm,
-      "param_norm": optax.global_norm(params),
-      "update_norm": optax.global_norm(updates),
+      "param_norm": optax.global_norm(written["params"]),
+      "update_norm": optax.global_norm(written["updates"]),
     }
     extra = optim.keep_if(bad, state.extra, extra)
     mean_norm = jnp.where(bad, mean_norm, followed)

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import compare, guards
+from benchmarks import compare, guards, on_gpu
 from configs import convmae, mae, mrmae
 from mrmae_jax import program, sharding, train
-from mrmae_jax.cli import bench
+from mrmae_jax.cli import bench, parser
 from mrmae_jax.cli.bench import step as bench_step
 from mrmae_jax.models.classifier import Classifier
 from mrmae_jax.models.vit import ViT
@@ -35,7 +35,7 @@ def run(capsys):
   """Runs `mrmae bench ...`, or a module of benchmarks/; returns (exit code, output, errors)."""
 
   def call(name="", *arguments):
-    if name in ("compare", "forms", "guards"):
+    if name in ("compare", "forms", "guards", "on_gpu"):
       code = importlib.import_module(f"benchmarks.{name}").main(list(arguments))
     else:
       code = run_command(["bench", *[name] * bool(name), *arguments])
@@ -349,6 +349,8 @@ def test_forms_agree(run, tmp_path, operation):
     (("step", "--batch_sizes=many", "--config=tests/tiny.py"), "expected a whole number"),
     (("both", "--config=photos"), "--config.data.source is missing"),
     (("forms", "--topology=v9:1"), "is not KIND:AxB"),
+    (("on_gpu", "--slice=loader", "--out=."), "--slice=loader needs --source"),
+    (("on_gpu", "--slice=all", "--out=."), "invalid choice: 'all'"),
   ],
 )
 def test_mistakes(run, arguments, message):
@@ -362,7 +364,36 @@ def test_help_is_answered(run, capsys):
   for name in ("step", "both", "loader"):
     code, out, _ = run(name, "--help")
     assert code == 0 and f"bench {name}" in out
-  for name in ("compare", "forms", "guards"):
+  for name in ("compare", "forms", "guards", "on_gpu"):
     with pytest.raises(SystemExit) as end:
       run(name, "--help")
     assert end.value.code == 0 and f"python -m benchmarks.{name}" in capsys.readouterr().out
+
+
+def test_a_slice_for_a_gpu_ends_in_time(run, tmp_path, monkeypatch):
+  """What ran, what failed and what had no time are told apart, and the rest still runs."""
+  sleep = "timeit -n 1 -r 1 'import time; time.sleep(60)'"
+  slices = {"peers": {"good": "json.tool --help", "bad": "json.tool {out}/none", "long": sleep}}
+  slices["peers"] |= {"late": "json.tool --help", "reference": "json.tool --help"}
+  monkeypatch.setattr(on_gpu, "SLICES", slices)
+  code, _, err = run("on_gpu", "--slice=peers", f"--out={tmp_path}", "--seconds=2")
+  assert code == 2 and "error: good: exit code 0" in err and "failed: bad; see" in err
+  found = json.loads((tmp_path / "peers.json").read_text())
+  # without --reference there is nothing to compare with
+  names = {row["name"]: row["code"] for row in found}
+  assert names == {"good": 0, "bad": 2, "long": None, "late": None}
+  assert sum(row["seconds"] for row in found) < 20
+  assert "usage" in (tmp_path / "good.log").read_text()
+
+
+@pytest.mark.parametrize("sizes", [on_gpu.SIZES, on_gpu.TINY])
+def test_the_slices_for_a_gpu_are_commands_that_exist(sizes):
+  options = dict.fromkeys(("source", "teacher", "epochs", "reference", "out", "json"), "2")
+  options |= {"json": "--json=x.json", "epochs": "2"}
+  for commands in on_gpu.SLICES.values():
+    for line in commands.values():
+      module, *words = line.format(**options | sizes).split()
+      if module == "mrmae_jax":
+        parser.parse(words)
+      else:
+        assert module in ("benchmarks.forms", "benchmarks.compare")

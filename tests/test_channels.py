@@ -507,7 +507,7 @@ def test_grey_images_train(tmp_path, capsys):
   )
   ((path, picture),) = evaluator.run({}, (), 0)["pictures"].items()
   assert (
-    path.is_file()
+    path.suffix == ".png"
     and np.ptp(picture.astype(int), axis=2).max() == 0
     and len(np.unique(picture)) > 20
   )

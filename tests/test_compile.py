@@ -1,10 +1,13 @@
 """mrmae compile: figures that belong to the program, the largest batch, a table that adds up;
-libtpu only where it is there.
+chips that are not there only where their compiler is.
 """
 
 import dataclasses
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +19,7 @@ import pytest
 from mrmae_jax import hardware, sharding
 from mrmae_jax import program as program_lib
 from mrmae_jax.cli import compile as tool
+from mrmae_jax.errors import UsageError
 from mrmae_jax.tasks import pretrain
 from tests import tiny
 from tests.helpers.cli import run_command
@@ -104,6 +108,7 @@ import json, jax, sys
 from mrmae_jax.tasks import pretrain
 from mrmae_jax import program as program_lib
 from mrmae_jax.cli import compile as tool
+from mrmae_jax.errors import UsageError
 from tests import tiny
 found = []
 for devices, fsdp, images in json.loads(sys.argv[1]):
@@ -204,6 +209,11 @@ def test_a_roofline():
   [
     (["--topology=v9:2x2"], "--topology=v9:2x2 is not KIND:AxB"),
     (["--topology=v5e"], "is not KIND:AxB"),
+    (["--topology=h100:2x2"], "nor KIND or KIND:N with KIND one of a100, h100, h200 and N from 1"),
+    (["--topology=h100:"], "nor KIND or KIND:N"),
+    (["--topology=h100:0"], "nor KIND or KIND:N"),
+    (["--topology=h100:12"], "nor KIND or KIND:N"),
+    (["--topology=b200"], "nor KIND or KIND:N"),
     (["--sweep_batch"], "the memory of cpu is not known; give a --topology"),
     (["--config.batch_size=12"], "nearest: 8 or 16"),
     (["--what=1"], "what"),
@@ -247,3 +257,164 @@ def test_chips_that_are_not_here(config_file, tmp_path, monkeypatch, capsys):
     found["collectives"]["all-reduce"]["bytes"] > 0.9 * 4 * 0.03e6
     and "roofline" in capsys.readouterr().out
   )
+
+
+def test_gpus_without_their_compiler_are_one_line(monkeypatch):
+  monkeypatch.setattr(tool, "GPU_PACKAGES", ("jax", "no-such-package"))
+  with pytest.raises(UsageError, match=r"=h100:8 needs no-such-package, .*\[gpu_compile\]'$"):
+    tool.find_devices("h100:8")
+
+
+def test_gpus_by_topology(monkeypatch):
+  """What XLA is asked for, and that a user's own flags stay."""
+  asked = []
+  describe = lambda *arguments, **options: (
+    asked.append((arguments, options)) or SimpleNamespace(devices=["gpu"])
+  )
+  monkeypatch.setattr(tool, "GPU_PACKAGES", ())
+  monkeypatch.setattr(tool.topologies, "get_topology_desc", describe)
+  for topology, shape, memory in (
+    ("h100", "1x1x1", "80000000000"),
+    ("h200:8", "1x1x8", "141000000000"),
+    ("a100:16", "1x2x8", "80000000000"),
+  ):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
+    assert tool.find_devices(topology) == ["gpu"]
+    assert os.environ["XLA_FLAGS"] == f"--xla_cpu_enable_fast_math=false {tool.GPU_FLAGS}"
+    arguments, options = asked.pop()
+    assert arguments == (topology, "cuda") and options["topology"] == shape
+    assert f"device_memory_size: {memory}\n" in options["target_config"]
+
+
+def test_the_description_of_a_gpu():
+  h100, a100 = (hardware.target_config(hardware.CHIPS[name]) for name in ("H100", "A100"))
+  for line in (
+    "cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }",
+    "core_count: 132",
+    "clock_rate_ghz: 1.98",
+    "shared_memory_per_block_optin: 232448",
+    "memory_bandwidth: 3350000000000",
+    'device_description_str: "NVIDIA H100 80GB HBM3"',
+  ):
+    assert f"{line}\n" in h100, line
+  assert h100.count("{") == h100.count("}")
+  assert "major: 8 minor: 0" in a100 and "ACCELERATED_FEATURES" not in a100
+  for name, chip in hardware.CHIPS.items():  # a device of the description is found in the table
+    if chip.gpu:
+      assert hardware.find_chip(SimpleNamespace(device_kind=chip.gpu.device_kind)).name == name
+
+
+# A step of one layer with 4 images of 8 tokens as XLA writes it for a GPU, made up.
+GPU_PROGRAM = """\
+HloModule jit_train_step, is_scheduled=true
+
+%fused_convert (p.1: f32[16,64]) -> bf16[16,64] {
+  %p.1 = f32[16,64]{1,0} parameter(0)
+  ROOT %convert.1 = bf16[16,64]{1,0} convert(%p.1)
+}
+
+%triton_product (p.2: bf16[32,64], p.3: bf16[64,16]) -> f32[32,16] {
+  %p.2 = bf16[32,64]{1,0} parameter(0)
+  %p.3 = bf16[64,16]{1,0} parameter(1)
+  ROOT %dot.1 = f32[32,16]{1,0} dot(%p.2, %p.3), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main.1 (w.1: f32[16,64], x.1: bf16[32,16], m.1: f32[16,64]) -> (f32[16,64], f32[32,16]) {
+  %w.1 = f32[16,64]{1,0} parameter(0)
+  %x.1 = bf16[32,16]{1,0} parameter(1)
+  %kernel = bf16[16,64]{1,0} fusion(%w.1), kind=kLoop, calls=%fused_convert, \
+metadata={op_name="jit(train_step)/jvp(Decoder)/convert_element_type"}
+  %bitcast.1 = bf16[64]{0} bitcast(%x.1)
+  %product = (bf16[32,64]{1,0}, s8[33554432]{0}) custom-call(%x.1, %kernel, %bitcast.1), \
+custom_call_target="__cublas$lt$matmul", \
+metadata={op_name="jit(train_step)/jvp(Decoder)/fc1/dot_general"}, \
+backend_config={"gemm_backend_config":{"alpha_real":1,"beta":0,"dot_dimension_numbers":\
+{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]},"epilogue":"BIAS"}}
+  %get-tuple-element.1 = bf16[32,64]{1,0} get-tuple-element(%product), index=0
+  %sum = (bf16[32,64]{1,0}, s8[33554432]{0}) custom-call(%x.1, %kernel, %product#0), \
+custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{"beta":1,\
+"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]},"epilogue":"DEFAULT"}}
+  %attention = (bf16[4,2,8,32]{3,1,2,0}, u8[0]{0}) custom-call(%get-tuple-element.1, \
+%get-tuple-element.1, /*index=2*/%get-tuple-element.1), custom_call_target="__cudnn$fmhaSoftmax", \
+metadata={op_name="jit(train_step)/jvp(teacher)/ViT/blocks_0/attn/dot_product_attention_fwd"}
+  %out = f32[32,16]{1,0} fusion(%get-tuple-element.1, %kernel), kind=kCustom, calls=%triton_product
+  %copy.1 = f32[16,64]{1,0} copy(%w.1)
+  ROOT %tuple.1 = (f32[16,64]{1,0}, f32[32,16]{1,0}) tuple(%copy.1, %out)
+}
+"""
+
+
+def test_the_kernels_of_a_program_for_a_gpu():
+  weights, x, y = 16 * 64, 32 * 16, 32 * 64  # elements
+  found = program_lib.kernels(GPU_PROGRAM)
+  product = 2 * 32 * 16 * 64
+  assert [(kernel.kind, kernel.component, kernel.flops, kernel.epilogue) for kernel in found] == [
+    ("fusion", "decoder", 0, ""),
+    ("__cublas$lt$matmul", "decoder", product, "bias"),
+    ("__cublas$lt$matmul", "rest", product, "addition"),
+    ("__cudnn$fmhaSoftmax", "teacher", 2 * 2 * (4 * 2) * 8 * 8 * 32, ""),
+    ("fusion", "rest", product, ""),
+    ("copy", "rest", 0, ""),
+  ]
+  assert [kernel.bytes for kernel in found] == [  # not the 32 MiB to work in
+    6 * weights,
+    2 * (x + weights + 64 + y),
+    2 * (x + weights + 2 * y),
+    2 * 4 * y,
+    2 * (y + weights) + 4 * x,
+    8 * weights,
+  ]
+  assert sum(program_lib.traffic(GPU_PROGRAM).values()) == sum(k.bytes for k in found)
+
+
+def test_what_is_read_off_the_kernels():
+  replicated = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  struct = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=replicated)
+  state = {"w": struct(16, 64), "step": struct()}
+  batch = {"batch_size": 8, "batch_per_device": 4.0, "accum_steps": 1}
+  gpu = hardware.CHIPS["H100"].gpu
+  kernels = program_lib.kernels(GPU_PROGRAM)
+  result = batch | tool.measure_kernels(kernels, gpu, state, batch)
+  assert result["kernels"] == 6
+  assert result["copies"] == result["copies_of_state"] == {"count": 1, "bytes": 8 * 16 * 64}
+  assert result["float32_activations"] == 4 * 32 * 16  # the last product, not the weights
+  assert result["products"] == {
+    "cuBLAS bf16 with bias": 1,
+    "cuBLAS bf16 with addition": 1,
+    "cuDNN bf16": 1,
+    "XLA bf16": 1,
+  }
+  assert result["kernels_s"] == pytest.approx(6 * tool.LAUNCH_S)
+  lines = tool._describe_kernels(result)
+  assert lines[0] == "kernels: 6; copies: 1, 0.00 GB, of arrays of the state 1, 0.00 GB"
+  assert lines[-1].startswith("kernel by kernel: 0.0 ms a step, 666,667 images/s; of each the ")
+  long = [kernel._replace(bytes=2.9e12) for kernel in kernels[:1]]
+  assert tool.measure_kernels(long, gpu, state, batch)["kernels_s"] == pytest.approx(1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+  not all(map(tool._is_installed, tool.GPU_PACKAGES)), reason="needs the gpu_compile extra"
+)
+def test_a_gpu_that_is_not_here(tmp_path):
+  """The step of a small model, compiled in a process of its own: its flags are XLA's for good."""
+  words = [
+    *("compile", "--config=mrmae:base", "--topology=h100", f"--json={tmp_path}/x.json"),
+    *("--config.teacher.path=random", "--config.encoder.depths=(1, 1, 2)"),
+    *("--config.encoder.fuse_layers=(0,)", "--config.decoder.depth=2", "--config.batch_size=64"),
+  ]
+  environ = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+  done = subprocess.run(
+    [sys.executable, "-m", "mrmae_jax", *words],
+    cwd=ROOT,
+    env=environ,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  found = json.loads((tmp_path / "x.json").read_text())
+  assert found["chip"] == "H100" and "kernel by kernel: " in done.stdout
+  products = found["products"]
+  assert not any(" f32" in name for name in products), products
+  assert sum(n for name, n in products.items() if name.startswith("cuDNN")) == 2 * (2 + 2) + 12

@@ -130,7 +130,12 @@ SHORTER = [
     "--config.epochs=2 --config.optim.blr=1e20 --config.optim.max_skips=2",
     4,
   ),  # for replay
-  (r"^mrmae compile .*--topology", "", 0 if importlib.util.find_spec("libtpu") else 2),
+  (r"^mrmae compile .*--topology=v", "", 0 if importlib.util.find_spec("libtpu") else 2),
+  (
+    r"^mrmae compile .*--topology=[ah]",
+    "--config.batch_size=8",
+    0 if importlib.util.find_spec("jax_cuda13_plugin") else 2,
+  ),
   (r"--multihost$", "", 2),  # no cluster here
   (r"^mrmae doctor .*teacher.name=clip_vit_b16$", "", 2),  # no network here
   (r"^mrmae doctor .*teacher.path=dino.pth", "", 2),  # no such file

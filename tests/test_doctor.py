@@ -145,7 +145,12 @@ def test_planted_workdirs(examine, tmp_path, monkeypatch):
     file.flush()
     fcntl.flock(file, fcntl.LOCK_EX)
     code, out = look()
-  assert code == 2 and "is in use by another run" in out and str(os.getpid()) in out
+  assert code == 2 and f"is in use by process {os.getpid()} on here since now" in out
+  (tmp_path / "run" / "lock").write_bytes(b"\xff")  # left by whatever
+  assert look()[0] == 0
+  (tmp_path / "run" / "checkpoints" / "44").symlink_to(tmp_path)
+  code, out = look()
+  assert code == 2 and "holds links, pipes or devices (checkpoints/44), and a run" in out
   monkeypatch.setattr(
     doctor.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})()
   )  # 23 a full disk

@@ -276,7 +276,6 @@ def test_attention_of_cudnn_is_asked_for_by_name(monkeypatch):
   backwards.
   """
   assert not layers.has_fused_attention(jnp.bfloat16, 64)  # there is no GPU here
-  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   for capability, dtype, head_dim, usable in (
     ("8.0", jnp.bfloat16, 64, True),
     ("9.0", jnp.bfloat16, 32, True),
@@ -287,14 +286,10 @@ def test_attention_of_cudnn_is_asked_for_by_name(monkeypatch):
     ("8.0", jnp.bfloat16, 256, False),
     ("gfx90a", jnp.bfloat16, 64, False),
   ):
-    monkeypatch.setattr(
-      jax,
-      "local_devices",
-      lambda capability=capability: [SimpleNamespace(compute_capability=capability)],
-    )
-    assert layers.has_fused_attention(dtype, head_dim) == usable, (capability, dtype, head_dim)
+    with layers.tracing_for(SimpleNamespace(compute_capability=capability)):
+      found = layers.has_fused_attention(dtype, head_dim)
+    assert found == usable, (capability, dtype, head_dim)
 
-  monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(compute_capability="9.0")])
   from jax._src.cudnn import (
     fused_attention_stablehlo as cudnn,  # asks the GPU that is not here for its version
   )
@@ -303,9 +298,10 @@ def test_attention_of_cudnn_is_asked_for_by_name(monkeypatch):
   monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
   for queries, keys in ((196, 196), (49, 49), (147, 196)):
     q, k, v = (jax.ShapeDtypeStruct((2, 4, t, 32), jnp.bfloat16) for t in (queries, keys, keys))
-    traced = jax.jit(
-      jax.grad(lambda q, k, v: layers.attend(q, k, v).astype(jnp.float32).sum())
-    ).trace(q, k, v)
+    with layers.tracing_for(SimpleNamespace(compute_capability="9.0")):
+      traced = jax.jit(
+        jax.grad(lambda q, k, v: layers.attend(q, k, v).astype(jnp.float32).sum())
+      ).trace(q, k, v)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@__cudnn$fmhaSoftmax(") == text.count("@__cudnn$fmhaSoftmaxBackward(") == 1
 

@@ -42,7 +42,10 @@ def test_a_program_whose_writing_was_cut_short_goes(tmp_path):
   folder.mkdir(parents=True, mode=0o700)
   for name in ("whole-cache", "half-cache", "torn-cache", "torn-atime"):
     (folder / name).write_bytes(b"1234")
-  (folder / "whole-atime").write_bytes(b"12345678")
+  for name in ("whole-atime", "empty-atime", "pipe-atime"):
+    (folder / name).write_bytes(b"12345678")
+  (folder / "empty-cache").write_bytes(b"")
+  os.mkfifo(folder / "pipe-cache")
   kept_in(XDG_CACHE_HOME=str(tmp_path))
   assert {p.name for p in folder.iterdir()} - {".lockfile"} == {"whole-cache", "whole-atime"}
 

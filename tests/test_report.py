@@ -248,6 +248,7 @@ def png_of(width, height):
   return content.getvalue()[:8] + chunk + content.getvalue()[33:]
 
 
+HOLES = "holes"
 ODD = [
   ("goodput.json", "[1, 2]", "goodput.json: "),
   ("goodput.json", '{"seconds": []}', "goodput.json: 'starts'"),
@@ -264,8 +265,9 @@ ODD = [
   ("config.json", "null", "config.json: "),
   ("config.json", "[" * 100_000, "config.json: maximum recursion"),
   ("config.json", '{"items": 1, "a.b": {"": [[]]}, "keys": {"x": null}}', None),
-  ("config.json", None, "config.json: not a file"),
+  ("config.json", None, "config.json is a pipe; expected"),
   ("starts.jsonl", '[1]\n"x"\n{"time": [1], "command": {}}\n', "starts.jsonl: 2 lines are no"),
+  ("starts.jsonl", HOLES, "starts.jsonl has 64,424,509,440 bytes; at most"),
   ("metrics.jsonl", '{"step": 1, "loss": NaN}\n', "metrics.jsonl: 1 lines are no records"),
   ("metrics.jsonl", '{"step": "1", "loss": 1}\n', "metrics.jsonl: 1 lines are no records"),
   ("metrics.jsonl", f'{{"step": 1, "loss": {"9" * 4000}}}\n', "metrics.jsonl: 1 lines"),
@@ -275,7 +277,7 @@ ODD = [
     None,
   ),
   ("metrics.jsonl", '{"step": 1, "x": true, "y": {"a": 1}}\n', "metrics.jsonl: 1 lines are no"),
-  ("reconstructions/step_0000010.png", None, "step_0000010.png: not a file"),
+  ("reconstructions/step_0000010.png", None, "step_0000010.png is a pipe; expected"),
   ("reconstructions/step_0000010.png", png_of(40_000, 20_000), "it has 40000 x 20000 pixels|bomb"),
   ("reconstructions/step_0000010.png", png_of(10**9, 1), "step_0000010.png: "),
   ("reconstructions/step_0000010.png", b"", "step_0000010.png: cannot identify"),
@@ -289,7 +291,7 @@ ODD = [
 def test_odd_workdirs_give_a_page_that_names_what_is_odd(
   tmp_path, monkeypatch, capsys, name, content, problem
 ):
-  """`None` as content is a pipe, which must not be opened."""
+  """`None` as content is a pipe, which must not be opened; HOLES is a file of 60 GiB of them."""
   monkeypatch.setattr(report, "line_plot", lambda *_, title, **__: title.encode())
   folder = tmp_path / "run"
   (folder / "reconstructions").mkdir(parents=True)
@@ -299,6 +301,9 @@ def test_odd_workdirs_give_a_page_that_names_what_is_odd(
     target.rmdir()
   if content is None:
     os.mkfifo(target)
+  elif content is HOLES:
+    target.touch()
+    os.truncate(target, 60 * 2**30)
   else:
     target.write_bytes(content if isinstance(content, bytes) else content.encode())
   assert run_command(["report", f"--runs={folder}", f"--out={tmp_path}/page.html"]) == 0

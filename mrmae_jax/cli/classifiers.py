@@ -17,6 +17,7 @@ from mrmae_jax.cli.images import find_images, find_view, open_images, skip_optio
 from mrmae_jax.data.sources.base import NothingHeldOut
 from mrmae_jax.data.sources.listing import first_names
 from mrmae_jax.errors import UsageError
+from mrmae_jax.runs.paths import read_regular
 
 
 class Classifiers(NamedTuple):
@@ -79,7 +80,7 @@ def class_names(path: str, model, file: str) -> tuple[str, ...]:
       " outputs (ImageNet's is that of the sorted folders: ls train > FILE)"
     )
   try:
-    lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
+    lines = read_regular(Path(file).expanduser()).decode().splitlines()
   except (OSError, ValueError) as error:
     raise UsageError(f"--classes={file} cannot be read: {error}") from None
   names = tuple(line.strip() for line in lines if line.strip())

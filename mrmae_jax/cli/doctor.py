@@ -31,6 +31,7 @@ from mrmae_jax.errors import (
 )
 from mrmae_jax.runs.paths import open_folder
 from mrmae_jax.runs.run import make_evaluators
+from mrmae_jax.runs.workdir import describe_special, read_holder
 from mrmae_jax.viz.grid import bands_shown, draw_grid, draw_objects, paint_classes
 
 COUNT = 16  # images that doctor decodes
@@ -140,12 +141,17 @@ def check_workdir(workdir: str, report: Report) -> None:
   if not parent.is_dir() or not os.access(parent, os.W_OK):
     reason = "is not writable" if parent.is_dir() else "is not a folder"
     report.stop(f"cannot write to {workdir}: {parent} {reason}", WorkdirError.exit_code)
-  elif lock.is_file() and lock.read_text():
+  elif problem := describe_special(path):
+    report.stop(problem, WorkdirError.exit_code)
+  elif lock.is_file():
     with open(lock, encoding="utf-8") as file:
       try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-      except OSError:
-        report.stop(f"{workdir} is in use by another run: {file.read()}", WorkdirError.exit_code)
+      except BlockingIOError:
+        holder = read_holder(file) or "another run"
+        report.stop(f"{workdir} is in use by {holder}", WorkdirError.exit_code)
+      except OSError:  # a file system without locks
+        pass
   steps = sorted(int(p.name) for p in (path / "checkpoints").glob("*") if p.name.isdigit())
   if steps:
     report.warn(

@@ -1,6 +1,7 @@
 """What frozen features are worth: k-NN, few-shot and linear accuracy."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from tqdm import tqdm
 from mrmae_jax import sharding
 from mrmae_jax.errors import UsageError
 from mrmae_jax.evals import knn
-from mrmae_jax.runs.paths import atomic_write
+from mrmae_jax.runs.paths import atomic_write, open_regular
 from mrmae_jax.tasks import probe
 
 COLUMNS = ("features", "labels", "names", "class_names", "about")
@@ -64,7 +65,7 @@ def read_features(path: str) -> dict:
     UsageError: no such file, another file, or images without labels.
   """
   try:
-    with np.load(path, allow_pickle=False) as file:
+    with open_regular(Path(path), math.inf) as stream, np.load(stream, allow_pickle=False) as file:
       content = {name: file[name] for name in COLUMNS}
     content["class_names"] = tuple(content["class_names"].tolist())
     content["about"] = json.loads(str(content["about"]))

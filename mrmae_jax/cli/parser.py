@@ -749,17 +749,19 @@ attention spreads (few: raise config.method.attention_temperature or attention_m
 def _compile(parser: Parser) -> None:
   parser.epilog = """\
   mrmae compile --config=mrmae:base --config.teacher.path=random --topology=v5e:4x4
+  mrmae compile --config=mrmae:base --config.teacher.path=random --topology=h100
 
-The program is the one that training runs, compiled by XLA for every chip of the topology; libtpu
-(the tpu extra) does this on any machine. Topologies are written as Google Cloud does: v4:2x2x1,
-v5e:4x4, v5p:2x2x4, v6e:16x16. Of each chip: arguments, temporaries and peak against its memory,
-FLOPs, bytes, and what is exchanged with the others. The time is a roofline, the larger of FLOPs
-over peak and bytes over bandwidth: a bound that no run beats, not a forecast."""
+The program is the one that training runs, compiled by XLA for every chip of the topology, on any
+machine: for TPUs with the tpu extra, for GPUs with gpu_compile. TPUs are written as Google Cloud
+does: v4:2x2x1, v5e:4x4, v5p:2x2x4, v6e:16x16; GPUs are a100, h100 or h200, or h100:8 for eight. Of
+each chip: arguments, temporaries and peak against its memory, FLOPs, bytes, and what is exchanged
+with the others. The time is a roofline, the larger of FLOPs over peak and bytes over bandwidth: a
+bound that no run beats, not a forecast. Of GPUs also what the kernels are, by part of the model."""
   _config(parser, default="mrmae")
   parser.add_argument(
     "--topology",
     default="",
-    help="chips to compile for, e.g. v5e:4x4; default: those that are present",
+    help="chips to compile for, e.g. v5e:4x4 or h100:8; default: those that are present",
   )
   parser.add_argument(
     "--images",

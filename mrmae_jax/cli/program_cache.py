@@ -41,14 +41,15 @@ def keep_programs(environ: MutableMapping[str, str] = os.environ) -> None:
 def _remove_unfinished(folder: Path) -> None:
   """Removes programs whose writing was cut short: JAX writes the time of use after the program.
 
-  It would neither read nor replace them, and stop making room.
+  It would neither read nor replace them, and stop making room. A loss of power leaves empty ones.
   """
   lock = filelock.FileLock(folder / ".lockfile")  # JAX's own
   try:
     with lock.acquire(timeout=0):
       for program in folder.glob("*-cache"):
         time_of_use = program.with_name(program.name.removesuffix("cache") + "atime")
-        if not time_of_use.exists() or time_of_use.stat().st_size != 8:
+        is_whole = program.is_file() and program.stat().st_size
+        if not is_whole or not time_of_use.is_file() or time_of_use.stat().st_size != 8:
           program.unlink()
           time_of_use.unlink(missing_ok=True)
   except filelock.Timeout:  # another process reads or writes

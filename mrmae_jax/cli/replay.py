@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from mrmae_jax import preflight, sharding, train
 from mrmae_jax.errors import UsageError
 from mrmae_jax.runs.checkpoint import Checkpoints
-from mrmae_jax.runs.paths import open_folder
+from mrmae_jax.runs.paths import open_folder, open_regular, read_regular
 
 
 class Bundle(NamedTuple):
@@ -52,10 +52,10 @@ def read_bundle(path: str) -> Bundle:
   """Reads a bundle; raises UsageError if it is incomplete."""
   folder = open_folder(path)
   try:
-    record = json.loads((folder / "bundle.json").read_text())
-    config = ConfigDict(json.loads((folder / "config.json").read_text()))
+    record = json.loads(read_regular(folder / "bundle.json"))
+    config = ConfigDict(json.loads(read_regular(folder / "config.json")))
     files = [folder / f"batch_{i}.npz" for i in range(record["processes"])]
-    shards = [np.load(file, allow_pickle=False) for file in files]
+    shards = [np.load(open_regular(file), allow_pickle=False) for file in files]
     bundle = Bundle(
       folder=folder,
       step=record["step"],

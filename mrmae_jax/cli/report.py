@@ -17,7 +17,7 @@ from mrmae_jax.runs.metrics import (
   read_json_lines,
   read_records,
 )
-from mrmae_jax.runs.paths import is_file, open_folder
+from mrmae_jax.runs.paths import is_file, open_folder, open_regular, read_regular
 from mrmae_jax.viz.page import Figure, Page
 from mrmae_jax.viz.plot import line_plot
 
@@ -74,14 +74,14 @@ class Run(NamedTuple):
 def read_run(folder: epath.Path) -> Run:
   """Reads a workdir. Files that a running run has not written yet count as empty."""
   series, problems = {}, []
-  records, spoiled = read_records(folder / "metrics.jsonl")
+  records, spoiled = _read_lines(folder / "metrics.jsonl", read_records, problems)
   for record in records:
     for name, value in record.items():
       if name != "step":
         steps, values = series.setdefault(printable(name), ([], []))
         steps.append(record["step"])
         values.append(value)
-  rows, spoiled_starts = read_json_lines(folder / "starts.jsonl")
+  rows, spoiled_starts = _read_lines(folder / "starts.jsonl", read_json_lines, problems)
   starts = [row for row in rows if isinstance(row, dict)]
   spoiled_starts += len(rows) - len(starts)
   for name, count in (("metrics.jsonl", spoiled), ("starts.jsonl", spoiled_starts)):
@@ -99,12 +99,19 @@ def read_run(folder: epath.Path) -> Run:
   )
 
 
+def _read_lines(path: epath.Path, read: Callable, problems: list[str]) -> tuple[list, int]:
+  """Returns `read(path)`: lines, and how many are spoiled; none and a problem if that fails."""
+  try:
+    return read(path)
+  except OSError as error:
+    problems.append(f"{path.name}: {one_line(error)}")
+    return [], 0
+
+
 def _read_json(path: epath.Path, interpret: Callable, problems: list[str]) -> dict[str, Any]:
   """Returns `interpret` of the object in a file; {} and a problem if that fails."""
   try:
-    if path.exists() and not is_file(path):  # a pipe would be read for ever
-      raise ValueError("not a file")
-    return interpret(json.loads(path.read_text()))
+    return interpret(json.loads(read_regular(path)))
   except FileNotFoundError:
     pass
   except (OSError, ValueError, RecursionError, AttributeError, TypeError, LookupError) as error:
@@ -131,9 +138,7 @@ def _read_pictures(folder: epath.Path, problems: list[str]) -> dict[int, np.ndar
 
 def _read_picture(path: epath.Path) -> np.ndarray:
   """Reads a PNG as uint8 [H, W, 3]."""
-  if not is_file(path):
-    raise ValueError("not a file")
-  with path.open("rb") as file, Image.open(file, formats=("PNG",)) as image:
+  with open_regular(path) as file, Image.open(file, formats=("PNG",)) as image:
     if image.width * image.height > MAX_PIXELS:
       raise ValueError(f"it has {image.width} x {image.height} pixels, at most {MAX_PIXELS:,}")
     return np.asarray(image.convert("RGB"))

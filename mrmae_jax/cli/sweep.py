@@ -53,7 +53,7 @@ class Job(NamedTuple):
   def is_finished(self) -> bool:
     """Whether this very command has ended well; `_train_job` writes its words to the folder."""
     marker = Path(self.workdir) / "finished"
-    return marker.is_file() and marker.read_text(encoding="utf-8") == shlex.join(self.words)
+    return marker.is_file() and marker.read_bytes() == os.fsencode(shlex.join(self.words))
 
 
 class Failure(NamedTuple):

@@ -2,31 +2,19 @@
 
 An evaluator module defines `Evaluator`. Its constructor takes (task, frozen, config, mesh, workdir)
 and the options of `config.evals.NAME` by name. Its `run(params, extra, step)` returns
-{name: number}, and may return {path: uint8 [H, W, 3]} under "pictures". Attributes that it may have
-are `results`, the names by which config.keep_best may choose a checkpoint, and `note`, a line for
-the log, "" for none.
+{name: number}. It may return {path: uint8 [H, W, 3]} under "pictures" and {path: bytes} under
+"files"; the run writes them, so that numbers are not lost where there is no space for a picture.
+Attributes that it may have are `results`, the names by which config.keep_best may choose a
+checkpoint, and `note`, a line for the log, "" for none.
 """
 
-import io
 from typing import Iterator
 
 import jax
 import numpy as np
-from PIL import Image
 
 from mrmae_jax import data, sharding
 from mrmae_jax.runs import supervision
-
-
-def write_picture(folder, step: int, picture: np.ndarray) -> dict:
-  """Writes a picture uint8 [H, W, 3] of a step, on host 0; returns {path: picture}."""
-  path = folder / f"step_{step:07d}.png"
-  if jax.process_index() == 0:
-    folder.mkdir(parents=True, exist_ok=True)
-    encoded = io.BytesIO()
-    Image.fromarray(picture).save(encoded, "PNG")
-    path.write_bytes(encoded.getvalue())
-  return {path: picture}
 
 
 def global_batches(

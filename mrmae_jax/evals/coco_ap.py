@@ -22,7 +22,6 @@ from mrmae_jax.data import augment
 from mrmae_jax.data.sources import segmentations
 from mrmae_jax.errors import MissingSplitError
 from mrmae_jax.runs import distributed, supervision
-from mrmae_jax.runs.paths import atomic_write
 from mrmae_jax.viz.grid import bands_shown, draw_grid, draw_objects
 
 MEASURES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
@@ -195,7 +194,8 @@ class Evaluator:
     """Returns "box_ap" and the like, and "mask_ap" and the like; nan without truth of the kind.
 
     Beside them are "images": how many were looked at; "detections"; "truncated": in how many images
-    more candidates might have changed them; and "pictures" of the first ones.
+    more candidates might have changed them; "files" with the detections; and "pictures" of the
+    first images.
     """
     if self.note:
       return {}
@@ -210,11 +210,11 @@ class Evaluator:
       truncated += int(row["is_truncated"])
     parts = gather(json.dumps([results, image_ids, truncated]))
     if jax.process_index() == 0:
-      numbers, pictures = self._measure(parts, step)
+      numbers, written = self._measure(parts, step)
     text = json.dumps(numbers) if jax.process_index() == 0 else ""
     limit = self._config.hang_s or NEVER_S
     numbers = json.loads(distributed.exchange("COCO's measures", text, limit)[0])
-    return numbers | (pictures if jax.process_index() == 0 else {})
+    return numbers | (written if jax.process_index() == 0 else {})
 
   def _rows(self, params, extra):
     """Yields what the task predicts of each of this host's images, and its "id" and "size"."""
@@ -229,7 +229,7 @@ class Evaluator:
         yield row | {"id": ids[i], "size": batch["size"][i]}
 
   def _measure(self, parts: list[str], step: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the numbers and {"pictures"} of all hosts' results, and writes these."""
+    """Returns the numbers of all hosts' results, and what is written: {"files", "pictures"}."""
     by_host = list(map(json.loads, parts))
     results = sorted(
       (row for part, *_ in by_host for row in part),
@@ -239,10 +239,7 @@ class Evaluator:
     assert len(set(image_ids)) == len(image_ids), "an image was looked at twice"
     is_whole = len(image_ids) == len(self._source) or self._config.data.on_error == "skip"
     assert is_whole, "an image was not looked at"
-    path = self._folder / f"step_{step:07d}.json"
-    self._folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary:
-      temporary.write_text(json.dumps(results))
+    written = {"files": {self._folder / f"step_{step:07d}.json": json.dumps(results).encode()}}
     truth = ground_truth(self._source, "mask" in self._kinds)
     numbers = {}
     for kind in self._kinds:
@@ -255,7 +252,9 @@ class Evaluator:
       "truncated": sum(part[2] for part in by_host),
     }
     shown = image_ids[: self._images]
-    return numbers, {"pictures": self._draw(shown, truth, results, step)} if shown else {}
+    if shown:
+      written["pictures"] = self._draw(shown, truth, results, step)
+    return numbers, written
 
   def _draw(self, shown: list[int], truth, results: list[dict], step: int) -> dict:
     """Returns {path: picture} of the first images with their truth and detections."""
@@ -277,7 +276,7 @@ class Evaluator:
         column.append(ImageOps.pad(Image.fromarray(drawn), (CELL, CELL), color="white"))
     note = f"detections of a score of at least {MIN_SHOWN}"
     picture = draw_grid([np.stack(column) / 255 for column in columns], list(TITLES), note)
-    return evals.write_picture(self._folder, step, picture)
+    return {self._folder / f"step_{step:07d}.png": picture}
 
 
 def draw_rows(image: np.ndarray, rows: list[dict], category_ids, texts: list[str]) -> np.ndarray:

@@ -266,7 +266,7 @@ class Evaluator:
     return np.sum(np.array(totals, np.int64), axis=0), sum(counts)
 
   def _draw(self, rows: dict[int, tuple[Scene, np.ndarray]], step: int) -> dict:
-    """Returns {path: picture} of images, truths and predictions; host 0 writes the file."""
+    """Returns {path: picture} of images, truths and predictions."""
     columns = [[], [], []]
     for _, (scene, predicted) in sorted(rows.items())[: self._images]:
       image = scene.image[..., self._bands]
@@ -274,7 +274,7 @@ class Evaluator:
       for column, x in zip(columns, (image, *painted)):
         column.append(ImageOps.pad(Image.fromarray(x), self._rule.crop[::-1], color="white"))
     picture = draw_grid([np.stack(column) / 255 for column in columns], list(TITLES), NOTE)
-    return evals.write_picture(self._folder, step, picture)
+    return {self._folder / f"step_{step:07d}.png": picture}
 
 
 def whole_scene(example: dict[str, Any], rng, channels: int, exif: str) -> dict[str, np.ndarray]:

@@ -53,8 +53,8 @@ class Evaluator:
     self._predict = jax.jit(predict, out_shardings=sharding.replicated(mesh))
 
   def run(self, params, extra, step: int) -> dict:
-    """Returns {"pictures": {path of the PNG: uint8 [H, W, 3]}}; host 0 writes the file."""
+    """Returns {"pictures": {path of the PNG: uint8 [H, W, 3]}}."""
     columns = jax.device_get(self._predict(params, extra, self._frozen, self._batch))
     images = [columns[name][: self._images, ..., self._bands] for name in COLUMNS]
     picture = draw_grid(images, list(COLUMNS.values()), self._caption)
-    return {"pictures": evals.write_picture(self._folder, step, picture)}
+    return {"pictures": {self._folder / f"step_{step:07d}.png": picture}}

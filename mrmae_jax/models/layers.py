@@ -4,9 +4,11 @@ Everything is written for bfloat16 compute with float32 parameters. Linen casts 
 `dtype` at use. LayerNorm statistics, softmax and convolution sums accumulate in float32.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, Iterator, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -540,17 +542,29 @@ def _to_pairs(x: jax.Array, n: int) -> jax.Array:
   return x[..., : n * (2 * n - 1)].reshape(*lead, n, 2 * n - 1)[..., n - 1 :]
 
 
+_target = contextvars.ContextVar("target", default=None)
+
+
+@contextlib.contextmanager
+def tracing_for(device) -> Iterator[None]:
+  """Lets `has_fused_attention` answer for a device, there or not; None: for the present one."""
+  token = _target.set(device)
+  try:
+    yield
+  finally:
+    _target.reset(token)
+
+
 def has_fused_attention(dtype: Any, head_dim: int) -> bool:
-  """Returns whether cuDNN's attention can be used.
+  """Returns whether cuDNN's attention can be used by the device of `tracing_for`.
 
   It needs bfloat16, heads of at most 128 channels in multiples of 8, and an NVIDIA GPU from Ampere
   on.
   """
-  if jax.default_backend() != "gpu" or dtype != jnp.bfloat16 or head_dim % 8 or head_dim > 128:
+  if dtype != jnp.bfloat16 or head_dim % 8 or head_dim > 128:
     return False
-  capability = getattr(
-    jax.local_devices()[0], "compute_capability", ""
-  )  # "9.0"; AMD's read otherwise
+  device = _target.get() or jax.local_devices()[0]
+  capability = getattr(device, "compute_capability", "")  # "9.0"; AMD's read otherwise
   return capability.replace(".", "").isdigit() and float(capability) >= 8
 
 

@@ -22,11 +22,21 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from ml_collections import ConfigDict
 
-from mrmae_jax.config import flatten
+from mrmae_jax import config as config_lib
+from mrmae_jax.config import find_keys, find_mistake, flatten
 from mrmae_jax.errors import StorageError, WorkdirError, one_line
 from mrmae_jax.runs import distributed
-from mrmae_jax.runs.paths import is_bucket, is_file, open_folder, sync, sync_tree
+from mrmae_jax.runs.paths import (
+  find_special,
+  is_bucket,
+  is_file,
+  open_folder,
+  read_regular,
+  sync,
+  sync_tree,
+)
 
 FORMAT = 2  # of the record
 FREE_SPACE = 1.2  # free space on the disk that a save needs, in sizes of the state
@@ -336,9 +346,9 @@ def read_config(workdir: str | Path) -> dict[str, Any]:
       f"{workdir} holds no run with a checkpoint: expected config.json and checkpoints/STEP there"
     )
   try:
-    config = json.loads(path.read_text())
+    config = json.loads(read_regular(path))
     flat = flatten(config) if isinstance(config, dict) else {}
-  except (ValueError, RecursionError) as error:
+  except (OSError, ValueError, RecursionError) as error:
     raise WorkdirError(
       f"{path} cannot be read ({one_line(error)}); a run writes it anew when it resumes"
     ) from None
@@ -353,7 +363,32 @@ def read_config(workdir: str | Path) -> dict[str, Any]:
         f"{path} is not that of its checkpoint ({key}: {now} in the file, {identity[key]!r} in the "
         "checkpoint); a run writes it anew when it resumes"
       )
+  if any("." in key for key in identity) and (problem := _find_mistake(config, flat, identity)):
+    raise WorkdirError(
+      f"{path} is not that of its checkpoint ({problem}); a run writes it anew when it resumes"
+    )
   return config
+
+
+def _find_mistake(config: dict, flat: dict[str, Any], identity: dict[str, Any]) -> str:
+  """Returns what is wrong with the keys that an identity does not name, or "".
+
+  It leaves out those that have their defaults, and those that a resumed run may change.
+  """
+  try:
+    config = ConfigDict(config)
+    departures, keys = config_lib.identity(config).keys() - identity.keys(), find_keys(config)
+  # The file may hold anything anywhere.
+  except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+    return one_line(error)
+  if unknown := sorted(x for x in departures - keys.keys() if x.startswith("encoder.")):
+    return f"{unknown[0]} is not a key"
+  for key in sorted(flat.keys() & keys.keys() - identity.keys()):
+    if mistake := find_mistake(flat[key], keys[key]):
+      return f"{key}={flat[key]!r:.60} {mistake}"
+    if key in departures:
+      return f"{key}: {flat[key]!r:.60} in the file, {keys[key].default!r} in the checkpoint"
+  return ""
 
 
 def read_identity(workdir: str | Path) -> dict[str, Any]:
@@ -473,8 +508,13 @@ def _open_manager(directory, state_handler, **options) -> ocp.CheckpointManager:
   """Opens a folder of checkpoints.
 
   Raises:
-    StorageError: a file of orbax's own in there is not what orbax writes.
+    StorageError: a file of orbax's own in there is not what orbax writes, or is no file.
   """
+  if not is_bucket(directory) and (special := find_special(directory)):
+    raise StorageError(
+      f"{directory / special[0]} is no file, and would be waited for; remove it (it and "
+      f"{len(special) - 1} more are pipes, sockets, devices or links that lead nowhere)"
+    )
   handlers = {"state": state_handler, "run": ocp.JsonCheckpointHandler()}
   try:
     return ocp.CheckpointManager(
@@ -614,8 +654,7 @@ def _space_problem(directory, state) -> str:
   if free > required:
     return ""
   return (
-    f"{free / 1e9:.2f} GB are free on the disk of {directory}, {required / 1e9:.2f} GB are needed; "
-    "the run goes on and tries again at the next save"
+    f"{free / 1e6:,.2f} MB are free on the disk of {directory}, {required / 1e6:,.2f} MB are needed"
   )
 
 

@@ -358,7 +358,7 @@ class Goodput:
       OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError
     ):
       if first_step and paths.is_file(path):
-        self._before |= check_goodput(json.loads(path.read_text()))
+        self._before |= check_goodput(json.loads(paths.read_regular(path)))
     self._replayed_steps = max(0, self._before["reached"] - first_step)
 
   def account(self, step: int) -> dict[str, Any]:
@@ -448,7 +448,9 @@ def summary(workdir: str | Path) -> list[str]:
   for name, points in series.items():
     if name not in NOT_RESULTS and not is_detail(name):
       (first_step, first), (last_step, last) = points[0], points[-1]
-      lines.append(f"{name}: {first:.4g} at step {first_step}, {last:.4g} at step {last_step}")
+      lines.append(
+        f"{printable(name)}: {first:.4g} at step {first_step}, {last:.4g} at step {last_step}"
+      )
   return lines
 
 

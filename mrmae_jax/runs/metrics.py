@@ -7,7 +7,7 @@ from typing import Any
 
 from etils import epath
 
-from mrmae_jax.runs.paths import is_file
+from mrmae_jax.runs.paths import is_file, read_regular
 
 # Metrics that are neither losses nor evaluations.
 NOT_RESULTS = {
@@ -53,7 +53,7 @@ def read_records(path: epath.Path) -> tuple[list[dict], int]:
 def read_json_lines(path: epath.Path) -> tuple[list, int]:
   """Returns the values of a file of JSON lines, and the number of whole lines that are no JSON."""
   rows, spoiled = [], 0
-  lines = path.read_bytes().split(b"\n") if is_file(path) else [b""]
+  lines = read_regular(path).split(b"\n") if is_file(path) else [b""]
   for i, line in enumerate(lines):
     try:
       rows.append(json.loads(line))

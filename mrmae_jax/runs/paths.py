@@ -1,5 +1,7 @@
 """Opens folders on disk and in buckets as one kind of path, and writes files atomically.
 
+Files that may come from a stranger are opened by `open_regular` or `read_regular` alone.
+
 A file that is written atomically survives a loss of power, too: when the function returns, the file
 and its name are on the disk.
 """
@@ -12,14 +14,17 @@ import os
 import queue
 import re
 import shutil
+import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from etils import epath
 
 from mrmae_jax.errors import WorkdirError, one_line
 
+MAX_BYTES = 4 * 2**30  # of a file that is read as a whole, such as COCO's annotations
 ANSWER_S = 15  # gcsfs alone would retry for most of a minute
 NOT_SUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF}  # answers to an fsync
 
@@ -32,6 +37,56 @@ def is_bucket(address: str | Path) -> bool:
 def is_file(path: epath.Path) -> bool:
   """Returns whether a path is that of a file; epath takes pipes and devices for files."""
   return path.is_file() if is_bucket(path) else os.path.isfile(path)
+
+
+def describe_irregular(path: str | Path, most: float = MAX_BYTES) -> str:
+  """Returns why a file must not be read, "is a pipe; ..."; "" for a regular one of `most` bytes.
+
+  A pipe or a device would be read for ever, and a file with holes would fill the memory.
+
+  Raises:
+    OSError: there is no such file.
+  """
+  if is_bucket(path):
+    return ""
+  info = os.stat(path)
+  if not stat.S_ISREG(info.st_mode):
+    kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
+    return f"is {kinds.get(stat.S_IFMT(info.st_mode), 'a device')}; expected a file"
+  return f"has {info.st_size:,} bytes; at most {most:,} are read" if info.st_size > most else ""
+
+
+def open_regular(path: Path, most: float = MAX_BYTES) -> BinaryIO:
+  """Opens a file for reading bytes.
+
+  Raises:
+    OSError: it cannot be read, or is no regular file of at most `most` bytes.
+  """
+  if problem := describe_irregular(path, most):
+    raise OSError(f"{path} {problem}")
+  return path.open("rb")
+
+
+def read_regular(path: Path) -> bytes:
+  """Returns the content of a file; raises what `open_regular` raises."""
+  with open_regular(path) as file:
+    return file.read()
+
+
+def find_special(folder: str | Path, links: bool = False) -> list[str]:
+  """Returns what is neither a file nor a folder below `folder`: pipes, sockets, devices.
+
+  Args:
+    folder: need not exist.
+    links: those that lead to a file or a folder, too.
+  """
+  found = []
+  for root, folders, names in os.walk(folder):
+    for path in (os.path.join(root, name) for name in (*folders, *names)):
+      is_plain = os.path.isfile(path) or os.path.isdir(path)
+      if (links and os.path.islink(path)) if is_plain else os.path.lexists(path):  # may be gone now
+        found.append(path)
+  return sorted(os.path.relpath(path, folder) for path in found)
 
 
 def open_folder(address: str | Path) -> epath.Path:
@@ -198,8 +253,13 @@ def sync_tree(folder: str | Path) -> None:
 
 def write_text(path: epath.Path, text: str, lasting: bool = True) -> None:
   """Writes a text file atomically, on disk or in a bucket; `lasting` as in `atomic_write`."""
+  write_bytes(path, text.encode(errors="surrogateescape"), lasting)
+
+
+def write_bytes(path: epath.Path, content: bytes, lasting: bool = True) -> None:
+  """Writes a file as `write_text` does."""
   if is_bucket(path):
-    path.write_text(text, encoding="utf-8")  # an object appears when it is complete
+    path.write_bytes(content)  # an object appears when it is complete
     return
   with atomic_write(path, lasting) as tmp:
-    tmp.write_text(text, encoding="utf-8")
+    tmp.write_bytes(content)

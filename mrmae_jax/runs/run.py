@@ -6,6 +6,7 @@ which each may fail early, and closes them in reverse order, whatever ends the r
 
 import contextlib
 import importlib
+import io
 import math
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, Iterator, NamedTuple
 
 import jax
 from clu import parameter_overview
+from PIL import Image
 
 from mrmae_jax import config as config_lib
 from mrmae_jax import optim, sharding
@@ -28,7 +30,7 @@ from mrmae_jax.runs import nonfinite, supervision
 from mrmae_jax.runs.checkpoint import Checkpoints
 from mrmae_jax.runs.log import Clock, Log, summary
 from mrmae_jax.runs.metrics import read_metrics
-from mrmae_jax.runs.paths import open_folder
+from mrmae_jax.runs.paths import open_folder, write_bytes
 
 CACHE_HIT = "/jax/compilation_cache/cache_hits"  # the event of jax.monitoring
 
@@ -312,9 +314,12 @@ class Run:
       self._log.sync()
       problem = self._checkpoints.save(step, self._state, wait=is_last or step == 1)
     if problem:
-      self._log.say(f"warning: checkpoint {step} is not saved: {problem}")
       if is_last:
         raise StorageError(f"checkpoint {step} could not be saved: {problem}")
+      self._log.say(
+        f"warning: checkpoint {step} is not saved: {problem}; the run goes on and tries again at "
+        "the next save"
+      )
 
   def _save_interrupted(self) -> None:
     """Saves the newest state of a run that ends early."""
@@ -349,13 +354,33 @@ class Run:
         except OSError as error:  # a picture that finds no space, for example
           self._log.say(f"warning: {name} of step {step} is left out: {one_line(error)}")
           continue
-        for path, picture in result.pop("pictures", {}).items():
-          self._log.image(step, f"{name}/{Path(path).parent.name}", picture)
-          self._pictures[name] = path
+        self._write_files(step, name, result.pop("pictures", {}), result.pop("files", {}))
         results |= {f"{name}/{key}": value for key, value in result.items()}
     self._evaluating = False
     self._score(step, results)
     self._log.scalars(step, results | {"evaluation_s": time.monotonic() - began})
+
+  def _write_files(self, step: int, name: str, pictures: dict, files: dict) -> None:
+    """Writes what an evaluator has drawn, {path: uint8 [H, W, 3]}, and its files, {path: bytes}.
+
+    The numbers stay where there is no space for a file.
+    """
+    if jax.process_index():
+      return
+    for path, content in [*files.items(), *pictures.items()]:
+      if path in pictures:
+        self._log.image(step, f"{name}/{Path(path).parent.name}", content)
+        encoded = io.BytesIO()
+        Image.fromarray(content).save(encoded, "PNG")
+        content = encoded.getvalue()
+      try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, content)
+      except OSError as error:
+        self._log.say(f"warning: {name} of step {step}: no {path.name}: {one_line(error)}")
+      else:
+        if path in pictures:
+          self._pictures[name] = path
 
   def _score(self, step: int, record: dict[str, float]) -> None:
     """Notes the value of `keep_best`, which decides on the checkpoint that stays."""

@@ -13,14 +13,15 @@ from typing import TextIO
 import jax
 from etils import epath
 
-from mrmae_jax.errors import WorkdirError, one_line
+from mrmae_jax.errors import WorkdirError, one_line, printable
 from mrmae_jax.runs import distributed
-from mrmae_jax.runs.paths import is_bucket, open_folder
+from mrmae_jax.runs.paths import find_special, is_bucket, open_folder
 
 # How long to wait for a holder on another host: a run that was requeued may need this long to end.
 PATIENCE_S = 40
 SEEN_S = 10  # until every host sees a file that process 0 has written to a network disk
 POLL_S = 1  # between two attempts
+MAX_NAMES = 3  # that a message lists
 
 
 def prepare_workdir(workdir: str | Path) -> None:
@@ -38,11 +39,8 @@ def prepare_workdir(workdir: str | Path) -> None:
   probe, hint = folder / f".write_test_{jax.process_index()}", ""
   if is_bucket(workdir):
     hint = ": does the bucket exist, and may this account create objects in it?"
-  elif links := _find_links(folder):
-    raise WorkdirError(
-      f"{folder} holds links ({', '.join(links)}), and a run would write and delete files where "
-      "they lead; remove them, or make the whole folder a link"
-    )
+  elif problem := describe_special(folder):
+    raise WorkdirError(problem)
   try:
     # A bucket has no folders, and gcsfs would create a bucket that does not exist.
     if not is_bucket(workdir):
@@ -53,11 +51,20 @@ def prepare_workdir(workdir: str | Path) -> None:
     raise WorkdirError(f"cannot write to {workdir} ({one_line(error)}){hint}") from None
 
 
-def _find_links(folder: epath.Path) -> list[str]:
-  """Returns the names of symbolic links in a folder, which need not exist."""
-  with contextlib.suppress(OSError), os.scandir(folder) as entries:
-    return sorted(entry.name for entry in entries if entry.is_symlink())
-  return []
+def describe_special(folder: epath.Path) -> str:
+  """Returns what in a workdir no run has written, and must not write to; "" for nothing.
+
+  The links of Weights & Biases are its own.
+  """
+  found = [x for x in find_special(folder, links=True) if not x.startswith(f"wandb{os.sep}")]
+  if not found:
+    return ""
+  more = f" and {len(found) - MAX_NAMES} more" if len(found) > MAX_NAMES else ""
+  return (
+    f"{folder} holds links, pipes or devices ({', '.join(found[:MAX_NAMES])}{more}), and a run "
+    "would write and delete files where links lead, and wait for pipes; remove them, or make the "
+    "whole folder a link"
+  )
 
 
 def _has_utf8_name(path: str) -> bool:
@@ -89,7 +96,7 @@ def lock_workdir(workdir: str | Path):
     if not _acquire(file, workdir):
       yield ""
       return
-    previous = _read_holder(file)
+    previous = read_holder(file)
     since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
     _write_holder(file, json.dumps(holder))
@@ -138,7 +145,7 @@ def _acquire(file: TextIO, workdir: str | Path) -> bool:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
       return True
     except BlockingIOError:
-      holder = _read_holder(file)
+      holder = read_holder(file)
       if f" on {socket.gethostname()} " in holder or time.monotonic() > end:
         raise WorkdirError(
           f"{workdir} is in use by {holder}; stop that run, or choose another --workdir"
@@ -148,12 +155,12 @@ def _acquire(file: TextIO, workdir: str | Path) -> bool:
       return False
 
 
-def _read_holder(file: TextIO) -> str:
+def read_holder(file: TextIO) -> str:
   """Returns the process that the lock file names; "" if it names none."""
   file.seek(0)
   try:
     holder = json.loads(file.read())
-    return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
+    return printable(f"process {holder['pid']} on {holder['host']} since {holder['since']}")
   except (ValueError, KeyError, TypeError):
     return ""
 

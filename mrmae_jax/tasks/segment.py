@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 
 from mrmae_jax import data, mrmae, optim
 from mrmae_jax.constants import IGNORED
-from mrmae_jax.errors import DataError, WeightsError
+from mrmae_jax.errors import DataError, WeightsError, printable
 from mrmae_jax.models.upernet import Segmenter, make_segmenter
 from mrmae_jax.segmentation import cross_entropy
 from mrmae_jax.tasks import finetune
@@ -137,7 +137,7 @@ def read_pretrained(
     check_heads(config, source, model, class_names)
     if source.classes and set(source.classes) != set(class_names):
       names = ", ".join([x for x in source.classes if x not in class_names][:5])
-      notes.append(f"classes that have other names here: {names}")
+      notes.append(f"classes that have other names here: {printable(names)}")
   take = lambda tree: flatten_dict({x: tree[x] for x in parts & tree.keys()}, sep="/")
   pretrained |= take(source.params["segmenter"])
   if set(source.classes) == set(class_names):

@@ -17,7 +17,7 @@ import safetensors.numpy
 from flax import serialization
 
 from mrmae_jax.errors import WeightsError
-from mrmae_jax.runs.paths import atomic_write
+from mrmae_jax.runs.paths import atomic_write, read_regular
 from mrmae_jax.weights import torch_files
 from mrmae_jax.weights.tensor import Tensor, first_line
 
@@ -132,7 +132,7 @@ def read_json(path: Path) -> dict[str, Any]:
     WeightsError: it cannot be read, or holds something else.
   """
   try:
-    content = json.loads(path.read_text())
+    content = json.loads(read_regular(path))
   except (ValueError, OSError, RecursionError) as error:
     raise WeightsError(f"{path} is not JSON: {error}") from None
   if not isinstance(content, dict):

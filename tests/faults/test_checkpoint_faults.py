@@ -225,6 +225,12 @@ def described(tmp_path_factory):
     ({"image_size": [10**8] * 2}, r"image_size: .100000000, 100000000. in the file, .32, 48. in"),
     ({"encoder": []}, "encoder.depth: missing in the file, 1 in the checkpoint"),
     ({"image_size": None, "data": "x"}, "data.crop_scale: missing in the file"),
+    # Keys that an identity does not name: they have their defaults, or may change
+    ({"encoder": {"num_registers": 8}}, "encoder.num_registers: 8 in the file, 0 in the check"),
+    ({"encoder": {"activation": "x"}}, "encoder.activation='x' is not one of gelu"),
+    ({"encoder": {"remat": [10**8]}}, r"encoder.remat=.100000000. must be of type str"),
+    ({"encoder": {"nonsense": 1}}, "encoder.nonsense is not a key"),
+    ({"evals": 3}, "is not that of its checkpoint .*int"),
   ],
 )
 def test_a_config_that_is_not_that_of_its_checkpoint(described, tmp_path, content, message):
@@ -276,6 +282,17 @@ def test_f15_files_of_orbax_that_it_would_not_write(described, tmp_path):
     Checkpoints(folder, {})
   with pytest.raises(StorageError, match="holds a checkpoint that is damaged"):
     checkpoint.read_config(folder)
+
+
+@pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "run/metadata", "state/x"])
+def test_f15_a_pipe_in_a_checkpoint_is_not_waited_for(described, tmp_path, name):
+  folder = shutil.copytree(described, tmp_path / "run")
+  path = folder / "checkpoints" / "4" / name
+  path.unlink(missing_ok=True)
+  os.mkfifo(path)
+  for read in (lambda: Checkpoints(folder, {}), lambda: checkpoint.read_config(folder)):
+    with pytest.raises(StorageError, match=f"4/{name} is no file, .*; remove it"):
+      read()
 
 
 @pytest.mark.parametrize(
@@ -357,7 +374,7 @@ def test_f19_a_save_that_fails_leaves_the_one_before(tmp_path):
     check=False,
   )
   assert done.returncode == 5, done.stderr[-2000:]
-  assert "\nerror: checkpoint 20 could not be saved: " in done.stderr
+  assert "error: checkpoint 20 could not be saved: " in done.stderr
   assert "warning: checkpoint 8 is not saved" in done.stdout and "step 20/20" in done.stdout
   assert [p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()] in (
     ["1", "4"],

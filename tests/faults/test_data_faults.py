@@ -22,6 +22,7 @@ import pytest
 
 from mrmae_jax import config as config_lib
 from mrmae_jax import preflight, train
+from mrmae_jax.cli import classifiers, knn, replay
 from mrmae_jax.cli.verify import _classify_file
 from mrmae_jax.data import (
   LoaderOptions,
@@ -31,9 +32,11 @@ from mrmae_jax.data import (
   sample_contents,
 )
 from mrmae_jax.data.sources.quarantine import FilteredSource
-from mrmae_jax.errors import ConfigError, DataError, WorkdirError
+from mrmae_jax.errors import ConfigError, DataError, UserError, WorkdirError
 from mrmae_jax.runs import checkpoint
+from mrmae_jax.weights import files
 from tests.faults import small
+from tests.helpers import coco
 from tests.helpers.cli import run_command
 from tests.helpers.images import (
   SIZE,
@@ -877,6 +880,65 @@ def test_only_files_of_a_sane_size_are_opened(tmp_path):
       assert source[index]["image"]
 
 
+def readers(root):
+  """Yields (path, function) of all files beside images and weights that a command reads."""
+  write_images(root / "images", ["1.jpg", "2.jpg"])
+  write_images(root / "scenes" / "images", ["1.jpg", "2.jpg"])
+  (root / "scenes" / "annotations").mkdir()
+  (root / "objects" / "images").mkdir(parents=True)
+  (root / "objects" / "annotations").mkdir()
+  folder = f"folder:{root}/images"
+  read = lambda address, **options: open_source(address, "train", holdout_every=0, **options)
+  yield root / "labels.csv", lambda: read(folder, labels=f"{root}/labels.csv")
+  yield root / "bad.json", lambda: read(folder, quarantine=f"{root}/bad.json")
+  yield (
+    root / "scenes" / "classes.txt",
+    lambda: read(f"scenes:{root}/scenes", zero_is_unlabelled=False),
+  )
+  yield (
+    root / "objects" / "annotations" / "instances_images.json",
+    lambda: read(f"coco:{root}/objects", max_dropped=0.0),
+  )
+  yield root / "packed" / "index.json", lambda: read(f"packed:{root}/packed")
+  yield root / "classes", lambda: classifiers.class_names("m", OneModel, f"{root}/classes")
+  yield root / "features.npz", lambda: knn.read_features(f"{root}/features.npz")
+  yield root / "bundle" / "bundle.json", lambda: replay.read_bundle(f"{root}/bundle")
+  yield root / "config.json", lambda: files.read_json(root / "config.json")
+
+
+class OneModel:
+  class_names, config = (), {"classes": 2}
+
+
+@pytest.mark.parametrize("kind", ["pipe", "holes"])
+def test_tables_lists_and_notes_must_be_files_of_a_sane_size(tmp_path, kind):
+  refusals = "is a pipe|has 64,424,509,440 bytes; at most 4,294,967,296|no classes.txt|pickled"
+  refusals += "|no annotations of"
+  for path, read in readers(tmp_path):
+    path.parent.mkdir(exist_ok=True)
+    if kind == "pipe":
+      os.mkfifo(path)
+    else:
+      with open(path, "wb") as file:
+        file.truncate(60 * 2**30)
+    with pytest.raises(UserError, match=refusals):
+      read()
+
+
+def test_a_pipe_in_a_prepared_data_set_is_not_waited_for(tmp_path):
+  (tmp_path / "dataset_info.json").write_text("{}")
+  os.mkfifo(tmp_path / "features.json")
+  with pytest.raises(DataError, match="features.json is no file; remove it"):
+    open_source("tfds:x", "train", data_dir=str(tmp_path))
+
+
+def test_holes_behind_a_tar_are_not_read(tmp_path):
+  with open(tmp_path / "x.tar", "wb") as file:
+    file.truncate(60 * 2**30)
+  with pytest.raises(DataError, match="x.tar: goes on after its end at byte"):
+    open_source(f"folder:{tmp_path}/x.tar", "train", holdout_every=0)
+
+
 # Data that change while a run reads them.
 
 BOTH = [0, pytest.param(2, marks=pytest.mark.variant)]  # worker processes
@@ -989,6 +1051,28 @@ def test_replaced_images_are_told_from_repaired_ones(tmp_path):
   assert compare(before, contents(tmp_path / "photos"))[0]
   assert compare(["a"], ["b"])[0] and compare(["a", "b"], ["c", "d"])[0]
   assert not compare(["a", "b"], ["a", "c"])[0]
+
+
+def test_replaced_labels_of_scenes_are_seen_and_moved_boxes_too(tmp_path):
+  """Images, names and sizes of all files stay as they are."""
+  samples, prints = [], []
+  for seed in (0, 1):
+    photographs(tmp_path / "images", 0, 6)
+    for path in sorted((tmp_path / "images").rglob("*.png")):
+      label = tmp_path / "annotations" / path.relative_to(tmp_path / "images")
+      label.parent.mkdir(parents=True, exist_ok=True)
+      values = (np.arange(64).reshape(8, 8) // (9 + seed)) % 2
+      label.write_bytes(encode(values.astype(np.uint8), "PNG"))
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    options = {"holdout_every": 0, "zero_is_unlabelled": False}
+    samples.append(sample_contents(open_source(f"scenes:{tmp_path}", "train", **options)))
+    objects = coco.document()
+    objects["annotations"][0]["segmentation"][0][0] += seed
+    (tmp_path / str(seed)).mkdir()
+    address = coco.write(tmp_path / str(seed), objects)
+    prints.append(open_source(address, "train", holdout_every=0, max_dropped=0.0).fingerprint)
+  assert len(samples[0]) == 6 and not set(samples[0]) & set(samples[1])
+  assert prints[0] != prints[1]
 
 
 @pytest.mark.parametrize("kind", ["zip", "wds", "quarantine"])

@@ -1,21 +1,27 @@
 """Disks that are full, by limits on the size of files and /dev/full; lines that are no records."""
 
+import configparser
 import contextlib
+import errno
 import json
 import os
 import resource
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mrmae_jax import __main__ as entry
 from mrmae_jax import train
 from mrmae_jax.cli.console import SteadyStream
 from mrmae_jax.errors import WorkdirError
 from mrmae_jax.runs import log, metrics, paths, workdir
 from mrmae_jax.runs.checkpoint import Checkpoints
 from tests.faults import small
-from tests.helpers.programs import Program, finish, wait_for
+from tests.helpers.cli import run_command
+from tests.helpers.programs import ROOT, Program, finish, wait_for
 
 
 @contextlib.contextmanager
@@ -197,9 +203,43 @@ def test_a_steady_stream_loses_lines_and_nothing_else():
     assert stream.write("x" * 100_000) == 100_000
     stream.flush()
     stream.writelines(["a", "b"])
-    assert stream.fileno() == full.fileno()
+    assert stream.fileno() == full.fileno() and "No space left" in stream.problem
     with contextlib.suppress(OSError):
       full.close()
+
+
+@pytest.mark.parametrize(
+  "words, code, message",
+  [
+    ("--version > /dev/full", 5, "error: a part of the output is lost: [Errno 28] No space"),
+    ("--version >&-", 0, ""),
+    ("--version 2>&-", 0, ""),
+    ("--help | head -c 1 > /dev/null; exit ${PIPESTATUS[0]}", 0, ""),
+    ("verify --sauce=digits 2> /dev/full", 2, ""),
+  ],
+)
+def test_commands_say_what_a_console_has_lost(words, code, message):
+  command = f"{sys.executable} -m mrmae_jax {words}"
+  done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode == code and done.stderr.startswith(message)
+  assert "Traceback" not in done.stderr and bool(done.stderr) == bool(message)
+
+
+def test_a_full_disk_is_not_a_mistake_in_the_command(monkeypatch, capsys):
+  def run(options):
+    raise OSError(errno.ENOSPC, "No space left on device", "page.html")
+
+  monkeypatch.setattr("mrmae_jax.cli.report.run", run)
+  assert run_command(["report", "--runs=x", "--out=page.html"]) == 5
+  assert "error: [Errno 28] No space left on device: 'page.html'" in capsys.readouterr().err
+
+
+def test_the_installed_command_is_that_of_the_package():
+  """It keeps compiled programs, shows every name and ends although a thread waits for its image."""
+  settings = configparser.ConfigParser()
+  settings.read(ROOT / "setup.cfg")
+  scripts = settings["options.entry_points"]["console_scripts"]
+  assert scripts.split() == ["mrmae", "=", f"{entry.__name__}:{entry.run_process.__name__}"]
 
 
 def test_lines_that_are_no_records_are_left_out(tmp_path, capsys):
@@ -249,6 +289,41 @@ def test_an_evaluation_that_fails_loses_no_step(tmp_path, monkeypatch, capsys, e
   assert (tmp_path / "checkpoints" / "10").is_dir()
 
 
+class Drawing:
+  """An evaluator with a number, a picture and a file."""
+
+  def __init__(self, workdir):
+    self._workdir = workdir
+
+  def run(self, params, extra, step):
+    name = f"step_{step:07d}"
+    pictures = {self._workdir / "pictures" / f"{name}.png": noise(40)}
+    files = {self._workdir / "boxes" / f"{name}.json": b"[]"}
+    return {"value": 1.0, "pictures": pictures, "files": files}
+
+
+def test_numbers_stay_where_there_is_no_space_for_a_picture(tmp_path, monkeypatch, capsys):
+  """Nor is the file that a link in the place of a picture leads to written."""
+  config = small.get_config()
+  config.evals, config.eval_every = {"drawing": {}}, 10 * 16 / 1438
+  evaluators = {"drawing": Drawing(tmp_path)}
+
+  def open_evaluators(*_):
+    (tmp_path / "pictures").write_text("no folder")
+    (tmp_path / "boxes").mkdir()
+    (tmp_path / "precious").write_text("of somebody else")
+    (tmp_path / "boxes" / "step_0000010.json").symlink_to(tmp_path / "precious")
+    return evaluators, []
+
+  monkeypatch.setattr("mrmae_jax.runs.run.make_evaluators", open_evaluators)
+  train.fit(config, small.toy_task(), tmp_path)
+  steps = [r["step"] for r in metrics.read_metrics(tmp_path) if "drawing/value" in r]
+  assert steps == [0, 10, 20]
+  assert capsys.readouterr().out.count("warning: drawing of step 10: no step_0000010.png: ") == 1
+  assert (tmp_path / "precious").read_text() == "of somebody else"
+  assert (tmp_path / "boxes" / "step_0000010.json").read_text() == "[]"
+
+
 def test_a_locale_that_cannot_spell_the_workdir_is_refused(tmp_path, monkeypatch):
   workdir.prepare_workdir(tmp_path / "l\u00e4uft")
   with pytest.raises(WorkdirError, match=r"l\\udce4uft.*set LC_ALL=C.UTF-8"):
@@ -263,8 +338,22 @@ def test_links_in_a_workdir_are_refused(tmp_path):
   (tmp_path / "foreign" / "4.orbax-checkpoint-tmp").mkdir(parents=True)
   (tmp_path / "run").mkdir()
   (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "foreign")
-  with pytest.raises(WorkdirError, match=r"run holds links \(checkpoints\)"):
+  with pytest.raises(WorkdirError, match=r"run holds links, pipes or devices \(checkpoints\)"):
     workdir.prepare_workdir(tmp_path / "run")
   assert (tmp_path / "foreign" / "4.orbax-checkpoint-tmp").is_dir()
   (tmp_path / "link").symlink_to(tmp_path / "foreign")  # the whole folder may be one
   workdir.prepare_workdir(tmp_path / "link")
+
+
+def test_links_and_pipes_deep_in_a_workdir_are_refused(tmp_path):
+  """A pipe would be waited for."""
+  run = tmp_path / "run"
+  for name in ("checkpoints/4", "tensorboard", "wandb"):
+    (run / name).mkdir(parents=True)
+  (run / "wandb" / "latest-run").symlink_to("run-1")  # Weights & Biases make it
+  workdir.prepare_workdir(run)
+  for number, name in enumerate(("checkpoints/4/state", "metrics.jsonl", "tensorboard/hparams")):
+    (os.mkfifo if number % 2 else lambda path: os.symlink("/etc", path))(run / name)
+    with pytest.raises(WorkdirError, match=f"{name}.*; remove them"):
+      workdir.prepare_workdir(run)
+    (run / name).unlink()

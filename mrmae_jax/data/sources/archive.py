@@ -12,10 +12,12 @@ import tarfile
 import threading
 import zipfile
 import zlib
+from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from mrmae_jax.data.sources.base import first_line
 from mrmae_jax.errors import DataError
+from mrmae_jax.runs.paths import open_regular
 
 SUFFIXES = (".zip", ".tar")
 # Compressed as a whole: a member cannot be read without all that lie before it.
@@ -27,6 +29,7 @@ MAX_BYTES = 512 * 2**20  # of a member: more than an image file has
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
 BLOCK = 512  # bytes, of a tar
 END_BYTES = 2**16 + 22  # the most that the end of a .zip takes
+MAX_PADDING = 64 * 2**20  # bytes of zeros behind a tar; its writers fill up kilobytes
 DAMAGE = (  # what zipfile and its decompressors raise of damaged bytes
   *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error),
   *(EOFError, ValueError, RuntimeError, OSError),
@@ -207,11 +210,12 @@ class TarArchive(Archive):
     with open(self.path, "rb") as file:
       file.seek(end)
       first, problem = file.read(BLOCK), ""
+      padding = os.path.getsize(self.path) - end
       if len(first) < BLOCK:
         problem = "is cut short, its end is missing"
       elif any(first):
         problem = f"is damaged at byte {end:,}"
-      elif any(map(any, iter(lambda: file.read(2**20), b""))):
+      elif padding > MAX_PADDING or any(map(any, iter(lambda: file.read(2**20), b""))):
         problem = f"goes on after its end at byte {end:,}, as archives do that were joined with cat"
     if problem:
       raise DataError(
@@ -289,6 +293,6 @@ def open_file(path: str) -> BinaryIO:
   """
   place = split_archive(path)
   if place is None:
-    return open(path, "rb")
+    return open_regular(Path(path))
   archive, name = place
   return io.BytesIO(archive.read(name))

@@ -33,13 +33,13 @@ class Drawing(NamedTuple):
   inks: tuple[tuple[int, int], ...]
 
 
-SCENES = Drawing(
-  sides=(64, 80, 96),
-  digits=(4, 9),
-  digit_sides=(22, 51),
-  ground=(70, 185),
-  noise=(4, 16),
-  inks=((0, 44), (210, 254)),
+SCENES = Drawing(  # one digit, as large as those that the demo has pre-trained
+  sides=(32,),
+  digits=(1, 1),
+  digit_sides=(24, 32),
+  ground=(0, 99),
+  noise=(2, 10),
+  inks=((180, 255),),
 )
 
 

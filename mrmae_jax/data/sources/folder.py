@@ -5,7 +5,6 @@ import hashlib
 import io
 import math
 import os
-import stat
 from collections.abc import Iterable, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
@@ -35,6 +34,7 @@ from mrmae_jax.data.sources.listing import (
 )
 from mrmae_jax.data.sources.splits import find_splits
 from mrmae_jax.errors import DataError
+from mrmae_jax.runs.paths import describe_irregular
 
 MAX_FILE_BYTES = 2**30  # of an image file
 MAX_ARRAY_BYTES = 512 * 2**20  # of pixels in a .npy file, as many as the largest RGB image takes
@@ -258,16 +258,8 @@ def _unknown_classes(images: _Images, classes: tuple[str, ...], train_root: str)
 
 def _check_file(path: str) -> None:
   """Raises DataError for what would be read for ever: a pipe, a socket, a device, a huge file."""
-  info = os.stat(path)
-  if not stat.S_ISREG(info.st_mode):
-    kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
-    kind = kinds.get(stat.S_IFMT(info.st_mode), "a device")
-    raise DataError(f"{path}: is {kind}; expected a file: remove it")
-  if info.st_size > MAX_FILE_BYTES:
-    raise DataError(
-      f"{path}: has {info.st_size:,} bytes; at most {MAX_FILE_BYTES:,} are read: remove it, or"
-      " cut it into smaller images"
-    )
+  if problem := describe_irregular(path, MAX_FILE_BYTES):
+    raise DataError(f"{path}: {problem}: remove it")
 
 
 def _digest(names: Iterable[str]) -> str:

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import os
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -20,6 +21,7 @@ from mrmae_jax.data.sources.labels import LABEL_COLUMNS, sort_classes
 from mrmae_jax.data.sources.listing import first_names
 from mrmae_jax.data.sources.splits import split_kind
 from mrmae_jax.errors import DataError
+from mrmae_jax.runs.paths import read_regular
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "picture", "photo")
 FILES = {".parquet": "parquet", ".arrow": "arrow"}
@@ -62,8 +64,7 @@ class HfSource:
       image = self._dataset[row]["image"] or {}
       content, path = image.get("bytes"), image.get("path")
       if content is None and path and "://" not in path:
-        with open(path, "rb") as file:
-          content = file.read()
+        content = read_regular(Path(path))
     except MemoryError:
       raise
     # Arrow raises errors of its C++ code: ArrowInvalid, OSError, IndexError.

@@ -23,6 +23,7 @@ from array_record.python import array_record_data_source
 from mrmae_jax.data.sources.archive import file_version
 from mrmae_jax.data.sources.base import SplitRules, describe_classes
 from mrmae_jax.errors import DataError, MissingSplitError
+from mrmae_jax.runs.paths import read_regular
 
 FORMAT = "mrmae_jax packed images 1"
 INDEX = "index.json"
@@ -163,7 +164,7 @@ def _read_index(root: pathlib.Path) -> dict[str, Any]:
   The folder may come from a stranger: the check makes sure that its shards are files in it.
   """
   try:
-    index = json.loads((root / INDEX).read_text())
+    index = json.loads(read_regular(root / INDEX))
     if index["format"] != FORMAT:
       raise ValueError(f"format {index['format']!r}, expected {FORMAT!r}")
     if not all(isinstance(name, str) for name in index["class_names"]):

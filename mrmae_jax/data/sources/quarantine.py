@@ -2,13 +2,14 @@
 
 import hashlib
 import json
-import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mrmae_jax.data.sources.base import Source
 from mrmae_jax.errors import DataError
+from mrmae_jax.runs.paths import read_regular
 
 
 class FilteredSource:
@@ -73,12 +74,11 @@ class FilteredSource:
 
 def _read_list(path: str, split: str) -> set[str]:
   try:
-    with open(os.path.expanduser(path), encoding="utf-8") as file:
-      splits = json.load(file)
+    splits = json.loads(read_regular(Path(path).expanduser()))
     if not isinstance(splits, dict) or not splits.keys() <= {"train", "eval"}:
       raise ValueError("expected an object with 'train' and 'eval'")
     return set(splits.get(split, ()))
-  except (OSError, ValueError, TypeError) as error:
+  except (OSError, ValueError, TypeError, RuntimeError) as error:  # of JSON that is nested, no home
     raise DataError(
       f"quarantine {path}: cannot be read ({error}); write it with mrmae verify --quarantine=FILE"
     ) from error

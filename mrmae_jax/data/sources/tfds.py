@@ -99,8 +99,10 @@ def make_source(address: str, split: str, rules: SplitRules) -> TfdsSource:
     folder = paths.open_folder(directory)
   except WorkdirError as error:
     raise DataError(f"dataset 'tfds:{address}', data_dir: {error}") from error
-  if not (folder / "dataset_info.json").is_file():
+  if not paths.is_file(folder / "dataset_info.json"):
     directory = _find_prepared(address, directory, rules.data_dir)
+  if not paths.is_bucket(directory) and (special := paths.find_special(directory)):
+    raise DataError(f"dataset 'tfds:{address}': {directory}/{special[0]} is no file; remove it")
   split_name = rules.train_split if split == "train" else rules.eval_split
   return TfdsSource(address, directory, split_name)
 
