@@ -714,9 +714,9 @@ def test_every_image_is_measured_once_on_all_devices(tmp_path, masks):
   assert found["box_ap"] > 0.95 and ("mask_ap" in found) == masks
   assert not masks or found["mask_ap"] > 0.9
   assert math.isnan(found["box_ap_large"]) and set(evaluator.results) <= set(found)
-  ((path, content),) = found["files"].items()
+  ((path, results),) = found["files"].items()
   assert path == tmp_path / "detections" / "step_0000007.json"
-  written = json.loads(content)
+  written = json.loads(results)
   assert len(written) == 22 and {row["category_id"] for row in written} == {3, 90}
   (path, picture), *_ = found["pictures"].items()
   assert path.suffix == ".png" and picture.shape[0] > 640

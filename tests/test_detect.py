@@ -25,10 +25,10 @@ from mrmae_jax.configs import detect as detect_configs
 from mrmae_jax.errors import ConfigError, WeightsError
 from mrmae_jax.evals import coco_ap
 from mrmae_jax.models import ConvViT, ViT
-from mrmae_jax.models.mask_rcnn import make_mask_rcnn, usual_global_blocks
+from mrmae_jax.models.mask_rcnn import MaskRCNN, make_mask_rcnn, usual_global_blocks
 from mrmae_jax.runs.metrics import is_detail
 from mrmae_jax.tasks import detect
-from mrmae_jax.weights import model_files, positions
+from mrmae_jax.weights import detectron2, model_files, positions, tower_params
 from tests import tiny
 from tests.helpers import coco as fake
 from tests.helpers.cli import run_command
@@ -324,6 +324,33 @@ def test_detectors_of_other_classes_and_heads(tmp_path, address):
   model_files.write_model(make_detector(box_size=5), path, "detectron2")
   with pytest.raises(WeightsError, match="box_size 5 there, 7 here. No key of config.rcnn changes"):
     detect.make(further_config(path, address))
+
+
+@pytest.mark.variant
+def test_a_detector_in_fpn_style_starts_detection(tmp_path, address):
+  backbone = dict(window=2, global_blocks=(0,), distances="shared", learned_positions=True)
+  encoder = ConvViT((4, 2, 2), (4, 8, 64), (1, 1, 2), 1, fuse_stages=False, **backbone)
+  heads = dict(box_convs=1, box_hidden=8, rpn_convs=1, mask_convs=1)
+  network = MaskRCNN(encoder, 3, "fpn", 8, "bn", **heads)
+  shapes = detectron2.detector_shapes(network, (64, 64))
+  params = jax.tree.map(lambda x: np.ones(x.shape, np.float32), shapes)
+  params["encoder"]["norm"] = tower_params.fresh_norm(64)
+  model = make_detector()._replace(encoder=encoder, detector=network, params=params, grid=(4, 4))
+  model_files.write_model(model, tmp_path / "fpn.safetensors", "detectron2")
+  fields = dict(patch_sizes=(4, 2, 2), embed_dims=(4, 8, 64), depths=(1, 1, 2), num_heads=1)
+  values = {f"encoder.{key}": x for key, x in fields.items()}
+  rcnn = dict(pyramid="fpn", norm="bn", distances="shared", window=2, box_hidden=8)
+  values |= {f"rcnn.{key}": x for key, x in rcnn.items()} | {"rcnn.anchor_ratios": (0.5, 1.0, 2.0)}
+  values |= {"data.source": address, "init_from": str(tmp_path / "fpn.safetensors")}
+  config = tiny.detect_config("convvit", image_size=(64, 64), **values)
+  config.rcnn.global_blocks = (0,)
+  with pytest.raises(WeightsError, match=r"Set --config.rcnn.position_grid=\(4,4\)$"):
+    detect.make(config)
+  config.rcnn.position_grid = (4, 4)
+  task = detect.make(config)
+  shapes, extra = jax.eval_shape(task.init, jax.random.key(0))
+  new = flatten_dict(shapes, sep="/").keys() - task.pretrained.keys()
+  assert new == {"encoder/norm/scale", "encoder/norm/bias"} and jax.tree.leaves(extra)
 
 
 def picture(height, width, seed=0):

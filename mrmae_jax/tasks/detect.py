@@ -151,11 +151,14 @@ def _read_detector(config, source, network: MaskRCNN, class_names: tuple[str, ..
 def check_network(config, source, network: MaskRCNN, class_names: tuple[str, ...]) -> None:
   """Raises WeightsError unless backbone, pyramid and heads of a detector fit."""
   theirs = source.detector
+  grid = tuple(theirs.encoder.position_grid) or source.grid  # (): that of the images
+  theirs = theirs.clone(encoder=theirs.encoder.clone(position_grid=grid))
   heads = [name for name in HEADS if name != "mask_convs" or _agree_on_masks(theirs, network)]
   different = init_from.different_fields(theirs.encoder, network.encoder, BACKBONE)
   different |= init_from.different_fields(theirs, network, heads)
   if different:
-    options = [option for name in different if (option := _option(source, name, config.rcnn))]
+    find = functools.partial(_option, theirs, source.rules, config.rcnn)
+    options = list(filter(None, map(find, different)))
     advice = f"Set {' '.join(options)}" if options else "No key of config.rcnn changes this"
     raise WeightsError(
       f"config.init_from={config.init_from} is another detector: {'; '.join(different.values())}. "
@@ -174,9 +177,9 @@ def _agree_on_masks(theirs: MaskRCNN, ours: MaskRCNN) -> bool:
   return bool(theirs.mask_convs) == bool(ours.mask_convs)
 
 
-def _option(source, name: str, section) -> str:
+def _option(theirs: MaskRCNN, rules: detection.Rules, section, name: str) -> str:
   """Returns the option that makes a field that of a detector, "" if `section` lacks such a key."""
   key = {"pyramid_kind": "pyramid", "num_anchors": "anchor_ratios"}.get(name, name)
-  value = getattr(source.detector.encoder if name in BACKBONE else source.detector, name)
-  value = source.rules.anchor_ratios if key == "anchor_ratios" else value
+  value = getattr(theirs.encoder if name in BACKBONE else theirs, name)
+  value = rules.anchor_ratios if key == "anchor_ratios" else value
   return f"--config.rcnn.{key}={value}".replace(" ", "") if key in section else ""
