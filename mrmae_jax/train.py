@@ -240,8 +240,13 @@ def make_train_step(
     followed = jnp.where(mean_norm > 0, 0.98 * mean_norm + 0.02 * norm, norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.params, bad=bad)
     params = optim.keep_if(bad, state.params, optax.apply_updates(state.params, updates))
-    # A GPU's kernel that also adds up what it writes could not write into the arrays of the state.
-    written = jax.lax.optimization_barrier({"params": params, "updates": updates})
+    # XLA would add up what it writes in the kernel that writes it. On a GPU such a kernel does not
+    # write into the arrays of the state, which are then copied, one by one.
+    written = jax.lax.platform_dependent(
+      {"params": params, "updates": updates},
+      cuda=jax.lax.optimization_barrier,
+      default=lambda arrays: arrays,
+    )
     metrics |= {
       "skipped": bad.astype(jnp.int32),
       "lr": schedule(state.step),
