@@ -48,8 +48,7 @@ def unguarded_step(config, task: train.Task, plan: train.Plan):
       **terms,
       "lr": schedule(state.step),
       "grad_norm": optax.global_norm(grads),
-      "param_norm": optax.global_norm(params),
-      "update_norm": optax.global_norm(updates),
+      **train.update_norms(params, updates),
     }
     state = state._replace(step=state.step + 1, params=params, extra=extra, opt_state=opt_state)
     return state, metrics

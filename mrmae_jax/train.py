@@ -240,20 +240,29 @@ def make_train_step(
     followed = jnp.where(mean_norm > 0, 0.98 * mean_norm + 0.02 * norm, norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.params, bad=bad)
     params = optim.keep_if(bad, state.params, optax.apply_updates(state.params, updates))
-    # A GPU's kernel that also adds up what it writes could not write into the arrays of the state.
-    written = jax.lax.optimization_barrier({"params": params, "updates": updates})
     metrics |= {
       "skipped": bad.astype(jnp.int32),
       "lr": schedule(state.step),
       "grad_norm": norm,
-      "param_norm": optax.global_norm(written["params"]),
-      "update_norm": optax.global_norm(written["updates"]),
+      **update_norms(params, updates),
     }
     extra = optim.keep_if(bad, state.extra, extra)
     mean_norm = jnp.where(bad, mean_norm, followed)
     return TrainState(state.step + 1, params, extra, opt_state, mean_norm), metrics
 
   return train_step
+
+
+def update_norms(params, updates) -> dict[str, jax.Array]:
+  """Returns the norms of new parameters and of their updates, as metrics.
+
+  XLA would add up what it writes in the kernel that writes it. On a GPU such a kernel does not
+  write into the arrays of the state, which are then copied, one by one.
+  """
+  params, updates = jax.lax.platform_dependent(
+    params, updates, cuda=lambda *trees: jax.lax.optimization_barrier(trees), default=lambda *x: x
+  )
+  return {"param_norm": optax.global_norm(params), "update_norm": optax.global_norm(updates)}
 
 
 def accumulate(gradients: Callable, accum_steps: int) -> Callable:

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mrmae_jax import hardware, sharding
+from mrmae_jax import hardware, sharding, train
 from mrmae_jax import program as program_lib
 from mrmae_jax.cli import compile as tool
 from mrmae_jax.errors import UsageError
 from mrmae_jax.tasks import pretrain
-from tests import tiny
+from tests import regression, tiny
 from tests.helpers.cli import run_command
 from tests.helpers.programs import run_program
 
@@ -392,6 +392,17 @@ def test_what_is_read_off_the_kernels():
   assert tool.measure_kernels(long, gpu, state, batch)["kernels_s"] == pytest.approx(1)
 
 
+def test_on_a_gpu_the_norms_sit_in_kernels_of_their_own():
+  """The compiler may not add them up where it writes the state; elsewhere nothing is in its way."""
+  config = regression.get_config()
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  plan = train.make_plan(config, regression.make(config), mesh)
+  traced = plan.step.trace(plan.state, plan.frozen, plan.batch)
+  for platform, barriers in (("cpu", 0), ("tpu", 0), ("cuda", 1)):
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("optimization_barrier") == barriers, platform
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
   not all(map(tool._is_installed, tool.GPU_PACKAGES)), reason="needs the gpu_compile extra"
@@ -417,4 +428,6 @@ def test_a_gpu_that_is_not_here(tmp_path):
   assert found["chip"] == "H100" and "kernel by kernel: " in done.stdout
   products = found["products"]
   assert not any(" f32" in name for name in products), products
+  assert found["copies_of_state"]["count"] == 0
+  assert found["bytes"] / 64 < 440e6  # 376e6 at batch 256; the optimizer's part is four times that
   assert sum(n for name, n in products.items() if name.startswith("cuDNN")) == 2 * (2 + 2) + 12

@@ -306,6 +306,31 @@ def test_attention_of_cudnn_is_asked_for_by_name(monkeypatch):
     assert text.count("@__cudnn$fmhaSoftmax(") == text.count("@__cudnn$fmhaSoftmaxBackward(") == 1
 
 
+@pytest.mark.parametrize("tokens", [6, 5])
+def test_query_key_and_value_of_a_gpu_are_three_products(tokens, monkeypatch):
+  """The numbers of one product that is cut apart, which it stays where the tokens are padded."""
+  kernel = functools.partial(layers.fused_attention, implementation="xla")
+  monkeypatch.setattr(layers, "fused_attention", kernel)
+  attention = layers.Attention(num_heads=2, dtype=jnp.bfloat16)
+  x = jax.random.normal(jax.random.key(0), (2, tokens, 16), jnp.bfloat16)
+  params = jax.jit(attention.init)(jax.random.key(1), x)
+  half = mrmae.sample_mask(jax.random.uniform(jax.random.key(2), (2, tokens)), 0.5)
+  for only in (None, half):
+
+    def loss(params, x, only=only):
+      return jnp.square(attention.apply(params, x, only)[0].astype(jnp.float32)).sum()
+
+    results = []
+    for capability, is_cut in (("", True), ("9.0", tokens % 2 == 1)):
+      with layers.tracing_for(SimpleNamespace(compute_capability=capability)):
+        traced = jax.jit(jax.value_and_grad(lambda *x: loss(*x), (0, 1))).trace(params, x)
+      assert ("split[" in str(traced.jaxpr)) == is_cut
+      results.append(jax.tree.leaves(traced.lower().compile()(params, x)))
+    for a, b in zip(*results):
+      a, b = (np.asarray(y, np.float32) for y in (a, b))
+      np.testing.assert_allclose(a, b, atol=0.02 * np.abs(a).max())
+
+
 @pytest.mark.parametrize("queries, keys", [(10, 10), (7, 7), (6, 9), (5, 8)])
 def test_padding_to_even_numbers_of_tokens_changes_nothing(queries, keys):
   q, k, v = (

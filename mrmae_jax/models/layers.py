@@ -660,14 +660,19 @@ class Attention(nn.Module):
     """
     dim = x.shape[-1]
     qkv = Dense(3 * dim, use_bias=self.key_bias, dtype=self.dtype, name="qkv")
-    q, k, v = (
-      jnp.split(qkv(x), 3, axis=-1)
-      if only is None
-      else (
-        qkv(select_visible(x, only), slice(dim)),
-        *jnp.split(qkv(x, slice(dim, None)), 2, axis=-1),
-      )
-    )
+    first, second, third = (slice(i * dim, (i + 1) * dim) for i in range(3))
+    has_bias = bias is not None or self.relative is not None
+    is_fused = not has_bias and has_fused_attention(self.dtype, dim // self.num_heads)
+    if is_fused and x.shape[1] % 2 == 0:
+      # cuDNN reads three arrays. Three products write them; one would be followed by a pass that
+      # cuts its result apart. With an odd number of tokens there is such a pass, which pads.
+      q = qkv(x if only is None else select_visible(x, only), first)
+      k, v = qkv(x, second), qkv(x, third)
+    elif only is None:
+      q, k, v = jnp.split(qkv(x), 3, axis=-1)
+    else:
+      q = qkv(select_visible(x, only), first)
+      k, v = jnp.split(qkv(x, slice(dim, None)), 2, axis=-1)
     if not self.key_bias:
       q, v = (
         y + self.param(name, nn.initializers.zeros, (dim,)).astype(self.dtype)
