@@ -912,7 +912,9 @@ class OneModel:
 
 @pytest.mark.parametrize("kind", ["pipe", "holes"])
 def test_tables_lists_and_notes_must_be_files_of_a_sane_size(tmp_path, kind):
-  refusals = "is a pipe|has 64,424,509,440 bytes; at most 4,294,967,296|no classes.txt|not a zip file"
+  refusals = (
+    "is a pipe|has 64,424,509,440 bytes; at most 4,294,967,296|no classes.txt|not a zip file"
+  )
   refusals += "|no annotations of"
   for path, read in readers(tmp_path):
     path.parent.mkdir(exist_ok=True)
