@@ -42,6 +42,14 @@ def config_file(tmp_path_factory):
   return path
 
 
+@pytest.fixture(autouse=True)
+def keep_compilation_cache():
+  """`find_devices` switches it off, in a process that ends then."""
+  value = jax.config.jax_enable_compilation_cache
+  yield
+  jax.config.update("jax_enable_compilation_cache", value)
+
+
 def run(monkeypatch, *arguments):
   """The tool as a command."""
   del monkeypatch
@@ -279,7 +287,7 @@ def test_gpus_by_topology(monkeypatch):
     ("a100:16", "1x2x8", "80000000000"),
   ):
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
-    assert tool.find_devices(topology) == ["gpu"]
+    assert tool.find_devices(topology) == ["gpu"] and not jax.config.jax_enable_compilation_cache
     assert os.environ["XLA_FLAGS"] == f"--xla_cpu_enable_fast_math=false {tool.GPU_FLAGS}"
     arguments, options = asked.pop()
     assert arguments == (topology, "cuda") and options["topology"] == shape

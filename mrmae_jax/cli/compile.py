@@ -47,6 +47,8 @@ def find_devices(topology: str) -> list:
       f"from 1 to {HOST_GPUS} or a multiple of it, e.g. h100 or h100:8"
     )
   jax.config.update("jax_platforms", "cpu")  # nothing is computed: no chip is looked for
+  # JAX would keep the programs, and cannot read back those for absent GPUs.
+  jax.config.update("jax_enable_compilation_cache", False)
   return _gpu_devices(topology, GPUS[gpu[1]], count) if gpu else _tpu_devices(topology)
 
 
