@@ -100,8 +100,8 @@ def _torch_way(model, call, fused: bool, options) -> _Way:
   import torch  # an extra
 
   device = "cuda" if torch.cuda.is_available() else "cpu"
-  # The rate does not change the time. This one leaves the weights as they are: steps are done before
-  # the losses are compared, and 1e-6 has moved a loss at 512 pixels by 3e-4.
+  # The rate does not change the time. This one leaves the weights as they are: steps are done
+  # before the losses are compared, and 1e-6 has moved a loss at 512 pixels by 3e-4.
   optimizer = torch.optim.AdamW(
     model.parameters(), lr=1e-9, betas=(0.9, 0.95), weight_decay=0.05, fused=fused
   )
