@@ -361,7 +361,7 @@ def test_doctor_shows_scenes_and_their_classes(tmp_path, examine):
     "from tests import tiny\n\n\ndef get_config():\n  return tiny.segment_config()\n"
   )
   code, text = examine("--no-compile", f"--out={tmp_path}/x.png", config=tmp_path / "c.py")
-  assert code == 0 and "pixels of the first 100 labels: ground: 84" in text
+  assert code == 0 and "pixels of the first 100 labels: ground: 67" in text
   assert "x.png shows 16 of the first images as training sees them" in text
   with Image.open(tmp_path / "x.png") as picture:
     assert picture.size[0] > 4 * 128
