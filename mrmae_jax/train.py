@@ -257,12 +257,28 @@ def update_norms(params, updates) -> dict[str, jax.Array]:
   """Returns the norms of new parameters and of their updates, as metrics.
 
   XLA would add up what it writes in the kernel that writes it. On a GPU such a kernel does not
-  write into the arrays of the state, which are then copied, one by one.
+  write into the arrays of the state, which are then copied, one by one. Nor should each of hundreds
+  of small arrays have kernels of its own, so they are put together.
   """
-  params, updates = jax.lax.platform_dependent(
-    params, updates, cuda=lambda *trees: jax.lax.optimization_barrier(trees), default=lambda *x: x
+
+  def apart(*trees):
+    return [_norm_of_few(tree) for tree in jax.lax.optimization_barrier(trees)]
+
+  param_norm, update_norm = jax.lax.platform_dependent(
+    params, updates, cuda=apart, default=lambda *trees: [optax.global_norm(tree) for tree in trees]
   )
-  return {"param_norm": optax.global_norm(params), "update_norm": optax.global_norm(updates)}
+  return {"param_norm": param_norm, "update_norm": update_norm}
+
+
+def _norm_of_few(tree, small: int = 2**14) -> jax.Array:
+  """`optax.global_norm` of fewer arrays: those of less than `small` elements are one.
+
+  The mesh divides none of them (`sharding.fsdp_shardings`).
+  """
+  leaves = jax.tree.leaves(tree)
+  together = [x.reshape(-1) for x in leaves if x.size < small]
+  large = [x for x in leaves if x.size >= small]
+  return optax.global_norm([*large, jnp.concatenate(together)] if together else large)
 
 
 def accumulate(gradients: Callable, accum_steps: int) -> Callable:

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from mrmae_jax import hardware, sharding, train
@@ -409,6 +410,10 @@ def test_on_a_gpu_the_norms_sit_in_kernels_of_their_own():
   for platform, barriers in (("cpu", 0), ("tpu", 0), ("cuda", 1)):
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert text.count("optimization_barrier") == barriers, platform
+  for tree in ({"a": jnp.full((2, 3), 2.0), "b": jnp.ones(40)}, {"b": jnp.ones(40)}, {"a": 3.0}):
+    tree = jax.tree.map(jnp.asarray, tree)
+    found = train._norm_of_few(tree, small=20)
+    np.testing.assert_allclose(found, optax.global_norm(tree), rtol=1e-6)
 
 
 @pytest.mark.slow
