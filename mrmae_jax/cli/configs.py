@@ -72,8 +72,9 @@ def find_config(name: str) -> tuple[Path, str | None]:
       return Path(path), argument
   short = text.removeprefix("configs/").removesuffix(".py")
   for folder in FOLDERS:
-    if short and (folder / f"{short}.py").is_file():
-      return folder / f"{short}.py", argument
+    path = folder / f"{short}.py"
+    if short and os.path.isfile(path):  # False for a name that is too long; Path's own raises
+      return path, argument
   names = list_configs()
   nearest = difflib.get_close_matches(short, names, 1)
   hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(names)}"
