@@ -161,7 +161,7 @@ def read_holder(file: TextIO) -> str:
   try:
     holder = json.loads(file.read())
     return printable(f"process {holder['pid']} on {holder['host']} since {holder['since']}")
-  except (ValueError, KeyError, TypeError):
+  except (ValueError, KeyError, TypeError, RecursionError):
     return ""
 
 
