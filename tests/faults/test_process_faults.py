@@ -150,9 +150,9 @@ def test_f4_stopped_while_compiling_and_while_evaluating(tmp_path):
     pause=0.05,
     arguments=["--config=tests/tiny.py:vit", f"--workdir={tmp_path}/run"],
   )
-  process = Program(["-c", code], log, env={"JAX_ENABLE_COMPILATION_CACHE": "false"})
-  wait_for(lambda: "parameters: " in log.read_text(), process, log)
-  time.sleep(0.3)  # it compiles for seconds now
+  options = {"JAX_ENABLE_COMPILATION_CACHE": "false", "JAX_LOG_COMPILES": "true"}
+  process = Program(["-c", code], log, env=options)
+  wait_for(lambda: "Compiling jit(train_step)" in log.read_text(), process, log)
   process.send_signal(signal.SIGTERM)
   assert finish([process], 60) == [75], log.read_text()[-3000:]
   assert "stopped during compile: nothing is lost" in log.read_text()
