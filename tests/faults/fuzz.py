@@ -766,14 +766,14 @@ def configs() -> Callable[[np.random.Generator], Case]:
       return Case(
         {"input": repr(argv).encode()},
         lambda folder: judge(parse(argv), deep),
-        (ConfigError, UsageError),
+        (ConfigError, UsageError, WeightsError),
       )
     text = []
     config = structural(rng, text)
     return Case(
       {"input": text[0].encode(errors="replace")},
       lambda folder: judge(config, deep),
-      (ConfigError,),
+      (ConfigError, WeightsError),  # the latter of a file to start from
     )
 
   make.home = home  # which is there as long as what makes inputs
