@@ -404,6 +404,8 @@ def test_a_file_that_lost_blocks_since_it_was_written_here(tmp_path):
     ({"num_hidden_layers": 3}, "missing: vit.encoder.layer.2."),
     ({"model_type": "vit"}, "model_type is 'vit', expected 'vit_mae'"),
     ({"hidden_act": "relu"}, "expected 'gelu'"),
+    ({"decoder_intermediate_size": float("nan")}, "decoder_intermediate_size=nan given; expected"),
+    ({"decoder_intermediate_size": 1e-300}, "expected whole numbers from 1"),
     ({"patch_size": [8, 4]}, "must be square"),
     ({"image_size": 64}, "not a grid of 8x8"),
   ],

@@ -156,6 +156,11 @@ def hf_fields(
       eps=c["layer_norm_eps"],
     )
     width, hidden = c["decoder_hidden_size"], c["decoder_intermediate_size"]
+    if not all(type(x) is int and x > 0 for x in (width, hidden)):  # their ratio alone is kept
+      raise WeightsError(
+        f"{source}: decoder_hidden_size={width!r:.60}, decoder_intermediate_size={hidden!r:.60} "
+        "given; expected whole numbers from 1"
+      )
     decoder_fields = dict(
       out_dim=patch[0] ** 2 * c["num_channels"],
       dim=width,
