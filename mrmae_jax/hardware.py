@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class Gpu(NamedTuple):
-  """What XLA must know of a GPU to compile for one that is not there.
+  """The properties of a GPU by which XLA compiles for it without one.
 
   Attributes:
     device_kind: the name that the driver gives.

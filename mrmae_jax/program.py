@@ -112,7 +112,7 @@ class Array(NamedTuple):
 
 
 class Kernel(NamedTuple):
-  """What a compiled program runs as one kernel.
+  """One kernel of a compiled program.
 
   Attributes:
     kind: its instruction, e.g. "fusion" or "copy"; of a library's call the target, e.g.

@@ -371,7 +371,7 @@ def test_help_is_answered(run, capsys):
 
 
 def test_a_slice_for_a_gpu_ends_in_time(run, tmp_path, monkeypatch):
-  """What ran, what failed and what had no time are told apart, and the rest still runs."""
+  """Each command has ended well, failed, or found no time; a failure does not stop the others."""
   sleep = "timeit -n 1 -r 1 'import time; time.sleep(60)'"
   slices = {"peers": {"good": "json.tool --help", "bad": "json.tool {out}/none", "long": sleep}}
   slices["peers"] |= {"late": "json.tool --help", "reference": "json.tool --help"}

@@ -275,7 +275,7 @@ def test_gpus_without_their_compiler_are_one_line(monkeypatch):
 
 
 def test_gpus_by_topology(monkeypatch):
-  """What XLA is asked for, and that a user's own flags stay."""
+  """XLA gets our flags, and keeps those of the user."""
   asked = []
   describe = lambda *arguments, **options: (
     asked.append((arguments, options)) or SimpleNamespace(devices=["gpu"])

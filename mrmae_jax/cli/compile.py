@@ -117,7 +117,7 @@ def measure(config, task, devices, images: int) -> dict[str, Any]:
   with layers.tracing_for(devices[0]):
     compiled = plan.step.lower(plan.state, plan.frozen, plan.batch).compile()
   seconds = time.monotonic() - began
-  memory = compiled.memory_analysis()
+  memory, text = compiled.memory_analysis(), compiled.as_text()
   # A loop's body counts once; micro-batches are such a loop, and nearly all of the step.
   flops, moved = (number * config.optim.accum_steps for number in program.cost(compiled))
   result = {
@@ -138,13 +138,13 @@ def measure(config, task, devices, images: int) -> dict[str, Any]:
     + memory.generated_code_size_in_bytes,
     "flops": flops,
     "bytes": moved,
-    "collectives": program.collectives(compiled.as_text()),
+    "collectives": program.collectives(text),
     "shards": sharding.table({"state": plan.state, "frozen": plan.frozen}),
   }
   if chip:
     result |= _bound(result, chip, images)
   if chip and chip.gpu:
-    result |= measure_kernels(program.kernels(compiled.as_text()), chip.gpu, plan.state, result)
+    result |= measure_kernels(program.kernels(text), chip.gpu, plan.state, result)
   return result
 
 

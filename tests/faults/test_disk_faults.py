@@ -73,7 +73,7 @@ with paths.atomic_write(folder / "f.json") as file, paths.atomic_folder(folder /
 
 
 def test_what_a_killed_write_leaves_goes_with_the_next_write(tmp_path):
-  """What others write, and what is not ours, stays."""
+  """Files of other processes and files with other names stay."""
   (tmp_path / "run").mkdir()
   processes, logs = [], [tmp_path / "0", tmp_path / "1"]
   for file in logs:
