@@ -5,10 +5,10 @@
   python -m benchmarks.forms --operation=attention --topology=h100       # for an absent GPU
 
 Operations, at the shapes of the base size at 224 px, 49 of 196 tokens visible:
-  depthwise   the masked 5x5 convolution of stage 1 and stage 2 on the visible blocks: the packed
-              blocks put into a map of zeros, shift-and-add, taken out again (the model's form), by
-              gathers or by products with one-hot matrices; `lax.conv` on that map; windows of
-              (s + 4)^2 positions gathered around each block
+  depthwise   the 5x5 convolution of stage 1 and stage 2 on the visible blocks, as the model does it
+              on this platform; on a map into which the blocks are put, from which they are taken
+              out again; by `lax.conv` on that map; on windows of (s + 4)^2 positions around each
+              block, with the kernel's gradient tap by tap or as products of matrices
   attention   49 tokens in 12 heads of 64 channels (encoder), 196 in 16 of 32 (decoder), 197 in 12
               of 64 (teacher): explicit, and the fused kernel of cuDNN where it can be used
 All forms must agree with the model's before anything is printed. FLOPs, bytes and temporaries are
@@ -28,7 +28,7 @@ from mrmae_jax.cli import bench
 from mrmae_jax.cli.compile import find_devices
 from mrmae_jax.cli.parser import integer
 from mrmae_jax.errors import UsageError
-from mrmae_jax.models import convvit, layers
+from mrmae_jax.models import depthwise, layers
 from mrmae_jax.program import cost
 
 # Of the largest value: kernel gradients sum over thousands of positions.
@@ -43,41 +43,25 @@ GRID = (14, 14)
 # Forms: (x [B, V, s, s, C], kernel [5, 5, C], mask) -> the same shape as x.
 
 
-def _depthwise_forms(side: int):
-  """Returns {name: form} for blocks of `side` x `side` positions."""
-  model = lambda x, kernel, mask: convvit.spatial_mix(x, kernel, mask, GRID)
+def _depthwise_forms():
+  """Returns {name: form} of the convolution of visible blocks."""
   return {
-    "map, gathers (the model's)": model,
-    "map, one-hot products": _map_form(
-      side, _put_by_product, layers.depthwise_conv, _take_by_product
-    ),
-    "map, lax.conv": _map_form(side, layers.put_visible, _lax_conv, layers.take_visible),
-    "windows": _windows_form(side),
+    "the model's": lambda x, kernel, mask: depthwise.blockwise_conv(x, kernel, mask, GRID),
+    "map": _map_form(depthwise.depthwise_conv),
+    "map, lax.conv": _map_form(_lax_conv),
+    "windows, taps": _windows_form(_by_taps),
+    "windows, products": _windows_form(depthwise._by_products),
   }
 
 
-def _map_form(side: int, put, convolve, take):
+def _map_form(convolve):
   """Returns the form that puts the blocks into a map, convolves the map and takes them out."""
 
   def form(x, kernel, mask):
-    image = convolve(layers.from_blocks(put(x, mask), GRID), kernel)
-    return take(layers.to_blocks(image, side), mask)
+    image = convolve(layers.from_blocks(layers.put_visible(x, mask), GRID), kernel)
+    return layers.take_visible(layers.to_blocks(image, x.shape[2]), mask)
 
   return form
-
-
-def _one_hot(mask, dtype):
-  """Returns [B, N, V]: whether token n is the v-th visible one."""
-  tokens = jnp.arange(mask.ids_restore.shape[1])
-  return (mask.ids_keep[:, None] == tokens[:, None]).astype(dtype)
-
-
-def _put_by_product(x, mask):
-  return jnp.einsum("bnv,bvijc->bnijc", _one_hot(mask, x.dtype), x)
-
-
-def _take_by_product(x, mask):
-  return jnp.einsum("bnv,bnijc->bvijc", _one_hot(mask, x.dtype), x)
 
 
 def _lax_conv(x, kernel):
@@ -91,44 +75,22 @@ def _lax_conv(x, kernel):
   )
 
 
-def _windows(x, mask, side: int):
-  """Gathers [B * V, s + 4, s + 4, C] around each block, with zeros where nothing is visible."""
-  b, v, _, _, c = x.shape
-  offsets = jnp.arange(-2, side + 2)
-  row = (mask.ids_keep // GRID[1])[..., None] * side + offsets
-  column = (mask.ids_keep % GRID[1])[..., None] * side + offsets
-  is_inside = lambda position, tokens: (position >= 0) & (position < tokens * side)
-  token = (
-    jnp.clip(row, 0, GRID[0] * side - 1)[..., :, None] // side * GRID[1]
-    + jnp.clip(column, 0, GRID[1] * side - 1)[..., None, :] // side
-  )
-  rank = jnp.take_along_axis(mask.ids_restore, token.reshape(b, -1), axis=1).reshape(token.shape)
-  index = rank * side**2 + (row % side)[..., :, None] * side + (column % side)[..., None, :]
-  is_visible = is_inside(row, GRID[0])[..., :, None] & is_inside(column, GRID[1])[..., None, :]
-  index = jnp.where(is_visible & (rank < v), index, v * side**2).reshape(b, -1)
-  flat = jnp.concatenate([x.reshape(b, -1, c), jnp.zeros((b, 1, c), x.dtype)], axis=1)
-  return layers._gather(flat, index).reshape(b * v, side + 4, side + 4, c)
+def _by_taps(near, dy):
+  crops, dy = depthwise._crops(near, 5, *dy.shape[2:4]), depthwise._widen(dy)
+  return jnp.stack([jnp.sum(crop * dy, (0, 1, 2, 3)) for crop in crops]).reshape(5, 5, -1)
 
 
-def _windows_form(side: int):
-  """Returns the form that gathers a window around each block, with a backward pass of its own."""
-
-  def taps(x, mask):
-    windows = _windows(x, mask, side)
-    crop = lambda i, j: windows[:, i : i + side, j : j + side].astype(jnp.float32)
-    return [crop(i, j) for i in range(5) for j in range(5)]
+def _windows_form(kernel_gradient):
+  """Returns the form that writes windows around the blocks, with a backward pass of its own."""
 
   def stencil(x, kernel, mask):
-    weights = kernel.reshape(25, -1).astype(jnp.float32)
-    y = sum(tap * w for tap, w in zip(taps(x, mask), weights))
-    return y.astype(x.dtype).reshape(x.shape)
+    near = depthwise._windows(x, mask, GRID, 5)
+    return depthwise._stencil(depthwise._crops(near, 5, *x.shape[2:4]), kernel, x.dtype)
 
   def backward(residuals, dy):
     x, kernel, mask = residuals
-    dy32 = dy.reshape(-1, *dy.shape[2:]).astype(jnp.float32)
-    dkernel = jnp.stack([jnp.sum(tap * dy32, (0, 1, 2)) for tap in taps(x, mask)])
-    dx = stencil(dy, kernel[::-1, ::-1], mask)
-    return dx, dkernel.reshape(kernel.shape).astype(kernel.dtype), None
+    dkernel = kernel_gradient(depthwise._windows(x, mask, GRID, 5), dy)
+    return stencil(dy, kernel[::-1, ::-1], mask), dkernel.astype(kernel.dtype), None
 
   form = jax.custom_vjp(stencil)
   form.defvjp(lambda x, kernel, mask: (stencil(x, kernel, mask), (x, kernel, mask)), backward)
@@ -165,7 +127,7 @@ def _cases(options, device):
       jax.random.normal(keys[1], (5, 5, shape[-1])),
     )
     title = f"{name}: {side} x {side} positions of {channels} channels"
-    yield title, _depthwise_forms(side), make(draw), (mask,)
+    yield title, _depthwise_forms(), make(draw), (mask,)
 
 
 def run(options) -> str:
@@ -257,7 +219,10 @@ def main(argv: list[str] | None = None) -> int:
   """Runs a command line (default: sys.argv); returns the exit code."""
   parser = make_parser("forms", __doc__)
   parser.add_argument(
-    "--operation", choices=("depthwise", "attention"), default="depthwise", help="what is measured"
+    "--operation",
+    choices=("depthwise", "attention"),
+    default="depthwise",
+    help="what is measured",
   )
   parser.add_argument(
     "--topology", default="", help="chips to compile for instead of running, e.g. v5e:2x2 or h100"

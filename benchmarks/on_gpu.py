@@ -6,6 +6,8 @@
 Slices:
   smoke    one step of each task on images of its own: does everything run?
   step     the speed of MR-MAE-B by batch size, with a profile of the largest
+  flags    the same step, its products by the library alone: XLA's own kernels for products keep
+           biases and additions out of the library's
   kernels  the kernels of the tuned program; beside `mrmae compile --topology=h200` they say what
            tuning changes
   forms    attention and depthwise convolution, in the ways that they can be written
@@ -47,6 +49,9 @@ SLICES = {
   "step": {
     "step": "mrmae_jax bench step {base} --batch_sizes={sizes} --profile={out}/trace {json}",
   },
+  "flags": {
+    "step_library": "mrmae_jax bench step {base} --batch_sizes={batch} {json}",
+  },
   "kernels": {"kernels": "mrmae_jax compile {base} --config.batch_size={batch} {json}"},
   "forms": {
     "attention": "benchmarks.forms --operation=attention {forms} {json}",
@@ -86,6 +91,8 @@ TINY = {
   "convmae": "--config=cifar10:convmae --config.batch_size=4 --rounds=1",
   "loader": "--workers=0 --images=32 --batch_size=8 --rounds=1",
 }
+# {command: its environment}
+ENVIRONMENT = {"step_library": {"XLA_FLAGS": "--xla_gpu_enable_triton_gemm=false"}}
 # {slice: options that it needs}
 NEEDS = {"loader": ("source",), "ladder": ("source", "teacher")}
 
@@ -123,7 +130,8 @@ def _run_command(name: str, line: str, out: Path, end: float) -> dict:
   if start < end:
     with (out / f"{name}.log").open("w") as log:
       command = [sys.executable, "-m", *shlex.split(line)]
-      process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+      environment = os.environ | ENVIRONMENT.get(name, {})
+      process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
       try:
         code = process.wait(end - start)
       except subprocess.TimeoutExpired:

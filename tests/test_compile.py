@@ -270,7 +270,7 @@ def test_chips_that_are_not_here(config_file, tmp_path, monkeypatch, capsys):
 
 def test_gpus_without_their_compiler_are_one_line(monkeypatch):
   monkeypatch.setattr(tool, "GPU_PACKAGES", ("jax", "no-such-package"))
-  with pytest.raises(UsageError, match=r"=h100:8 needs no-such-package, .*\[gpu_compile\]'$"):
+  with pytest.raises(UsageError, match=r"=h100:8 needs no-such-package, .*\[gpu-compile\]'$"):
     tool.find_devices("h100:8")
 
 
@@ -418,7 +418,7 @@ def test_on_a_gpu_the_norms_sit_in_kernels_of_their_own():
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-  not all(map(tool._is_installed, tool.GPU_PACKAGES)), reason="needs the gpu_compile extra"
+  not all(map(tool._is_installed, tool.GPU_PACKAGES)), reason="needs the gpu-compile extra"
 )
 def test_a_gpu_that_is_not_here(tmp_path):
   """The step of a small model, compiled in a process of its own: its flags are XLA's for good."""

@@ -671,3 +671,13 @@ def test_dockerfiles_copy_what_is_there(accelerator, extra):
     assert name in setup["options.extras_require"]
   assert f'".[{extra},gcs]"' in "\n".join(lines)
   assert lines[-1] == 'ENTRYPOINT ["tini", "--", "python", "-m", "mrmae_jax"]'
+
+
+def test_extras_are_written_as_every_pip_finds_them():
+  setup = configparser.ConfigParser()
+  setup.read(ROOT / "setup.cfg")
+  extras = set(setup["options.extras_require"])
+  assert not {name for name in extras if "_" in name}  # pip before 23.3 does not find these
+  for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for names in re.findall(r'install (?:-e )?"(?:\.|mrmae_jax)\[([\w,-]+)\]"', page.read_text()):
+      assert set(names.split(",")) <= extras, page

@@ -10,7 +10,8 @@ import mrmae_jax
 from mrmae_jax import interpolation, mrmae, teachers
 from mrmae_jax.errors import WeightsError
 from mrmae_jax.models import encode
-from mrmae_jax.models.layers import depthwise_conv, gelu, patchify, sincos_2d
+from mrmae_jax.models.depthwise import depthwise_conv
+from mrmae_jax.models.layers import gelu, patchify, sincos_2d
 from mrmae_jax.models.vit import ViT
 from mrmae_jax.pretrained import PretrainedModel
 from mrmae_jax.weights import files, mae, model_files, positions

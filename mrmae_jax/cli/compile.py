@@ -81,7 +81,7 @@ def _gpu_devices(topology: str, chip: hardware.Chip, count: int) -> list:
   if missing:
     raise UsageError(
       f"--topology={topology} needs {', '.join(missing)}, though no GPU: "
-      "pip install 'mrmae_jax[gpu_compile]'"
+      "pip install 'mrmae_jax[gpu-compile]'"
     )
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {GPU_FLAGS}".strip()
   machines, of_each = (count // HOST_GPUS, HOST_GPUS) if count > HOST_GPUS else (1, count)

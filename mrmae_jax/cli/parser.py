@@ -752,7 +752,7 @@ def _compile(parser: Parser) -> None:
   mrmae compile --config=mrmae:base --config.teacher.path=random --topology=h100
 
 The program is the one that training runs, compiled by XLA for every chip of the topology, on any
-machine: for TPUs with the tpu extra, for GPUs with gpu_compile. TPUs are written as Google Cloud
+machine: for TPUs with the tpu extra, for GPUs with gpu-compile. TPUs are written as Google Cloud
 does: v4:2x2x1, v5e:4x4, v5p:2x2x4, v6e:16x16; GPUs are a100, h100 or h200, or h100:8 for eight. Of
 each chip: arguments, temporaries and peak against its memory, FLOPs, bytes, and what is exchanged
 with the others. The time is a roofline, the larger of FLOPs over peak and bytes over bandwidth: a

@@ -22,6 +22,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mrmae_jax.models.depthwise import blockwise_conv, depthwise_conv
 from mrmae_jax.models.layers import (
   Block,
   Dense,
@@ -29,14 +30,11 @@ from mrmae_jax.models.layers import (
   LayerFusion,
   Mask,
   attention_scopes,
-  depthwise_conv,
   drop_paths,
-  from_blocks,
   gelu,
   layer_norm,
   patchify,
   position_table,
-  put_visible,
   rematerialize,
   take_visible,
   to_blocks,
@@ -102,9 +100,7 @@ def spatial_mix(
     vision_transformer.py; positions of no set are zero.
   """
   if x.ndim == 5:
-    x = from_blocks(put_visible(x, mask), grid)
-    s = x.shape[1] // grid[0]
-    return take_visible(to_blocks(depthwise_conv(x, kernel), s), mask)
+    return blockwise_conv(x, kernel, mask, grid)
   if mask is None:
     return depthwise_conv(x, kernel)
   b, h, w, c = x.shape

@@ -1,4 +1,4 @@
-"""Building blocks of every network: masks, depthwise convolution, attention, transformer block.
+"""Building blocks of every network: masks, attention, transformer block.
 
 Everything is written for bfloat16 compute with float32 parameters. Linen casts parameters to
 `dtype` at use. LayerNorm statistics, softmax and convolution sums accumulate in float32.
@@ -48,19 +48,20 @@ class Mask(NamedTuple):
     return self.ids_restore >= self.ids_keep.shape[1]
 
 
-def _gather(x: jax.Array, ids: jax.Array) -> jax.Array:
+def take_rows(x: jax.Array, ids: jax.Array) -> jax.Array:
+  """Selects rows of each example: [B, N, ...] by int32 [B, M] -> [B, M, ...]."""
   return jax.vmap(lambda row, i: jnp.take(row, i, axis=0, mode="clip"))(x, ids)
 
 
 def _take(x, mask):
   ids = mask.ids_keep.reshape(len(x), -1)  # all masks of an image at once
-  return _gather(x, ids).reshape(*mask.ids_keep.shape, *x.shape[2:])
+  return take_rows(x, ids).reshape(*mask.ids_keep.shape, *x.shape[2:])
 
 
 def _put(x, mask):
   removed = mask.removed.reshape(mask.removed.shape + (1,) * (x.ndim - 2))
   return jnp.where(
-    removed, jnp.zeros((), x.dtype), _gather(x, jnp.minimum(mask.ids_restore, x.shape[1] - 1))
+    removed, jnp.zeros((), x.dtype), take_rows(x, jnp.minimum(mask.ids_restore, x.shape[1] - 1))
   )
 
 
@@ -122,83 +123,6 @@ def from_blocks(x: jax.Array, grid: tuple[int, int]) -> jax.Array:
   b, _, s, _, c = x.shape
   gh, gw = grid
   return x.reshape(b, gh, gw, s, s, c).swapaxes(2, 3).reshape(b, gh * s, gw * s, c)
-
-
-def _shifted(x, size):
-  """Returns the size*size shifted copies of zero-padded [B, H, W, C] that a stencil reads."""
-  r, (h, w) = size // 2, x.shape[1:3]
-  x = jnp.pad(x, ((0, 0), (r, r), (r, r), (0, 0)))
-  return [x[:, i : i + h, j : j + w] for i in range(size) for j in range(size)]
-
-
-def _depthwise(x, kernel):
-  taps = kernel.reshape(-1, kernel.shape[-1]).astype(jnp.float32)
-  return sum(
-    s.astype(jnp.float32) * tap for s, tap in zip(_shifted(x, kernel.shape[0]), taps)
-  ).astype(x.dtype)
-
-
-@jax.custom_vjp
-def depthwise_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """Applies a depthwise convolution with stride 1 and zero padding ("same"), as torch computes it.
-
-  It is shift-and-add instead of `lax.conv`: XLA's grouped convolution is many times slower on CPU
-  and depends on the algorithms that cuDNN finds on GPU. The gradient of the input is the same
-  operator with the kernel turned by 180 degrees; the gradient of the kernel is one reduction per
-  tap.
-
-  Args:
-    x: [B, H, W, C].
-    kernel: [k, k, C], k odd.
-  """
-  return _depthwise(x, kernel)
-
-
-def _kernel_gradient(x, dy, size):
-  """Returns float32 [size, size, C], for each tap the sum over positions of x times dy."""
-
-  def by_taps(x, dy):
-    dy = dy.astype(jnp.float32)
-    return jnp.stack([jnp.sum(s.astype(jnp.float32) * dy, (0, 1, 2)) for s in _shifted(x, size)])
-
-  def by_bands(x, dy):
-    # XLA:CPU makes each tap a slow pass over everything. Here all taps visit one band of rows after
-    # the other while it is in the cache, and only products are added up, position by position: 13
-    # times as fast on 8 x 56 x 56 x 256.
-    b, h, w, c = x.shape
-    rows = max(n for n in range(1, h + 1) if h % n == 0 and n * w * c <= max(2**13, w * c))
-    x = jnp.pad(x, ((0, 0), (size // 2,) * 2, (size // 2,) * 2, (0, 0)))
-
-    def add(sums, band):
-      image, row = band // (h // rows), band % (h // rows) * rows
-      near = jax.lax.dynamic_slice(
-        x, (image, row, 0, 0), (1, rows + size - 1, w + size - 1, c)
-      ).astype(jnp.float32)
-      here = jax.lax.dynamic_slice(dy, (image, row, 0, 0), (1, rows, w, c)).astype(jnp.float32)
-      return [
-        sums[i * size + j] + near[:, i : i + rows, j : j + w] * here
-        for i in range(size)
-        for j in range(size)
-      ], None
-
-    sums, _ = jax.lax.scan(
-      add, [jnp.zeros((1, rows, w, c), jnp.float32)] * size**2, jnp.arange(b * h // rows)
-    )
-    return jnp.stack([total.sum((0, 1, 2)) for total in sums])
-
-  # The bands walk over the batch, which then could not be divided among devices.
-  forms = dict(cpu=by_bands) if jax.device_count() == 1 else {}
-  return jax.lax.platform_dependent(x, dy, **forms, default=by_taps).reshape(size, size, -1)
-
-
-def _depthwise_bwd(residuals, dy):
-  x, kernel = residuals
-  return _depthwise(dy, kernel[::-1, ::-1]), _kernel_gradient(x, dy, kernel.shape[0]).astype(
-    kernel.dtype
-  )
-
-
-depthwise_conv.defvjp(lambda x, kernel: (_depthwise(x, kernel), (x, kernel)), _depthwise_bwd)
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -598,27 +522,41 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = No
   return attention_weights(q, k, bias).astype(v.dtype) @ v
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def fused_attention(
   q: jax.Array, k: jax.Array, v: jax.Array, implementation: str = "cudnn"
 ) -> jax.Array:
   """Computes `attend` by JAX's kernels ("cudnn", "xla"), which count heads behind tokens.
 
   JAX does not differentiate cuDNN's kernel for an odd number of tokens, such as 49 visible ones.
-  They get one more token, which nobody attends to.
+  Where there is a gradient they get one more token, which nobody attends to.
   """
+  return _fused_attention(q, k, v, implementation)
+
+
+def _fused_attention(q, k, v, implementation, **lengths):
+  q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+  x = jax.nn.dot_product_attention(q, k, v, **lengths, implementation=implementation)
+  return x.swapaxes(1, 2)
+
+
+def _padded_attention(q, k, v, implementation):
   batch, (queries, keys) = len(q), (x.shape[2] for x in (q, k))
-  q, k, v = (
-    jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, x.shape[2] % 2), (0, 0), (0, 0))) for x in (q, k, v)
-  )
-  lengths = {
-    name: jnp.full(batch, n, jnp.int32)
-    for name, n in (("query_seq_lengths", queries), ("key_value_seq_lengths", keys))
-  }
-  padded = (queries, keys) != (q.shape[1], k.shape[1])
-  x = jax.nn.dot_product_attention(
-    q, k, v, **(lengths if padded else {}), implementation=implementation
-  )
-  return x[:, :queries].swapaxes(1, 2)
+  lengths = {}
+  if queries % 2 or keys % 2:
+    lengths = {
+      "query_seq_lengths": jnp.full(batch, queries, jnp.int32),
+      "key_value_seq_lengths": jnp.full(batch, keys, jnp.int32),
+    }
+    q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, x.shape[2] % 2), (0, 0))) for x in (q, k, v))
+  return _fused_attention(q, k, v, implementation, **lengths)[:, :, :queries]
+
+
+def _fused_attention_fwd(q, k, v, implementation):
+  return jax.vjp(lambda *x: _padded_attention(*x, implementation), q, k, v)
+
+
+fused_attention.defvjp(_fused_attention_fwd, lambda implementation, pull, dy: pull(dy))
 
 
 class Attention(nn.Module):
