@@ -58,8 +58,8 @@ def flops(function, *args) -> dict[str, float]:
 
   The arguments may be ShapeDtypeStructs.
 
-  A multiplication and an addition are two. A loop counts as often as it runs; of branches the
-  dearest counts.
+  A multiplication and an addition are two. A loop counts as often as it runs. Of branches the
+  dearest counts; of the forms for several platforms the cheapest, which is what the method needs.
   """
   totals = dict.fromkeys(COMPONENTS, 0.0)
 
@@ -80,7 +80,8 @@ def flops(function, *args) -> dict[str, float]:
         for branch in equation.params["branches"]:
           branches.append(dict.fromkeys(COMPONENTS, 0.0))
           walk(branch.jaxpr, name, times, branches[-1])
-        for part, number in max(branches, key=lambda branch: sum(branch.values())).items():
+        choose = min if equation.params.get("branches_platforms") else max
+        for part, number in choose(branches, key=lambda branch: sum(branch.values())).items():
           totals[part] += number
       else:
         for jaxpr in jaxprs_in_params(equation.params):

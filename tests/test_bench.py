@@ -62,6 +62,9 @@ def test_flops_of_a_product_a_loop_and_a_gradient():
   assert program.flops(scan, x, w) == {"rest": product}
   either = lambda x, w: jax.lax.cond(x[0, 0, 0] > 0, lambda: (x @ w).sum(), lambda: 0.0)
   assert program.flops(either, x, w) == {"rest": product}
+  forms = dict(cuda=lambda x, w: (x @ w @ w.T @ w).sum(), default=lambda x, w: (x @ w).sum())
+  by_platform = lambda x, w: jax.lax.platform_dependent(x, w, **forms)
+  assert program.flops(by_platform, x, w) == {"rest": product}
 
 
 def work(config):
