@@ -16,11 +16,12 @@ The outputs of the ways must agree first, or there is no ratio. --pair is one of
   upernet       segmentation here (--config=segment:convmae_base), and benchmarks/torch_upernet.py
                 (needs torch), with 150 classes; memory is what a step takes beside weights and
                 moments
-  mask_rcnn     detection here (--config=detect_demo without init_from), and
+  mask_rcnn     detection here (--config=detect_demo, from random weights), and
                 benchmarks/torch_mask_rcnn.py (needs torch and torchvision), as it is and
-                strengthened: channels-last, AdamW fused. The same anchors and proposals are
-                drawn in each step. Its images hold `data.max_boxes` objects, so that samples are
-                full: what is too few, arrays of fixed size fill up here and lists there do not
+                strengthened: channels-last, AdamW fused. Both draw the same anchors and proposals
+                in every step. With `data.max_boxes` objects an image has as many to train as
+                `rcnn` allows; of fewer, torchvision's step is shorter, and ours, whose shapes are
+                static, is not
 Random images, AdamW on both sides; --compile adds torch.compile to PyTorch's. PyTorch runs on the
 GPU where it finds one, in the same precision by autocast.
 """
@@ -308,97 +309,98 @@ def _upernet(options):
 
 def _mask_rcnn(options):
   config = options.config
+  _check_mask_rcnn(config, options.compile)
+  try:
+    import torch  # an extra
+
+    from benchmarks import torch_mask_rcnn
+  except (ImportError, RuntimeError) as error:  # the second beside another version of torch
+    raise UsageError(
+      f"--pair=mask_rcnn: {error}; it needs torch==2.14.1 torchvision==0.29.1"
+    ) from None
+  grid = tuple(side // math.prod(config.encoder.patch_sizes) for side in config.image_size)
+  config.init_from, config.rcnn.position_grid = "", grid
+  config.encoder.update(drop_path=0.0, learned_positions=True)
+  config.optim.blr = 1e-9  # as in `_torch_way`
+  task, rules = bench.make_task(config), detection.make_rules(config.rcnn)
+  num_classes = len(task.source("train").class_names)
+  batch, masks = _draw_objects(config, num_classes)
+  keys = jax.random.split(jax.random.key(0), config.batch_size)
+  noise = detection.draw_noise(keys, task.frozen, config.data.max_boxes, rules)
+  # The best proposals are drawn first: rounding swaps the places of two that are equally good.
+  noise = noise._replace(proposals=jnp.sort(noise.proposals))
+  params = _perturb(task.init(jax.random.key(0))[0])
+  with mock.patch.object(detection, "draw_noise", lambda *_: noise):
+    step = bench.make_step(config, task._replace(init=lambda key: (params, {})), batch)
+  ways = {"ours": _Way(lambda: float(step.run()["loss"]), config.batch_size)}
+
+  network = make_mask_rcnn(config.encoder, config.rcnn, num_classes, jnp.float32)
+  tensors = export(
+    detectron2.split_variables({"params": params}), detectron2.detector_table(network)
+  )
+  mean, std = np.float32(config.data.mean), np.float32(config.data.std)
+  pixels = (batch["image"] / np.float32(255) - mean) / std
+  images, targets = torch_mask_rcnn.make_inputs(pixels, batch["boxes"], batch["classes"], masks)
+  for name, is_strengthened in {"torchvision": False, "torchvision, strengthened": True}.items():
+    model = torch_mask_rcnn.Detector(config, num_classes, noise)
+    torch_mask_rcnn.load_weights(model, tensors)
+    layout = torch.channels_last if is_strengthened else torch.contiguous_format
+    ways[name] = _torch_way(
+      model.to(memory_format=layout).train(),
+      lambda m, x=images.contiguous(memory_format=layout): m(x, targets),
+      is_strengthened,
+      options,
+    )
+  ours, theirs = (
+    sum(math.prod(x.shape) for x in tree) for tree in (jax.tree.leaves(params), model.parameters())
+  )
+  print(f"parameters: {ours:,} here, {theirs:,} in torchvision", flush=True)
+  return {name: way._replace(memory=_step_memory(way.run)) for name, way in ways.items()}, True
+
+
+def _check_mask_rcnn(config, is_compiled: bool) -> None:
+  """Raises UsageError unless benchmarks/torch_mask_rcnn.py has the network of a configuration."""
   heads = config.get("rcnn")
+  plain = dict(window=0, distances="none", pyramid="simple", norm="ln", stages=1, masks=True)
   if (
-    heads is None
+    not heads
     or config.encoder.name != "convvit"
-    or (heads.window, heads.distances, heads.pyramid, heads.norm) != (0, "none", "simple", "ln")
-    or (heads.stages, heads.masks) != (1, True)
-    or (config.dtype, options.compile) != ("float32", False)
+    or any(heads[name] != value for name, value in plain.items())
+    or config.dtype != "float32"
+    or is_compiled
   ):
     raise UsageError(
       "--pair=mask_rcnn is for Mask R-CNN on a ConvViT without windows and distances, in float32 "
       "and without --compile: --config=detect_demo"
     )
-  try:
-    import torch  # an extra
-
-    from benchmarks import torch_mask_rcnn
-  except (ImportError, RuntimeError) as error:  # torchvision fails so beside another torch
-    raise UsageError(
-      f"--pair=mask_rcnn: {error}; pip install torch==2.14.1 torchvision==0.29.1"
-    ) from None
-  config.init_from, config.encoder.drop_path = "", 0.0
-  config.encoder.learned_positions = True
-  config.rcnn.position_grid = tuple(
-    side // math.prod(config.encoder.patch_sizes) for side in config.image_size
-  )
-  config.optim.blr = 1e-9  # as in `_torch_way`
-  task = bench.make_task(config)
-  num_classes = len(task.source("train").class_names)
-  network = make_mask_rcnn(config.encoder, heads, num_classes, jnp.float32)
-  batch, masks = _draw_objects(config, num_classes)
-  noise = detection.draw_noise(
-    jax.random.split(jax.random.key(0), config.batch_size),
-    task.frozen,
-    config.data.max_boxes,
-    detection.make_rules(heads),
-  )
-  params = _move(task.init(jax.random.key(0))[0])
-  with mock.patch.object(detection, "draw_noise", lambda *_: noise):
-    step = bench.make_step(config, task._replace(init=lambda key: (params, {})), batch)
-  tensors = export(
-    detectron2.split_variables({"params": params}), detectron2.detector_table(network)
-  )
-  as_torch = lambda x: torch.from_numpy(np.array(x))
-  targets = [
-    {"boxes": as_torch(boxes), "labels": as_torch(1 + classes.astype(np.int64)), "masks": mask}
-    for boxes, classes, mask in zip(batch["boxes"], batch["classes"], as_torch(masks))
-  ]
-  mean, std = np.float32(config.data.mean), np.float32(config.data.std)
-  pixels = as_torch(((batch["image"] / np.float32(255) - mean) / std).transpose(0, 3, 1, 2))
-  ways = {"ours": _Way(lambda: float(step.run()["loss"]), config.batch_size)}
-  for name, is_strengthened in {"torchvision": False, "torchvision, strengthened": True}.items():
-    model = torch_mask_rcnn.Detector(config, num_classes, [as_torch(x) for x in noise])
-    torch_mask_rcnn.load_weights(model, tensors)
-    layout = torch.channels_last if is_strengthened else torch.contiguous_format
-    inputs = pixels.contiguous(memory_format=layout)
-    ways[name] = _torch_way(
-      model.to(memory_format=layout).train(),
-      lambda m, x=inputs: m(x, targets),
-      is_strengthened,
-      options,
-    )
-  counts = [
-    sum(x.size for x in jax.tree.leaves(params)),
-    sum(x.numel() for x in model.parameters()),
-  ]
-  print("parameters: {:,} here, {:,} in torchvision".format(*counts), flush=True)
-  return {name: way._replace(memory=_step_memory(way.run)) for name, way in ways.items()}, True
 
 
-def _move(params):
+def _perturb(params):
   """Returns parameters with every bias and gain away from its start."""
   rng = np.random.default_rng(0)
   return jax.tree.map(lambda x: x + 0.02 * rng.standard_normal(x.shape, np.float32), params)
 
 
 def _draw_objects(config, num_classes: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-  """Returns a batch of images of noise with ellipses, and their masks, uint8 [B, M, H, W]."""
+  """Returns a batch of noise with ellipses as objects, and their masks, uint8 [B, M, H, W]."""
   rng, sides = np.random.default_rng(0), np.array(config.image_size[::-1])
   shape = (config.batch_size, config.data.max_boxes)
+  image = (shape[0], *config.image_size, len(config.data.mean))
   size = rng.integers(sides // 10, sides // 2, (*shape, 2))
   corner = rng.integers(0, sides - size)
   boxes = np.concatenate([corner, corner + size], axis=-1).astype(np.float32)
-  x, y = (np.arange(side, dtype=np.float32) + 0.5 for side in sides)
-  place = lambda points, axis: (points - corner[..., axis, None]) / size[..., axis, None] * 2 - 1
-  masks = place(y, 1)[..., :, None] ** 2 + place(x, 0)[..., None, :] ** 2 <= 1
+  x, y = (
+    (np.arange(side) + 0.5 - corner[..., axis, None]) / size[..., axis, None] * 2 - 1
+    for axis, side in enumerate(sides)
+  )
+  masks = y[..., :, None] ** 2 + x[..., None, :] ** 2 <= 1
+  crops = [[crop_mask(mask, box) for mask, box in zip(*pairs)] for pairs in zip(masks, boxes)]
   return {
-    "image": rng.integers(0, 256, (shape[0], *config.image_size, len(config.data.mean)), np.uint8),
+    "image": rng.integers(0, 256, image, np.uint8),
     "size": np.full((shape[0], 2), config.image_size, np.int32),
     "boxes": boxes,
     "classes": rng.integers(0, num_classes, shape, np.int32),
-    "masks": np.stack([[crop_mask(*one) for one in zip(*image)] for image in zip(masks, boxes)]),
+    "masks": np.array(crops),
   }, masks.astype(np.uint8)
 
 

@@ -4,10 +4,11 @@ Torchvision's own are the region proposal network, the heads, their losses, matc
 and ROIAlign. Encoder and pyramid, which it lacks, are written here, in the published names. Needs
 torch and torchvision.
 
-It follows ConvMAE's reference, detectron2, where the two differ, so that its losses are ours:
-anchors are not rounded to whole pixels, box losses are L1 from zero on, ROIAlign is aligned to half
-a pixel, and the masks to learn are cut at one half. Given numbers, not its own dice, draw anchors
-and proposals. What remains is that it has outputs for the background, which nothing trains.
+It follows detectron2, ours and ConvMAE's reference, where torchvision does not, so that the losses
+of both can be compared: anchors are not rounded to whole pixels, box losses are L1 from zero on,
+ROIAlign is aligned to half a pixel, and the masks to learn are cut at one half. Given numbers
+decide which anchors and proposals count. Two differences are left: torchvision has boxes and masks
+for the background, which nothing trains, and its losses are means over all RoIs, not over images.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import functools
 import math
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -180,7 +182,7 @@ class Detector(nn.Module):
       mask_head=mask_rcnn.MaskRCNNHeads(channels, [channels] * heads.mask_convs, 1, norm),
       mask_predictor=mask_rcnn.MaskRCNNPredictor(channels, channels, outputs),
     )
-    anchor_noise, proposal_noise = noise
+    anchor_noise, proposal_noise = map(_to_tensor, noise)
     num_objects = proposal_noise.shape[1] - proposals
     self.rpn.fg_bg_sampler = Sampler(anchor_noise, 0, heads.anchor_sample, heads.anchor_positive)
     self.roi_heads.fg_bg_sampler = Sampler(
@@ -220,6 +222,24 @@ def _rules_of_detectron2():
     yield
 
 
+def _to_tensor(x):
+  return torch.from_numpy(np.array(x))
+
+
+def make_inputs(pixels, boxes, classes, masks):
+  """Returns what `Detector` takes, of numpy arrays.
+
+  Args:
+    pixels: normalized images [B, H, W, 3].
+    boxes, classes: [B, M, 4] and [B, M], of `detection.Truth`.
+    masks: uint8 [B, M, H, W].
+  """
+  labels = classes.astype(np.int64) + 1  # torchvision's background comes first
+  rows = zip(map(_to_tensor, boxes), map(_to_tensor, labels), map(_to_tensor, masks))
+  targets = [dict(zip(("boxes", "labels", "masks"), row)) for row in rows]
+  return _to_tensor(pixels.transpose(0, 3, 1, 2)), targets
+
+
 def load_weights(model: Detector, tensors: dict) -> None:
   """Loads every parameter from numpy arrays in detectron2's names (`weights.detectron2`)."""
   heads = model.roi_heads
@@ -245,7 +265,7 @@ def load_weights(model: Detector, tensors: dict) -> None:
   state = {}
   for name, x in tensors.items():
     layer, _, leaf = name.rpartition(".")
-    x = torch.from_numpy(x.copy())
+    x = _to_tensor(x)
     if layer == "roi_heads.box_predictor.cls_score":
       x = x.roll(1, 0)  # torchvision's background comes first
     elif layer in ("roi_heads.box_predictor.bbox_pred", "roi_heads.mask_head.predictor"):
