@@ -7,8 +7,9 @@ torch and torchvision.
 It follows detectron2, ours and ConvMAE's reference, where torchvision does not, so that the losses
 of both can be compared: anchors are not rounded to whole pixels, box losses are L1 from zero on,
 ROIAlign is aligned to half a pixel, and the masks to learn are cut at one half. Given numbers
-decide which anchors and proposals count. Two differences are left: torchvision has boxes and masks
-for the background, which nothing trains, and its losses are means over all RoIs, not over images.
+decide which anchors and proposals count. Three differences are left: torchvision has boxes and
+masks for the background, which nothing trains; it cuts masks to learn out of whole images, where
+ours come as crops of their objects; and its losses are means over all RoIs, not over images.
 """
 
 import contextlib
