@@ -16,6 +16,12 @@ The outputs of the ways must agree first, or there is no ratio. --pair is one of
   upernet       segmentation here (--config=segment:convmae_base), and benchmarks/torch_upernet.py
                 (needs torch), with 150 classes; memory is what a step takes beside weights and
                 moments
+  mask_rcnn     detection here (--config=detect_demo, from random weights), and
+                benchmarks/torch_mask_rcnn.py (needs torch and torchvision), as it is and
+                strengthened: channels-last, AdamW fused. Both draw the same anchors and proposals
+                in every step. With `data.max_boxes` objects an image has as many to train as
+                `rcnn` allows; of fewer, torchvision's step is shorter, and ours, whose shapes are
+                static, is not
 Random images, AdamW on both sides; --compile adds torch.compile to PyTorch's. PyTorch runs on the
 GPU where it finds one, in the same precision by autocast.
 """
@@ -29,6 +35,7 @@ import tempfile
 import types
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
+from unittest import mock
 
 import flax.traverse_util
 import jax
@@ -37,11 +44,14 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.command import make_parser, run_command
-from mrmae_jax import mrmae
+from mrmae_jax import detection, mrmae
 from mrmae_jax.cli import bench
 from mrmae_jax.cli.configs import load_config
+from mrmae_jax.data.detection import crop_mask
 from mrmae_jax.errors import UsageError
-from mrmae_jax.weights import files, model_files
+from mrmae_jax.models.mask_rcnn import make_mask_rcnn
+from mrmae_jax.weights import detectron2, files, model_files
+from mrmae_jax.weights.table import export
 
 # Of the first loss, relative: PyTorch and XLA sum in other orders.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
@@ -297,6 +307,103 @@ def _upernet(options):
   return {name: way._replace(memory=_step_memory(way.run)) for name, way in ways.items()}, True
 
 
+def _mask_rcnn(options):
+  config = options.config
+  _check_mask_rcnn(config, options.compile)
+  try:
+    import torch  # an extra
+
+    from benchmarks import torch_mask_rcnn
+  except (ImportError, RuntimeError) as error:  # the second beside another version of torch
+    raise UsageError(
+      f"--pair=mask_rcnn: {error}; it needs torch==2.14.1 torchvision==0.29.1"
+    ) from None
+  grid = tuple(side // math.prod(config.encoder.patch_sizes) for side in config.image_size)
+  config.init_from, config.rcnn.position_grid = "", grid
+  config.encoder.update(drop_path=0.0, learned_positions=True)
+  config.optim.blr = 1e-9  # as in `_torch_way`
+  task, rules = bench.make_task(config), detection.make_rules(config.rcnn)
+  num_classes = len(task.source("train").class_names)
+  batch, masks = _draw_objects(config, num_classes)
+  keys = jax.random.split(jax.random.key(0), config.batch_size)
+  noise = detection.draw_noise(keys, task.frozen, config.data.max_boxes, rules)
+  # The best proposals are drawn first: rounding swaps the places of two that are equally good.
+  noise = noise._replace(proposals=jnp.sort(noise.proposals))
+  params = _perturb(task.init(jax.random.key(0))[0])
+  with mock.patch.object(detection, "draw_noise", lambda *_: noise):
+    step = bench.make_step(config, task._replace(init=lambda key: (params, {})), batch)
+  ways = {"ours": _Way(lambda: float(step.run()["loss"]), config.batch_size)}
+
+  network = make_mask_rcnn(config.encoder, config.rcnn, num_classes, jnp.float32)
+  tensors = export(
+    detectron2.split_variables({"params": params}), detectron2.detector_table(network)
+  )
+  mean, std = np.float32(config.data.mean), np.float32(config.data.std)
+  pixels = (batch["image"] / np.float32(255) - mean) / std
+  images, targets = torch_mask_rcnn.make_inputs(pixels, batch["boxes"], batch["classes"], masks)
+  for name, is_strengthened in {"torchvision": False, "torchvision, strengthened": True}.items():
+    model = torch_mask_rcnn.Detector(config, num_classes, noise)
+    torch_mask_rcnn.load_weights(model, tensors)
+    layout = torch.channels_last if is_strengthened else torch.contiguous_format
+    ways[name] = _torch_way(
+      model.to(memory_format=layout).train(),
+      lambda m, x=images.contiguous(memory_format=layout): m(x, targets),
+      is_strengthened,
+      options,
+    )
+  ours, theirs = (
+    sum(math.prod(x.shape) for x in tree) for tree in (jax.tree.leaves(params), model.parameters())
+  )
+  print(f"parameters: {ours:,} here, {theirs:,} in torchvision", flush=True)
+  return {name: way._replace(memory=_step_memory(way.run)) for name, way in ways.items()}, True
+
+
+def _check_mask_rcnn(config, is_compiled: bool) -> None:
+  """Raises UsageError unless benchmarks/torch_mask_rcnn.py has the network of a configuration."""
+  heads = config.get("rcnn")
+  plain = dict(window=0, distances="none", pyramid="simple", norm="ln", stages=1, masks=True)
+  if (
+    not heads
+    or config.encoder.name != "convvit"
+    or any(heads[name] != value for name, value in plain.items())
+    or config.dtype != "float32"
+    or is_compiled
+  ):
+    raise UsageError(
+      "--pair=mask_rcnn is for Mask R-CNN on a ConvViT without windows and distances, in float32 "
+      "and without --compile: --config=detect_demo"
+    )
+
+
+def _perturb(params):
+  """Returns parameters with every bias and gain away from its start."""
+  rng = np.random.default_rng(0)
+  return jax.tree.map(lambda x: x + 0.02 * rng.standard_normal(x.shape, np.float32), params)
+
+
+def _draw_objects(config, num_classes: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+  """Returns a batch of noise with ellipses as objects, and their masks, uint8 [B, M, H, W]."""
+  rng, sides = np.random.default_rng(0), np.array(config.image_size[::-1])
+  shape = (config.batch_size, config.data.max_boxes)
+  image = (shape[0], *config.image_size, len(config.data.mean))
+  size = rng.integers(sides // 10, sides // 2, (*shape, 2))
+  corner = rng.integers(0, sides - size)
+  boxes = np.concatenate([corner, corner + size], axis=-1).astype(np.float32)
+  x, y = (
+    (np.arange(side) + 0.5 - corner[..., axis, None]) / size[..., axis, None] * 2 - 1
+    for axis, side in enumerate(sides)
+  )
+  masks = y[..., :, None] ** 2 + x[..., None, :] ** 2 <= 1
+  crops = [[crop_mask(mask, box) for mask, box in zip(*pairs)] for pairs in zip(masks, boxes)]
+  return {
+    "image": rng.integers(0, 256, image, np.uint8),
+    "size": np.full((shape[0], 2), config.image_size, np.int32),
+    "boxes": boxes,
+    "classes": rng.integers(0, num_classes, shape, np.int32),
+    "masks": np.array(crops),
+  }, masks.astype(np.uint8)
+
+
 def _write_scene(folder: Path) -> None:
   """Writes a scene and the names of CLASSES classes: a task asks for them, the step does not."""
   (folder / "classes.txt").write_text("\n".join(map(str, range(CLASSES))))
@@ -364,6 +471,7 @@ PAIRS = {
   "transformers": _transformers,
   "reference": _reference,
   "upernet": _upernet,
+  "mask_rcnn": _mask_rcnn,
 }
 
 

@@ -38,9 +38,9 @@ def pointwise(inputs: int, outputs: int) -> nn.Conv2d:
 class ConvBlock(nn.Module):
   """The block of the convolutional stages."""
 
-  def __init__(self, dim: int, ratio: float):
+  def __init__(self, dim: int, ratio: float, eps: float = EPS):
     super().__init__()
-    self.norm1, self.norm2 = ChannelNorm(dim, EPS), ChannelNorm(dim, EPS)
+    self.norm1, self.norm2 = ChannelNorm(dim, eps), ChannelNorm(dim, eps)
     self.conv1, self.conv2 = pointwise(dim, dim), pointwise(dim, dim)
     self.attn = nn.Conv2d(dim, dim, 5, padding=2, groups=dim)
     self.mlp = Mlp(pointwise, dim, int(dim * ratio))

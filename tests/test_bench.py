@@ -5,6 +5,7 @@ No test asserts a time.
 
 import importlib
 import json
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -311,6 +312,36 @@ def test_the_step_of_segmentation_in_torch(run, tmp_path):
   assert list(json.loads((tmp_path / "x.json").read_text())["seconds"]) == ["ours", "torch"]
 
 
+@pytest.mark.variant
+def test_the_step_of_detection_in_torchvision(run, tmp_path):
+  """torchvision belongs to another torch than the one of the marker `torch`."""
+  pytest.importorskip("torchvision")
+  code, out, err = run(
+    "compare",
+    "--pair=mask_rcnn",
+    "--config=detect_demo",
+    "--config.encoder.depths=(1, 1, 1)",
+    "--config.rcnn.rpn_convs=2",  # other names than one
+    "--config.rcnn.box_convs=1",
+    "--config.data.max_boxes=12",  # all that can be trained
+    "--rounds=1",
+    f"--json={tmp_path}/x.json",
+  )
+  assert code == 0 and "agree to" in out, err
+  names = ["ours", "torchvision", "torchvision, strengthened"]
+  assert list(json.loads((tmp_path / "x.json").read_text())["seconds"]) == names
+
+
+def test_the_step_of_detection_needs_torchvision_and_a_network_that_it_has(run, monkeypatch):
+  monkeypatch.setitem(sys.modules, "torch", None)
+  code, _, err = run("compare", "--pair=mask_rcnn", "--config=detect_demo")
+  assert code == 2 and "torch==2.14.1 torchvision==0.29.1" in err and err.count("error:") == 1
+  for option in ("rcnn.stages=3", "rcnn.pyramid=fpn", "rcnn.window=7", "dtype=bfloat16"):
+    words = ("--pair=mask_rcnn", "--config=detect_demo", f"--config.{option}")
+    code, _, err = run("compare", *words)
+    assert code == 2 and "is for Mask R-CNN on a ConvViT" in err
+
+
 def test_ways_that_disagree_get_no_ratio(run, monkeypatch):
   ways = {"one": compare._Way(lambda: 1.0, 1), "other": compare._Way(lambda: 1.1, 1)}
   monkeypatch.setitem(compare.PAIRS, "remat", lambda options: (ways, True))
@@ -344,6 +375,7 @@ def test_forms_agree(run, tmp_path, operation):
     (("fast",), "invalid choice: 'fast'"),
     (("compare",), "--pair is missing"),
     (("compare", "--pair=remat", "--config.encodr=x"), "has no key 'encodr'"),
+    (("compare", "--pair=mask_rcnn"), "is for Mask R-CNN on a ConvViT"),
     (("compare", "--pair=remat", "--ronds=3"), "'--ronds=3' is not an option"),
     (
       ("compare", "--pair=reference", "--reference=/none"),

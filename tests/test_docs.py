@@ -163,7 +163,8 @@ if set(got) != {{code}}:
 """
 PYTHON = f"""#!/bin/sh
 case "$*" in
-  *"--pair=transformers"*|*"--pair=reference"*) ;;  # need torch, and a checkout of ConvMAE
+  # need torch, a checkout of ConvMAE, torchvision
+  *"--pair=transformers"*|*"--pair=reference"*|*"--pair=mask_rcnn"*) ;;
   "-m benchmarks."*) module=$2; shift 2; MODULE=$module exec mrmae "$@" ;;
   "-m pytest"*|*"import tensorflow_datasets"*) ;;  # the tests; the download of ImageNet
   *) exec {sys.executable} "$@" ;;
