@@ -78,10 +78,16 @@ DOCTOR = "mrmae doctor --no-compile --config=photos --config.data.source=folder:
 SHORTER = [
   (r"--config=demo( |$)", "--config.epochs=0.2 --config.optim.warmup_epochs=0.1", 0),
   (r"--config=demo_finetune", "--config.epochs=0.2 --config.optim.warmup_epochs=0.1", 0),
+  # The configurations that start from the demo's run name it.
+  (
+    r"--config=(demo_finetune|segment_demo|detect_demo)(?!.*init_from)",
+    "--config.init_from=/tmp/mrmae_demo",
+    0,
+  ),
   (r"--config=segment_demo", "--config.epochs=0.02 --config.optim.warmup_epochs=0.01", 0),
   (
     r"--config=segment:",
-    f"{RUN} {CONVVIT} --config.image_size=(32,32) --config.upernet.channels=8",
+    f"{RUN} {CONVVIT} --config.upernet.channels=8",
     0,
   ),
   (
@@ -91,7 +97,7 @@ SHORTER = [
   ),
   (
     r"--config=detect:",
-    f"{RUN} {CONVVIT} --config.image_size=(64,64) --config.rcnn.channels=8 "
+    f"{RUN} {CONVVIT.replace('(32,32)', '(64,64)', 1)} --config.rcnn.channels=8 "
     "--config.rcnn.position_grid=(4,4) --config.rcnn.window=3 --config.rcnn.box_hidden=16 "
     "--config.rcnn.train_proposals=(32,32) --config.rcnn.roi_sample=16",
     0,
@@ -153,6 +159,7 @@ line, code = program + " " + " ".join(sys.argv[1:]), 0
 words = sys.argv[1:]
 for pattern, options, then in json.load(open(os.environ["PLACE"] + "/shorter.json")):
   if re.search(pattern, line):
+    options = options.replace("/tmp/", os.environ["PLACE"] + "/")
     words, code = words + options.split(), then
 command = [sys.executable, "-m", module, *words]
 other = [word.replace("--process_id=0", "--process_id=1") for word in command]
