@@ -219,10 +219,7 @@ def main(argv: list[str] | None = None) -> int:
   """Runs a command line (default: sys.argv); returns the exit code."""
   parser = make_parser("forms", __doc__)
   parser.add_argument(
-    "--operation",
-    choices=("depthwise", "attention"),
-    default="depthwise",
-    help="what is measured",
+    "--operation", choices=("depthwise", "attention"), default="depthwise", help="what is measured"
   )
   parser.add_argument(
     "--topology", default="", help="chips to compile for instead of running, e.g. v5e:2x2 or h100"

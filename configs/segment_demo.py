@@ -3,7 +3,7 @@
 Command:   mrmae segment --config=configs/segment_demo.py --workdir=/tmp/mrmae_demo_segmented
            (--config.init_from= for the same from random weights)
 Hardware:  2 CPU cores
-Cost:      4 minutes on 2 CPU cores (3 min 30 s, of which compiling took 7, at the second start)
+Cost:      4 minutes on 2 CPU cores (3 min 30 s at the second start, with 7 s of compiling)
 Expected:  mIoU 0.03 to 0.67 on 200 held-out scenes, the ground 0.98 and the digits 0.16 (the 9) to
            0.89 (one seed)
 """

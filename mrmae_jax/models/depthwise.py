@@ -151,8 +151,8 @@ def _windows(x, mask, grid, size):
   index = jnp.minimum(place, v - 1) * side**2 + row % side * side + column % side
   near = take_rows(x.reshape(b, -1, c), index.reshape(b, -1)).reshape(*index.shape, c)
   near = jnp.where((is_inside & (place < v))[..., None], near, jnp.zeros((), x.dtype))
-  # XLA would fuse this gather into whatever reads it, and compute anew for each tap where to read:
-  # five to ten times slower on an H200 than to write the windows first.
+  # XLA would fuse this gather into whatever reads it, and compute anew for each tap where to read.
+  # The map, with which it does so, takes 2.3 to 3.4 times as long as these windows on an H200.
   return jax.lax.optimization_barrier(near)
 
 

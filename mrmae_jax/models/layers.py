@@ -1,7 +1,7 @@
 """Building blocks of every network: masks, attention, transformer block.
 
 Everything is written for bfloat16 compute with float32 parameters. Linen casts parameters to
-`dtype` at use. LayerNorm statistics, softmax and convolution sums accumulate in float32.
+`dtype` at use. LayerNorm statistics and softmax accumulate in float32.
 """
 
 import contextlib
