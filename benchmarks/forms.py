@@ -49,7 +49,9 @@ def _depthwise_forms():
     "the model's": lambda x, kernel, mask: depthwise.blockwise_conv(x, kernel, mask, GRID),
     "map": _map_form(depthwise.depthwise_conv),
     "map, lax.conv": _map_form(_lax_conv),
-    "windows, taps": _windows_form(_by_taps),
+    "windows, taps": _windows_form(
+      lambda near, dy: depthwise._by_taps(near, dy, 5).reshape(5, 5, -1)
+    ),
     "windows, products": _windows_form(depthwise._by_products),
   }
 
@@ -75,17 +77,11 @@ def _lax_conv(x, kernel):
   )
 
 
-def _by_taps(near, dy):
-  crops, dy = depthwise._crops(near, 5, *dy.shape[2:4]), depthwise._widen(dy)
-  return jnp.stack([jnp.sum(crop * dy, (0, 1, 2, 3)) for crop in crops]).reshape(5, 5, -1)
-
-
 def _windows_form(kernel_gradient):
   """Returns the form that writes windows around the blocks, with a backward pass of its own."""
 
   def stencil(x, kernel, mask):
-    near = depthwise._windows(x, mask, GRID, 5)
-    return depthwise._stencil(depthwise._crops(near, 5, *x.shape[2:4]), kernel, x.dtype)
+    return depthwise._stencil(depthwise._windows(x, mask, GRID, 5), kernel)
 
   def backward(residuals, dy):
     x, kernel, mask = residuals
