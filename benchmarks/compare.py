@@ -22,11 +22,12 @@ The outputs of the ways must agree first, or there is no ratio. --pair is one of
                 in every step. With `data.max_boxes` objects an image has as many to train as
                 `rcnn` allows; of fewer, torchvision's step is shorter, and ours, whose shapes are
                 static, is not
-Random images, AdamW on both sides; --compile adds torch.compile to PyTorch's. PyTorch runs on the
-GPU where it finds one, in the same precision by autocast.
+Random images, AdamW on both sides; --compile adds PyTorch's ways by torch.compile. PyTorch runs on
+the GPU where it finds one, in the same precision by autocast.
 """
 
 import ctypes
+import functools
 import json
 import math
 import statistics
@@ -62,12 +63,12 @@ class _Way(NamedTuple):
   """One way to do the step.
 
   Attributes:
-    run: does one step and returns its loss.
+    run: does so many steps and returns the loss of the last one.
     images: that count for its speed.
     memory: bytes that it takes; None if unknown.
   """
 
-  run: Callable[[], float]
+  run: Callable[[int], float]
   images: int
   memory: float | None = None
 
@@ -84,7 +85,7 @@ def _ours(config, key: str, values: dict[str, Any]) -> dict[str, _Way]:
     step, masks = bench.make_step(config), config.method.complementary_masks
     memory = step.program.memory_analysis()
     ways[title] = _Way(
-      lambda step=step: float(step.run()["loss"]),
+      lambda n, step=step: float(step.run(n)["loss"]),
       config.batch_size * masks,
       memory.argument_size_in_bytes + memory.temp_size_in_bytes,
     )
@@ -105,8 +106,11 @@ def _remat(options):
   return _ours(options.config, "encoder.remat", values), True
 
 
-def _torch_way(model, call, fused: bool, options) -> _Way:
-  """Returns the step of a torch model, whose loss is `call(model)`; AdamW may be fused."""
+def _torch_ways(name: str, model, call, fused: bool, options) -> dict[str, _Way]:
+  """Returns the step of a torch model, whose loss is `call(model)`, as it is and compiled.
+
+  It is compiled where the options say so. AdamW may be fused.
+  """
   import torch  # an extra
 
   device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -115,17 +119,23 @@ def _torch_way(model, call, fused: bool, options) -> _Way:
   optimizer = torch.optim.AdamW(
     model.parameters(), lr=1e-9, betas=(0.9, 0.95), weight_decay=0.05, fused=fused
   )
-  forward = torch.compile(model) if options.compile else model
 
-  def run():
-    with torch.autocast(device, torch.bfloat16, enabled=options.config.dtype == "bfloat16"):
-      loss = call(forward)
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+  def run(forward, steps):
+    for _ in range(steps):
+      with torch.autocast(device, torch.bfloat16, enabled=options.config.dtype == "bfloat16"):
+        loss = call(forward)
+      loss.backward()
+      optimizer.step()
+      optimizer.zero_grad(set_to_none=True)
     return loss.item()
 
-  return _Way(run, options.config.batch_size)
+  forwards = {name: model}
+  if options.compile:
+    forwards[f"{name}, compiled"] = torch.compile(model)
+  return {
+    title: _Way(functools.partial(run, forward), options.config.batch_size)
+    for title, forward in forwards.items()
+  }
 
 
 def _against_torch(options, model, names: dict[str, bool], write, call):
@@ -157,7 +167,8 @@ def _against_torch(options, model, names: dict[str, bool], write, call):
   for name, is_strengthened in names.items():
     layout = torch.channels_last if is_strengthened else torch.contiguous_format
     inputs = torch.from_numpy(pixels.copy()).to(device).contiguous(memory_format=layout)
-    ways[name] = _torch_way(
+    ways |= _torch_ways(
+      name,
       model().to(device).to(memory_format=layout).train(),
       lambda m, x=inputs: call(m, x, torch.from_numpy(noise).to(device)),
       is_strengthened,
@@ -183,7 +194,7 @@ def _our_way(config, network: mrmae.Model, params, images, noise) -> _Way:
     pretrained=flax.traverse_util.flatten_dict(params, sep="/"),
   )
   step = bench.make_step(config, task, {"image": images})
-  return _Way(lambda: float(step.run()["loss"]), config.batch_size)
+  return _Way(lambda n: float(step.run(n)["loss"]), config.batch_size)
 
 
 def _transformers(options):
@@ -219,10 +230,8 @@ def _transformers(options):
     model.save_pretrained(folder)
     return folder
 
-  name = "transformers, compiled" if options.compile else "transformers"
-  return _against_torch(
-    options, model, {name: True}, write, lambda m, images, noise: m(images, noise=noise).loss
-  )
+  call = lambda m, images, noise: m(images, noise=noise).loss
+  return _against_torch(options, model, {"transformers": True}, write, call)
 
 
 def _reference(options):
@@ -260,8 +269,7 @@ def _reference(options):
   torch.rand = lambda *shape, **kwargs: (
     draws["noise"] if shape == tuple(draws["noise"].shape) else rand(*shape, **kwargs)
   )
-  suffix = ", compiled" if options.compile else ""
-  names = {f"reference{suffix}": False, f"reference, strengthened{suffix}": True}
+  names = {"reference": False, "reference, strengthened": True}
   return _against_torch(options, model, names, write, call)
 
 
@@ -296,14 +304,15 @@ def _upernet(options):
   )
   classes = torch.from_numpy(labels.astype(np.int64))
   ways = {
-    "ours": _Way(lambda: float(step.run()["loss"]), config.batch_size),
-    "torch": _torch_way(
-      model.to(memory_format=torch.channels_last).train(),
-      lambda m: m(inputs, classes),
-      True,
-      options,
-    ),
+    "ours": _Way(lambda n: float(step.run(n)["loss"]), config.batch_size),
   }
+  ways |= _torch_ways(
+    "torch",
+    model.to(memory_format=torch.channels_last).train(),
+    lambda m: m(inputs, classes),
+    True,
+    options,
+  )
   return {name: way._replace(memory=_step_memory(way.run)) for name, way in ways.items()}, True
 
 
@@ -321,7 +330,7 @@ def _mask_rcnn(options):
   grid = tuple(side // math.prod(config.encoder.patch_sizes) for side in config.image_size)
   config.init_from, config.rcnn.position_grid = "", grid
   config.encoder.update(drop_path=0.0, learned_positions=True)
-  config.optim.blr = 1e-9  # as in `_torch_way`
+  config.optim.blr = 1e-9  # as in `_torch_ways`
   task, rules = bench.make_task(config), detection.make_rules(config.rcnn)
   num_classes = len(task.source("train").class_names)
   batch, masks = _draw_objects(config, num_classes)
@@ -332,7 +341,7 @@ def _mask_rcnn(options):
   params = _perturb(task.init(jax.random.key(0))[0])
   with mock.patch.object(detection, "draw_noise", lambda *_: noise):
     step = bench.make_step(config, task._replace(init=lambda key: (params, {})), batch)
-  ways = {"ours": _Way(lambda: float(step.run()["loss"]), config.batch_size)}
+  ways = {"ours": _Way(lambda n: float(step.run(n)["loss"]), config.batch_size)}
 
   network = make_mask_rcnn(config.encoder, config.rcnn, num_classes, jnp.float32)
   tensors = export(
@@ -345,7 +354,8 @@ def _mask_rcnn(options):
     model = torch_mask_rcnn.Detector(config, num_classes, noise)
     torch_mask_rcnn.load_weights(model, tensors)
     layout = torch.channels_last if is_strengthened else torch.contiguous_format
-    ways[name] = _torch_way(
+    ways |= _torch_ways(
+      name,
       model.to(memory_format=layout).train(),
       lambda m, x=images.contiguous(memory_format=layout): m(x, targets),
       is_strengthened,
@@ -414,7 +424,7 @@ def _write_scene(folder: Path) -> None:
       Image.fromarray(np.ones((8, 8), np.uint8)).save(path)
 
 
-def _step_memory(run: Callable[[], float]) -> float | None:
+def _step_memory(run: Callable[[int], float]) -> float | None:
   """Returns by how many bytes the process grows during a second step; None outside Linux."""
   status = Path("/proc/self/status")
   if not status.is_file():
@@ -422,11 +432,11 @@ def _step_memory(run: Callable[[], float]) -> float | None:
   kib = lambda name: next(
     int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name)
   )
-  run()
+  run(1)
   ctypes.CDLL(None).malloc_trim(0)  # what the other way has left
   Path("/proc/self/clear_refs").write_text("5")  # the peak begins at what is in use
   before = kib("VmRSS")
-  run()
+  run(1)
   return 1024.0 * (kib("VmHWM") - before)
 
 
@@ -485,7 +495,7 @@ def run(options) -> str:
   config, machine = options.config, bench.describe_machine()
   print(json.dumps(machine), flush=True)
   ways, should_agree = PAIRS[options.pair](options)
-  losses = {name: way.run() for name, way in ways.items()}
+  losses = {name: way.run(1) for name, way in ways.items()}
   first, *_ = losses.values()
   worst = float(np.max([abs(loss / first - 1) for loss in losses.values()]))  # nan if one is
   if should_agree and not worst <= TOLERANCE[config.dtype]:
@@ -529,7 +539,7 @@ def main(argv: list[str] | None = None) -> int:
   parser = make_parser("compare", __doc__, "convmae")
   parser.add_argument("--pair", required=True, choices=PAIRS, help="what is compared")
   parser.add_argument("--reference", default="", help="a checkout of Alpha-VL/ConvMAE")
-  parser.add_argument("--compile", action="store_true", help="PyTorch's side with torch.compile")
+  parser.add_argument("--compile", action="store_true", help="PyTorch's ways by torch.compile too")
   return run_command(parser, run, argv)
 
 

@@ -80,10 +80,10 @@ def run(options) -> str:
   variants = {
     "bare": steps["bare"].run,
     "step": guarded.run,
-    "checksums": lambda: checkpoint.checksums(guarded.state()),
+    "checksums": lambda n: [checkpoint.checksums(guarded.state()) for _ in range(n)],
   }
   seconds = bench.alternate(variants, options.rounds)
-  seconds["watch"] = [_watch_seconds(config, jax.device_get(guarded.run()))]
+  seconds["watch"] = [_watch_seconds(config, jax.device_get(guarded.run(1)))]
   result = {"machine": machine, "seconds": seconds}
   bench.write_json(options.json, result | {"batch_size": config.batch_size, "dtype": config.dtype})
   return f"batch {config.batch_size}, {config.dtype}\n{_describe(seconds)}"

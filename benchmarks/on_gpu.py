@@ -6,8 +6,6 @@
 Slices:
   smoke    one step of each task on images of its own: does everything run?
   step     the speed of MR-MAE-B by batch size, with a profile of the largest
-  flags    the same step, its products by the library alone: XLA's own kernels for products keep
-           biases and additions out of the library's
   kernels  the kernels of the tuned program; beside `mrmae compile --topology=h200` they say what
            tuning changes
   forms    attention and depthwise convolution, in the ways that they can be written
@@ -49,20 +47,15 @@ SLICES = {
   "step": {
     "step": "mrmae_jax bench step {base} --batch_sizes={sizes} --profile={out}/trace {json}",
   },
-  "flags": {
-    "step_library": "mrmae_jax bench step {base} --batch_sizes={batch} {json}",
-  },
   "kernels": {"kernels": "mrmae_jax compile {base} --config.batch_size={batch} {json}"},
   "forms": {
     "attention": "benchmarks.forms --operation=attention {forms} {json}",
     "depthwise": "benchmarks.forms --operation=depthwise {forms} {json}",
   },
   "peers": {
-    "transformers": "benchmarks.compare --pair=transformers {mae} {json}",
-    "transformers_compiled": "benchmarks.compare --pair=transformers --compile {mae} {json}",
-    "reference": "benchmarks.compare --pair=reference --reference={reference} {convmae} {json}",
-    "reference_compiled": "benchmarks.compare --pair=reference --reference={reference} --compile "
-    "{convmae} {json}",
+    "transformers": "benchmarks.compare --pair=transformers --compile {mae} {json}",
+    "reference": "benchmarks.compare --pair=reference --reference={reference} --compile {convmae} "
+    "{json}",
   },
   "loader": {"loader": "mrmae_jax bench loader --source={source} {loader} {json}"},
   "ladder": {
@@ -74,7 +67,7 @@ SLICES = {
 }
 SIZES = {
   "base": "--config=mrmae:base --config.teacher.path=random",
-  "sizes": "128,256,512,1024 --steps=20",
+  "sizes": "128,256,512,1024 --rounds=5",
   "batch": "256",
   "forms": "--batch_size=256",
   "mae": "--config=mae:base --config.batch_size=128",
@@ -84,15 +77,13 @@ SIZES = {
 # On a CPU the demo's network takes the place of the base size, and every count is small.
 TINY = {
   "base": "--config=demo",
-  "sizes": "8 --steps=2",
+  "sizes": "8 --rounds=2",
   "batch": "8",
   "forms": "--batch_size=1 --rounds=1 --dtype=float32",
   "mae": "--config=cifar10:mae --config.batch_size=4 --rounds=1",
   "convmae": "--config=cifar10:convmae --config.batch_size=4 --rounds=1",
   "loader": "--workers=0 --images=32 --batch_size=8 --rounds=1",
 }
-# {command: its environment}
-ENVIRONMENT = {"step_library": {"XLA_FLAGS": "--xla_gpu_enable_triton_gemm=false"}}
 # {slice: options that it needs}
 NEEDS = {"loader": ("source",), "ladder": ("source", "teacher")}
 
@@ -130,8 +121,7 @@ def _run_command(name: str, line: str, out: Path, end: float) -> dict:
   if start < end:
     with (out / f"{name}.log").open("w") as log:
       command = [sys.executable, "-m", *shlex.split(line)]
-      environment = os.environ | ENVIRONMENT.get(name, {})
-      process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+      process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
       try:
         code = process.wait(end - start)
       except subprocess.TimeoutExpired:

@@ -175,7 +175,7 @@ def test_step(run, config_file, tmp_path):
     f"--config={config_file}:vit",
     "--config.teacher.path=",
     "--batch_sizes=8",
-    "--steps=2",
+    "--rounds=2",
     f"--json={tmp_path}/x.json",
     f"--profile={tmp_path}/trace",
   )
@@ -238,7 +238,7 @@ def test_guards_measures_the_step_beside_one_without(run, config_file, tmp_path)
   }
   assert "skipping what is not finite" in out and "% with a save in" in out
   steps = guards.compile_steps(tiny.get_config("vit"))
-  guarded, bare = (steps[name].run() for name in ("guarded", "bare"))
+  guarded, bare = (steps[name].run(1) for name in ("guarded", "bare"))
   assert guarded.keys() - bare.keys() == {"skipped"}  # one skips updates, the other does not
   for name, value in bare.items():
     assert float(guarded[name]) == pytest.approx(float(value), rel=1e-6)
@@ -343,7 +343,7 @@ def test_the_step_of_detection_needs_torchvision_and_a_network_that_it_has(run, 
 
 
 def test_ways_that_disagree_get_no_ratio(run, monkeypatch):
-  ways = {"one": compare._Way(lambda: 1.0, 1), "other": compare._Way(lambda: 1.1, 1)}
+  ways = {"one": compare._Way(lambda n: 1.0, 1), "other": compare._Way(lambda n: 1.1, 1)}
   monkeypatch.setitem(compare.PAIRS, "remat", lambda options: (ways, True))
   code, out, err = run("compare", "--pair=remat")
   assert code == 2 and "do not agree" in err and "speed" not in out

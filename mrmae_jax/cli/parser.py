@@ -786,7 +786,12 @@ def _bench(parser: Parser) -> None:
     default=(),
     help="images per step, one or several; default: the configuration's",
   )
-  step.add_argument("--steps", type=integer(1), default=10, help="steps that are timed, of each")
+  step.add_argument(
+    "--rounds",
+    type=integer(1),
+    default=10,
+    help="how often each is timed: a step on a CPU, ten in a row elsewhere",
+  )
   step.add_argument("--profile", default="", help="a folder for a trace of the last batch size")
   both = commands.add_parser("both", help="the real loop: what the step waits for")
   _config(both, default="mrmae")

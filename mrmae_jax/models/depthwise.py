@@ -117,8 +117,9 @@ depthwise_conv.defvjp(lambda x, kernel: (_on_map(x, kernel), (x, kernel)), _dept
 def blockwise_conv(x: jax.Array, kernel: jax.Array, mask: Mask, grid: tuple[int, int]) -> jax.Array:
   """Convolves a map whose visible blocks are given; the others are zero.
 
-  On NVIDIA GPUs each block gets a window, what the kernel reads for it. Elsewhere the blocks are
-  put into a map and taken out again.
+  On NVIDIA GPUs each block gets a window, what the kernel reads for it, and the convolution of the
+  windows is a product of matrices for each channel. Elsewhere the blocks are put into a map and
+  taken out again.
 
   Args:
     x: [B, V, s, s, C], the blocks in the order of `mask.ids_keep`.
@@ -129,23 +130,57 @@ def blockwise_conv(x: jax.Array, kernel: jax.Array, mask: Mask, grid: tuple[int,
   Returns:
     The visible blocks of the result, [B, V, s, s, C].
   """
+  on_windows = functools.partial(_on_windows, mask=mask, grid=grid)
+  by_map = functools.partial(_by_map, mask=mask, grid=grid)
+  return jax.lax.platform_dependent(x, kernel, cuda=on_windows, default=by_map)
 
-  def on_windows(x):
-    return _stencil(_windows(x, mask, grid, len(kernel)), kernel)
 
-  def on_map(x):
-    y = _on_map(_to_map(x, mask, grid), kernel)
-    return take_visible(to_blocks(y, x.shape[2]), mask)
+def _blockwise_bwd(grid, residuals, dy):
+  x, kernel, mask = residuals
+  on_windows = functools.partial(_on_windows_bwd, mask=mask, grid=grid)
+  by_map = functools.partial(_by_map_bwd, mask=mask, grid=grid)
+  dx, dkernel = jax.lax.platform_dependent(x, kernel, dy, cuda=on_windows, default=by_map)
+  return dx, dkernel.astype(kernel.dtype), None
 
-  return jax.lax.platform_dependent(x, cuda=on_windows, default=on_map)
+
+blockwise_conv.defvjp(
+  lambda x, kernel, mask, grid: (blockwise_conv(x, kernel, mask, grid), (x, kernel, mask)),
+  _blockwise_bwd,
+)
 
 
 def _to_map(x, mask, grid):
   return from_blocks(put_visible(x, mask), grid)
 
 
+def _by_map(x, kernel, mask, grid):
+  y = _on_map(_to_map(x, mask, grid), kernel)
+  return take_visible(to_blocks(y, x.shape[2]), mask)
+
+
+def _by_map_bwd(x, kernel, dy, mask, grid):
+  dkernel = _kernel_gradient(*(_to_map(y, mask, grid) for y in (x, dy)), len(kernel))
+  return _by_map(dy, _turn(kernel), mask, grid), dkernel
+
+
+def _on_windows(x, kernel, mask, grid):
+  return _as_blocks(_product(_windows(x, mask, grid, len(kernel)), kernel))
+
+
+def _on_windows_bwd(x, kernel, dy, mask, grid):
+  size, side = len(kernel), x.shape[2]
+  near, near_dy = (_windows(y, mask, grid, size) for y in (x, dy))
+  # dy itself, but in the layout of the windows: with dy two layouts of it would be read.
+  inside = slice(size // 2, size // 2 + side)
+  dkernel = _product_gradient(near, near_dy[:, inside, inside], size)
+  return _as_blocks(_product(near_dy, _turn(kernel))), dkernel
+
+
 def _windows(x, mask, grid, size):
-  """Gathers [B, V, s + size - 1, s + size - 1, C] around each block, zeros for invisible ones."""
+  """Gathers what the kernel reads for each block, w = s + size - 1 positions a side.
+
+  [B, V, s, s, C] -> [C, w, w, B, V], with zeros for what is not visible.
+  """
   b, v, side, _, c = x.shape
   offsets = jnp.arange(-(size // 2), side + size // 2)
   row = ((mask.ids_keep // grid[1])[..., None] * side + offsets)[..., :, None]
@@ -156,44 +191,51 @@ def _windows(x, mask, grid, size):
   index = jnp.minimum(place, v - 1) * side**2 + row % side * side + column % side
   near = take_rows(x.reshape(b, -1, c), index.reshape(b, -1)).reshape(*index.shape, c)
   near = jnp.where((is_inside & (place < v))[..., None], near, jnp.zeros((), x.dtype))
-  # XLA would fuse this gather into whatever reads it, and compute anew for each tap where to read.
-  # The map, with which it does so, takes 2.3 to 3.4 times as long as these windows on an H200.
-  return jax.lax.optimization_barrier(near)
+  # XLA would fuse this gather into whatever reads it, and lay it out so that reading x is slow.
+  return jax.lax.optimization_barrier(near.transpose(4, 2, 3, 0, 1))
 
 
-def _by_products(near, dy):
-  """The gradient of the kernel [k, k, C] as products of matrices.
+def _as_blocks(x):
+  """[C, s, s, B, V] -> [B, V, s, s, C]."""
+  return x.transpose(3, 4, 1, 2, 0)
 
-  For each channel all positions of the windows [B, V, s + k - 1, s + k - 1, C] are multiplied with
-  all positions of their blocks [B, V, s, s, C], and summed over the blocks. A tap is the sum of the
-  pairs at its distance.
+
+def _flat(x):
+  """[C, s, s, B, V] -> [C, s * s, B * V]."""
+  return x.reshape(len(x), x.shape[1] ** 2, -1)
+
+
+def _matrices(kernel, side):
+  """Returns the convolution of a window as a matrix for each channel: [C, s * s, w * w]."""
+  at = lambda y, x: jnp.pad(kernel, ((y, side - 1 - y), (x, side - 1 - x), (0, 0)))
+  rows = [at(y, x).reshape(-1, kernel.shape[-1]).T for y in range(side) for x in range(side)]
+  return jnp.stack(rows, axis=1)
+
+
+def _product(near, kernel):
+  """Convolves windows [C, w, w, B, V] without padding, as a product for each channel.
+
+  It takes more FLOPs than the stencil, but in units that are made for products.
   """
-  wide, side, c = near.shape[2], dy.shape[2], dy.shape[-1]
-  flat = lambda x: x.reshape(-1, x.shape[2] ** 2, c)
-  pairs = jnp.einsum(
-    "npc,nqc->cpq", flat(near), flat(dy), preferred_element_type=_widen(dy[:0]).dtype
-  ).reshape(c, wide, wide, side, side)
-  inside = [(y, x) for y in range(side) for x in range(side)]
-  taps = range(wide - side + 1)
-  return jnp.stack(
-    [jnp.stack([sum(pairs[:, y + i, x + j, y, x] for y, x in inside) for j in taps]) for i in taps]
+  c, wide, _, b, v = near.shape
+  side = wide - len(kernel) + 1
+  matrices = _matrices(kernel.astype(near.dtype), side)
+  y = jnp.einsum("cqp,cpn->cqn", matrices, _flat(near), precision=jax.lax.Precision.HIGHEST)
+  return y.reshape(c, side, side, b, v)
+
+
+def _product_gradient(near, dy, size):
+  """Returns the gradient of the kernel [size, size, C] of `_product`.
+
+  near is [C, w, w, B, V], dy [C, s, s, B, V].
+  """
+  dmatrices = jnp.einsum(
+    "cqn,cpn->cqp",
+    _flat(dy),
+    _flat(near),
+    precision=jax.lax.Precision.HIGHEST,
+    preferred_element_type=_widen(dy[:0]).dtype,
   )
-
-
-def _blockwise_bwd(grid, residuals, dy):
-  x, kernel, mask = residuals
-  size = len(kernel)
-  dkernel = jax.lax.platform_dependent(
-    x,
-    dy,
-    cuda=lambda x, dy: _by_products(_windows(x, mask, grid, size), dy),
-    default=lambda x, dy: _kernel_gradient(*(_to_map(y, mask, grid) for y in (x, dy)), size),
-  )
-  dx = blockwise_conv(dy, _turn(kernel), mask, grid)
-  return dx, dkernel.astype(kernel.dtype), None
-
-
-blockwise_conv.defvjp(
-  lambda x, kernel, mask, grid: (blockwise_conv(x, kernel, mask, grid), (x, kernel, mask)),
-  _blockwise_bwd,
-)
+  kernel = jax.ShapeDtypeStruct((size, size, len(near)), dmatrices.dtype)
+  (dkernel,) = jax.linear_transpose(lambda k: _matrices(k, dy.shape[1]), kernel)(dmatrices)
+  return dkernel

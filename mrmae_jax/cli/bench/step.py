@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> str:
   print(json.dumps(machine), flush=True)
   for size in sizes:
     config.batch_size = size
-    results.append(measure(config, options.steps, options.profile if size == sizes[-1] else ""))
+    results.append(measure(config, options.rounds, options.profile if size == sizes[-1] else ""))
     print(f"batch {size}: {results[-1]['images_per_s']:,.1f} images/s", flush=True)
   bench.write_json(options.json, {"machine": machine, "results": results})
   return describe(results)
@@ -59,19 +59,19 @@ def necessary_flops(config) -> dict[str, float]:
   return {part: number / config.batch_size for part, number in flops.items()}
 
 
-def measure(config, steps: int, profile: str = "") -> dict:
+def measure(config, rounds: int, profile: str = "") -> dict:
   """Compiles and times the step of a configuration.
 
   Args:
     config: validated configuration.
-    steps: number of steps to time.
+    rounds: how often the step is timed.
     profile: folder for a trace; "": none.
 
   Returns:
     JSON values. "flops" and "bytes" by component are those of one image and step.
   """
   step, flops = bench.make_step(config), necessary_flops(config)
-  seconds = bench.alternate({"step": step.run}, steps)["step"]
+  seconds = bench.alternate({"step": step.run}, rounds)["step"]
   devices, memory = jax.devices(), step.program.memory_analysis()
   # XLA counts a loop's body once; micro-batches are nearly all of the step.
   scale = config.optim.accum_steps * len(devices) / config.batch_size
@@ -100,8 +100,7 @@ def measure(config, steps: int, profile: str = "") -> dict:
 def _profile(step: bench.Step, folder: Path) -> list[dict]:
   """Traces steps; returns the operations that took longest, with their part of the model."""
   with jax.profiler.trace(str(folder)):
-    for _ in range(PROFILED_STEPS):
-      step.run()
+    step.run(PROFILED_STEPS)
   newest = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
   planes = jax.profiler.ProfileData.from_file(str(newest)).planes
   return longest_operations(planes, step.program.as_text())
