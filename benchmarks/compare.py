@@ -182,8 +182,10 @@ def _our_way(config, network: mrmae.Model, params, images, noise) -> _Way:
 
   def loss(params, extra, frozen, batch, keys):
     del frozen, keys
+    # A constant, whose order XLA would compute for seconds before the first step.
+    draws = jax.lax.optimization_barrier(jnp.asarray(noise))
     value, terms = mrmae.pretrain_loss(
-      params, batch["image"], jnp.asarray(noise), network, {}, mask_ratio=config.method.mask_ratio
+      params, batch["image"], draws, network, {}, mask_ratio=config.method.mask_ratio
     )
     return value, (terms, extra)
 
@@ -253,7 +255,10 @@ def _reference(options):
 
   def model():
     torch.manual_seed(0)
-    return reference.convmae_convvit_base_patch16(norm_pix_loss=True)
+    model = reference.convmae_convvit_base_patch16(norm_pix_loss=True)
+    # torch.compile would trace the function below, and can not.
+    model.random_masking = torch.compiler.disable(model.random_masking)
+    return model
 
   def write(model, folder):
     tensors = {name: x.numpy() for name, x in model.state_dict().items()}
