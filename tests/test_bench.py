@@ -4,6 +4,7 @@ No test asserts a time.
 """
 
 import importlib
+import itertools
 import json
 import sys
 from types import SimpleNamespace
@@ -340,6 +341,17 @@ def test_the_step_of_detection_needs_torchvision_and_a_network_that_it_has(run, 
     words = ("--pair=mask_rcnn", "--config=detect_demo", f"--config.{option}")
     code, _, err = run("compare", *words)
     assert code == 2 and "is for Mask R-CNN on a ConvViT" in err
+
+
+@pytest.mark.parametrize("backend, updates", [("cpu", 1), ("gpu", 10), ("tpu", 10)])
+def test_only_a_cpu_waits_for_each_update(monkeypatch, backend, updates):
+  """Elsewhere a round is ten in a row, as in training, and counts as one."""
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  monkeypatch.setattr(bench.time, "perf_counter", itertools.count().__next__)  # each call: 1 s
+  calls = {"one": [], "other": []}
+  seconds = bench.alternate({name: done.append for name, done in calls.items()}, 3)
+  assert calls == dict.fromkeys(calls, [2, *[updates] * 3])
+  assert seconds == dict.fromkeys(calls, [1 / updates] * 3)
 
 
 def test_ways_that_disagree_get_no_ratio(run, monkeypatch):
