@@ -4,7 +4,6 @@ The pages are plain Markdown, so that they read as well on a repository page. Li
 to another page, or to any file of the repository, which the site then offers for download.
 """
 
-import configparser
 import re
 import sys
 from pathlib import Path
@@ -12,10 +11,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the docstrings are those of this checkout
 
-metadata = configparser.ConfigParser()
-metadata.read(ROOT / "setup.cfg")
-project = metadata["metadata"]["name"]
-release = metadata["metadata"]["version"]
+from mrmae_jax.constants import VERSION  # noqa: E402
+
+project = "mrmae_jax"
+release = VERSION
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]

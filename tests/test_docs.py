@@ -539,6 +539,12 @@ def test_it_runs(place_of, block):
   (place.path / "photos" / "class0" / "broken.png").unlink(missing_ok=True)
 
 
+def test_the_title_of_the_site_is_name_and_version(monkeypatch):
+  monkeypatch.setattr(sys, "path", list(sys.path))
+  conf = runpy.run_path(str(ROOT / "docs/conf.py"))
+  assert re.fullmatch(r"mrmae_jax \d+\.\d+\.\d+", conf["html_title"])
+
+
 def test_every_name_of_the_api_page_exists():
   module = "mrmae_jax"
   page = (ROOT / "docs/reference/api.md").read_text()
