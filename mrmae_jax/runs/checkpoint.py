@@ -9,6 +9,7 @@ one. Restoring verifies every array, because orbax itself restores a flipped bit
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -335,6 +336,8 @@ class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
 def read_config(workdir: str | Path) -> dict[str, Any]:
   """Returns the configuration of the run in `workdir`, as plain values.
 
+  Keys that came after the run have their defaults.
+
   Raises:
     WorkdirError: there is no run, or none with a complete checkpoint; or config.json there is not
       that of the checkpoint, whose arrays it describes.
@@ -352,7 +355,7 @@ def read_config(workdir: str | Path) -> dict[str, Any]:
     raise WorkdirError(
       f"{path} cannot be read ({one_line(error)}); a run writes it anew when it resumes"
     ) from None
-  if not isinstance(config, dict):
+  if "task" not in flat:
     raise WorkdirError(f"{path} holds no run: expected the keys of a configuration")
   identity = read_identity(workdir)
   keys = [key for key in identity if "." in key or key in flat or key in ("task", "image_size")]
@@ -363,21 +366,25 @@ def read_config(workdir: str | Path) -> dict[str, Any]:
         f"{path} is not that of its checkpoint ({key}: {now} in the file, {identity[key]!r} in the "
         "checkpoint); a run writes it anew when it resumes"
       )
-  if any("." in key for key in identity) and (problem := _find_mistake(config, flat, identity)):
+  if problem := _find_mistake(config, flat, identity):
     raise WorkdirError(
       f"{path} is not that of its checkpoint ({problem}); a run writes it anew when it resumes"
     )
+  for name, key in find_keys(ConfigDict(config)).items():
+    *sections, leaf = name.split(".")
+    functools.reduce(dict.__getitem__, sections, config).setdefault(leaf, key.default)
   return config
 
 
 def _find_mistake(config: dict, flat: dict[str, Any], identity: dict[str, Any]) -> str:
   """Returns what is wrong with the keys that an identity does not name, or "".
 
-  It leaves out those that have their defaults, and those that a resumed run may change.
+  It leaves out those that have their defaults, and those that a resumed run may change; one
+  without any names is that of no intact checkpoint.
   """
   try:
     config = ConfigDict(config)
-    departures, keys = config_lib.identity(config).keys() - identity.keys(), find_keys(config)
+    keys, departures = find_keys(config), config_lib.identity(config).keys() - identity.keys()
   # The file may hold anything anywhere.
   except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
     return one_line(error)
@@ -386,7 +393,7 @@ def _find_mistake(config: dict, flat: dict[str, Any], identity: dict[str, Any]) 
   for key in sorted(flat.keys() & keys.keys() - identity.keys()):
     if mistake := find_mistake(flat[key], keys[key]):
       return f"{key}={flat[key]!r:.60} {mistake}"
-    if key in departures:
+    if identity and key in departures:
       return f"{key}: {flat[key]!r:.60} in the file, {keys[key].default!r} in the checkpoint"
   return ""
 

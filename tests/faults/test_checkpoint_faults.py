@@ -202,6 +202,16 @@ def test_f15_the_checksum_sees_every_kind_of_change():
     assert total(placed) == total(x)
 
 
+def test_keys_that_came_after_a_run_have_their_defaults(described, tmp_path):
+  config = json.loads((described / "config.json").read_text())
+  shutil.copytree(described, tmp_path / "run")
+  older = {name: dict(part) if isinstance(part, dict) else part for name, part in config.items()}
+  del older["optim"]["ema_decay"], older["encoder"]["num_registers"], older["hang_s"]
+  (tmp_path / "run" / "config.json").write_text(json.dumps(older))
+  assert checkpoint.read_config(tmp_path / "run") == config
+  assert checkpoint.read_params(tmp_path / "run", "encoder").step == 4
+
+
 @pytest.fixture(scope="module")
 def described(tmp_path_factory):
   """A checkpoint of a run, and its configuration."""
@@ -220,7 +230,8 @@ def described(tmp_path_factory):
     ("[1, 2]", "holds no run: expected the keys"),
     ("null", "holds no run: expected the keys"),
     ("[" * 100_000, "cannot be read .maximum recursion"),
-    ('{"a":' * 700 + "1" + "}" * 700, "(cannot be read|is not that of its checkpoint)"),
+    ('{"a":' * 700 + "1" + "}" * 700, "(cannot be read|holds no run)"),
+    ("{}", "holds no run: expected the keys"),
     ({"encoder": {"depth": 10**8}}, r"encoder.depth: 100000000 in the file, 1 in the checkpoint"),
     ({"image_size": [10**8] * 2}, r"image_size: .100000000, 100000000. in the file, .32, 48. in"),
     ({"encoder": []}, "encoder.depth: missing in the file, 1 in the checkpoint"),
