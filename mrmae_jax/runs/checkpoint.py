@@ -372,28 +372,33 @@ def read_config(workdir: str | Path) -> dict[str, Any]:
     )
   for name, key in find_keys(ConfigDict(config)).items():
     *sections, leaf = name.split(".")
-    functools.reduce(dict.__getitem__, sections, config).setdefault(leaf, key.default)
+    functools.reduce(lambda part, name: part.setdefault(name, {}), sections, config).setdefault(
+      leaf, key.default
+    )
   return config
 
 
 def _find_mistake(config: dict, flat: dict[str, Any], identity: dict[str, Any]) -> str:
   """Returns what is wrong with the keys that an identity does not name, or "".
 
-  It leaves out those that have their defaults, and those that a resumed run may change; one
-  without any names is that of no intact checkpoint.
+  It leaves out those that have their defaults, and those that a resumed run may change. One
+  without names of sections holds none of them.
   """
+  is_whole = any("." in key for key in identity)
   try:
     config = ConfigDict(config)
     keys, departures = find_keys(config), config_lib.identity(config).keys() - identity.keys()
   # The file may hold anything anywhere.
   except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
     return one_line(error)
+  if values := sorted(flat.keys() & {name.rpartition(".")[0] for name in keys}):
+    return f"{values[0]} is not a section"
   if unknown := sorted(x for x in departures - keys.keys() if x.startswith("encoder.")):
     return f"{unknown[0]} is not a key"
   for key in sorted(flat.keys() & keys.keys() - identity.keys()):
     if mistake := find_mistake(flat[key], keys[key]):
       return f"{key}={flat[key]!r:.60} {mistake}"
-    if identity and key in departures:
+    if is_whole and key in departures:
       return f"{key}: {flat[key]!r:.60} in the file, {keys[key].default!r} in the checkpoint"
   return ""
 

@@ -206,10 +206,10 @@ def test_keys_that_came_after_a_run_have_their_defaults(described, tmp_path):
   config = json.loads((described / "config.json").read_text())
   shutil.copytree(described, tmp_path / "run")
   older = {name: dict(part) if isinstance(part, dict) else part for name, part in config.items()}
-  del older["optim"]["ema_decay"], older["encoder"]["num_registers"], older["hang_s"]
+  del older["optim"]["warmup_steps"], older["encoder"]["num_registers"], older["hang_s"]
   (tmp_path / "run" / "config.json").write_text(json.dumps(older))
   assert checkpoint.read_config(tmp_path / "run") == config
-  assert checkpoint.read_params(tmp_path / "run", "encoder").step == 4
+  assert checkpoint.read_params(tmp_path / "run", "kernel").step == 4
 
 
 @pytest.fixture(scope="module")
