@@ -43,7 +43,7 @@ def resident_bytes() -> int:
     return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-limit = 1.0e9
+limit = 1.0e9  # bytes; see below
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,8 @@
 """Depthwise convolution: on whole maps, and on the visible blocks of masked maps.
 
-It is shift-and-add instead of `lax.conv`: XLA's grouped convolution is many times slower on CPU and
-depends on the algorithms that cuDNN finds on GPU. The gradient of the input is the same operator
+On maps it is shift-and-add instead of `lax.conv`: XLA's grouped convolution is many times slower on
+CPU and depends on the algorithms that cuDNN finds on GPU. On visible blocks NVIDIA GPUs take
+products of matrices. The gradient of the input is the same operator
 with the kernel turned by 180 degrees. The gradient of the kernel is a sum over all positions, for
 each of which there is a form that suits the platform; all give the same numbers.
 
@@ -215,7 +216,8 @@ def _matrices(kernel, side):
 def _product(near, kernel):
   """Convolves windows [C, w, w, B, V] without padding, as a product for each channel.
 
-  It takes more FLOPs than the stencil, but in units that are made for products.
+  It takes more FLOPs than the stencil, but in units that are made for products. The kernel is
+  rounded to the dtype of the windows; sums are float32.
   """
   c, wide, _, b, v = near.shape
   side = wide - len(kernel) + 1
