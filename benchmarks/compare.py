@@ -73,6 +73,10 @@ class _Way(NamedTuple):
   memory: float | None = None
 
 
+def _jax_way(step: bench.Step, images: int, memory: float | None = None) -> _Way:
+  return _Way(lambda steps: float(step.run(steps)["loss"]), images, memory)
+
+
 def _ours(config, key: str, values: dict[str, Any]) -> dict[str, _Way]:
   """Returns a way for each of `values`, {name of the way: value of a key of the configuration}."""
   section, name = key.split(".")
@@ -84,8 +88,8 @@ def _ours(config, key: str, values: dict[str, Any]) -> dict[str, _Way]:
     config[section][name] = value
     step, masks = bench.make_step(config), config.method.complementary_masks
     memory = step.program.memory_analysis()
-    ways[title] = _Way(
-      lambda n, step=step: float(step.run(n)["loss"]),
+    ways[title] = _jax_way(
+      step,
       config.batch_size * masks,
       memory.argument_size_in_bytes + memory.temp_size_in_bytes,
     )
@@ -196,7 +200,7 @@ def _our_way(config, network: mrmae.Model, params, images, noise) -> _Way:
     pretrained=flax.traverse_util.flatten_dict(params, sep="/"),
   )
   step = bench.make_step(config, task, {"image": images})
-  return _Way(lambda n: float(step.run(n)["loss"]), config.batch_size)
+  return _jax_way(step, config.batch_size)
 
 
 def _transformers(options):
@@ -308,10 +312,7 @@ def _upernet(options):
     memory_format=torch.channels_last
   )
   classes = torch.from_numpy(labels.astype(np.int64))
-  ways = {
-    "ours": _Way(lambda n: float(step.run(n)["loss"]), config.batch_size),
-  }
-  ways |= _torch_ways(
+  ways = {"ours": _jax_way(step, config.batch_size)} | _torch_ways(
     "torch",
     model.to(memory_format=torch.channels_last).train(),
     lambda m: m(inputs, classes),
@@ -346,7 +347,7 @@ def _mask_rcnn(options):
   params = _perturb(task.init(jax.random.key(0))[0])
   with mock.patch.object(detection, "draw_noise", lambda *_: noise):
     step = bench.make_step(config, task._replace(init=lambda key: (params, {})), batch)
-  ways = {"ours": _Way(lambda n: float(step.run(n)["loss"]), config.batch_size)}
+  ways = {"ours": _jax_way(step, config.batch_size)}
 
   network = make_mask_rcnn(config.encoder, config.rcnn, num_classes, jnp.float32)
   tensors = export(

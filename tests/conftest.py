@@ -21,9 +21,8 @@ from tests.helpers.programs import fork_workers, xla_flags
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}".strip()
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
-os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = (
-  "0"  # no lines of Python in programs: 4 % of a trace
-)
+# No lines of Python in programs: 4 % of a trace.
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the cache of their parent
   os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="mrmae_jax_cache")
   atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)

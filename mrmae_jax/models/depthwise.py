@@ -165,7 +165,7 @@ def _by_map_bwd(x, kernel, dy, mask, grid):
 
 
 def _on_windows(x, kernel, mask, grid):
-  return _as_blocks(_product(_windows(x, mask, grid, len(kernel)), kernel))
+  return _product(_windows(x, mask, grid, len(kernel)), kernel)
 
 
 def _on_windows_bwd(x, kernel, dy, mask, grid):
@@ -174,7 +174,7 @@ def _on_windows_bwd(x, kernel, dy, mask, grid):
   # dy itself, but in the layout of the windows: with dy two layouts of it would be read.
   inside = slice(size // 2, size // 2 + side)
   dkernel = _product_gradient(near, near_dy[:, inside, inside], size)
-  return _as_blocks(_product(near_dy, _turn(kernel))), dkernel
+  return _product(near_dy, _turn(kernel)), dkernel
 
 
 def _windows(x, mask, grid, size):
@@ -196,11 +196,6 @@ def _windows(x, mask, grid, size):
   return jax.lax.optimization_barrier(near.transpose(4, 2, 3, 0, 1))
 
 
-def _as_blocks(x):
-  """[C, s, s, B, V] -> [B, V, s, s, C]."""
-  return x.transpose(3, 4, 1, 2, 0)
-
-
 def _flat(x):
   """[C, s, s, B, V] -> [C, s * s, B * V]."""
   return x.reshape(len(x), x.shape[1] ** 2, -1)
@@ -214,16 +209,16 @@ def _matrices(kernel, side):
 
 
 def _product(near, kernel):
-  """Convolves windows [C, w, w, B, V] without padding, as a product for each channel.
+  """Convolves windows without padding, as a product for each channel.
 
-  It takes more FLOPs than the stencil, but in units that are made for products. The kernel is
-  rounded to the dtype of the windows; sums are float32.
+  [C, w, w, B, V] -> [B, V, s, s, C]. It takes more FLOPs than the stencil, but in units that are
+  made for products. The kernel is rounded to the dtype of the windows; sums are float32.
   """
   c, wide, _, b, v = near.shape
   side = wide - len(kernel) + 1
   matrices = _matrices(kernel.astype(near.dtype), side)
   y = jnp.einsum("cqp,cpn->cqn", matrices, _flat(near), precision=jax.lax.Precision.HIGHEST)
-  return y.reshape(c, side, side, b, v)
+  return y.reshape(c, side, side, b, v).transpose(3, 4, 1, 2, 0)
 
 
 def _product_gradient(near, dy, size):

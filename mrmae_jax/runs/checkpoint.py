@@ -9,7 +9,6 @@ one. Restoring verifies every array, because orbax itself restores a flipped bit
 import asyncio
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import importlib.metadata
 import json
@@ -372,9 +371,10 @@ def read_config(workdir: str | Path) -> dict[str, Any]:
     )
   for name, key in find_keys(ConfigDict(config)).items():
     *sections, leaf = name.split(".")
-    functools.reduce(lambda part, name: part.setdefault(name, {}), sections, config).setdefault(
-      leaf, key.default
-    )
+    part = config
+    for section in sections:
+      part = part.setdefault(section, {})
+    part.setdefault(leaf, key.default)
   return config
 
 
