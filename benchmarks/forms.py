@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.command import make_parser, run_command
-from mrmae_jax import mrmae
+from mrmae_jax import mrmae, target
 from mrmae_jax.cli import bench
 from mrmae_jax.cli.compile import find_devices
 from mrmae_jax.cli.parser import integer
@@ -159,7 +159,7 @@ def _compile(form, inputs, others, device):
     sharding = jax.sharding.SingleDeviceSharding(device)
     struct = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     inputs, others = jax.tree.map(struct, (inputs, others))
-  with layers.tracing_for(device):
+  with target.tracing_for(device):
     return jax.jit(both_ways).lower(inputs, others).compile()
 
 

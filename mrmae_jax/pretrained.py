@@ -18,12 +18,12 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from PIL import Image
 
-from mrmae_jax import detection, mrmae, segmentation
+from mrmae_jax import detection, mrmae, segmentation, target
 from mrmae_jax.checks import MAX_SCALE
 from mrmae_jax.config import MODES
 from mrmae_jax.errors import WeightsError
 from mrmae_jax.models import encode, head_attention
-from mrmae_jax.models.layers import layer_norm
+from mrmae_jax.models.layers import LayerNorm
 from mrmae_jax.reconstruction import reconstruct
 from mrmae_jax.weights import detectron2, model_files
 
@@ -433,7 +433,8 @@ class PretrainedModel:
     }
     (batch,) = jax.export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *image_size, len(self.network.mean)), np.uint8)
-    return jax.export.export(jax.jit(nested), platforms=PLATFORMS)(shapes, images)
+    with target.tracing_for(target.PORTABLE):
+      return jax.export.export(jax.jit(nested), platforms=PLATFORMS)(shapes, images)
 
   def export_params(self, image_size: tuple[int, int]) -> dict[str, np.ndarray]:
     """Returns the parameters for images of (height, width), {path joined by "/": array}."""
@@ -548,7 +549,7 @@ class PretrainedModel:
     encoder = self.network.encoder
     if "fc_norm" in classifier:  # MAE's and ConvMAE's --global_pool
       x = encode(encoder, params["encoder"], pixels, normed=False)["pooled"]
-      x = layer_norm(encoder.eps, jnp.float32).apply({"params": classifier["fc_norm"]}, x)
+      x = LayerNorm(encoder.eps, jnp.float32).apply({"params": classifier["fc_norm"]}, x)
     else:  # CLS; in a ConvViT without one, the first patch, as in the reference
       x, _ = encoder.apply({"params": params["encoder"]}, pixels)
       x = x[:, 0].astype(jnp.float32)

@@ -15,6 +15,8 @@ import jax
 from jax.extend.core import jaxprs_in_params
 from jax.interpreters.partial_eval import dce_jaxpr
 
+from mrmae_jax import target
+
 COMPONENTS = {  # by the names of modules; the first that fits
   "teacher": r"\bteacher\b",
   "decoder": r"Decoder",
@@ -58,8 +60,8 @@ def flops(function, *args) -> dict[str, float]:
 
   The arguments may be ShapeDtypeStructs.
 
-  A multiplication and an addition are two. A loop counts as often as it runs. Of branches the
-  dearest counts; of the forms for several platforms the cheapest, which is what the method needs.
+  A multiplication and an addition are two. A loop counts as often as it runs, of branches the
+  dearest. Operations are counted in their portable form, which is what the method needs.
   """
   totals = dict.fromkeys(COMPONENTS, 0.0)
 
@@ -80,14 +82,17 @@ def flops(function, *args) -> dict[str, float]:
         for branch in equation.params["branches"]:
           branches.append(dict.fromkeys(COMPONENTS, 0.0))
           walk(branch.jaxpr, name, times, branches[-1])
-        choose = min if equation.params.get("branches_platforms") else max
-        for part, number in choose(branches, key=lambda branch: sum(branch.values())).items():
+        for part, number in max(branches, key=lambda branch: sum(branch.values())).items():
           totals[part] += number
       else:
         for jaxpr in jaxprs_in_params(equation.params):
           walk(jaxpr, name, times * equation.params.get("length", 1), totals)
 
-  jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+  if hasattr(function, "lower"):
+    function = function.__wrapped__
+  with target.tracing_for(target.PORTABLE):
+    # JAX remembers what it traced for a function, whatever the target. This one is new.
+    jaxpr = jax.make_jaxpr(lambda *args: function(*args))(*args).jaxpr
   used, _ = dce_jaxpr(
     jaxpr, [True] * len(jaxpr.outvars)
   )  # what has no effect on the result the compiler drops too
@@ -180,8 +185,8 @@ def _epilogue(kind: str, rest: str) -> str:
 
 def _kernel(kind, rest, operands, results, flops_of) -> Kernel:
   """Returns the kernel of an instruction, whose operands and attributes are the text `rest`."""
-  if target := re.search(r'custom_call_target="([^"]*)"', rest):
-    kind = target[1]
+  if called := re.search(r'custom_call_target="([^"]*)"', rest):
+    kind = called[1]
   if kind.startswith(("__cublas", "__cudnn")):
     results = [array for array in results if array.kind not in ("s8", "u8")]  # space to work in
   called = re.search(r"\bcalls=%?([\w.\-]+)", rest)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from mrmae_jax import config as config_lib
-from mrmae_jax import data, optim, sharding
+from mrmae_jax import data, optim, sharding, target
 from mrmae_jax.errors import NonFiniteError
 from mrmae_jax.runs import nonfinite
 from mrmae_jax.runs.checkpoint import CONTENTS
@@ -261,13 +261,10 @@ def update_norms(params, updates) -> dict[str, jax.Array]:
   of small arrays have kernels of its own, so they are put together.
   """
 
-  def apart(*trees):
-    return [_norm_of_few(tree) for tree in jax.lax.optimization_barrier(trees)]
-
-  param_norm, update_norm = jax.lax.platform_dependent(
-    params, updates, cuda=apart, default=lambda *trees: [optax.global_norm(tree) for tree in trees]
-  )
-  return {"param_norm": param_norm, "update_norm": update_norm}
+  trees, norm = (params, updates), optax.global_norm
+  if target.compute_capability():
+    trees, norm = jax.lax.optimization_barrier(trees), _norm_of_few
+  return {"param_norm": norm(trees[0]), "update_norm": norm(trees[1])}
 
 
 def _norm_of_few(tree, small: int = 2**14) -> jax.Array:

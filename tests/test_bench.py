@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks import compare, guards, on_gpu
 from configs import convmae, mae, mrmae
-from mrmae_jax import program, sharding, train
+from mrmae_jax import program, sharding, target, train
 from mrmae_jax.cli import bench, parser
 from mrmae_jax.cli.bench import step as bench_step
 from mrmae_jax.models.classifier import Classifier
@@ -64,9 +64,11 @@ def test_flops_of_a_product_a_loop_and_a_gradient():
   assert program.flops(scan, x, w) == {"rest": product}
   either = lambda x, w: jax.lax.cond(x[0, 0, 0] > 0, lambda: (x @ w).sum(), lambda: 0.0)
   assert program.flops(either, x, w) == {"rest": product}
-  forms = dict(cuda=lambda x, w: (x @ w @ w.T @ w).sum(), default=lambda x, w: (x @ w).sum())
-  by_platform = lambda x, w: jax.lax.platform_dependent(x, w, **forms)
-  assert program.flops(by_platform, x, w) == {"rest": product}
+  on_gpu = lambda x, w: x @ w @ w.T @ w if target.compute_capability() else x @ w
+  with target.tracing_for(SimpleNamespace(platform="gpu", compute_capability="9.0")):
+    for function in (on_gpu, jax.jit(on_gpu)):  # the second was traced for the GPU
+      jax.eval_shape(function, x, w)
+      assert program.flops(function, x, w) == {"rest": product}
 
 
 def work(config):

@@ -1,13 +1,14 @@
 """Depthwise convolution, on maps and on visible blocks, against XLA's."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mrmae_jax import mrmae
+from mrmae_jax import mrmae, target
 from mrmae_jax.models.convvit import spatial_mix
 from mrmae_jax.models.depthwise import depthwise_conv
 from mrmae_jax.models.layers import put_visible, to_blocks
@@ -48,14 +49,13 @@ def test_depthwise_conv_equals_lax_conv(monkeypatch, shape):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)  # sums of up to 240 products
 
 
-@pytest.mark.parametrize("platform", ["cuda", "default"])
+@pytest.mark.parametrize("capability", ["9.0", ""])
 @pytest.mark.parametrize(
   "side, size, masks", [(4, 5, 1), (2, 5, 1), (1, 3, 1), (2, 5, 3), (3, 7, 1)]
 )
-def test_visible_blocks_are_convolved_as_in_the_map(monkeypatch, platform, side, size, masks):
-  """In the form of each platform, here on a CPU: outputs and both gradients, in float64."""
-  choose = lambda *args, default, **others: others.get(platform, default)(*args)
-  monkeypatch.setattr(jax.lax, "platform_dependent", choose)
+def test_visible_blocks_are_convolved_as_in_the_map(capability, side, size, masks):
+  """In the forms of NVIDIA GPUs and of others: outputs and both gradients, in float64."""
+  device = SimpleNamespace(platform="gpu", compute_capability=capability)
   grid, rows = (4, 6), 2 * masks
   noise, kernel, x, dy = random((2, 24), (size, size, 7), *[(rows, 6, side, side, 7)] * 2)
 
@@ -73,7 +73,8 @@ def test_visible_blocks_are_convolved_as_in_the_map(monkeypatch, platform, side,
       y, pull = jax.vjp(convolve, x, kernel)
       return y, *pull(dy)
 
-    ours = both_ways(lambda x, kernel: spatial_mix(x, kernel, mask, grid), x, kernel, dy)
+    with target.tracing_for(device):
+      ours = both_ways(lambda x, kernel: spatial_mix(x, kernel, mask, grid), x, kernel, dy)
     expected = both_ways(lambda x, kernel: on_map(x, kernel, mask), x, kernel, dy)
     for a, b in zip(ours, expected):
       assert a.dtype == jnp.float64

@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import mrmae_jax
+from mrmae_jax import target
 from mrmae_jax.cli import export
 from mrmae_jax.weights import model_files
 from tests.helpers.cli import run_command
@@ -54,3 +56,13 @@ def test_other_numbers_are_an_error_and_leave_nothing(tmp_path, monkeypatch, cap
   assert run_command(["export", *words]) == 5
   assert "the exported model gives other numbers" in capsys.readouterr().err
   assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_written_beside_a_gpu_it_runs_elsewhere(tmp_path):
+  """Attention in bfloat16 is cuDNN's there, and must not be in the file."""
+  model_files.write_model(make_student(VIT, None), tmp_path / "x.safetensors", "timm")
+  model = mrmae_jax.load(tmp_path / "x.safetensors", num_heads=2, dtype="bfloat16")
+  with target.tracing_for(SimpleNamespace(platform="gpu", compute_capability="9.0")):
+    exported = model.export((24, 16), logits=False)
+  assert exported.platforms == ("cpu", "cuda", "tpu")
+  assert "cudnn" not in exported.mlir_module()

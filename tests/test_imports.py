@@ -22,7 +22,7 @@ HEAVY = ("torch", "tensorflow", "transformers", "keras")
 
 # The rooms from the ground up. A module imports from its own room and from those below.
 FLOORS = (
-  ("errors", "constants", "bilinear", "boxes", "interpolation"),
+  ("errors", "constants", "target", "bilinear", "boxes", "interpolation"),
   ("hardware", "program", "sweep", "sharding", "optim", "mixup", "models", "config"),
   ("mrmae", "checks", "runs", "segmentation", "detection"),
   ("reconstruction", "data", "weights", "viz"),

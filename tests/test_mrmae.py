@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mrmae_jax import mrmae
+from mrmae_jax import mrmae, target
 from mrmae_jax.models import layers
 from mrmae_jax.models.convvit import ConvViT
 from mrmae_jax.models.decoder import Decoder
@@ -258,7 +258,7 @@ def test_attention_of_cudnn_is_asked_for_by_name(monkeypatch):
     ("8.0", jnp.bfloat16, 256, False),
     ("gfx90a", jnp.bfloat16, 64, False),
   ):
-    with layers.tracing_for(SimpleNamespace(compute_capability=capability)):
+    with target.tracing_for(SimpleNamespace(platform="gpu", compute_capability=capability)):
       found = layers.has_fused_attention(dtype, head_dim)
     assert found == usable, (capability, dtype, head_dim)
 
@@ -270,7 +270,7 @@ def test_attention_of_cudnn_is_asked_for_by_name(monkeypatch):
   monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
   for queries, keys in ((196, 196), (49, 49), (147, 196)):
     q, k, v = (jax.ShapeDtypeStruct((2, 4, t, 32), jnp.bfloat16) for t in (queries, keys, keys))
-    with layers.tracing_for(SimpleNamespace(compute_capability="9.0")):
+    with target.tracing_for(SimpleNamespace(platform="gpu", compute_capability="9.0")):
       traced = jax.jit(
         jax.grad(lambda q, k, v: layers.attend(q, k, v).astype(jnp.float32).sum())
       ).trace(q, k, v)
@@ -294,7 +294,7 @@ def test_query_key_and_value_of_a_gpu_are_three_products(tokens, monkeypatch):
 
     results = []
     for capability, is_cut in (("", True), ("9.0", tokens % 2 == 1)):
-      with layers.tracing_for(SimpleNamespace(compute_capability=capability)):
+      with target.tracing_for(SimpleNamespace(platform="gpu", compute_capability=capability)):
         traced = jax.jit(jax.value_and_grad(lambda *x: loss(*x), (0, 1))).trace(params, x)
       assert ("split[" in str(traced.jaxpr)) == is_cut
       results.append(jax.tree.leaves(traced.lower().compile()(params, x)))
@@ -451,6 +451,45 @@ def test_gelu_is_the_exact_one():
   x = jnp.linspace(-6, 6, 1001)
   np.testing.assert_allclose(gelu(x), jax.nn.gelu(x, approximate=False), atol=1e-6)
   assert np.abs(gelu(x) - jax.nn.gelu(x, approximate=True)).max() > 1e-4
+  short = x.astype(jnp.bfloat16)
+  np.testing.assert_array_equal(gelu(short), gelu(short.astype(jnp.float32)).astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (2, 3, 8), (2, 3, 2, 2, 6)])
+def test_layer_norm_and_its_gradient(shape):
+  """Against the formula as JAX differentiates it, in float64."""
+  rng = np.random.default_rng(0)
+  x, dy = rng.normal(3, 2, shape), rng.normal(size=shape)
+  scale, bias = rng.normal(size=(2, shape[-1]))
+
+  def formula(x, scale, bias):
+    shifted = x - x.mean(-1, keepdims=True)
+    variance = jnp.square(shifted).mean(-1, keepdims=True)
+    return shifted / jnp.sqrt(variance + 0.1) * scale + bias
+
+  def layer(x, scale, bias):
+    norm = layers.LayerNorm(0.1, jnp.float64)
+    return norm.apply({"params": {"scale": scale, "bias": bias}}, x)
+
+  with jax.enable_x64(True):
+    (y, pull), (expected, pull_expected) = (jax.vjp(f, x, scale, bias) for f in (layer, formula))
+    for a, b in zip([y, *pull(dy)], [expected, *pull_expected(dy)]):
+      assert a.dtype == jnp.float64 and a.shape == b.shape
+      np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_layer_norm_of_bfloat16_is_rounded_once():
+  """The large channel is one as CLIP's residual stream has them."""
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(6, 32)), jnp.bfloat16).at[:, 3].set(300)
+  norm = lambda dtype: layers.LayerNorm(1e-5, dtype)
+  params = norm(jnp.float32).init(jax.random.key(0), x)
+  y = norm(jnp.bfloat16).apply(params, x)
+  np.testing.assert_array_equal(y, norm(jnp.float32).apply(params, x).astype(jnp.bfloat16))
+  rows = np.asarray(x, np.float64)
+  expected = (rows - rows.mean(-1, keepdims=True)) / np.sqrt(rows.var(-1, keepdims=True) + 1e-5)
+  np.testing.assert_allclose(norm(jnp.float32).apply(params, x), expected, rtol=1e-5, atol=1e-6)
+  dx = jax.grad(lambda x: (norm(jnp.bfloat16).apply(params, x) ** 2).sum())(x)
+  assert dx.dtype == jnp.bfloat16
 
 
 def test_initialisation_is_the_reference_one():

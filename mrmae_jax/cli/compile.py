@@ -13,10 +13,9 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from mrmae_jax import hardware, preflight, program, sharding, train
+from mrmae_jax import hardware, preflight, program, sharding, target, train
 from mrmae_jax.cli import bench
 from mrmae_jax.errors import UsageError
-from mrmae_jax.models import layers
 from mrmae_jax.runs.paths import atomic_write
 
 TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
@@ -114,7 +113,7 @@ def measure(config, task, devices, images: int) -> dict[str, Any]:
   chip = hardware.find_chip(devices[0])
   plan = train.make_plan(config, task, mesh, images)
   began = time.monotonic()
-  with layers.tracing_for(devices[0]):
+  with target.tracing_for(devices[0]):
     compiled = plan.step.lower(plan.state, plan.frozen, plan.batch).compile()
   seconds = time.monotonic() - began
   memory, text = compiled.memory_analysis(), compiled.as_text()

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mrmae_jax.models.layers import Dense, layer_norm
+from mrmae_jax.models.layers import Dense, LayerNorm
 
 
 class Classifier(nn.Module):
@@ -49,7 +49,7 @@ class Classifier(nn.Module):
       features = x[:, 0]
     else:
       patches = out["layers"][-1][:, int(self.encoder.cls_token) :]
-      features = layer_norm(self.encoder.eps, self.dtype, "fc_norm")(patches.mean(1))
+      features = LayerNorm(self.encoder.eps, self.dtype, name="fc_norm")(patches.mean(1))
     init = nn.initializers.truncated_normal(self.head_std)
     logits = Dense(self.num_classes, kernel_init=init, dtype=self.dtype, name="head")(features)
     return logits.astype(jnp.float32), {"features": features.astype(jnp.float32)}

@@ -28,11 +28,11 @@ from mrmae_jax.models.layers import (
   Dense,
   DropPath,
   LayerFusion,
+  LayerNorm,
   Mask,
   attention_scopes,
   drop_paths,
   gelu,
-  layer_norm,
   patchify,
   position_table,
   rematerialize,
@@ -79,7 +79,7 @@ class PatchEmbed(nn.Module):
       x = Dense(self.dim, bias_init=bias_init, dtype=self.dtype, name="proj")(x)
     else:
       x = conv_dense(x, self.dim, self.dtype, "proj")
-    return gelu(layer_norm(CONV_EPS, self.dtype, "norm")(x))
+    return gelu(LayerNorm(CONV_EPS, self.dtype, name="norm")(x))
 
 
 def spatial_mix(
@@ -132,10 +132,12 @@ class ConvBlock(nn.Module):
     kernel = self.param("depthwise_kernel", init, (5, 5, dim))
     bias = self.param("depthwise_bias", init, (dim,))
 
-    h = conv_dense(layer_norm(self.eps, self.dtype, "norm1")(x), dim, self.dtype, "conv1")
+    h = conv_dense(LayerNorm(self.eps, self.dtype, name="norm1")(x), dim, self.dtype, "conv1")
     h = spatial_mix(h, kernel, mask, grid) + bias.astype(self.dtype)
     x = x + drop(conv_dense(h, dim, self.dtype, "conv2"), 0)
-    h = conv_dense(layer_norm(self.eps, self.dtype, "norm2")(x), self.mlp_dim, self.dtype, "fc1")
+    h = conv_dense(
+      LayerNorm(self.eps, self.dtype, name="norm2")(x), self.mlp_dim, self.dtype, "fc1"
+    )
     return x + drop(conv_dense(gelu(h), dim, self.dtype, "fc2"), 1)
 
 
@@ -287,4 +289,4 @@ class ConvViT(nn.Module):
       out["attention"] = attention[:, 1:]
     if self.fuse_layers:
       x = LayerFusion(self.dtype, name="fusion")([out["layers"][i] for i in self.fuse_layers] + [x])
-    return layer_norm(self.eps, self.dtype, "norm")(sum(skips, start=x)), out
+    return LayerNorm(self.eps, self.dtype, name="norm")(sum(skips, start=x)), out

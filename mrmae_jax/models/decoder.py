@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from mrmae_jax.models.layers import (
   Block,
   Dense,
+  LayerNorm,
   Mask,
   gelu,
-  layer_norm,
   position_table,
   put_visible,
   rematerialize,
@@ -79,7 +79,7 @@ class Decoder(nn.Module):
         dtype=self.dtype,
         name=f"blocks_{i}",
       )(x, only=only)
-    x = layer_norm(self.eps, self.dtype, "norm")(x)
+    x = LayerNorm(self.eps, self.dtype, name="norm")(x)
     out = {"tokens": x[:, cls.shape[1] :] if everywhere else x}
     prediction = Dense(self.out_dim, dtype=self.dtype, name="pred")(out["tokens"])
     return prediction.astype(jnp.float32), out
@@ -103,7 +103,7 @@ class MimicHead(nn.Module):
   def __call__(self, tokens: jax.Array) -> jax.Array:
     x = tokens
     if self.kind == "norm_linear":
-      x = layer_norm(1e-6, self.dtype, "norm")(x)
+      x = LayerNorm(1e-6, self.dtype, name="norm")(x)
     elif self.kind == "mlp":
       x = gelu(Dense(x.shape[-1], dtype=self.dtype, name="hidden")(x))
     x = Dense(self.out_dim, dtype=self.dtype, name="linear")(x)

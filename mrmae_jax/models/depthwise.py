@@ -15,6 +15,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from mrmae_jax import target
 from mrmae_jax.models.layers import (
   Mask,
   from_blocks,
@@ -22,12 +23,8 @@ from mrmae_jax.models.layers import (
   take_rows,
   take_visible,
   to_blocks,
+  widen,
 )
-
-
-def _widen(x):
-  """Returns x in float32, or in float64 if it is that."""
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _crops(x, size):
@@ -36,13 +33,13 @@ def _crops(x, size):
   These are size * size crops [..., H, W, C].
   """
   height, width = (side - size + 1 for side in x.shape[-3:-1])
-  crop = lambda i, j: _widen(x[..., i : i + height, j : j + width, :])
+  crop = lambda i, j: widen(x[..., i : i + height, j : j + width, :])
   return [crop(i, j) for i in range(size) for j in range(size)]
 
 
 def _stencil(x, kernel):
   """Convolves without padding: [..., H + k - 1, W + k - 1, C] -> [..., H, W, C]."""
-  taps = _widen(kernel.reshape(-1, kernel.shape[-1]))
+  taps = widen(kernel.reshape(-1, kernel.shape[-1]))
   return sum(crop * tap for crop, tap in zip(_crops(x, len(kernel)), taps)).astype(x.dtype)
 
 
@@ -70,7 +67,7 @@ def _by_taps(x, dy, size):
 
   x is padded, [..., H + size - 1, W + size - 1, C], dy [..., H, W, C].
   """
-  positions, dy = tuple(range(dy.ndim - 1)), _widen(dy)
+  positions, dy = tuple(range(dy.ndim - 1)), widen(dy)
   return jnp.stack([jnp.sum(crop * dy, positions) for crop in _crops(x, size)])
 
 
@@ -88,20 +85,19 @@ def _by_bands(x, dy, size):
     image, row = band // (h // rows), band % (h // rows) * rows
     cut = lambda y, shape: jax.lax.dynamic_slice(y, (image, row, 0, 0), (1, *shape, c))
     near = _crops(cut(x, (rows + size - 1, w + size - 1)), size)
-    here = _widen(cut(dy, (rows, w)))
+    here = widen(cut(dy, (rows, w)))
     return [total + crop * here for total, crop in zip(sums, near)], None
 
-  zeros = jnp.zeros((1, rows, w, c), _widen(x[:0]).dtype)
+  zeros = jnp.zeros((1, rows, w, c), widen(x[:0]).dtype)
   sums, _ = jax.lax.scan(add, [zeros] * size**2, jnp.arange(b * h // rows))
   return jnp.stack([total.sum((0, 1, 2)) for total in sums])
 
 
 def _kernel_gradient(x, dy, size):
   """Returns the gradient of the kernel [size, size, C] from maps of the input and the output."""
-  by_taps, by_bands = (functools.partial(form, size=size) for form in (_by_taps, _by_bands))
   # The bands walk over the batch, which then could not be divided among devices.
-  forms = dict(cpu=by_bands) if jax.device_count() == 1 else {}
-  dkernel = jax.lax.platform_dependent(_pad(x, size), dy, **forms, default=by_taps)
+  has_bands = target.platform() == "cpu" and jax.device_count() == 1
+  dkernel = (_by_bands if has_bands else _by_taps)(_pad(x, size), dy, size)
   return dkernel.reshape(size, size, -1)
 
 
@@ -131,16 +127,13 @@ def blockwise_conv(x: jax.Array, kernel: jax.Array, mask: Mask, grid: tuple[int,
   Returns:
     The visible blocks of the result, [B, V, s, s, C].
   """
-  on_windows = functools.partial(_on_windows, mask=mask, grid=grid)
-  by_map = functools.partial(_by_map, mask=mask, grid=grid)
-  return jax.lax.platform_dependent(x, kernel, cuda=on_windows, default=by_map)
+  return (_on_windows if target.compute_capability() else _by_map)(x, kernel, mask, grid)
 
 
 def _blockwise_bwd(grid, residuals, dy):
   x, kernel, mask = residuals
-  on_windows = functools.partial(_on_windows_bwd, mask=mask, grid=grid)
-  by_map = functools.partial(_by_map_bwd, mask=mask, grid=grid)
-  dx, dkernel = jax.lax.platform_dependent(x, kernel, dy, cuda=on_windows, default=by_map)
+  form = _on_windows_bwd if target.compute_capability() else _by_map_bwd
+  dx, dkernel = form(x, kernel, dy, mask, grid)
   return dx, dkernel.astype(kernel.dtype), None
 
 
@@ -231,7 +224,7 @@ def _product_gradient(near, dy, size):
     _flat(dy),
     _flat(near),
     precision=jax.lax.Precision.HIGHEST,
-    preferred_element_type=_widen(dy[:0]).dtype,
+    preferred_element_type=widen(dy[:0]).dtype,
   )
   kernel = jax.ShapeDtypeStruct((size, size, len(near)), dmatrices.dtype)
   (dkernel,) = jax.linear_transpose(lambda k: _matrices(k, dy.shape[1]), kernel)(dmatrices)

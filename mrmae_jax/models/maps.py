@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from mrmae_jax.bilinear import bilinear_matrix
 from mrmae_jax.models.convvit import torch_uniform
-from mrmae_jax.models.layers import Dense, combine, layer_norm
+from mrmae_jax.models.layers import Dense, LayerNorm, combine
 
 
 def resize(x: jax.Array, size: tuple[int, int]) -> jax.Array:
@@ -78,7 +78,7 @@ def norm_layer(norm: str, dtype: Any, name: str):
   """
   if norm == "bn":
     return BatchNorm(dtype=dtype, name=name)
-  layer = layer_norm(1e-6, dtype, name)
+  layer = LayerNorm(1e-6, dtype, name=name)
   return lambda x, train, is_valid=None: layer(x)
 
 

@@ -12,10 +12,10 @@ from mrmae_jax.models.layers import (
   Block,
   Dense,
   LayerFusion,
+  LayerNorm,
   Mask,
   attention_scopes,
   drop_paths,
-  layer_norm,
   patchify,
   position_table,
   rematerialize,
@@ -129,7 +129,7 @@ class ViT(nn.Module):
     grid = tuple(side // self.patch_size for side in images.shape[1:3])
     x, rotate = self._embed(images, mask, grid)
     if self.norm_pre:
-      x = layer_norm(self.eps, self.dtype, "norm_pre")(x)
+      x = LayerNorm(self.eps, self.dtype, name="norm_pre")(x)
 
     block = rematerialize(Block, self.remat)
     scopes = attention_scopes(self, grid, mask)
@@ -156,7 +156,7 @@ class ViT(nn.Module):
       out["attention"] = attention[:, first_patch:]
     if self.fuse_layers:
       x = LayerFusion(self.dtype, name="fusion")([layers[i] for i in self.fuse_layers] + [x])
-    x = layer_norm(self.eps, self.dtype, "norm")(x)
+    x = LayerNorm(self.eps, self.dtype, name="norm")(x)
     if self.proj_dim:
       out["proj"] = Dense(self.proj_dim, use_bias=False, dtype=self.dtype, name="proj")(x)
     if self.attention_pool:
@@ -257,5 +257,5 @@ class AttentionPool(nn.Module):
     attention = jax.nn.softmax(logits * q.shape[-1] ** -0.5, axis=-1)
     x = jnp.einsum("bhk,bhkd->bhd", attention.astype(self.dtype), v[:, :, 1:]).reshape(b, d)
     x = dense(d, "proj")(x)
-    h = dense(self.mlp_dim, "fc1")(layer_norm(self.eps, self.dtype, "norm")(x))
+    h = dense(self.mlp_dim, "fc1")(LayerNorm(self.eps, self.dtype, name="norm")(x))
     return x + dense(d, "fc2")(ACTIVATIONS[self.activation](h)), attention.mean(1)

@@ -1,0 +1,37 @@
+"""The device that programs are traced for: operations that have several forms ask for it."""
+
+import contextlib
+import contextvars
+from types import SimpleNamespace
+from typing import Iterator
+
+import jax
+
+_device = contextvars.ContextVar("device", default=None)
+# Stands for every device: what is traced for it runs on all platforms, by no vendor's library.
+PORTABLE = SimpleNamespace(platform="", compute_capability="")
+
+
+@contextlib.contextmanager
+def tracing_for(device) -> Iterator[None]:
+  """Makes a device the target, there or not, or PORTABLE; None: the present one."""
+  token = _device.set(device)
+  try:
+    yield
+  finally:
+    _device.reset(token)
+
+
+def platform() -> str:
+  """Returns "cpu", "gpu" or "tpu"; "" for PORTABLE."""
+  return _current().platform
+
+
+def compute_capability() -> float:
+  """Returns that of an NVIDIA GPU, such as 9.0; 0 for other devices."""
+  version = getattr(_current(), "compute_capability", "")  # "9.0"; AMD's read otherwise
+  return float(version) if version.replace(".", "").isdigit() else 0.0
+
+
+def _current():
+  return _device.get() or jax.local_devices()[0]
