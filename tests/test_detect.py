@@ -98,7 +98,7 @@ def test_the_task_learns_from_objects_and_predicts_them(kind):
   assert not any(np.any(x) for x in jax.tree.leaves(gradients.get("mask_head", ())))
 
 
-@pytest.mark.parametrize("kind", ["vit", "convvit"])
+@pytest.mark.parametrize("kind", ["convvit", pytest.param("vit", marks=pytest.mark.variant)])
 def test_a_pretrained_encoder_starts_detection(tmp_path, kind):
   if kind == "vit":
     encoder = ViT(8, 24, 2, 2, 48, learned_positions=True)

@@ -149,7 +149,7 @@ def test_gathers_of_several_masks_are_each_others_transpose():
 
 
 @pytest.mark.parametrize("encoder, fields", TRICKS)
-@pytest.mark.parametrize("masks", [1, 3])
+@pytest.mark.parametrize("masks", [pytest.param(1, marks=pytest.mark.variant), 3])
 def test_masked_pixels_never_reach_a_visible_feature(encoder, fields, masks):
   model, params, images, noise, _ = setup(encoder, **fields)
   mask = mrmae.sample_mask(noise, 0.75, masks)

@@ -177,14 +177,15 @@ class Run:
     jax.monitoring.register_event_listener(note_hit)
     try:
       with supervision.phase("compile", interruptible=True):
-        self._program = self._plan.step.lower(state, self._frozen, batch).compile()
+        lowered = self._plan.step.lower(state, self._frozen, batch)
+        traced = time.monotonic()
+        self._program = lowered.compile()
     finally:
       jax.monitoring.unregister_event_listener(note_hit)
     cache = jax.config.jax_compilation_cache_dir
-    done = (
-      f"took the compiled training step from {cache}" if found else "compiled the training step"
-    )
-    return f"{done} in {time.monotonic() - began:.1f} s"
+    done = f"took it compiled from {cache}" if found else "compiled it"
+    seconds = time.monotonic() - traced
+    return f"traced the training step in {traced - began:.1f} s, {done} in {seconds:.1f} s"
 
   def open_evaluators(self) -> None:
     """Opens the evaluators of the configuration, and says which can not measure anything."""
