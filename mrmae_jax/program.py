@@ -91,7 +91,7 @@ def flops(function, *args) -> dict[str, float]:
   if hasattr(function, "lower"):
     function = function.__wrapped__
   with target.tracing_for(target.PORTABLE):
-    # JAX remembers what it traced for a function, whatever the target. This one is new.
+    # A new function, because of the traces that JAX keeps.
     jaxpr = jax.make_jaxpr(lambda *args: function(*args))(*args).jaxpr
   used, _ = dce_jaxpr(
     jaxpr, [True] * len(jaxpr.outvars)

@@ -14,7 +14,10 @@ PORTABLE = SimpleNamespace(platform="", compute_capability="")
 
 @contextlib.contextmanager
 def tracing_for(device) -> Iterator[None]:
-  """Makes a device the target, there or not, or PORTABLE; None: the present one."""
+  """Makes a device the target, there or not, or PORTABLE; None: JAX's default device.
+
+  JAX keeps traces by function, whatever the target: trace only functions that were made inside.
+  """
   token = _device.set(device)
   try:
     yield
@@ -34,4 +37,5 @@ def compute_capability() -> float:
 
 
 def _current():
-  return _device.get() or jax.local_devices()[0]
+  device = _device.get() or jax.config.jax_default_device or jax.local_devices()[0]
+  return jax.local_devices(backend=device)[0] if isinstance(device, str) else device

@@ -260,7 +260,6 @@ def update_norms(params, updates) -> dict[str, jax.Array]:
   write into the arrays of the state, which are then copied, one by one. Nor should each of hundreds
   of small arrays have kernels of its own, so they are put together.
   """
-
   trees, norm = (params, updates), optax.global_norm
   if target.compute_capability():
     trees, norm = jax.lax.optimization_barrier(trees), _norm_of_few

@@ -243,6 +243,19 @@ def test_what_is_computed_again_is_the_same(encoder, remat):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_the_target(monkeypatch):
+  cpu, gpu = jax.devices()[0], SimpleNamespace(platform="gpu", compute_capability="9.0")
+  monkeypatch.setattr(jax, "local_devices", lambda backend=None: [cpu if backend else gpu])
+  assert (target.platform(), target.compute_capability()) == ("gpu", 9.0)
+  for default in (cpu, "cpu"):  # as exporting checks what it wrote
+    with jax.default_device(default):
+      assert (target.platform(), target.compute_capability()) == ("cpu", 0)
+      with target.tracing_for(gpu):
+        assert target.platform() == "gpu"
+  with target.tracing_for(target.PORTABLE):
+    assert (target.platform(), target.compute_capability()) == ("", 0)
+
+
 def test_attention_of_cudnn_is_asked_for_by_name(monkeypatch):
   """Where it can be used: lowered for CUDA from here, it is a call of cuDNN's kernel forwards and
   backwards.
