@@ -31,6 +31,7 @@ fork_workers()
 
 # The files that take longest begin first, so that no process works alone at the end.
 LONGEST = ("multihost", "process_faults", "train", "self_distill", "buckets", "compile", "channels")
+LONGEST += ("tricks", "teachers", "weights", "visualize")  # else among the last ones
 
 
 def pytest_collection_modifyitems(items):
