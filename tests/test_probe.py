@@ -251,7 +251,7 @@ def make_features(photos, out, *options):
 @pytest.mark.parametrize(
   "options",
   [
-    ("--model=pixels",),
+    pytest.param(("--model=pixels",), marks=pytest.mark.variant),
     pytest.param(("--model={run}",), marks=pytest.mark.variant),
     ("--model={run}", "--untrained"),
   ],

@@ -25,7 +25,7 @@ from tests.helpers.runs import finished_run
   [
     pytest.param("convvit", dict(encoder__depths=(1, 1, 2)), marks=pytest.mark.variant),
     ("convvit", dict(encoder__cls_token=True, encoder__depths=(1, 1, 2))),
-    ("vit", {}),
+    pytest.param("vit", {}, marks=pytest.mark.variant),
   ],
 )
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from mrmae_jax.models.layers import LayerFusion, put_visible, take_visible
 from tests.helpers.models import OPTIONS, TEACHER_DIM, loss_of, mimic_alone, seen, setup
 
 TRICKS = [
-  ("dense", dict(cls_token=True, fuse_layers=(0,))),
+  pytest.param("dense", dict(cls_token=True, fuse_layers=(0,)), marks=pytest.mark.variant),
   ("sparse", dict(cls_token=True, fuse_layers=(0,))),
   ("sparse", dict(fuse_stages=False)),
   ("vit", dict(fuse_layers=(0,))),

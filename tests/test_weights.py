@@ -428,7 +428,7 @@ def test_a_tower_that_is_no_student():
   assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("encoder", ["convvit", "vit"])
+@pytest.mark.parametrize("encoder", ["convvit", pytest.param("vit", marks=pytest.mark.variant)])
 def test_runs(tmp_path, encoder):
   """A run of this project: all of it, its encoder, and the file that it is converted to."""
   config = tiny.get_config(encoder)
