@@ -88,11 +88,8 @@ def flops(function, *args) -> dict[str, float]:
         for jaxpr in jaxprs_in_params(equation.params):
           walk(jaxpr, name, times * equation.params.get("length", 1), totals)
 
-  if hasattr(function, "lower"):
-    function = function.__wrapped__
   with target.tracing_for(target.PORTABLE):
-    # A new function, because of the traces that JAX keeps.
-    jaxpr = jax.make_jaxpr(lambda *args: function(*args))(*args).jaxpr
+    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
   used, _ = dce_jaxpr(
     jaxpr, [True] * len(jaxpr.outvars)
   )  # what has no effect on the result the compiler drops too

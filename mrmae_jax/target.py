@@ -16,13 +16,15 @@ PORTABLE = SimpleNamespace(platform="", compute_capability="")
 def tracing_for(device) -> Iterator[None]:
   """Makes a device the target, there or not, or PORTABLE; None: JAX's default device.
 
-  JAX keeps traces by function, whatever the target: trace only functions that were made inside.
+  JAX keeps traces by function, whatever the target, so it is made to forget them before and after.
   """
   token = _device.set(device)
+  jax.clear_caches()
   try:
     yield
   finally:
     _device.reset(token)
+    jax.clear_caches()
 
 
 def platform() -> str:

@@ -156,13 +156,16 @@ def test_gathers_are_each_others_transpose():
   )
 
 
-def test_backward_pass_has_no_scatter_and_no_convolution():
+@pytest.mark.parametrize("capability", ["9.0", ""])
+def test_backward_pass_has_no_scatter_and_no_convolution(capability):
   model, params, images, noise, features = setup("sparse")
-  text = (
-    jax.jit(jax.grad(lambda p: loss_of(model, p, images, noise, features)[0]))
-    .lower(params)
-    .as_text()
-  )
+  with target.tracing_for(SimpleNamespace(platform="gpu", compute_capability=capability)):
+    text = (
+      jax.jit(jax.grad(lambda p: loss_of(model, p, images, noise, features)[0]))
+      .lower(params)
+      .as_text()
+    )
+  assert (text.count("optimization_barrier") > 2) == bool(capability)
   assert "stablehlo.gather" in text
   assert "stablehlo.scatter" not in text and "stablehlo.convolution" not in text
 

@@ -265,7 +265,7 @@ def _apply_norm(x, scale, bias, moments):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def normalize(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
   """Computes (x - mean) / sqrt(variance + eps) * scale + bias of each row, in float32: [N, D].
 
   Its gradient is written out (Ba et al. 2016, arXiv 1607.06450, with the chain rule); it has no
@@ -276,7 +276,7 @@ def normalize(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> ja
   return _apply_norm(x, scale, bias, _moments(x, eps))
 
 
-def _normalize_fwd(x, scale, bias, eps):
+def _layer_norm_fwd(x, scale, bias, eps):
   moments = _moments(x, eps)
   y = _apply_norm(x, scale, bias, moments)
   if target.compute_capability():
@@ -285,7 +285,7 @@ def _normalize_fwd(x, scale, bias, eps):
   return y, (x, scale, moments)
 
 
-def _normalize_bwd(eps, residuals, dy):
+def _layer_norm_bwd(eps, residuals, dy):
   x, scale, (mean, inverse) = residuals
   y = (widen(x) - mean) * inverse
   w = dy * scale
@@ -294,7 +294,7 @@ def _normalize_bwd(eps, residuals, dy):
   return dx.astype(x.dtype), (dy * y).sum(0), dy.sum(0)
 
 
-normalize.defvjp(_normalize_fwd, _normalize_bwd)
+layer_norm.defvjp(_layer_norm_fwd, _layer_norm_bwd)
 
 
 class LayerNorm(nn.Module):
@@ -316,7 +316,7 @@ class LayerNorm(nn.Module):
     """[..., D] -> [..., D]."""
     scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
     bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-    y = normalize(x.reshape(-1, x.shape[-1]), scale, bias, self.eps)
+    y = layer_norm(x.reshape(-1, x.shape[-1]), scale, bias, self.eps)
     return y.astype(self.dtype).reshape(x.shape)
 
 
