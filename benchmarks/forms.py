@@ -89,7 +89,7 @@ def _windows_form():
 
 def _attention_forms(device):
   """Returns {name: (q, k, v) -> output} for a device."""
-  forms = {"explicit": lambda q, k, v: layers.attention_weights(q, k).astype(v.dtype) @ v}
+  forms = {"explicit": layers.explicit_attention}
   if device.platform == "gpu":
     forms["cuDNN"] = layers.attend
   return forms

@@ -471,6 +471,24 @@ def test_gelu_is_the_exact_one():
   np.testing.assert_array_equal(gelu(short), gelu(short.astype(jnp.float32)).astype(jnp.bfloat16))
 
 
+@pytest.mark.parametrize("bias", [None, (3, 5, 8), (2, 3, 5, 8)])
+def test_attention_and_its_gradient(bias):
+  """Against the formula as JAX differentiates it, in float64."""
+  rng = np.random.default_rng(0)
+  shapes = [(2, 3, 5, 4), (2, 3, 8, 4), (2, 3, 8, 4), *([bias] if bias else [])]
+  arrays, dy = [rng.normal(size=shape) for shape in shapes], rng.normal(size=shapes[0])
+
+  def formula(q, k, v, bias=0.0):
+    logits = jnp.einsum("bhqd,bhkd->bhqk", q, k) / 2 + bias
+    return jnp.einsum("bhqk,bhkd->bhqd", jax.nn.softmax(logits, axis=-1), v)
+
+  with jax.enable_x64(True):
+    (y, pull), (expected, pull_expected) = (jax.vjp(f, *arrays) for f in (layers.attend, formula))
+    for a, b in zip([y, *pull(dy)], [expected, *pull_expected(dy)]):
+      assert a.dtype == jnp.float64 and a.shape == b.shape
+      np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("shape", [(5, 7), (2, 3, 8), (2, 3, 2, 2, 6)])
 def test_layer_norm_and_its_gradient(shape):
   """Against the formula as JAX differentiates it, in float64."""
