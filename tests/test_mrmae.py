@@ -81,7 +81,7 @@ def test_no_gradient_reaches_the_teacher():
   @jax.jit
   def loss(gain):
     return mrmae.pretrain_loss(
-      params, images, noise, model, {"mimic": lambda _: seen(jnp.sin(gain * features))}, **OPTIONS
+      params, images, noise, model, {"mimic": lambda *_: seen(jnp.sin(gain * features))}, **OPTIONS
     )[0]
 
   assert abs(loss(1.0) - loss(2.0)) > 1e-3  # the teacher matters,
@@ -471,8 +471,9 @@ def test_gelu_is_the_exact_one():
   np.testing.assert_array_equal(gelu(short), gelu(short.astype(jnp.float32)).astype(jnp.bfloat16))
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize("bias", [None, (3, 5, 8), (2, 3, 5, 8)])
-def test_attention_and_its_gradient(bias):
+def test_attention_and_its_gradient(bias, platform):
   """Against the formula as JAX differentiates it, in float64."""
   rng = np.random.default_rng(0)
   shapes = [(2, 3, 5, 4), (2, 3, 8, 4), (2, 3, 8, 4), *([bias] if bias else [])]
@@ -482,7 +483,7 @@ def test_attention_and_its_gradient(bias):
     logits = jnp.einsum("bhqd,bhkd->bhqk", q, k) / 2 + bias
     return jnp.einsum("bhqk,bhkd->bhqd", jax.nn.softmax(logits, axis=-1), v)
 
-  with jax.enable_x64(True):
+  with jax.enable_x64(True), target.tracing_for(SimpleNamespace(platform=platform)):
     (y, pull), (expected, pull_expected) = (jax.vjp(f, *arrays) for f in (layers.attend, formula))
     for a, b in zip([y, *pull(dy)], [expected, *pull_expected(dy)]):
       assert a.dtype == jnp.float64 and a.shape == b.shape

@@ -390,7 +390,7 @@ def test_several_teachers_have_heads_weights_and_losses_of_their_own():
   }
   params |= {"mimic_heads": params["mimic_heads"] | {"mimic_dino": head}}
   other = seen(jnp.asarray(rng.standard_normal((3, 48, 5)), jnp.float32))
-  outputs = {"mimic": lambda _: seen(features), "mimic_dino": lambda _: other}
+  outputs = {"mimic": lambda *_: seen(features), "mimic_dino": lambda *_: other}
   loss, terms = jax.jit(
     lambda params: mrmae.pretrain_loss(params, images, noise, both, outputs, **OPTIONS)
   )(params)

@@ -102,7 +102,7 @@ def seen(features):
 )
 def loss_of(model, params, images, noise, features, **options):
   return mrmae.pretrain_loss(
-    params, images, noise, model, {"mimic": lambda _: seen(features)}, **(OPTIONS | options)
+    params, images, noise, model, {"mimic": lambda *_: seen(features)}, **(OPTIONS | options)
   )
 
 
