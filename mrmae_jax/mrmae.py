@@ -63,14 +63,18 @@ class TeacherOutput(NamedTuple):
   """Features of whole images from a frozen teacher, on the student's grid of N tokens; float32.
 
   Attributes:
-    features: [B, N, Dt].
+    features: [B, N, Dt], or with `mask` [B, V, Dt].
     cls: [B, Dt], of the CLS token; None for a teacher without one.
     attention: [B, N], from CLS to the patches in the last block, mean over the heads; or None.
+    mask: if given, `features` are those of its visible tokens alone, one mask for each image.
+    spread: how much the features of images differ, from 0, where they are the same; or None.
   """
 
   features: jax.Array
   cls: jax.Array | None
   attention: jax.Array | None
+  mask: Mask | None = None
+  spread: jax.Array | None = None
 
 
 def pretrain_loss(
@@ -78,7 +82,7 @@ def pretrain_loss(
   images,
   noise,
   model: Model,
-  teachers: dict[str, Callable[[jax.Array], TeacherOutput]],
+  teachers: dict[str, Callable[..., TeacherOutput]],
   *,
   mask_ratio: float,
   masking: str = "random",
@@ -95,7 +99,9 @@ def pretrain_loss(
     images: [B, H, W, C], uint8 or float in [0, 1].
     noise: [B, N] float32, uniform in [0, 1): decides which tokens are visible.
     model: the student.
-    teachers: for each of `model.mimics`, by name, images -> TeacherOutput of the intact image.
+    teachers: for each of `model.mimics`, by name, (images, draw) -> TeacherOutput of the intact
+      image. Where it suffices, a teacher computes the features of the visible tokens alone, which
+      draw(attention) decides.
     mask_ratio: share of the tokens that is hidden from the encoder.
     masking: "random", or "focused": the visible tokens are drawn by the attention of the first
       teacher's CLS token.
@@ -105,16 +111,25 @@ def pretrain_loss(
     pixel_weight: of the reconstruction loss; 0 leaves it out, and the decoder's work with it.
 
   Returns:
-    The loss, and its unweighted terms by their names, "pixel" and those of the mimics; float32
-    scalars.
+    The loss, and its unweighted terms by their names, "pixel" and those of the mimics, with the
+    spread of each teacher, "mimic spread"; float32 scalars.
   """
   pixels = normalize(images, model.mean, model.std)
-  # Teachers see the whole image.
-  teacher_out = {name: jax.lax.stop_gradient(fn(images)) for name, fn in teachers.items()}
-  attention = teacher_out[model.mimics[0].name].attention if masking == "focused" else None
-  mask = sample_mask(
-    noise, mask_ratio, complementary_masks, attention, attention_temperature, attention_mix
-  )
+  mask, teacher_out = None, {}
+
+  def draw(attention):
+    if mask is not None:
+      return mask
+    attention = attention if masking == "focused" else None
+    return sample_mask(
+      noise, mask_ratio, complementary_masks, attention, attention_temperature, attention_mix
+    )
+
+  # Teachers see the whole image. The first one's attention decides what the encoder sees.
+  for mimic in model.mimics:
+    out = jax.lax.stop_gradient(teachers[mimic.name](images, draw))
+    mask, teacher_out[mimic.name] = out.mask or draw(out.attention), out
+  mask = draw(None)  # where there is no teacher
   streams, prediction = encode_decode(params, pixels, mask, model, everywhere=False)
 
   loss, terms = 0.0, {}
@@ -122,6 +137,8 @@ def pretrain_loss(
     head = params["mimic_heads"][mimic.name]
     terms[mimic.name] = mimic_loss(head, streams, teacher_out[mimic.name], mask, mimic)
     loss += mimic.weight * terms[mimic.name]
+    if teacher_out[mimic.name].spread is not None:
+      terms[f"{mimic.name} spread"] = teacher_out[mimic.name].spread
   if pixel_weight:
     terms["pixel"] = pixel_loss(prediction, pixels, mask, model.encoder.patch_size, norm_pix)
     loss += pixel_weight * terms["pixel"]
@@ -256,7 +273,7 @@ def mimic_loss(
     head_params: parameters of `mimic.head`.
     streams: of `encode_decode`, its decoder tokens those of the masked places.
     teacher_out: of the B whole images.
-    mask: [B * k, ...].
+    mask: [B * k, ...]; that of `teacher_out`, where it has one.
     mimic: which tokens count, and how they are compared.
   """
   targets, cls = (
@@ -270,7 +287,8 @@ def mimic_loss(
   if mimic.tokens == "masked":
     return distance(head(streams["decoder"]), take_visible(targets, mask.masked)).mean()
 
-  targets, counts = take_visible(targets, mask), jnp.ones((rows, visible))
+  targets = targets if teacher_out.mask else take_visible(targets, mask)
+  counts = jnp.ones((rows, visible))
   if mimic.salient_share < 1:
     attention = take_visible(teacher_out.attention, mask)
     rank = jnp.argsort(jnp.argsort(-attention, axis=1), axis=1)

@@ -19,10 +19,11 @@ from mrmae_jax.config import LAYERS
 from mrmae_jax.config import token_size as student_token_size
 from mrmae_jax.errors import WeightsError
 from mrmae_jax.models.layers import ACTIVATIONS
+from mrmae_jax.models.vit import ViT
 from mrmae_jax.mrmae import TeacherOutput, normalize, normalize_features
 from mrmae_jax.weights import hub, tower_params, towers
 
-# Of `spread`. Below it the features of all images are the same to three digits.
+# Of `TeacherOutput.spread`. Below it the features of all images are the same to three digits.
 MIN_SPREAD = 1e-6
 NO_SPREAD = (
   "the teacher gives all images the same features: there is nothing to mimic. Its weights may be "
@@ -123,15 +124,16 @@ class Teacher(NamedTuple):
   """A frozen teacher.
 
   Attributes:
-    forward: (params, images) -> TeacherOutput on the student's grid. The images are the student's,
-      [B, H, W, C], uint8 or float in [0, 1].
+    forward: (params, images, draw=None) -> TeacherOutput on the student's grid. The images are the
+      student's, [B, H, W, C], uint8 or float in [0, 1]. With draw, attention [B, N] -> one mask for
+      each image, a tower whose last block can do so computes the visible tokens alone.
     params: kernels in the compute dtype, the rest float32; numpy arrays until the caller places
       them.
     dim: width of the features.
     digest: sha256 of the weights, which identifies a teacher wherever its files lie.
   """
 
-  forward: Callable[[Any, jax.Array], TeacherOutput]
+  forward: Callable[..., TeacherOutput]
   params: Any
   dim: int
   digest: str
@@ -232,9 +234,10 @@ def load(spec: TeacherSpec) -> Teacher:
   return Teacher(functools.partial(_forward, spec), params, spec.dim, digest)
 
 
-def _forward(spec: TeacherSpec, params, images: jax.Array) -> TeacherOutput:
-  """Runs the tower on the student's images; its output is on the student's grid."""
+def _forward(spec: TeacherSpec, params, images: jax.Array, draw=None) -> TeacherOutput:
+  """Runs the tower on the student's images, see `Teacher.forward`."""
   options = spec.options
+  is_cut = draw is not None and _can_select(spec)
   with jax.named_scope("teacher"):  # profiles and `program.flops` know a teacher by this name
     if spec.bands != tuple(range(images.shape[-1])):
       images = images[..., np.array(spec.bands)]
@@ -243,7 +246,10 @@ def _forward(spec: TeacherSpec, params, images: jax.Array) -> TeacherOutput:
     if images.shape[1:3] != spec.input_size:
       shape = (len(images), *spec.input_size, images.shape[-1])
       images = jax.image.resize(images, shape, "cubic").clip(0, 1)
-    x, out = spec.module.apply({"params": params}, normalize(images, spec.mean, spec.std))
+    look = functools.partial(
+      spec.module.apply, {"params": params}, normalize(images, spec.mean, spec.std)
+    )
+    x, out = look(select=draw) if is_cut else look()
     if options.last_k > 1:
       layers = out["layers"][-options.last_k :]
       x = sum(normalize_features(layer, "layer_norm") for layer in layers) / options.last_k
@@ -256,7 +262,19 @@ def _forward(spec: TeacherSpec, params, images: jax.Array) -> TeacherOutput:
     attention = None
     if spec.has_attention:
       attention = _to_grid(out["attention"][..., None], spec.tokens, spec.grid)[..., 0]
-    return TeacherOutput(_to_grid(patches, spec.tokens, spec.grid), cls, attention)
+    if not is_cut:
+      features = _to_grid(patches, spec.tokens, spec.grid)
+      return TeacherOutput(features, cls, attention, None, spread(features))
+    # Images have kept tokens of other places. All are there before the last block.
+    before, after = out["layers"][-2][:, 1:], patches.reshape(1, -1, spec.dim)
+    least = jnp.minimum(spread(before), spread(after))
+    return TeacherOutput(patches, cls, attention, out["mask"], least)
+
+
+def _can_select(spec: TeacherSpec) -> bool:
+  """Returns whether features of some tokens are computed without those of the others."""
+  is_vit = isinstance(spec.module, ViT) and spec.module.can_select and spec.module.depth > 1
+  return is_vit and spec.tokens == spec.grid and spec.options.last_k == 1
 
 
 def spread(features: jax.Array) -> jax.Array:

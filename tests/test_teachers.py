@@ -18,10 +18,12 @@ from safetensors.numpy import load_file, save_file
 
 from mrmae_jax import interpolation, teachers
 from mrmae_jax.errors import WeightsError
-from mrmae_jax.models.layers import Attention
+from mrmae_jax.models.layers import Attention, take_visible
 from mrmae_jax.models.vit import ViT
-from mrmae_jax.mrmae import normalize
+from mrmae_jax.mrmae import normalize, sample_mask
+from mrmae_jax.tasks import pretrain
 from mrmae_jax.weights import files, hub, networks, positions, towers
+from tests import tiny
 from tests.helpers.specs import read_spec
 
 GOLDENS = Path(
@@ -961,6 +963,121 @@ def test_a_mask_needs_a_table():
     ViT(8, 12, 1, 1, 12, positions="rope").init(
       jax.random.key(0), jnp.zeros((1, 16, 16, 3)), mask=object()
     )
+
+
+NOISE = np.random.default_rng(2).random((3, 24), np.float32)
+
+
+@pytest.mark.parametrize(
+  "file, layer",
+  [("hf_clip_full", "proj"), ("hf_dino", "raw")]
+  + [pytest.param("hf_clip_full", name, marks=pytest.mark.variant) for name in ("raw", "normed")],
+)
+def test_features_of_visible_tokens_alone(file, layer):
+  """They are those of all tokens, at the places that the attention has decided."""
+  _, teacher = open_teacher(tiny.TEACHERS / file, size=(32, 48), layer=layer)
+  images = np.random.default_rng(1).integers(0, 256, (3, 32, 48, 3), np.uint8)
+  draw = lambda attention: sample_mask(NOISE, 0.75, 1, attention)
+  whole = jax.jit(teacher.forward)(teacher.params, images)
+  some = jax.jit(lambda *x: teacher.forward(*x, draw))(teacher.params, images)
+  mask = draw(whole.attention)
+  np.testing.assert_array_equal(some.mask.ids_keep, mask.ids_keep)
+  np.testing.assert_array_equal(some.mask.ids_restore, mask.ids_restore)
+  for a, b in (
+    (some.features, take_visible(whole.features, mask)),
+    (some.cls, whole.cls),
+    (some.attention, whole.attention),
+  ):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+  assert whole.mask is None and min(whole.spread, some.spread) > 0.01
+
+
+def test_towers_that_compute_all_tokens():
+  """With other options a teacher leaves the choice of tokens to its caller."""
+  images = np.zeros((3, 32, 48, 3), np.uint8)
+  draw = lambda attention: sample_mask(NOISE, 0.75, 1, attention)
+  for options in (dict(last_k=2), dict(resolution=64)):
+    _, teacher = open_teacher(tiny.TEACHERS / "hf_clip_full", size=(32, 48), **options)
+    out = jax.eval_shape(
+      lambda *x, teacher=teacher: teacher.forward(*x, draw), teacher.params, images
+    )
+    assert out.mask is None and out.features.shape == (3, 24, 48)
+
+
+def test_images_without_a_difference_have_no_spread():
+  """Neither where all tokens are computed, nor where those of other places are left."""
+  _, teacher = open_teacher(tiny.TEACHERS / "hf_clip_full", size=(32, 48))
+  images = np.random.default_rng(1).integers(0, 256, (1, 32, 48, 3), np.uint8).repeat(3, axis=0)
+  for draw in (None, lambda attention: sample_mask(NOISE, 0.75)):
+    spread = jax.jit(lambda *x, draw=draw: teacher.forward(*x, draw).spread)
+    assert spread(teacher.params, images) < 1e-9
+    # Nothing is left of any image after the last block.
+    zeros = jax.tree.map(np.zeros_like, teacher.params["norm"])
+    _, normed = open_teacher(tiny.TEACHERS / "hf_clip_full", size=(32, 48), layer="normed")
+    spread = jax.jit(lambda *x, draw=draw: normed.forward(*x, draw).spread)
+    others = np.random.default_rng(2).integers(0, 256, images.shape, np.uint8)
+    assert spread(normed.params | {"norm": zeros}, others) < 1e-9 < spread(normed.params, others)
+
+
+@pytest.mark.parametrize("registers", [0, 2])
+def test_the_last_block_of_selected_patches(registers):
+  vit = ViT(8, 16, 3, 2, 32, learned_positions=True, num_registers=registers, proj_dim=12)
+  images = jax.random.normal(jax.random.key(0), (3, 32, 48, 3))
+  params = jax.jit(vit.init)(jax.random.key(1), images)
+  mask = sample_mask(NOISE, 0.75)
+  apply = jax.jit(vit.apply, static_argnames="select")
+  x, out = apply(params, images)
+  y, some = apply(params, images, select=lambda attention: mask)
+  cut = lambda x: jnp.concatenate([x[:, :1], take_visible(x[:, 1:], mask)], axis=1)
+  for a, b in (
+    (y, cut(x)),
+    (some["layers"][-1], cut(out["layers"][-1])),
+    (some["layers"][-2], out["layers"][-2]),
+    (some["proj"], cut(out["proj"])),
+    (some["attention"], out["attention"]),
+  ):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+  for fields in (dict(positions="rope"), dict(cls_token=False), dict(relative_positions=True)):
+    with pytest.raises(ValueError, match="select needs CLS"):
+      ViT(8, 16, 1, 2, 32, **fields).init(jax.random.key(0), images, select=lambda _: mask)
+
+
+@pytest.mark.parametrize(
+  "values, is_cut",
+  [({"method__masking": "focused"}, True), ({"teacher__target_norm": "batch"}, False)]
+  + [
+    pytest.param(values, is_cut, marks=pytest.mark.variant)
+    for values, is_cut in (
+      ({"teacher__tokens": "visible+cls"}, True),
+      ({"teacher__salient_share": 0.5}, True),
+      ({"teacher__tokens": "masked"}, False),
+      ({"method__complementary_masks": 2}, False),
+    )
+  ],
+)
+def test_a_step_without_the_tokens_that_nobody_mimics(values, is_cut, monkeypatch):
+  """It costs less, and its losses are the same."""
+  config = tiny.changed(tiny.get_config("vit"), **values)
+  images = np.random.default_rng(1).integers(0, 256, (3, 32, 48, 3), np.uint8)
+  keys = jax.random.split(jax.random.key(2), 3)
+  results = []
+  for is_whole in (False, True):
+    if is_whole:
+      monkeypatch.setattr(teachers, "_can_select", lambda spec: False)
+    task = pretrain.make(config)
+    params, extra = jax.jit(task.init)(jax.random.key(0))
+    loss = lambda params, frozen, task=task, extra=extra: task.loss(
+      params, extra, frozen, {"image": images}, keys
+    )
+    compiled = jax.jit(loss).lower(params, task.frozen).compile()
+    value, (terms, _) = compiled(params, task.frozen)
+    results.append((compiled.cost_analysis()["flops"], value, terms))
+  (flops, value, terms), (whole_flops, expected, whole_terms) = results
+  assert (flops < 0.95 * whole_flops) == is_cut
+  np.testing.assert_allclose(value, expected, rtol=1e-5)
+  assert terms.keys() == whole_terms.keys()
+  for name in terms.keys() - {"mimic spread"}:
+    np.testing.assert_allclose(terms[name], whole_terms[name], rtol=1e-5)
 
 
 def test_attention_costs_one_row_of_the_last_block():

@@ -26,7 +26,7 @@ def run_teacher(config: ConfigDict, images: np.ndarray, options: ConfigDict | No
   """
   spec = teachers.configured_spec(options or config.teacher, config)
   teacher = teachers.load(spec)
-  forward = jax.jit(teacher.forward)
+  forward = jax.jit(lambda *x: teacher.forward(*x)._replace(spread=None))
   batches = [images[i : i + BATCH_SIZE] for i in range(0, len(images), BATCH_SIZE)]
   outputs = [jax.device_get(forward(teacher.params, batch)) for batch in batches]
   return spec.description, jax.tree.map(lambda *arrays: np.concatenate(arrays), *outputs)

@@ -1,5 +1,6 @@
 """The plain ViT: MAE's encoder and the vision tower of every teacher."""
 
+import functools
 from typing import Any, Callable
 
 import flax.linen as nn
@@ -97,9 +98,22 @@ class ViT(nn.Module):
   position_grid: tuple[int, ...] = ()
   dtype: Any = jnp.float32
 
+  @property
+  def can_select(self) -> bool:
+    """Whether the last block may work on some of the patches alone: no rotation and no learned
+    distances tell it where they are, and CLS has an attention before they are known.
+    """
+    has_places = self.positions == "rope" or self.relative_positions or self.distances != "none"
+    is_whole = not (self.window or self.fuse_layers or self.attention_pool)
+    return bool(self.cls_token) and is_whole and not has_places
+
   @nn.compact
   def __call__(
-    self, images: jax.Array, mask: Mask | None = None, keys: jax.Array | None = None
+    self,
+    images: jax.Array,
+    mask: Mask | None = None,
+    keys: jax.Array | None = None,
+    select: Callable[[jax.Array], Mask] | None = None,
   ) -> tuple[jax.Array, dict[str, Any]]:
     """Encodes normalized images.
 
@@ -110,6 +124,9 @@ class ViT(nn.Module):
       mask: the visible patches, one or several sets for each image; None encodes the whole image.
         positions="rope" takes none.
       keys: [B], one key per image, which decide the dropped paths; None drops nothing.
+      select: out["attention"] of the whole image -> one mask for each image. The last block, and
+        what follows it, works on CLS and the patches that are visible in it alone. It needs
+        `can_select`, and no `mask`.
 
     Returns:
       x: [B, T, D] after fusion and the last norm. Patches come in the order of `mask.ids_keep`, or
@@ -120,10 +137,13 @@ class ViT(nn.Module):
         in the last block; mean over the heads. Weights on CLS and registers are dropped, the rest
         is not renormalized. Absent without CLS and head;
         "proj": [B, T, proj_dim], the projection of x, if proj_dim > 0;
-        "pooled": [B, D], the output of the pooling head, if there is one.
+        "pooled": [B, D], the output of the pooling head, if there is one;
+        "mask": what `select` gave, if there is one.
     """
     if mask is not None and self.positions == "rope":
       raise ValueError("positions='rope' takes no mask")
+    if select is not None and (mask is not None or not self.can_select):
+      raise ValueError("select needs CLS, tables of positions and the whole image")
     if self.relative_positions and self.num_registers:
       raise ValueError(f"{self.num_registers} registers have no relative positions")
     grid = tuple(side // self.patch_size for side in images.shape[1:3])
@@ -136,7 +156,7 @@ class ViT(nn.Module):
     first_patch = self.cls_token + self.num_registers
     layers = []
     for i, drop in enumerate(drop_paths(self.drop_path, self.depth, keys)):
-      x, attention = block(
+      run = block(
         num_heads=self.num_heads,
         mlp_dim=self.mlp_dim,
         eps=self.eps,
@@ -149,9 +169,16 @@ class ViT(nn.Module):
         windows=scopes[i].windows,
         dtype=self.dtype,
         name=f"blocks_{i}",
-      )(x, drop, mask=mask if self.relative_positions else None, bias=scopes[i].bias)
+      )
+      if select is not None and i == self.depth - 1:
+        x, attention, chosen = _end_with(functools.partial(run, drop=drop), x, select, first_patch)
+      else:
+        known = mask if self.relative_positions else None
+        x, attention = run(x, drop, mask=known, bias=scopes[i].bias)
       layers.append(_cut(x, self.cls_token, first_patch))
     out, x = {"layers": layers}, layers[-1]
+    if select is not None:
+      out["mask"] = chosen
     if self.cls_token:
       out["attention"] = attention[:, first_patch:]
     if self.fuse_layers:
@@ -198,6 +225,28 @@ class ViT(nn.Module):
 def _cut(x: jax.Array, start: int, stop: int) -> jax.Array:
   """Returns [B, T, D] without the tokens from `start` to `stop`, the registers."""
   return x if start == stop else jnp.concatenate([x[:, :start], x[:, stop:]], axis=1)
+
+
+def _end_with(block: Callable, x: jax.Array, select: Callable, prefix: int):
+  """Runs a block for CLS and selected patches alone; all tokens [B, T, D] are keys.
+
+  It is called for CLS first, whose attention the selection may follow. XLA computes what both calls
+  have in common, norm and keys, once.
+
+  Args:
+    block: a `Block`.
+    x: its input.
+    select: see `ViT.__call__`.
+    prefix: number of tokens before the patches, which stay.
+
+  Returns:
+    [B, prefix + V, D], the attention of CLS, and the masks.
+  """
+  places = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+  _, attention = block(x, only=Mask(places[:, :1], places))
+  mask = select(attention[:, prefix:])
+  ids = (jnp.concatenate([places[:, :prefix], prefix + ids], axis=1) for ids in mask)
+  return block(x, only=Mask(*ids))[0], attention, mask
 
 
 def rotation(

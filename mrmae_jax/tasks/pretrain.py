@@ -43,19 +43,18 @@ def make(config) -> Task:
   def init(key):
     return init_params(model, image_size, method["mask_ratio"], key), ()
 
+  def mimics_visible_alone(mimic):  # statistics of a batch are those of all tokens
+    is_visible = mimic.tokens != "masked" and mimic.target_norm != "batch"
+    return is_visible and method["complementary_masks"] == 1
+
   def loss(params, extra, frozen, batch, keys):
-    images = batch["image"]
-    outputs = {name: teacher.forward(frozen[name], images) for name, teacher in loaded.items()}
-    value, terms = mrmae.pretrain_loss(
-      params,
-      images,
-      noise(keys),
-      model,
-      {name: lambda _, x=x: x for name, x in outputs.items()},
-      **method,
-    )
-    spreads = {f"{name} spread": teachers.spread(x.features) for name, x in outputs.items()}
-    return value, (terms | spreads, extra)
+    def look(mimic, images, draw):
+      draw = draw if mimics_visible_alone(mimic) else None
+      return loaded[mimic.name].forward(frozen[mimic.name], images, draw)
+
+    looks = {mimic.name: functools.partial(look, mimic) for mimic in model.mimics}
+    value, terms = mrmae.pretrain_loss(params, batch["image"], noise(keys), model, looks, **method)
+    return value, (terms, extra)
 
   def predict(params, extra, frozen, batch, keys):
     del extra, frozen
