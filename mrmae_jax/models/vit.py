@@ -15,6 +15,7 @@ from mrmae_jax.models.layers import (
   LayerFusion,
   LayerNorm,
   Mask,
+  Scope,
   attention_scopes,
   drop_paths,
   patchify,
@@ -151,30 +152,16 @@ class ViT(nn.Module):
     if self.norm_pre:
       x = LayerNorm(self.eps, self.dtype, name="norm_pre")(x)
 
-    block = rematerialize(Block, self.remat)
     scopes = attention_scopes(self, grid, mask)
     first_patch = self.cls_token + self.num_registers
     layers = []
     for i, drop in enumerate(drop_paths(self.drop_path, self.depth, keys)):
-      run = block(
-        num_heads=self.num_heads,
-        mlp_dim=self.mlp_dim,
-        eps=self.eps,
-        activation=self.activation,
-        gated=self.gated,
-        layer_scale=self.layer_scale,
-        rotate=rotate,
-        key_bias=self.key_bias,
-        relative=scopes[i].relative,
-        windows=scopes[i].windows,
-        dtype=self.dtype,
-        name=f"blocks_{i}",
-      )
+      block = functools.partial(self._block(i, scopes[i], rotate), drop=drop)
       if select is not None and i == self.depth - 1:
-        x, attention, chosen = _end_with(functools.partial(run, drop=drop), x, select, first_patch)
+        x, attention, chosen = _end_with(block, x, select, first_patch)
       else:
         known = mask if self.relative_positions else None
-        x, attention = run(x, drop, mask=known, bias=scopes[i].bias)
+        x, attention = block(x, mask=known, bias=scopes[i].bias)
       layers.append(_cut(x, self.cls_token, first_patch))
     out, x = {"layers": layers}, layers[-1]
     if select is not None:
@@ -191,6 +178,23 @@ class ViT(nn.Module):
         self.num_heads, self.mlp_dim, self.eps, self.activation, self.dtype, name="head"
       )(x)
     return x, out
+
+  def _block(self, i: int, scope: Scope, rotate: Callable | None) -> nn.Module:
+    """Returns block i, whose attention works among the tokens of a scope."""
+    return rematerialize(Block, self.remat)(
+      num_heads=self.num_heads,
+      mlp_dim=self.mlp_dim,
+      eps=self.eps,
+      activation=self.activation,
+      gated=self.gated,
+      layer_scale=self.layer_scale,
+      rotate=rotate,
+      key_bias=self.key_bias,
+      relative=scope.relative,
+      windows=scope.windows,
+      dtype=self.dtype,
+      name=f"blocks_{i}",
+    )
 
   def _embed(self, images: jax.Array, mask: Mask | None, grid: tuple[int, int]):
     """Embeds patches and prepends CLS and registers, all with their positions.
