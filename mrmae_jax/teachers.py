@@ -265,7 +265,7 @@ def _forward(spec: TeacherSpec, params, images: jax.Array, draw=None) -> Teacher
     if not is_cut:
       features = _to_grid(patches, spec.tokens, spec.grid)
       return TeacherOutput(features, cls, attention, None, spread(features))
-    # Images have kept tokens of other places. All are there before the last block.
+    # What is left of each image lies at other places; before the last block all tokens are there.
     before, after = out["layers"][-2][:, 1:], patches.reshape(1, -1, spec.dim)
     least = jnp.minimum(spread(before), spread(after))
     return TeacherOutput(patches, cls, attention, out["mask"], least)

@@ -2,6 +2,7 @@
 load.
 """
 
+import functools
 import importlib.util
 import json
 import os
@@ -1006,17 +1007,20 @@ def test_towers_that_compute_all_tokens():
 
 def test_images_without_a_difference_have_no_spread():
   """Neither where all tokens are computed, nor where those of other places are left."""
-  _, teacher = open_teacher(tiny.TEACHERS / "hf_clip_full", size=(32, 48))
-  images = np.random.default_rng(1).integers(0, 256, (1, 32, 48, 3), np.uint8).repeat(3, axis=0)
+  opened = functools.partial(open_teacher, tiny.TEACHERS / "hf_clip_full", size=(32, 48))
+  (_, raw), (_, normed) = opened(), opened(layer="normed")
+  rng = np.random.default_rng(1)
+  same = rng.integers(0, 256, (1, 32, 48, 3), np.uint8).repeat(3, axis=0)
+  others = rng.integers(0, 256, same.shape, np.uint8)
+  empty = normed.params | {"norm": jax.tree.map(np.zeros_like, normed.params["norm"])}
   for draw in (None, lambda attention: sample_mask(NOISE, 0.75)):
-    spread = jax.jit(lambda *x, draw=draw: teacher.forward(*x, draw).spread)
-    assert spread(teacher.params, images) < 1e-9
-    # Nothing is left of any image after the last block.
-    zeros = jax.tree.map(np.zeros_like, teacher.params["norm"])
-    _, normed = open_teacher(tiny.TEACHERS / "hf_clip_full", size=(32, 48), layer="normed")
-    spread = jax.jit(lambda *x, draw=draw: normed.forward(*x, draw).spread)
-    others = np.random.default_rng(2).integers(0, 256, images.shape, np.uint8)
-    assert spread(normed.params | {"norm": zeros}, others) < 1e-9 < spread(normed.params, others)
+    of_raw, of_normed = (
+      jax.jit(lambda *x, teacher=teacher, draw=draw: teacher.forward(*x, draw).spread)
+      for teacher in (raw, normed)
+    )
+    assert of_raw(raw.params, same) < 1e-9
+    # The last norm leaves nothing of any image.
+    assert of_normed(empty, others) < 1e-9 < of_normed(normed.params, others)
 
 
 @pytest.mark.parametrize("registers", [0, 2])
