@@ -10,7 +10,8 @@ Operations, at the shapes of the base size at 224 px, 49 of 196 tokens visible:
               out again; by `lax.conv` on that map; on windows of (s + 4)^2 positions around each
               block, by products of matrices
   attention   49 tokens in 12 heads of 64 channels (encoder), 196 in 16 of 32 (decoder), 197 in 12
-              of 64 (teacher): explicit, and the fused kernel of cuDNN where it can be used
+              of 64 (teacher), from packed queries, keys and values: explicit, and where they can be
+              used the fused kernel of cuDNN and the kernels of models/short_attention.py
 All forms must agree with the model's before anything is printed. FLOPs, bytes and temporaries are
 those of one image: XLA's, for an absent GPU those of the kernels (mrmae_jax/program.py).
 """
@@ -23,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.command import make_parser, run_command
-from mrmae_jax import mrmae, target
+from mrmae_jax import mrmae, sharding, target
 from mrmae_jax.cli import bench
 from mrmae_jax.cli.compile import find_devices
 from mrmae_jax.cli.parser import integer
@@ -87,12 +88,26 @@ def _windows_form():
   return form
 
 
-def _attention_forms(device):
-  """Returns {name: (q, k, v) -> output} for a device."""
-  forms = {"explicit": layers.explicit_attention}
-  if device.platform == "gpu":
-    forms["cuDNN"] = layers.attend
+def _attention_forms(tokens, heads, width, dtype, device):
+  """Returns {name: (qkv [B, T, 3 D], bias [3 D]) -> [B, T, D]} for a device; None: that here."""
+  forms = {"explicit": _cut_apart(layers.explicit_attention, heads)}
+  with target.tracing_for(device):
+    if layers.has_fused_attention(dtype, width):
+      forms["cuDNN"] = _cut_apart(layers.attend, heads)
+    if layers.has_short_attention(dtype, tokens, width):
+      forms["our kernels"] = lambda qkv, bias: layers.short_attention(qkv, bias, heads)
   return forms
+
+
+def _cut_apart(form, heads):
+  """Returns a form of packed arrays that cuts them apart for `form`: q, k, v -> output."""
+
+  def packed(qkv, bias):
+    parts = jnp.split(qkv + bias.astype(qkv.dtype), 3, axis=-1)
+    y = form(*(x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2) for x in parts)).swapaxes(1, 2)
+    return y.reshape(*y.shape[:2], -1)
+
+  return packed
 
 
 def _cases(options, device):
@@ -105,10 +120,12 @@ def _cases(options, device):
   make = lambda function: jax.eval_shape(function) if options.topology else function()
   if options.operation == "attention":
     for name, (tokens, heads, width) in ATTENTION.items():
-      shape = (b, heads, tokens, width)
-      draw = lambda shape=shape: tuple(jax.random.normal(key, shape, dtype) for key in keys[:3])
+      draw = lambda tokens=tokens, size=3 * heads * width: (
+        jax.random.normal(keys[0], (b, tokens, size), dtype),
+        jax.random.normal(keys[1], (size,)),
+      )
       title = f"{name}: {tokens} tokens, {heads} heads of {width}"
-      yield title, _attention_forms(device), make(draw), ()
+      yield title, _attention_forms(tokens, heads, width, dtype, device), make(draw), ()
     return
   mask = make(lambda: mrmae.sample_mask(jax.random.uniform(keys[2], (b, 196)), 0.75))
   for name, (side, channels) in STAGES.items():
@@ -132,8 +149,8 @@ def run(options) -> str:
     machine["device"] = devices[0].device_kind
   print(json.dumps(machine), flush=True)
   tables, results = [], []
-  for title, forms, inputs, others in _cases(options, devices[0]):
-    device = devices[0] if options.topology else None
+  device = devices[0] if options.topology else None
+  for title, forms, inputs, others in _cases(options, device):
     programs = {name: _compile(form, inputs, others, device) for name, form in forms.items()}
     seconds = {}
     if not options.topology:
@@ -155,12 +172,13 @@ def _compile(form, inputs, others, device):
     y, pull = jax.vjp(lambda *x: form(*x, *others), *inputs)
     return y, pull(y)
 
-  if device is not None:
-    sharding = jax.sharding.SingleDeviceSharding(device)
-    struct = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    inputs, others = jax.tree.map(struct, (inputs, others))
-  with target.tracing_for(device):
+  if device is None:
     return jax.jit(both_ways).lower(inputs, others).compile()
+  mesh = sharding.make_mesh(devices=[device])
+  place = sharding.replicated(mesh)
+  struct = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+  with target.tracing_for(device), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    return jax.jit(both_ways).lower(*jax.tree.map(struct, (inputs, others))).compile()
 
 
 def _repeat(program, inputs, others, times: int) -> None:

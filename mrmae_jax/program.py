@@ -49,6 +49,8 @@ VIEWS = {  # instructions that move nothing
   *("while", "conditional", "call", "after-all"),
 }
 
+OWN_KERNEL = "__gpu$xla.gpu.triton"  # a custom call: models/short_attention.py has the only ones
+
 
 def component(name: str) -> str:
   """Returns the part of the model that an operation belongs to, by its path of modules."""
@@ -146,8 +148,11 @@ def _arrays(text: str) -> list[Array]:
 
 
 def _operands(text: str, arrays: dict[str, list[Array]]) -> list[Array]:
-  """Returns the arrays of the operands; `name#1` is one result of an instruction with several."""
-  names = re.findall(r"%?([\w.\-]+)(?:#(\d+))?", text)
+  """Returns the arrays of the operands, one that is named twice once.
+
+  `name#1` is one result of an instruction with several.
+  """
+  names = dict.fromkeys(re.findall(r"%?([\w.\-]+)(?:#(\d+))?", text))
   found = []
   for name, index in names:
     results = arrays.get(name, [])
@@ -156,7 +161,11 @@ def _operands(text: str, arrays: dict[str, list[Array]]) -> list[Array]:
 
 
 def _product_flops(kind: str, rest: str, operands: list[Array], results: list[Array]) -> float:
-  """Returns the FLOPs of an instruction that is a product of matrices, or cuDNN's attention."""
+  """Returns the FLOPs of an instruction: a product of matrices, cuDNN's attention, or our own."""
+  if kind == OWN_KERNEL:
+    images, tokens, width = operands[0].dims  # queries, keys and values
+    products = 5 if results[0].size == operands[0].size else 2  # backwards, forwards
+    return 2.0 * products * images * tokens**2 * width / 3
   if kind.startswith("__cudnn$fmha"):
     batch, heads, _, width = results[0].dims
     keys = operands[1].size // (batch * heads * width)

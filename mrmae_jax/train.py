@@ -233,7 +233,7 @@ def make_train_step(
     keys = sample_keys(seed, state.step, len(jax.tree.leaves(batch)[0]))
     compute = gradients if accum_steps == 1 else accumulate(gradients, accum_steps)
     (grads, metrics), extra = compute(state.params, state.extra, frozen, batch, keys)
-    norm, mean_norm = optax.global_norm(grads), state.mean_grad_norm
+    norm, mean_norm = optim.global_norm(grads), state.mean_grad_norm
     bad = ~jnp.isfinite(metrics["loss"] + norm)
     if max_spike:
       bad |= (mean_norm > 0) & (norm > max_spike * mean_norm)
@@ -257,24 +257,11 @@ def update_norms(params, updates) -> dict[str, jax.Array]:
   """Returns the norms of new parameters and of their updates, as metrics.
 
   XLA would add up what it writes in the kernel that writes it. On a GPU such a kernel does not
-  write into the arrays of the state, which are then copied, one by one. Nor should each of hundreds
-  of small arrays have kernels of its own, so they are put together.
+  write into the arrays of the state, which are then copied, one by one.
   """
-  trees, norm = (params, updates), optax.global_norm
   if target.compute_capability():
-    trees, norm = jax.lax.optimization_barrier(trees), _norm_of_few
-  return {"param_norm": norm(trees[0]), "update_norm": norm(trees[1])}
-
-
-def _norm_of_few(tree, small: int = 2**14) -> jax.Array:
-  """`optax.global_norm` of fewer arrays: those of less than `small` elements are one.
-
-  The mesh divides none of them (`sharding.fsdp_shardings`).
-  """
-  leaves = jax.tree.leaves(tree)
-  together = [x.reshape(-1) for x in leaves if x.size < small]
-  large = [x for x in leaves if x.size >= small]
-  return optax.global_norm([*large, jnp.concatenate(together)] if together else large)
+    params, updates = jax.lax.optimization_barrier((params, updates))
+  return {"param_norm": optim.global_norm(params), "update_norm": optim.global_norm(updates)}
 
 
 def accumulate(gradients: Callable, accum_steps: int) -> Callable:

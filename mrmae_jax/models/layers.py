@@ -15,6 +15,7 @@ import numpy as np
 
 from mrmae_jax import target
 from mrmae_jax.interpolation import BICUBIC, matrix
+from mrmae_jax.models.short_attention import has_short_attention, short_attention
 
 xavier_uniform = nn.initializers.xavier_uniform()
 
@@ -238,15 +239,23 @@ class Dense(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array, columns: slice = slice(None)) -> jax.Array:
-    """[..., D] -> [..., features], or the given columns of the output alone."""
+  def __call__(
+    self, x: jax.Array, columns: slice = slice(None), apart: bool = False
+  ) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """[..., D] -> [..., features], or the given columns of the output alone.
+
+    With `apart` the product [..., features] and the bias, float32 [features], are not added.
+    """
     kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))[
       :, columns
     ].astype(self.dtype)
     y = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ kernel
+    bias = None
     if self.use_bias:
-      y = y + self.param("bias", self.bias_init, (self.features,))[columns].astype(self.dtype)
-    return y.reshape(*x.shape[:-1], -1)
+      bias = self.param("bias", self.bias_init, (self.features,))[columns]
+      y = y if apart else y + bias.astype(self.dtype)
+    y = y.reshape(*x.shape[:-1], -1)
+    return (y, bias) if apart else y
 
 
 def _moments(x, eps):
@@ -568,9 +577,10 @@ def attention_weights(q: jax.Array, k: jax.Array, bias: jax.Array | None = None)
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
   """Computes softmax(q k^T / sqrt(head_dim) + bias) v, [B, heads, S, head_dim].
 
-  On GPUs the weights stay in cuDNN's kernel. It is asked for by name:
-  `jax.nn.dot_product_attention` would not choose it itself, and is slower than the explicit form on
-  CPU. A bias takes the explicit form: cuDNN's kernel was not tested with the gradient of one.
+  On GPUs the weights stay in cuDNN's kernel; `short_attention` has kernels of our own. cuDNN's is
+  asked for by name: `jax.nn.dot_product_attention` would not choose it itself, and is slower than
+  the explicit form on CPU. A bias takes the explicit form: cuDNN's kernel was not tested with the
+  gradient of one.
 
   Args:
     q: [B, heads, S, head_dim].
@@ -705,7 +715,12 @@ class Attention(nn.Module):
     first, second, third = (slice(i * dim, (i + 1) * dim) for i in range(3))
     has_bias = bias is not None or self.relative is not None
     is_fused = not has_bias and has_fused_attention(self.dtype, dim // self.num_heads)
-    if is_fused and x.shape[1] % 2 == 0:
+    is_plain = not has_bias and only is None and self.rotate is None and self.key_bias
+    packed = None  # product and bias, as our kernels read them
+    if is_plain and has_short_attention(self.dtype, x.shape[1], dim // self.num_heads):
+      packed = product, packed_bias = qkv(x, apart=True)
+      q, k, v = jnp.split(product + packed_bias.astype(self.dtype), 3, axis=-1)
+    elif is_fused and x.shape[1] % 2 == 0:
       # cuDNN reads three arrays. Three products write them; one would be followed by a pass that
       # cuts its result apart. With an odd number of tokens there is such a pass, which pads.
       q = qkv(x if only is None else select_visible(x, only), first)
@@ -736,8 +751,12 @@ class Attention(nn.Module):
       bias = self.relative.bias(q, tables)
     first_bias = None if bias is None else bias[..., :1, :]
     first = attention_weights(q[:, :, :1], k, first_bias)[:, :, 0].mean(1)
-    x = attend(q, k, v, bias).swapaxes(1, 2)
-    return Dense(dim, dtype=self.dtype, name="proj")(x.reshape(*x.shape[:2], dim)), first
+    if packed is None:
+      x = attend(q, k, v, bias).swapaxes(1, 2)
+      x = x.reshape(*x.shape[:2], dim)
+    else:
+      x = short_attention(*packed, self.num_heads)
+    return Dense(dim, dtype=self.dtype, name="proj")(x), first
 
 
 class Block(nn.Module):

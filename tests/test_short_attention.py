@@ -1,0 +1,191 @@
+"""The attention kernels for GPUs, interpreted: their numbers, where they are used, on several
+devices.
+"""
+
+import functools
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mrmae_jax import mrmae, sharding, target
+from mrmae_jax.models import layers, short_attention
+
+HOPPER = SimpleNamespace(platform="gpu", compute_capability="9.0")
+
+
+def draw(batch, tokens, heads, width, dtype=jnp.float32):
+  """Returns packed queries, keys and values, their bias, and the gradient of the output."""
+  keys = jax.random.split(jax.random.key(tokens), 3)
+  shape = (batch, tokens, heads * width)
+  qkv = 2 * jax.random.normal(keys[0], (*shape[:2], 3 * shape[2]), dtype)
+  bias = jax.random.normal(keys[1], (3 * shape[2],))
+  return qkv, bias, jax.random.normal(keys[2], shape, dtype)
+
+
+def by_products(qkv, bias, heads):
+  """The explicit form, with what cuts apart and puts together around it."""
+  q, k, v = (
+    x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
+    for x in jnp.split(qkv + bias.astype(qkv.dtype), 3, axis=-1)
+  )
+  y = layers.explicit_attention(q, k, v).swapaxes(1, 2)
+  return y.reshape(*y.shape[:2], -1)
+
+
+def both_ways(form, heads, qkv, bias, dy):
+  y, pull = jax.vjp(lambda qkv, bias: form(qkv, bias, heads), qkv, bias)
+  return y, *pull(dy)
+
+
+def run(form, heads, *arrays):
+  return jax.jit(functools.partial(both_ways, form, heads))(*arrays)
+
+
+@pytest.mark.parametrize(
+  "tokens, heads, width",
+  [(1, 1, 32), (17, 3, 16), (49, 2, 64), (64, 2, 32), (100, 1, 16), (147, 2, 32), (196, 2, 32)]
+  + [(197, 1, 64), (208, 1, 32)],
+)
+def test_the_numbers_of_the_explicit_form(tokens, heads, width):
+  """Blocks with and without tokens beyond the end; logits of 30 and more."""
+  arrays = draw(2, tokens, heads, width)
+  found = run(short_attention.short_attention, heads, *arrays)
+  expected = run(by_products, heads, *arrays)
+  for x, y in zip(found, expected):
+    assert x.shape == y.shape and x.dtype == y.dtype
+    np.testing.assert_allclose(x, y, atol=2e-5 * float(jnp.abs(y).max()))
+
+
+def test_bfloat16_is_rounded_where_torch_rounds_it():
+  """As near to float64's numbers as the explicit form is, and with the same types."""
+  arrays = draw(2, 49, 2, 32, jnp.bfloat16)
+  forms = short_attention.short_attention, by_products
+  found, explicit = (run(form, 2, *arrays) for form in forms)
+  with jax.enable_x64(True):
+    exact = map(np.asarray, run(by_products, 2, *(x.astype(jnp.float64) for x in arrays)))
+  for x, y, z in zip(found, explicit, exact):
+    assert x.dtype == y.dtype
+    error = lambda a, z=z: np.abs(np.asarray(a, np.float64) - z).max() / np.abs(z).max()
+    assert error(x) < max(1.5 * error(y), 0.01), (error(x), error(y))
+
+
+def test_tokens_are_cut_into_few_blocks():
+  blocks = lambda tokens, largest=64: [size for _, size in short_attention._blocks(tokens, largest)]
+  assert blocks(1) == [16] and blocks(49) == [64] and blocks(40) == [32, 16]
+  assert blocks(196) == [64, 64, 64, 16] and blocks(197, 128) == [128, 64, 16]
+  for tokens in range(1, short_attention.MAX_TOKENS + 1):
+    for largest in (64, 128):
+      found = short_attention._blocks(tokens, largest)
+      assert [start for start, _ in found] == list(np.cumsum([0, *(n for _, n in found[:-1])]))
+      assert tokens <= sum(n for _, n in found) < tokens + max(16, tokens / 3)
+      assert all(n in (16, 32, 64, 128) and n <= largest for _, n in found)
+
+
+@pytest.mark.parametrize(
+  "capability, dtype, tokens, width, usable",
+  [
+    ("9.0", jnp.bfloat16, 49, 64, True),
+    ("9.0", jnp.bfloat16, 208, 32, True),
+    ("9.0", jnp.bfloat16, 209, 32, False),
+    ("9.0", jnp.bfloat16, 49, 80, False),
+    ("9.0", jnp.float32, 49, 64, False),
+    ("8.0", jnp.bfloat16, 49, 64, False),
+    ("10.0", jnp.bfloat16, 49, 64, False),
+    ("gfx942", jnp.bfloat16, 49, 64, False),
+  ],
+)
+def test_where_the_kernels_are_used(capability, dtype, tokens, width, usable):
+  device = SimpleNamespace(platform="gpu", compute_capability=capability)
+  with target.tracing_for(device):
+    assert short_attention.has_short_attention(dtype, tokens, width) == usable
+
+
+def trace(module, *arguments, **options):
+  """What the module is for a Hopper GPU, as JAX's text."""
+  params = jax.eval_shape(module.init, jax.random.key(0), *arguments)
+  apply = lambda params, *arguments: module.apply(params, *arguments, **options)[0]
+  with target.tracing_for(HOPPER):
+    return params, str(jax.jit(apply).trace(params, *arguments).jaxpr)
+
+
+def test_a_hopper_gpu_takes_them_where_attention_is_plain(monkeypatch):
+  """The parameters are those of other devices; what these kernels cannot do is cuDNN's or XLA's."""
+  monkeypatch.setattr(layers, "has_fused_attention", lambda *arguments: False)  # is not installed
+  x = jnp.zeros((2, 49, 128), jnp.bfloat16)
+  attention = functools.partial(layers.Attention, num_heads=2, dtype=jnp.bfloat16)
+  params, text = trace(attention(), x)
+  assert text.count("pallas_call") == 1 and "pad[" not in text
+  here = jax.eval_shape(attention().init, jax.random.key(0), x)
+  assert jax.tree.structure(here) == jax.tree.structure(params)
+  assert jax.tree.map(jnp.shape, here) == jax.tree.map(jnp.shape, params)
+  half = mrmae.sample_mask(jax.random.uniform(jax.random.key(2), (2, 49)), 0.5)
+  for module, options in (
+    (attention(), {"only": half}),
+    (attention(), {"bias": jnp.zeros((2, 49, 49))}),
+    (attention(rotate=lambda x: x), {}),
+    (attention(key_bias=False), {}),
+    (attention(relative=layers.RelativePositions((7, 7), cls_token=False)), {}),
+    (attention(dtype=jnp.float32), {}),
+    (attention(num_heads=8), {}),
+  ):
+    assert "pallas_call" not in trace(module, x, **options)[1], (module, options)
+
+
+def test_attention_by_the_kernels_is_the_same_module(monkeypatch):
+  """Outputs and all gradients of the layer, and the attention of its first token."""
+  attention = layers.Attention(num_heads=2)
+  x = jax.random.normal(jax.random.key(0), (2, 49, 32))
+  params = attention.init(jax.random.key(1), x)
+  params = jax.tree.map(lambda p: jax.random.normal(jax.random.key(p.size), p.shape) / 4, params)
+  weights = jax.random.normal(jax.random.key(2), x.shape)
+
+  def loss(params, x):
+    y, first = attention.apply(params, x)
+    return (y * weights).sum() + jnp.square(first).sum()
+
+  expected = jax.jit(jax.value_and_grad(loss, (0, 1)))(params, x)
+  monkeypatch.setattr(layers, "has_short_attention", lambda *arguments: True)
+  jax.clear_caches()
+  step = jax.jit(jax.value_and_grad(loss, (0, 1)))
+  assert "custom_partitioning" in str(step.trace(params, x).jaxpr)
+  for a, b in zip(jax.tree.leaves(step(params, x)), jax.tree.leaves(expected)):
+    np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()) + 1e-6)
+
+
+def test_each_device_computes_its_own_images():
+  """Nothing but the gradient of the bias is exchanged, and the numbers are those of one device."""
+  arrays = draw(8, 20, 2, 16)
+  expected = run(short_attention.short_attention, 2, *arrays)
+  for fsdp in (1, 4):
+    mesh = sharding.make_mesh(fsdp=fsdp)
+    rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    step = jax.jit(
+      functools.partial(both_ways, short_attention.short_attention, 2),
+      in_shardings=(rows, whole, rows),
+    )
+    program = step.lower(*arrays).compile()
+    text = program.as_text()
+    assert text.count(" all-reduce(") == 1 and "all-gather" not in text
+    found = program(*jax.device_put(arrays, (rows, whole, rows)))
+    assert found[0].sharding.is_equivalent_to(rows, 3)
+    for x, y in zip(found, expected):
+      np.testing.assert_allclose(x, y, atol=1e-5 * float(jnp.abs(y).max()))
+
+
+def test_lowered_for_cuda_from_here():
+  """It is Triton's kernel, forwards and backwards."""
+  qkv, bias, dy = draw(2, 49, 2, 32, jnp.bfloat16)
+  kind = SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3", **vars(HOPPER))
+  mesh = jax.sharding.AbstractMesh((1,), ("data",))
+  mesh = mesh.update(
+    abstract_device=jax.sharding.AbstractDevice(
+      device_kind=kind.device_kind, num_cores=None, platform="gpu"
+    )
+  )
+  with target.tracing_for(kind), jax.sharding.use_abstract_mesh(mesh):
+    step = jax.jit(functools.partial(both_ways, short_attention.short_attention, 2))
+    text = step.trace(qkv, bias, dy).lower(lowering_platforms=("cuda",)).as_text()
+  assert text.count("xla.gpu.triton") == 2
