@@ -18,7 +18,7 @@ import jax
 import optax
 
 from benchmarks.command import make_parser, run_command
-from mrmae_jax import train
+from mrmae_jax import optim, train
 from mrmae_jax.cli import bench
 from mrmae_jax.cli.configs import load_config
 from mrmae_jax.errors import UsageError
@@ -47,7 +47,7 @@ def unguarded_step(config, task: train.Task, plan: train.Plan):
       "loss": value,
       **terms,
       "lr": schedule(state.step),
-      "grad_norm": optax.global_norm(grads),
+      "grad_norm": optim.global_norm(grads),
       **train.update_norms(params, updates),
     }
     state = state._replace(step=state.step + 1, params=params, extra=extra, opt_state=opt_state)

@@ -423,7 +423,11 @@ def test_on_a_gpu_the_norms_sit_in_kernels_of_their_own():
     with target.tracing_for(SimpleNamespace(platform=platform, compute_capability=capability)):
       text = plan.step.lower(plan.state, plan.frozen, plan.batch).as_text()
     assert text.count("optimization_barrier") == barriers, platform
-  for tree in ({"a": jnp.full((2, 3), 2.0), "b": jnp.ones(40)}, {"b": jnp.ones(40)}, {"a": 3.0}):
+  for tree in (
+    {"a": jnp.ones((5, 6)), "b": jnp.ones(3), "c": jnp.full((2, 3, 30), 2.0), "d": jnp.ones(40)},
+    {"b": jnp.ones(40)},
+    {"a": 3.0},
+  ):
     tree = jax.tree.map(jnp.asarray, tree)
     with target.tracing_for(SimpleNamespace(platform="gpu", compute_capability="9.0")):
       found = jax.jit(lambda tree: optim.global_norm(tree, small=20)).trace(tree)

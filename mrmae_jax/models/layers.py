@@ -244,7 +244,8 @@ class Dense(nn.Module):
   ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """[..., D] -> [..., features], or the given columns of the output alone.
 
-    With `apart` the product [..., features] and the bias, float32 [features], are not added.
+    With `apart` it is the product [..., features] and the bias, float32 [features] or None, instead
+    of their sum.
     """
     kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))[
       :, columns
@@ -718,8 +719,8 @@ class Attention(nn.Module):
     is_plain = not has_bias and only is None and self.rotate is None and self.key_bias
     packed = None  # product and bias, as our kernels read them
     if is_plain and has_short_attention(self.dtype, x.shape[1], dim // self.num_heads):
-      packed = product, packed_bias = qkv(x, apart=True)
-      q, k, v = jnp.split(product + packed_bias.astype(self.dtype), 3, axis=-1)
+      packed = qkv(x, apart=True)
+      q, k, v = jnp.split(packed[0] + packed[1].astype(self.dtype), 3, axis=-1)
     elif is_fused and x.shape[1] % 2 == 0:
       # cuDNN reads three arrays. Three products write them; one would be followed by a pass that
       # cuts its result apart. With an odd number of tokens there is such a pass, which pads.

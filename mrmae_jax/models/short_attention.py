@@ -80,22 +80,25 @@ def _load(ref, start, size, tokens, missing=0.0):
   return triton.load(rows, mask=mask, other=None if mask is None else missing)
 
 
-def _store(ref, x, start, size, tokens):
-  """Writes a block to its rows `ref`."""
-  triton.store(ref, x.astype(ref.dtype), mask=_mask(start, size, tokens, x))
+def _store(ref, x, start, size, tokens, part=()):
+  """Writes a block: [size] or [size, C]; to the part number `part` of [P, 3, C]."""
+  rows = ref.at[(pl.ds(start, size), *map(np.int32, part))]
+  triton.store(rows, x.astype(ref.dtype), mask=_mask(start, size, tokens, x))
 
 
-def _exp2(x, scale, shift):
-  """Computes 2^(x * scale - shift).
+def _exp2(x, scale, shift, is_limited=False):
+  """Computes 2^(x * scale - shift), or if `is_limited` at most 1.
 
-  It is written for GPUs by hand, in two instructions. XLA does not contract the product and the
-  difference, and the exact 2^x takes four, for numbers below 2^-126.
+  On GPUs these are two or three instructions, written by hand: the compiler would not join the
+  product and the difference, and its 2^x takes three more, for results below 2^-126.
   """
   shift = jnp.broadcast_to(-shift, x.shape)
   if target.platform() != "gpu":
-    return jnp.exp2(x * scale + shift)
+    exponent = x * scale + shift
+    return jnp.exp2(jnp.minimum(exponent, 0.0) if is_limited else exponent)
+  limit = "min.ftz.f32 x, x, 0f00000000; " if is_limited else ""
   [y] = triton.elementwise_inline_asm(
-    "{ .reg .f32 x; fma.rn.ftz.f32 x, $1, $2, $3; ex2.approx.ftz.f32 $0, x; }",
+    "{ .reg .f32 x; fma.rn.ftz.f32 x, $1, $2, $3; " + limit + "ex2.approx.ftz.f32 $0, x; }",
     args=[x, jnp.full_like(x, scale), shift],
     constraints="=f,f,f,f",
     pack=1,
@@ -137,8 +140,8 @@ def _forward_kernel(q, k, v, q_bias, v_bias, y, log_sum, *, tokens):
       total += weights.sum(axis=1)
       mixed += triton.dot(weights.astype(value.dtype), value)
     mixed = mixed * (1 / total)[:, None] + v_bias[...]
-    _store(y.at[pl.ds(*rows)], mixed, *rows, tokens)
-    _store(log_sum.at[pl.ds(*rows)], largest + jnp.log2(total), *rows, tokens)
+    _store(y, mixed, *rows, tokens)
+    _store(log_sum, largest + jnp.log2(total), *rows, tokens)
     return carry
 
   jax.lax.fori_loop(0, pl.cdiv(tokens, BLOCK), attend, 0)
@@ -167,20 +170,22 @@ def _backward_kernel(q, k, v, q_bias, v_bias, y, log_sum, dy, d_qkv, *, tokens):
     key, value = (_load(x, *rows, tokens) for x in (k, v))
     d_key, d_value, sums = jnp.zeros(key.shape, jnp.float32), jnp.zeros(key.shape, jnp.float32), []
     for (query, d_out, mean, log), d_query in zip(queries, d_queries):
-      weights = _exp2(triton.dot(query, key, trans_b=True), scale * LOG2_E, log[:, None])
+      product = triton.dot(query, key, trans_b=True)
+      # A missing key is zeros. Its weight must be finite, so that its product with them is zero.
+      weights = _exp2(product, scale * LOG2_E, log[:, None], is_limited=True)
       d_value += triton.dot(weights.astype(value.dtype), d_out, trans_a=True)
       d_logits = weights * (triton.dot(d_out, value, trans_b=True) - mean[:, None])
       d_logits = d_logits.astype(key.dtype)
       d_key += triton.dot(d_logits, query, trans_a=True)
-      sums.append(d_query + triton.dot(d_logits, key))  # a missing key is zeros
+      sums.append(d_query + triton.dot(d_logits, key))
     for part, gradient in ((1, d_key * scale), (2, d_value)):
-      _store(d_qkv.at[pl.ds(*rows), np.int32(part)], gradient, *rows, tokens)
+      _store(d_qkv, gradient, *rows, tokens, part=(part,))
     return tuple(sums)
 
   zeros = tuple(jnp.zeros((size, q.shape[-1]), jnp.float32) for _, size in blocks)
   d_queries = jax.lax.fori_loop(0, pl.cdiv(tokens, BLOCK), differentiate, zeros)
   for block, d_query in zip(blocks, d_queries):
-    _store(d_qkv.at[pl.ds(*block), np.int32(0)], d_query * scale, *block, tokens)
+    _store(d_qkv, d_query * scale, *block, tokens, part=(0,))
 
 
 def _call(kernel, qkv, bias, heads, others=(), **outputs):
@@ -227,11 +232,11 @@ def _call(kernel, qkv, bias, heads, others=(), **outputs):
 
 
 def _on_each_device(rule: str):
-  """Lets each device compute the images that it has.
+  """Lets each device compute the images that it has; the devices must divide their number.
 
   Args:
-    rule: the axes of what a function takes and returns, for XLA's partitioner; only "b" may be
-      divided. The function's last argument is static.
+    rule: the axes of the arrays that a function takes and returns, for XLA's partitioner; only "b"
+      may be divided. The function takes the number of heads before them.
   """
 
   def decorate(function):
@@ -239,9 +244,9 @@ def _on_each_device(rule: str):
       images = PartitionSpec(*arguments[0].sharding.spec[:1])
       place = lambda x: NamedSharding(mesh, images if len(x.shape) > 1 else PartitionSpec())
       shardings = jax.tree.map(place, (results, arguments))
-      return mesh, functools.partial(function, heads=heads), *shardings
+      return mesh, functools.partial(function, heads), *shardings
 
-    divided = custom_partitioning(function, static_argnums=(rule.split("->")[0].count(",") + 1,))
+    divided = custom_partitioning(function, static_argnums=(0,))
     whole = tuple(axis for axis in dict.fromkeys(rule) if axis not in "b ,->")
     divided.def_partition(partition, sharding_rule=rule, need_replication_factors=whole)
     return divided
@@ -250,12 +255,12 @@ def _on_each_device(rule: str):
 
 
 @_on_each_device("b t c, c -> b t d, b h t")
-def _forward(qkv, bias, heads):
+def _forward(heads, qkv, bias):
   return _call(_forward_kernel, qkv, bias, heads, tokens=qkv.dtype, sums=jnp.float32)
 
 
 @_on_each_device("b t c, c, b t d, b h t, b t d -> b t p d")
-def _backward(qkv, bias, y, log_sum, dy, heads):
+def _backward(heads, qkv, bias, y, log_sum, dy):
   others = ((y, "tokens"), (log_sum, "sums"), (dy, "tokens"))
   return _call(_backward_kernel, qkv, bias, heads, others, parts=qkv.dtype)
 
@@ -264,23 +269,23 @@ def _backward(qkv, bias, y, log_sum, dy, heads):
 def short_attention(qkv: jax.Array, bias: jax.Array, heads: int) -> jax.Array:
   """Computes softmax(q k^T / sqrt(C)) v of each head, with [q, k, v] = qkv + bias: [B, T, D].
 
-  Logits and sums are float32. It has no `jax.jvp`.
+  Logits and sums are float32. It has neither `jax.jvp` nor `jax.vmap`.
 
   Args:
     qkv: [B, T, 3 D]: queries, keys, values; in each, head after head of C channels.
     bias: float32 [3 D].
     heads: number of heads.
   """
-  return _forward(qkv, bias, heads)[0]
+  return _forward(heads, qkv, bias)[0]
 
 
 def _short_attention_fwd(qkv, bias, heads):
-  y, log_sum = _forward(qkv, bias, heads)
+  y, log_sum = _forward(heads, qkv, bias)
   return y, (qkv, bias, y, log_sum)
 
 
 def _short_attention_bwd(heads, residuals, dy):
-  (d_qkv,) = _backward(*residuals, dy, heads)
+  (d_qkv,) = _backward(heads, *residuals, dy)
   d_qkv = d_qkv.reshape(residuals[0].shape)
   return d_qkv, d_qkv.astype(jnp.float32).sum((0, 1))
 
