@@ -90,17 +90,20 @@ def _windows_form():
 
 def _attention_forms(tokens, heads, width, dtype, device):
   """Returns {name: (qkv [B, T, 3 D], bias [3 D]) -> [B, T, D]} for a device; None: that here."""
-  forms = {"explicit": _cut_apart(layers.explicit_attention, heads)}
+  forms = {"explicit": cut_apart(layers.explicit_attention, heads)}
   with target.tracing_for(device):
     if layers.has_fused_attention(dtype, width):
-      forms["cuDNN"] = _cut_apart(layers.attend, heads)
+      forms["cuDNN"] = cut_apart(layers.attend, heads)
     if layers.has_short_attention(dtype, tokens, width):
       forms["our kernels"] = lambda qkv, bias: layers.short_attention(qkv, bias, heads)
   return forms
 
 
-def _cut_apart(form, heads):
-  """Returns a form of packed arrays that cuts them apart for `form`: q, k, v -> output."""
+def cut_apart(form, heads):
+  """Returns a form of packed arrays, which it cuts apart for `form`: q, k, v -> output.
+
+  It takes qkv [B, T, 3 D] and a bias [3 D], and returns [B, T, D].
+  """
 
   def packed(qkv, bias):
     parts = jnp.split(qkv + bias.astype(qkv.dtype), 3, axis=-1)
@@ -177,7 +180,7 @@ def _compile(form, inputs, others, device):
   mesh = sharding.make_mesh(devices=[device])
   place = sharding.replicated(mesh)
   struct = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-  with target.tracing_for(device), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+  with target.tracing_for(device, mesh):
     return jax.jit(both_ways).lower(*jax.tree.map(struct, (inputs, others))).compile()
 
 

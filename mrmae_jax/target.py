@@ -13,15 +13,20 @@ PORTABLE = SimpleNamespace(platform="", compute_capability="")
 
 
 @contextlib.contextmanager
-def tracing_for(device) -> Iterator[None]:
+def tracing_for(device, mesh=None) -> Iterator[None]:
   """Makes a device the target, there or not, or PORTABLE; None: JAX's default device.
+
+  `mesh`, concrete or abstract, is that of the arrays, where its devices need not be there: a kernel
+  in Pallas that is compiled for an absent GPU asks the mesh in use for it.
 
   JAX keeps traces by function, whatever the target, so it is made to forget them before and after.
   """
   token = _device.set(device)
   jax.clear_caches()
+  in_use = jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if mesh else contextlib.nullcontext()
   try:
-    yield
+    with in_use:
+      yield
   finally:
     _device.reset(token)
     jax.clear_caches()

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import forms
 from mrmae_jax import mrmae, sharding, target
 from mrmae_jax.models import layers, short_attention
 
@@ -28,12 +29,7 @@ def draw(batch, tokens, heads, width, dtype=jnp.float32):
 
 def by_products(qkv, bias, heads):
   """The explicit form, with what cuts apart and puts together around it."""
-  q, k, v = (
-    x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
-    for x in jnp.split(qkv + bias.astype(qkv.dtype), 3, axis=-1)
-  )
-  y = layers.explicit_attention(q, k, v).swapaxes(1, 2)
-  return y.reshape(*y.shape[:2], -1)
+  return forms.cut_apart(layers.explicit_attention, heads)(qkv, bias)
 
 
 def both_ways(form, heads, qkv, bias, dy):
@@ -67,10 +63,10 @@ def test_the_numbers_of_the_explicit_form(tokens, heads, width):
   + [pytest.param(*case, marks=pytest.mark.variant) for case in ((49, 1), (197, -1))],
 )
 def test_large_logits_of_one_sign(tokens, sign):
-  """Of 100 to 480, whose exponentials are not finite.
+  """The logits are 100 to 480, up to their sign: their exponentials are not finite.
 
-  For negative ones, nor is the weight that a missing key would have. The largest are in the first
-  block of keys or in the last.
+  Without its limit, the weight of a missing key would be infinite beside negative ones. The largest
+  are in the first block of keys or in the last.
   """
   keys = jax.random.split(jax.random.key(0), 4)
   small = [0.3 * jax.random.normal(key, (2, tokens, 32)) for key in keys[:3]]
@@ -84,8 +80,8 @@ def test_large_logits_of_one_sign(tokens, sign):
 
 def test_bfloat16_is_as_near_to_float64_as_the_explicit_form():
   arrays = draw(2, 49, 2, 32, jnp.bfloat16)
-  forms = short_attention.short_attention, by_products
-  found, explicit = (run(form, 2, *arrays) for form in forms)
+  ways = short_attention.short_attention, by_products
+  found, explicit = (run(form, 2, *arrays) for form in ways)
   with jax.enable_x64(True):
     exact = map(np.asarray, run(by_products, 2, *(x.astype(jnp.float64) for x in arrays)))
   for x, y, z in zip(found, explicit, exact):
@@ -127,7 +123,7 @@ def test_where_the_kernels_are_used(capability, dtype, tokens, width, usable):
 
 
 def trace(module, *arguments, **options):
-  """What the module is for a Hopper GPU, as JAX's text."""
+  """Returns the shapes of the module's parameters, and its trace for a Hopper GPU as text."""
   params = jax.eval_shape(module.init, jax.random.key(0), *arguments)
   apply = lambda params, *arguments: module.apply(params, *arguments, **options)[0]
   with target.tracing_for(HOPPER):
@@ -217,14 +213,9 @@ def test_what_a_gpu_reads_and_writes():
 def test_lowered_for_cuda_from_here():
   """It is Triton's kernel, forwards and backwards."""
   qkv, bias, dy = draw(2, 49, 2, 32, jnp.bfloat16)
-  kind = SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3", **vars(HOPPER))
-  mesh = jax.sharding.AbstractMesh((1,), ("data",))
-  mesh = mesh.update(
-    abstract_device=jax.sharding.AbstractDevice(
-      device_kind=kind.device_kind, num_cores=None, platform="gpu"
-    )
-  )
-  with target.tracing_for(kind), jax.sharding.use_abstract_mesh(mesh):
+  device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
+  mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
+  with target.tracing_for(HOPPER, mesh):
     step = jax.jit(functools.partial(both_ways, short_attention.short_attention, 2))
     text = step.trace(qkv, bias, dy).lower(lowering_platforms=("cuda",)).as_text()
   assert text.count("xla.gpu.triton") == 2
