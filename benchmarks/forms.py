@@ -95,7 +95,7 @@ def _attention_forms(tokens, heads, width, dtype, device):
     if layers.has_fused_attention(dtype, width):
       forms["cuDNN"] = cut_apart(layers.attend, heads)
     if layers.has_short_attention(dtype, tokens, width):
-      forms["our kernels"] = lambda qkv, bias: layers.short_attention(qkv, bias, heads)
+      forms["our kernels"] = lambda qkv, bias: layers.short_attention((qkv,), bias, heads)
   return forms
 
 

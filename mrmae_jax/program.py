@@ -49,7 +49,7 @@ VIEWS = {  # instructions that move nothing
   *("while", "conditional", "call", "after-all"),
 }
 
-OWN_KERNEL = "__gpu$xla.gpu.triton"  # a custom call: models/short_attention.py has the only ones
+OWN_KERNEL = "__gpu$xla.gpu.triton"  # a custom call: those of models/*.py
 
 
 def component(name: str) -> str:
@@ -163,6 +163,8 @@ def _operands(text: str, arrays: dict[str, list[Array]]) -> list[Array]:
 def _product_flops(kind: str, rest: str, operands: list[Array], results: list[Array]) -> float:
   """Returns the FLOPs of an instruction: a product of matrices, cuDNN's attention, or our own."""
   if kind == OWN_KERNEL:
+    if 'name = "attention_' not in rest:
+      return 0.0
     images, tokens, width = operands[0].dims  # queries, keys and values
     products = 5 if results[0].size == operands[0].size else 2  # backwards, forwards
     return 2.0 * products * images * tokens**2 * width / 3

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from mrmae_jax import mrmae, target
-from mrmae_jax.models.convvit import spatial_mix
-from mrmae_jax.models.depthwise import depthwise_conv
+from mrmae_jax.models.depthwise import blockwise_conv, depthwise_conv
 from mrmae_jax.models.layers import put_visible, to_blocks
 
 
@@ -74,7 +73,7 @@ def test_visible_blocks_are_convolved_as_in_the_map(capability, side, size, mask
       return y, *pull(dy)
 
     with target.tracing_for(device):
-      ours = both_ways(lambda x, kernel: spatial_mix(x, kernel, mask, grid), x, kernel, dy)
+      ours = both_ways(lambda x, kernel: blockwise_conv(x, kernel, mask, grid), x, kernel, dy)
     expected = both_ways(lambda x, kernel: on_map(x, kernel, mask), x, kernel, dy)
     for a, b in zip(ours, expected):
       assert a.dtype == jnp.float64

@@ -28,17 +28,17 @@ ROOT = Path(__file__).parent.parent
 
 def test_drop_path_drops_whole_images_and_keeps_the_mean():
   x, keys = jnp.ones((4000, 2, 3)), jax.random.split(jax.random.key(0), 4000)
-  a, b = (np.asarray(DropPath(0.3, keys)(x, branch)) for branch in range(2))
+  a, b = (np.asarray(DropPath(0.3, keys)(branch, x)[0]) for branch in range(2))
   for y in (a, b):
     assert set(np.unique(y.round(5))) == {0, np.float32(1 / 0.7).round(5)}
     assert (y == y[:, :1, :1]).all() and abs((y[:, 0, 0] == 0).mean() - 0.3) < 0.03
   assert (
     abs(((a == 0) & (b == 0))[:, 0, 0].mean() - 0.09) < 0.02
   )  # the two branches are independent
-  np.testing.assert_array_equal(DropPath(0.3)(x, 0), x)
+  assert DropPath(0.3)(0, x, keys)[0] is x and DropPath(0.3)(0, x, keys)[1] is keys
   rates = [drop.rate for drop in drop_paths(0.1, 15, keys)]
   np.testing.assert_allclose(rates, np.linspace(0, 0.1, 15))
-  first, last = (np.asarray(drop_paths(0.5, 3, keys)[i](x, 0))[:, 0, 0] == 0 for i in (1, 2))
+  first, last = (np.asarray(drop_paths(0.5, 3, keys)[i](0, x)[0])[:, 0, 0] == 0 for i in (1, 2))
   assert abs((first & last).mean() - 0.125) < 0.03  # blocks too
 
 

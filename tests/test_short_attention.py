@@ -32,6 +32,10 @@ def by_products(qkv, bias, heads):
   return forms.cut_apart(layers.explicit_attention, heads)(qkv, bias)
 
 
+def by_kernels(qkv, bias, heads):
+  return short_attention.short_attention((qkv,), bias, heads)
+
+
 def both_ways(form, heads, qkv, bias, dy):
   y, pull = jax.vjp(lambda qkv, bias: form(qkv, bias, heads), qkv, bias)
   return y, *pull(dy)
@@ -50,10 +54,25 @@ def run(form, heads, *arrays):
 def test_the_numbers_of_the_explicit_form(tokens, heads, width):
   """Blocks with and without tokens beyond the end; logits of 30 and more."""
   arrays = draw(2, tokens, heads, width)
-  found = run(short_attention.short_attention, heads, *arrays)
+  found = run(by_kernels, heads, *arrays)
   expected = run(by_products, heads, *arrays)
   for x, y in zip(found, expected):
     assert x.shape == y.shape and x.dtype == y.dtype
+    np.testing.assert_allclose(x, y, atol=2e-5 * float(jnp.abs(y).max()))
+
+
+@pytest.mark.parametrize("queries, tokens", [(1, 20), (50, 197), (147, 196)])
+def test_queries_of_some_tokens(queries, tokens):
+  """They come in an array of their own; the tokens that ask are the last ones here."""
+  qkv, bias, dy = draw(2, tokens, 2, 32)
+
+  def some(qkv, bias, heads):
+    q, kv = jnp.split(qkv, [64], axis=-1)
+    return short_attention.short_attention((q[:, -queries:], kv), bias, heads)
+
+  found = run(some, 2, qkv, bias, dy[:, -queries:])
+  expected = run(lambda *x: by_products(*x)[:, -queries:], 2, qkv, bias, dy[:, -queries:])
+  for x, y in zip(found, expected):
     np.testing.assert_allclose(x, y, atol=2e-5 * float(jnp.abs(y).max()))
 
 
@@ -73,14 +92,14 @@ def test_large_logits_of_one_sign(tokens, sign):
   q, k, v = small[0], sign * (4.2 + small[1] + jnp.linspace(0, 16, tokens)[:, None]), small[2]
   bias = jax.random.normal(keys[3], (96,)).at[:32].set(4.2)
   arrays = jnp.concatenate([q, k, v], axis=-1), bias, small[1]
-  found = run(short_attention.short_attention, 1, *arrays)
+  found = run(by_kernels, 1, *arrays)
   for x, y in zip(found, run(by_products, 1, *arrays)):
     np.testing.assert_allclose(x, y, atol=1e-4 * float(jnp.abs(y).max()))
 
 
 def test_bfloat16_is_as_near_to_float64_as_the_explicit_form():
   arrays = draw(2, 49, 2, 32, jnp.bfloat16)
-  ways = short_attention.short_attention, by_products
+  ways = by_kernels, by_products
   found, explicit = (run(form, 2, *arrays) for form in ways)
   with jax.enable_x64(True):
     exact = map(np.asarray, run(by_products, 2, *(x.astype(jnp.float64) for x in arrays)))
@@ -141,8 +160,8 @@ def test_a_hopper_gpu_takes_them_where_attention_is_plain(monkeypatch):
   assert jax.tree.structure(here) == jax.tree.structure(params)
   assert jax.tree.map(jnp.shape, here) == jax.tree.map(jnp.shape, params)
   half = mrmae.sample_mask(jax.random.uniform(jax.random.key(2), (2, 49)), 0.5)
+  assert trace(attention(), x, only=half)[1].count("pallas_call") == 1
   for module, options in (
-    (attention(), {"only": half}),
     (attention(), {"bias": jnp.zeros((2, 49, 49))}),
     (attention(rotate=lambda x: x), {}),
     (attention(key_bias=False), {}),
@@ -162,8 +181,8 @@ def test_attention_by_the_kernels_is_the_same_module(monkeypatch):
   weights = jax.random.normal(jax.random.key(2), x.shape)
 
   def loss(params, x):
-    y, first = attention.apply(params, x)
-    return (y * weights).sum() + jnp.square(first).sum()
+    y, bias, first = attention.apply(params, x)
+    return ((y + bias) * weights).sum() + jnp.square(first).sum()
 
   expected = jax.jit(jax.value_and_grad(loss, (0, 1)))(params, x)
   monkeypatch.setattr(layers, "has_short_attention", lambda *arguments: True)
@@ -177,12 +196,12 @@ def test_attention_by_the_kernels_is_the_same_module(monkeypatch):
 def test_each_device_computes_its_own_images():
   """Nothing but the gradient of the bias is exchanged, and the numbers are those of one device."""
   arrays = draw(8, 20, 2, 16)
-  expected = run(short_attention.short_attention, 2, *arrays)
+  expected = run(by_kernels, 2, *arrays)
   for fsdp in (1, 4):
     mesh = sharding.make_mesh(fsdp=fsdp)
     rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     step = jax.jit(
-      functools.partial(both_ways, short_attention.short_attention, 2),
+      functools.partial(both_ways, by_kernels, 2),
       in_shardings=(rows, whole, rows),
     )
     program = step.lower(*arrays).compile()
@@ -198,7 +217,7 @@ def test_what_a_gpu_reads_and_writes():
   """Nothing beyond the last token, which interpreted kernels would not notice; 2^x by hand."""
   qkv, bias, dy = draw(2, 49, 2, 32, jnp.bfloat16)
   with target.tracing_for(HOPPER):
-    step = functools.partial(both_ways, short_attention.short_attention, 2)
+    step = functools.partial(both_ways, by_kernels, 2)
     text = str(jax.jit(step).trace(qkv, bias, dy).jaxpr)
   accesses = [line for line in text.splitlines() if " <- " in line and "[...]" not in line]
   assert len(accesses) == (3 + 2) + (6 + 3)  # of blocks, reads and writes, forwards and backwards
@@ -216,6 +235,6 @@ def test_lowered_for_cuda_from_here():
   device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
   mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
   with target.tracing_for(HOPPER, mesh):
-    step = jax.jit(functools.partial(both_ways, short_attention.short_attention, 2))
+    step = jax.jit(functools.partial(both_ways, by_kernels, 2))
     text = step.trace(qkv, bias, dy).lower(lowering_platforms=("cuda",)).as_text()
   assert text.count("xla.gpu.triton") == 2

@@ -291,7 +291,7 @@ def test_the_first_row_of_attention_is_that_of_the_full_map():
   x = np.random.default_rng(0).standard_normal((2, 7, 12)).astype(np.float32)
   module = Attention(3)
   params = module.init(jax.random.key(0), x)
-  _, first = jax.jit(module.apply)(params, x)
+  *_, first = jax.jit(module.apply)(params, x)
   q, k, _ = np.split(x @ np.asarray(params["params"]["qkv"]["kernel"]), 3, axis=-1)
   q, k = (z.reshape(2, 7, 3, 4).transpose(0, 2, 1, 3) for z in (q, k))
   full = np.asarray(jax.nn.softmax(q @ k.swapaxes(2, 3) / 2, axis=-1))

@@ -30,9 +30,10 @@ from mrmae_jax.models.layers import (
   LayerFusion,
   LayerNorm,
   Mask,
+  activate,
+  add_bias,
   attention_scopes,
   drop_paths,
-  gelu,
   patchify,
   position_table,
   rematerialize,
@@ -53,13 +54,14 @@ def torch_uniform(fan_in: int):
   return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def conv_dense(x: jax.Array, features: int, dtype: Any, name: str) -> jax.Array:
+def conv_dense(x: jax.Array, features: int, dtype: Any, name: str, apart: bool = False):
   """Applies a 1x1 convolution, or after `patchify` one with stride = kernel.
 
-  It is a Dense layer with a convolution's initialization.
+  It is a Dense layer with a convolution's initialization; for `apart` see there.
   """
   init = torch_uniform(x.shape[-1])
-  return Dense(features, kernel_init=init, bias_init=init, dtype=dtype, name=name)(x)
+  dense = Dense(features, kernel_init=init, bias_init=init, dtype=dtype, name=name)
+  return dense(x, apart=apart)
 
 
 class PatchEmbed(nn.Module):
@@ -79,17 +81,24 @@ class PatchEmbed(nn.Module):
       x = Dense(self.dim, bias_init=bias_init, dtype=self.dtype, name="proj")(x)
     else:
       x = conv_dense(x, self.dim, self.dtype, "proj")
-    return gelu(LayerNorm(CONV_EPS, self.dtype, name="norm")(x))
+    return activate("gelu", LayerNorm(CONV_EPS, self.dtype, name="norm")(x))
 
 
 def spatial_mix(
-  x: jax.Array, kernel: jax.Array, mask: Mask | None, grid: tuple[int, int]
+  x: jax.Array,
+  before: jax.Array,
+  kernel: jax.Array,
+  after: jax.Array,
+  mask: Mask | None,
+  grid: tuple[int, int],
 ) -> jax.Array:
-  """Applies a depthwise convolution that sees visible positions only.
+  """Applies a depthwise convolution that sees visible positions only, with a bias on either side.
 
   Args:
     x: [B, H, W, C] (dense), or [B, V, s, s, C] (sparse).
+    before: float32 [C], is added to the visible positions of x.
     kernel: [k, k, C].
+    after: float32 [C], the convolution's bias.
     mask: zeroes the masked positions of x before the convolution; None: the whole image is visible.
     grid: (rows, columns) of tokens.
 
@@ -97,10 +106,14 @@ def spatial_mix(
     The shape of x. In the dense form with one mask for each image, masked positions hold what
     spills over from visible neighbors; nothing visible reads them. With several disjoint masks each
     position comes from the convolution of its own set, as in Alpha-VL/FastConvMAE
-    vision_transformer.py; positions of no set are zero.
+    vision_transformer.py; positions of no set hold the bias.
   """
   if x.ndim == 5:
-    return blockwise_conv(x, kernel, mask, grid)
+    return blockwise_conv(x, kernel, mask, grid, before, after)
+  return _mix_map(add_bias(x, before), kernel, mask, grid) + after.astype(x.dtype)
+
+
+def _mix_map(x, kernel, mask, grid):
   if mask is None:
     return depthwise_conv(x, kernel)
   b, h, w, c = x.shape
@@ -132,13 +145,14 @@ class ConvBlock(nn.Module):
     kernel = self.param("depthwise_kernel", init, (5, 5, dim))
     bias = self.param("depthwise_bias", init, (dim,))
 
-    h = conv_dense(LayerNorm(self.eps, self.dtype, name="norm1")(x), dim, self.dtype, "conv1")
-    h = spatial_mix(h, kernel, mask, grid) + bias.astype(self.dtype)
-    x = x + drop(conv_dense(h, dim, self.dtype, "conv2"), 0)
-    h = conv_dense(
-      LayerNorm(self.eps, self.dtype, name="norm2")(x), self.mlp_dim, self.dtype, "fc1"
-    )
-    return x + drop(conv_dense(gelu(h), dim, self.dtype, "fc2"), 1)
+    norm = lambda name: LayerNorm(self.eps, self.dtype, name=name)
+    dense = lambda x, features, name: conv_dense(x, features, self.dtype, name, apart=True)
+
+    x, h = norm("norm1").of_sum(x)
+    h = spatial_mix(*dense(h, dim, "conv1"), kernel, bias, mask, grid)
+    x, h = norm("norm2").of_sum(x, *drop(0, *dense(h, dim, "conv2")))
+    h = activate("gelu", *dense(h, self.mlp_dim, "fc1"))
+    return x + add_bias(*drop(1, *dense(h, dim, "fc2")))
 
 
 class ConvViT(nn.Module):

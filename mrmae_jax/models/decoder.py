@@ -11,7 +11,7 @@ from mrmae_jax.models.layers import (
   Dense,
   LayerNorm,
   Mask,
-  gelu,
+  activate,
   position_table,
   put_visible,
   rematerialize,
@@ -105,6 +105,7 @@ class MimicHead(nn.Module):
     if self.kind == "norm_linear":
       x = LayerNorm(1e-6, self.dtype, name="norm")(x)
     elif self.kind == "mlp":
-      x = gelu(Dense(x.shape[-1], dtype=self.dtype, name="hidden")(x))
+      hidden = Dense(x.shape[-1], dtype=self.dtype, name="hidden")
+      x = activate("gelu", *hidden(x, apart=True))
     x = Dense(self.out_dim, dtype=self.dtype, name="linear")(x)
     return x.astype(jnp.float32)

@@ -1,10 +1,10 @@
 """Depthwise convolution: on whole maps, and on the visible blocks of masked maps.
 
 On maps it is shift-and-add instead of `lax.conv`: XLA's grouped convolution is many times slower on
-CPU and depends on the algorithms that cuDNN finds on GPU. On visible blocks NVIDIA GPUs take
-products of matrices. The gradient of the input is the same operator with the kernel turned by 180
-degrees. The gradient of the kernel is a sum over all positions, for each of which there is a form
-that suits the platform; all give the same numbers.
+CPU and depends on the algorithms that cuDNN finds on GPU. On visible blocks Hopper GPUs have
+kernels of our own, and other NVIDIA GPUs take products of matrices. The gradient of the input is
+the same operator with the kernel turned by 180 degrees. The gradient of the kernel is a sum over
+all positions, for each of which there is a form that suits the platform; all give the same numbers.
 
 The operators take a kernel [k, k, C] with k odd, have stride 1 and zero padding ("same"), as torch
 computes it, and sum in float32.
@@ -16,8 +16,11 @@ import jax
 import jax.numpy as jnp
 
 from mrmae_jax import target
+from mrmae_jax.models import blockwise_kernels
+from mrmae_jax.models.blockwise_kernels import has_blockwise_kernels, neighbors
 from mrmae_jax.models.layers import (
   Mask,
+  add_bias,
   from_blocks,
   put_visible,
   take_rows,
@@ -110,23 +113,40 @@ def _depthwise_bwd(residuals, dy):
 depthwise_conv.defvjp(lambda x, kernel: (_on_map(x, kernel), (x, kernel)), _depthwise_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def blockwise_conv(x: jax.Array, kernel: jax.Array, mask: Mask, grid: tuple[int, int]) -> jax.Array:
+def blockwise_conv(
+  x: jax.Array,
+  kernel: jax.Array,
+  mask: Mask,
+  grid: tuple[int, int],
+  before: jax.Array | None = None,
+  after: jax.Array | None = None,
+) -> jax.Array:
   """Convolves a map whose visible blocks are given; the others are zero.
 
-  On NVIDIA GPUs each block gets a window, what the kernel reads for it, and the convolution of the
-  windows is a product of matrices for each channel. Elsewhere the blocks are put into a map and
-  taken out again.
+  On Hopper GPUs a kernel of our own reads the blocks (blockwise_kernels.py). On other NVIDIA GPUs
+  each block gets a window, what the kernel reads for it, and the convolution of the windows is a
+  product of matrices for each channel. Elsewhere the blocks are put into a map and taken out again.
 
   Args:
     x: [B, V, s, s, C], the blocks in the order of `mask.ids_keep`.
     kernel: [k, k, C].
     mask: which of the blocks are visible.
     grid: (rows, columns) of all blocks.
+    before: float32 [C], is added to the visible blocks; None adds nothing.
+    after: float32 [C], is added to the result; None adds nothing.
 
   Returns:
     The visible blocks of the result, [B, V, s, s, C].
   """
+  if has_blockwise_kernels(x.dtype, x.shape[2], x.shape[-1], len(kernel)):
+    before, after = (jnp.zeros(x.shape[-1]) if y is None else y for y in (before, after))
+    return blockwise_kernels.blockwise_conv(x, kernel, before, after, neighbors(mask, grid))
+  y = _blockwise_conv(add_bias(x, before), kernel, mask, grid)
+  return y if after is None else y + after.astype(y.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _blockwise_conv(x, kernel, mask, grid):
   return (_on_windows if target.compute_capability() else _by_map)(x, kernel, mask, grid)
 
 
@@ -137,8 +157,8 @@ def _blockwise_bwd(grid, residuals, dy):
   return dx, dkernel.astype(kernel.dtype), None
 
 
-blockwise_conv.defvjp(
-  lambda x, kernel, mask, grid: (blockwise_conv(x, kernel, mask, grid), (x, kernel, mask)),
+_blockwise_conv.defvjp(
+  lambda x, kernel, mask, grid: (_blockwise_conv(x, kernel, mask, grid), (x, kernel, mask)),
   _blockwise_bwd,
 )
 

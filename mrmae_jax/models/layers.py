@@ -15,6 +15,8 @@ import numpy as np
 
 from mrmae_jax import target
 from mrmae_jax.interpolation import BICUBIC, matrix
+from mrmae_jax.models import row_kernels
+from mrmae_jax.models.row_kernels import has_row_kernels
 from mrmae_jax.models.short_attention import has_short_attention, short_attention
 
 xavier_uniform = nn.initializers.xavier_uniform()
@@ -156,6 +158,35 @@ ACTIVATIONS = {
 }
 
 
+def activate(name: str, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+  """Computes an activation of x + bias: [B, ..., D] -> the same.
+
+  Args:
+    name: a key of ACTIVATIONS.
+    x: [B, ..., D].
+    bias: float32 [D]; None adds nothing.
+  """
+  if name in row_kernels.ACTIVATIONS and has_row_kernels(x.dtype, x.shape[-1]):
+    bias = jnp.zeros(x.shape[-1:]) if bias is None else bias
+    return row_kernels.activate(name, _rows(x), bias).reshape(x.shape)
+  return ACTIVATIONS[name](add_bias(x, bias))
+
+
+def add_bias(x: jax.Array, bias: jax.Array | None) -> jax.Array:
+  """Adds what `Dense` gives apart: [..., D] and [D] -> [..., D]; None adds nothing.
+
+  It adds rows [N, D], which a product of matrices has written, whatever the leading axes.
+  """
+  if bias is None:
+    return x
+  return (x.reshape(-1, x.shape[-1]) + bias.astype(x.dtype)).reshape(x.shape)
+
+
+def _rows(x):
+  """[B, ..., D] -> [B, T, D]."""
+  return x.reshape(len(x), -1, x.shape[-1])
+
+
 def sincos_2d(dim: int, grid: tuple[int, int], cls_token: bool = False) -> np.ndarray:
   """Returns MAE's fixed 2-D sine-cosine position table (util/pos_embed.py), float32 [N, dim].
 
@@ -254,7 +285,7 @@ class Dense(nn.Module):
     bias = None
     if self.use_bias:
       bias = self.param("bias", self.bias_init, (self.features,))[columns]
-      y = y if apart else y + bias.astype(self.dtype)
+      y = y if apart else add_bias(y, bias)
     y = y.reshape(*x.shape[:-1], -1)
     return (y, bias) if apart else y
 
@@ -321,13 +352,35 @@ class LayerNorm(nn.Module):
   eps: float
   dtype: Any = jnp.float32
 
-  @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """[..., D] -> [..., D]."""
-    scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
-    bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-    y = layer_norm(x.reshape(-1, x.shape[-1]), scale, bias, self.eps)
-    return y.astype(self.dtype).reshape(x.shape)
+    """[B, ..., D] -> [B, ..., D]."""
+    return self.of_sum(x)[1]
+
+  @nn.compact
+  def of_sum(
+    self, x: jax.Array, branch: jax.Array | None = None, bias: jax.Array | None = None
+  ) -> tuple[jax.Array, jax.Array]:
+    """Returns x + branch + bias, and its norm; without a branch x itself.
+
+    Who goes on with both spares a GPU two passes over the sum, and one over its gradient.
+
+    Args:
+      x: [B, ..., D].
+      branch: the shape of x.
+      bias: float32 [D], as `Dense` gives it apart.
+    """
+    shape, width = x.shape, x.shape[-1]
+    scale = self.param("scale", nn.initializers.ones, (width,))
+    shift = self.param("bias", nn.initializers.zeros, (width,))
+    if x.dtype == self.dtype and has_row_kernels(self.dtype, width):
+      added = ()
+      if branch is not None:
+        added = _rows(branch), jnp.zeros(width) if bias is None else bias
+      both = row_kernels.add_and_norm(self.eps, _rows(x), scale, shift, *added)
+      return tuple(y.reshape(shape) for y in both)
+    x = x if branch is None else x + add_bias(branch, bias)
+    y = layer_norm(x.reshape(-1, width), scale, shift, self.eps)
+    return x, y.astype(self.dtype).reshape(shape)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["keys"], meta_fields=["rate"])
@@ -344,16 +397,21 @@ class DropPath:
   rate: float = 0.0
   keys: jax.Array | None = None
 
-  def __call__(self, x: jax.Array, branch: int) -> jax.Array:
-    """[B, ...] -> [B, ...]; the two branches of a block are dropped independently."""
+  def __call__(
+    self, branch: int, x: jax.Array, bias: jax.Array | None = None
+  ) -> tuple[jax.Array, jax.Array | None]:
+    """Drops a branch, [B, ..., D], to which a bias [D] is still to be added; returns such a pair.
+
+    The two branches of a block are dropped independently.
+    """
     if self.keys is None or not self.rate:
-      return x
+      return x, bias
+    x = add_bias(x, bias)
     keep = jax.vmap(
       lambda key: jax.random.bernoulli(jax.random.fold_in(key, branch), 1 - self.rate)
     )(self.keys)
-    return jnp.where(
-      keep.reshape(-1, *(1,) * (x.ndim - 1)), x / (1 - self.rate), jnp.zeros((), x.dtype)
-    )
+    keep = keep.reshape(-1, *(1,) * (x.ndim - 1))
+    return jnp.where(keep, x / (1 - self.rate), jnp.zeros((), x.dtype)), None
 
 
 def drop_paths(rate: float, depth: int, keys: jax.Array | None) -> list[DropPath]:
@@ -702,9 +760,9 @@ class Attention(nn.Module):
     only: Mask | None = None,
     mask: Mask | None = None,
     bias: jax.Array | None = None,
-  ) -> tuple[jax.Array, jax.Array]:
-    """[B, T, D] -> [B, T, D], and the first token's attention, float32 [B, T], a mean over the
-    heads.
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """[B, T, D] -> [B, T, D] and its bias [D], which is to be added, and the first token's
+    attention, float32 [B, T], a mean over the heads.
 
     The first token is CLS, where there is one. Its row costs nothing unless it is used: jit drops
     it. If `only` is given, queries are computed for its V visible tokens alone: [B, V, D]. They
@@ -716,11 +774,17 @@ class Attention(nn.Module):
     first, second, third = (slice(i * dim, (i + 1) * dim) for i in range(3))
     has_bias = bias is not None or self.relative is not None
     is_fused = not has_bias and has_fused_attention(self.dtype, dim // self.num_heads)
-    is_plain = not has_bias and only is None and self.rotate is None and self.key_bias
-    packed = None  # product and bias, as our kernels read them
+    is_plain = not has_bias and self.rotate is None and self.key_bias
+    packed = None  # products and bias, as our kernels read them
     if is_plain and has_short_attention(self.dtype, x.shape[1], dim // self.num_heads):
-      packed = qkv(x, apart=True)
-      q, k, v = jnp.split(packed[0] + packed[1].astype(self.dtype), 3, axis=-1)
+      if only is None:
+        parts = [qkv(x, apart=True)]
+      else:
+        rest = slice(dim, None)
+        parts = [qkv(select_visible(x, only), first, True), qkv(x, rest, True)]
+      packed = tuple(product for product, _ in parts), jnp.concatenate([bias for _, bias in parts])
+      sums = [jnp.split(add_bias(*part), part[1].size // dim, axis=-1) for part in parts]
+      q, k, v = sum(sums, start=[])
     elif is_fused and x.shape[1] % 2 == 0:
       # cuDNN reads three arrays. Three products write them; one would be followed by a pass that
       # cuts its result apart. With an odd number of tokens there is such a pass, which pads.
@@ -757,7 +821,7 @@ class Attention(nn.Module):
       x = x.reshape(*x.shape[:2], dim)
     else:
       x = short_attention(*packed, self.num_heads)
-    return Dense(dim, dtype=self.dtype, name="proj")(x), first
+    return *Dense(dim, dtype=self.dtype, name="proj")(x, apart=True), first
 
 
 class Block(nn.Module):
@@ -807,22 +871,27 @@ class Block(nn.Module):
     attend_to = Attention(
       self.num_heads, self.rotate, self.key_bias, self.relative, self.dtype, name="attn"
     )
-    h = LayerNorm(self.eps, self.dtype, name="norm1")(x)
+    norm = lambda name: LayerNorm(self.eps, self.dtype, name=name)
+    x, h = norm("norm1").of_sum(x)
     h = h if self.windows is None else self.windows.cut(h)
-    mixed, attention = attend_to(h, only, mask, bias)
-    mixed = mixed if self.windows is None else self.windows.join(mixed)
-    x = select_visible(x, only) + drop(self._scale("scale1", mixed), 0)
-    h = LayerNorm(self.eps, self.dtype, name="norm2")(x)
-    h = dense(self.mlp_dim * (1 + self.gated), "fc1")(h)
-    h, *gate = jnp.split(h, 2, axis=-1) if self.gated else [h]
-    h = ACTIVATIONS[self.activation](h)
-    h = dense(x.shape[-1], "fc2")(h * gate[0] if gate else h)
-    return x + drop(self._scale("scale2", h), 1), attention
+    h, h_bias, attention = attend_to(h, only, mask, bias)
+    h = h if self.windows is None else self.windows.join(h)
+    branch = drop(0, *self._scale("scale1", h, h_bias))
+    x, h = norm("norm2").of_sum(select_visible(x, only), *branch)
+    h, h_bias = dense(self.mlp_dim * (1 + self.gated), "fc1")(h, apart=True)
+    if self.gated:
+      h, gate = jnp.split(add_bias(h, h_bias), 2, axis=-1)
+      h = activate(self.activation, h) * gate
+    else:
+      h = activate(self.activation, h, h_bias)
+    branch = self._scale("scale2", *dense(x.shape[-1], "fc2")(h, apart=True))
+    return x + add_bias(*drop(1, *branch)), attention
 
-  def _scale(self, name: str, x: jax.Array) -> jax.Array:
+  def _scale(self, name, x, bias):
     if not self.layer_scale:
-      return x
-    return x * self.param(name, nn.initializers.ones, x.shape[-1:]).astype(self.dtype)
+      return x, bias
+    gain = self.param(name, nn.initializers.ones, x.shape[-1:])
+    return add_bias(x, bias) * gain.astype(self.dtype), None
 
 
 REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}

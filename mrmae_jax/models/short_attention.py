@@ -19,11 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
-from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.pallas import triton
-from jax.sharding import NamedSharding, PartitionSpec
 
 from mrmae_jax import target
+from mrmae_jax.models import kernels
 
 LOG2_E = math.log2(math.e)  # GPUs have an instruction for 2^x
 NEVER = 1e30  # its negative is the logit of a key that does not exist
@@ -81,7 +80,7 @@ def _load(ref, start, size, tokens, missing=0.0):
 
 
 def _store(ref, x, start, size, tokens, part=()):
-  """Writes a block: [size] or [size, C]; to the part number `part` of [P, 3, C]."""
+  """Writes a block: [size] or [size, C]; to the part number `part` of [P, 3, C], and the like."""
   rows = ref.at[(pl.ds(start, size), *map(np.int32, part))]
   triton.store(rows, x.astype(ref.dtype), mask=_mask(start, size, tokens, x))
 
@@ -97,14 +96,8 @@ def _exp2(x, scale, shift, is_limited=False):
     exponent = x * scale + shift
     return jnp.exp2(jnp.minimum(exponent, 0.0) if is_limited else exponent)
   limit = "min.ftz.f32 x, x, 0f00000000; " if is_limited else ""
-  [y] = triton.elementwise_inline_asm(
-    "{ .reg .f32 x; fma.rn.ftz.f32 x, $1, $2, $3; " + limit + "ex2.approx.ftz.f32 $0, x; }",
-    args=[x, jnp.full_like(x, scale), shift],
-    constraints="=f,f,f,f",
-    pack=1,
-    result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, x.dtype)],
-  )
-  return y
+  code = "{ .reg .f32 x; fma.rn.ftz.f32 x, $1, $2, $3; " + limit + "ex2.approx.ftz.f32 $0, x; }"
+  return kernels.instructions(code, x, jnp.full_like(x, scale), shift)
 
 
 def _load_queries(q, q_bias, start, size, tokens):
@@ -112,26 +105,26 @@ def _load_queries(q, q_bias, start, size, tokens):
   return _load(q, start, size, tokens) + q_bias[...].astype(q.dtype)
 
 
-def _forward_kernel(q, k, v, q_bias, v_bias, y, log_sum, *, tokens):
+def _attention_kernel(q, k, v, q_bias, v_bias, y, log_sum, *, queries, keys):
   """Computes one head of one image, block by block of queries.
 
   Args:
-    q, k, v: [P, C], P >= tokens.
+    q, k, v: [P, C], P being at least the number of tokens.
     q_bias, v_bias: [C].
     y: [P, C], the output.
     log_sum: float32 [P], log2 of each query's sum over keys of 2^logit. Logits of this file are
       those of `attention_weights` times log2(e), without the bias of the keys.
-    tokens: number of tokens.
+    queries, keys: the numbers of tokens.
   """
   scale = q.shape[-1] ** -0.5 * LOG2_E
-  blocks = _blocks(tokens, KEY_BLOCK)
-  keys, values = ([_load(x, *block, tokens) for block in blocks] for x in (k, v))
+  blocks = _blocks(keys, KEY_BLOCK)
+  all_keys, values = ([_load(x, *block, keys) for block in blocks] for x in (k, v))
 
   def attend(i, carry):
     rows = i * BLOCK, BLOCK
-    query, products = _load_queries(q, q_bias, *rows, tokens), []
-    for block, key in zip(blocks, keys):
-      exists, product = _exists(*block, tokens), triton.dot(query, key, trans_b=True)
+    query, products = _load_queries(q, q_bias, *rows, queries), []
+    for block, key in zip(blocks, all_keys):
+      exists, product = _exists(*block, keys), triton.dot(query, key, trans_b=True)
       products.append(product if exists is None else jnp.where(exists, product, -NEVER))
     largest = functools.reduce(jnp.maximum, [x.max(axis=1) for x in products]) * scale
     total, mixed = jnp.zeros_like(largest), jnp.zeros(query.shape, jnp.float32)
@@ -140,36 +133,38 @@ def _forward_kernel(q, k, v, q_bias, v_bias, y, log_sum, *, tokens):
       total += weights.sum(axis=1)
       mixed += triton.dot(weights.astype(value.dtype), value)
     mixed = mixed * (1 / total)[:, None] + v_bias[...]
-    _store(y, mixed, *rows, tokens)
-    _store(log_sum, largest + jnp.log2(total), *rows, tokens)
+    _store(y, mixed, *rows, queries)
+    _store(log_sum, largest + jnp.log2(total), *rows, queries)
     return carry
 
-  jax.lax.fori_loop(0, pl.cdiv(tokens, BLOCK), attend, 0)
+  jax.lax.fori_loop(0, pl.cdiv(queries, BLOCK), attend, 0)
 
 
-def _backward_kernel(q, k, v, q_bias, v_bias, y, log_sum, dy, d_qkv, *, tokens):
+def _attention_gradient_kernel(q, k, v, q_bias, v_bias, y, log_sum, dy, *outputs, queries, keys):
   """Computes the gradients of one head of one image, block by block of keys.
 
   The weights are computed again (Dao et al. 2022, arXiv 2205.14135, appendix B.2).
 
   Args:
-    q, k, v, q_bias, v_bias, y, log_sum, tokens: see `_forward_kernel`.
+    q, k, v, q_bias, v_bias, y, log_sum, queries, keys: see `_attention_kernel`.
     dy: [P, C], the gradient of y.
-    d_qkv: [P, 3, C], the output.
+    outputs: the gradients of q, k and v [P, 3, C]; or that of q [P, 1, C], and those of k and v
+      [P, 2, C].
   """
   scale = q.shape[-1] ** -0.5
-  blocks, queries = _blocks(tokens, BLOCK), []
+  places = [(output, (part,)) for output in outputs for part in range(output.shape[1])]
+  blocks, loaded = _blocks(queries, BLOCK), []
   for block in blocks:
-    d_out, out = _load(dy, *block, tokens), _load(y, *block, tokens)
+    d_out, out = _load(dy, *block, queries), _load(y, *block, queries)
     mean = ((out.astype(jnp.float32) - v_bias[...]) * d_out.astype(jnp.float32)).sum(axis=1)
-    log = _load(log_sum, *block, tokens, missing=NEVER)  # the weights of a missing query are 0
-    queries.append((_load_queries(q, q_bias, *block, tokens), d_out, mean, log))
+    log = _load(log_sum, *block, queries, missing=NEVER)  # the weights of a missing query are 0
+    loaded.append((_load_queries(q, q_bias, *block, queries), d_out, mean, log))
 
   def differentiate(i, d_queries):
     rows = i * BLOCK, BLOCK
-    key, value = (_load(x, *rows, tokens) for x in (k, v))
+    key, value = (_load(x, *rows, keys) for x in (k, v))
     d_key, d_value, sums = jnp.zeros(key.shape, jnp.float32), jnp.zeros(key.shape, jnp.float32), []
-    for (query, d_out, mean, log), d_query in zip(queries, d_queries):
+    for (query, d_out, mean, log), d_query in zip(loaded, d_queries):
       product = triton.dot(query, key, trans_b=True)
       # A missing key is zeros. Its weight must be finite, so that its product with them is zero.
       weights = _exp2(product, scale * LOG2_E, log[:, None], is_limited=True)
@@ -178,116 +173,114 @@ def _backward_kernel(q, k, v, q_bias, v_bias, y, log_sum, dy, d_qkv, *, tokens):
       d_logits = d_logits.astype(key.dtype)
       d_key += triton.dot(d_logits, query, trans_a=True)
       sums.append(d_query + triton.dot(d_logits, key))
-    for part, gradient in ((1, d_key * scale), (2, d_value)):
-      _store(d_qkv, gradient, *rows, tokens, part=(part,))
+    for (output, part), gradient in zip(places[1:], (d_key * scale, d_value)):
+      _store(output, gradient, *rows, keys, part)
     return tuple(sums)
 
   zeros = tuple(jnp.zeros((size, q.shape[-1]), jnp.float32) for _, size in blocks)
-  d_queries = jax.lax.fori_loop(0, pl.cdiv(tokens, BLOCK), differentiate, zeros)
+  d_queries = jax.lax.fori_loop(0, pl.cdiv(keys, BLOCK), differentiate, zeros)
   for block, d_query in zip(blocks, d_queries):
-    _store(d_qkv, d_query * scale, *block, tokens, part=(0,))
+    _store(places[0][0], d_query * scale, *block, queries, places[0][1])
 
 
-def _call(kernel, qkv, bias, heads, others=(), **outputs):
+def _call(kernel, products, bias, heads, others=(), **outputs):
   """Runs a kernel for each head of each image.
 
   Args:
-    kernel: takes q, k, v, q_bias, v_bias, `others`, `outputs` and `tokens`.
-    qkv: [B, T, 3 D].
+    kernel: takes q, k, v, q_bias, v_bias, `others`, `outputs` and the numbers of tokens.
+    products: see `short_attention`.
     bias: float32 [3 D].
     heads: number of heads.
-    others: pairs of an array, and what it is: a key of `specs` below.
+    others: pairs of an array, and what it is: a key of `shapes` below.
     **outputs: the dtypes of what it writes, by what it is.
 
   Returns:
     The outputs.
   """
-  images, tokens, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-  head_dim, padded = width // heads, pl.cdiv(tokens, KEY_BLOCK) * KEY_BLOCK
-  part = lambda i: pl.BlockSpec(
-    (None, padded, head_dim), lambda head, image: (image, 0, i * heads + head)
-  )
+  images, queries, _ = products[0].shape
+  keys, width, head_dim = products[-1].shape[1], len(bias) // 3, len(bias) // 3 // heads
+  shapes = {"rows": (images, queries, width), "sums": (images, heads, queries)}
+  for i, product in enumerate(products):
+    shapes[f"gradient_{i}"] = (*product.shape[:2], product.shape[2] // width, width)
+  padded = lambda tokens: pl.cdiv(tokens, KEY_BLOCK) * KEY_BLOCK
+
+  def part(tokens, i):
+    index = lambda head, image: (image, 0, i * heads + head)
+    return pl.BlockSpec((None, padded(tokens), head_dim), index)
+
+  def spec(what):
+    if what == "rows":
+      return part(queries, 0)
+    if what == "sums":
+      return pl.BlockSpec((None, None, padded(queries)), lambda head, image: (image, head, 0))
+    _, tokens, parts, _ = shapes[what]
+    block = (None, padded(tokens), parts, head_dim)
+    return pl.BlockSpec(block, lambda head, image: (image, 0, 0, head))
+
+  places = [(x, i) for x in products for i in range(x.shape[2] // width)]  # of q, k and v
   part_of_bias = lambda i: pl.BlockSpec((head_dim,), lambda head, image: (i * heads + head,))
-  specs = {
-    "tokens": part(0),
-    "sums": pl.BlockSpec((None, None, padded), lambda head, image: (image, head, 0)),
-    "parts": pl.BlockSpec((None, padded, 3, head_dim), lambda head, image: (image, 0, 0, head)),
-  }
-  shapes = {
-    "tokens": (images, tokens, width),
-    "sums": (images, heads, tokens),
-    "parts": (images, tokens, 3, width),
-  }
   return pl.pallas_call(
-    functools.partial(kernel, tokens=tokens),
+    functools.partial(kernel, queries=queries, keys=keys),
     grid=(heads, images),  # neighbors in memory run at the same time
-    in_specs=[*map(part, range(3)), part_of_bias(0), part_of_bias(2)]
-    + [specs[what] for _, what in others],
-    out_specs=[specs[what] for what in outputs],
+    in_specs=[part(x.shape[1], i) for x, i in places]
+    + [part_of_bias(0), part_of_bias(2)]
+    + [spec(what) for _, what in others],
+    out_specs=[spec(what) for what in outputs],
     out_shape=[jax.ShapeDtypeStruct(shapes[what], dtype) for what, dtype in outputs.items()],
     compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=2),
     interpret=target.platform() != "gpu",
     name=kernel.__name__.strip("_"),
-  )(qkv, qkv, qkv, bias, bias, *(array for array, _ in others))
+  )(*(x for x, _ in places), bias, bias, *(x for x, _ in others))
 
 
-def _on_each_device(rule: str):
-  """Lets each device compute the images that it has; the devices must divide their number.
-
-  Args:
-    rule: the axes of the arrays that a function takes and returns, for XLA's partitioner; only "b"
-      may be divided. The function takes the number of heads before them.
-  """
-
-  def decorate(function):
-    def partition(heads, mesh, arguments, results):
-      images = PartitionSpec(*arguments[0].sharding.spec[:1])
-      place = lambda x: NamedSharding(mesh, images if len(x.shape) > 1 else PartitionSpec())
-      shardings = jax.tree.map(place, (results, arguments))
-      return mesh, functools.partial(function, heads), *shardings
-
-    divided = custom_partitioning(function, static_argnums=(0,))
-    whole = tuple(axis for axis in dict.fromkeys(rule) if axis not in "b ,->")
-    divided.def_partition(partition, sharding_rule=rule, need_replication_factors=whole)
-    return divided
-
-  return decorate
+def _forward_of(heads, bias, *products):
+  outputs = {"rows": products[0].dtype, "sums": jnp.float32}
+  return _call(_attention_kernel, products, bias, heads, **outputs)
 
 
-@_on_each_device("b t c, c -> b t d, b h t")
-def _forward(heads, qkv, bias):
-  return _call(_forward_kernel, qkv, bias, heads, tokens=qkv.dtype, sums=jnp.float32)
+def _backward_of(heads, y, log_sum, dy, bias, *products):
+  others = ((y, "rows"), (log_sum, "sums"), (dy, "rows"))
+  outputs = {f"gradient_{i}": x.dtype for i, x in enumerate(products)}
+  return _call(_attention_gradient_kernel, products, bias, heads, others, **outputs)
 
 
-@_on_each_device("b t c, c, b t d, b h t, b t d -> b t p d")
-def _backward(heads, qkv, bias, y, log_sum, dy):
-  others = ((y, "tokens"), (log_sum, "sums"), (dy, "tokens"))
-  return _call(_backward_kernel, qkv, bias, heads, others, parts=qkv.dtype)
+# For one product, and for two.
+_FORWARD = (
+  kernels.on_each_device("c, b t w -> b t d, b h t")(_forward_of),
+  kernels.on_each_device("c, b s e, b t w -> b s d, b h s")(_forward_of),
+)
+_BACKWARD = (
+  kernels.on_each_device("b t d, b h t, b t d, c, b t w -> b t p d")(_backward_of),
+  kernels.on_each_device("b s d, b h s, b s d, c, b s e, b t w -> b s o d, b t p d")(_backward_of),
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def short_attention(qkv: jax.Array, bias: jax.Array, heads: int) -> jax.Array:
-  """Computes softmax(q k^T / sqrt(C)) v of each head, with [q, k, v] = qkv + bias: [B, T, D].
+def short_attention(products: tuple[jax.Array, ...], bias: jax.Array, heads: int) -> jax.Array:
+  """Computes softmax(q k^T / sqrt(C)) v of each head: [B, S, D].
 
   Logits and sums are float32. It has neither `jax.jvp` nor `jax.vmap`.
 
   Args:
-    qkv: [B, T, 3 D]: queries, keys, values; in each, head after head of C channels.
-    bias: float32 [3 D].
+    products: [q, k, v] without biases, in one array [B, T, 3 D], or in two, q [B, S, D] and [k, v]
+      [B, T, 2 D]; in each, head after head of C channels.
+    bias: float32 [3 D], of q, k and v.
     heads: number of heads.
   """
-  return _forward(heads, qkv, bias)[0]
+  return _short_attention_fwd(products, bias, heads)[0]
 
 
-def _short_attention_fwd(qkv, bias, heads):
-  y, log_sum = _forward(heads, qkv, bias)
-  return y, (qkv, bias, y, log_sum)
+def _short_attention_fwd(products, bias, heads):
+  y, log_sum = _FORWARD[len(products) - 1](heads, bias, *products)
+  return y, (y, log_sum, bias, products)
 
 
 def _short_attention_bwd(heads, residuals, dy):
-  (d_qkv,) = _backward(heads, *residuals, dy)
-  d_qkv = d_qkv.reshape(residuals[0].shape)
-  return d_qkv, d_qkv.astype(jnp.float32).sum((0, 1))
+  y, log_sum, bias, products = residuals
+  gradients = _BACKWARD[len(products) - 1](heads, y, log_sum, dy, bias, *products)
+  gradients = tuple(d.reshape(x.shape) for d, x in zip(gradients, products))
+  d_bias = jnp.concatenate([d.astype(jnp.float32).sum((0, 1)) for d in gradients])
+  return gradients, d_bias
 
 
 short_attention.defvjp(_short_attention_fwd, _short_attention_bwd)

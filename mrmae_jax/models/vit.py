@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from mrmae_jax.models.layers import (
-  ACTIVATIONS,
   Block,
   Dense,
   LayerFusion,
   LayerNorm,
   Mask,
   Scope,
+  activate,
   attention_scopes,
   drop_paths,
   patchify,
@@ -310,5 +310,6 @@ class AttentionPool(nn.Module):
     attention = jax.nn.softmax(logits * q.shape[-1] ** -0.5, axis=-1)
     x = jnp.einsum("bhk,bhkd->bhd", attention.astype(self.dtype), v[:, :, 1:]).reshape(b, d)
     x = dense(d, "proj")(x)
-    h = dense(self.mlp_dim, "fc1")(LayerNorm(self.eps, self.dtype, name="norm")(x))
-    return x + dense(d, "fc2")(ACTIVATIONS[self.activation](h)), attention.mean(1)
+    h = LayerNorm(self.eps, self.dtype, name="norm")(x)
+    h = activate(self.activation, *dense(self.mlp_dim, "fc1")(h, apart=True))
+    return x + dense(d, "fc2")(h), attention.mean(1)
