@@ -345,9 +345,9 @@ def test_the_step_of_detection_needs_torchvision_and_a_network_that_it_has(run, 
     assert code == 2 and "is for Mask R-CNN on a ConvViT" in err
 
 
-@pytest.mark.parametrize("backend, updates", [("cpu", 1), ("gpu", 10), ("tpu", 10)])
+@pytest.mark.parametrize("backend, updates", [("cpu", 1), ("gpu", 30), ("tpu", 30)])
 def test_only_a_cpu_waits_for_each_update(monkeypatch, backend, updates):
-  """Elsewhere a round is ten in a row, as in training, and counts as one."""
+  """Elsewhere a round is 30 in a row, as in training, and counts as one."""
   monkeypatch.setattr(jax, "default_backend", lambda: backend)
   monkeypatch.setattr(bench.time, "perf_counter", itertools.count().__next__)  # each call: 1 s
   calls = {"one": [], "other": []}

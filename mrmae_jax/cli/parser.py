@@ -790,7 +790,7 @@ def _bench(parser: Parser) -> None:
     "--rounds",
     type=integer(1),
     default=10,
-    help="how often each is timed: a step on a CPU, ten in a row elsewhere",
+    help="how often each is timed: a step on a CPU, 30 in a row elsewhere",
   )
   step.add_argument("--profile", default="", help="a folder for a trace of the last batch size")
   both = commands.add_parser("both", help="the real loop: what the step waits for")
