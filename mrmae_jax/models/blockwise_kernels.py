@@ -3,13 +3,11 @@
 A program walks over some visible blocks of an image. For each position of the window around a
 block it reads the channels once, and adds them to all outputs that they take part in. So no window
 is written; in depthwise.py XLA writes four numbers for each that it reads.
-
-Like those of short_attention.py they are written in Pallas and compiled by Triton; on other devices
-than GPUs Pallas interprets them, for the tests.
 """
 
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -186,50 +184,53 @@ def _conv_gradient_kernel(
   d_before[...], d_after[...] = of_x, of_y
 
 
-def _call(function, arrays, outputs, blocks, **options):
+def _call(kernel, arrays, outputs, most):
   """Runs a kernel on arrays, of which the first are x and the convolution's kernel.
 
   Args:
-    function: takes the arrays and the outputs.
-    arrays: by their rank "blocks" [B, V, s, s, C], "places" [B, V, 9], "taps" [k^2, C], or [C].
-    outputs: "blocks", or sums for each program: "taps" [B, S, k^2, C], "vector" [B, S, C].
-    blocks: of a program, at most.
-    **options: of `function`.
+    kernel: takes the arrays, the outputs, `size` and `blocks`.
+    arrays: by their rank blocks [B, V, s, s, C], neighbors [B, V, 9], taps [k^2, C], or [C].
+    outputs: "blocks", or sums of each program: "taps" [B, S, k^2, C], "vector" [B, S, C].
+    most: blocks of a program, at most.
 
   Returns:
     The outputs, the sums added up for each image: [B, k^2, C], [B, C].
   """
   images, visible, side, _, width = arrays[0].shape
-  taps = len(arrays[1])
+  taps, programs = len(arrays[1]), pl.cdiv(visible, most)
   channels = min(CHANNELS, width & -width)
-  programs = pl.cdiv(visible, blocks)
-  specs = {
-    5: pl.BlockSpec((None, visible, side, side, channels), lambda b, _, c: (b, 0, 0, 0, c)),
-    3: pl.BlockSpec((None, visible, 9), lambda b, _, c: (b, 0, 0)),
-    2: pl.BlockSpec((taps, channels), lambda b, _, c: (0, c)),
-    1: pl.BlockSpec((channels,), lambda b, _, c: (c,)),
-    "blocks": pl.BlockSpec((None, visible, side, side, channels), lambda b, _, c: (b, 0, 0, 0, c)),
-    "taps": pl.BlockSpec((None, None, taps, channels), lambda b, s, c: (b, s, 0, c)),
-    "vector": pl.BlockSpec((None, None, channels), lambda b, s, c: (b, s, c)),
+  blocks = pl.BlockSpec(
+    (None, visible, side, side, channels), lambda image, part, column: (image, 0, 0, 0, column)
+  )
+  takes = {
+    5: blocks,
+    3: pl.BlockSpec((None, visible, 9), lambda image, part, column: (image, 0, 0)),
+    2: pl.BlockSpec((taps, channels), lambda image, part, column: (0, column)),
+    1: pl.BlockSpec((channels,), lambda image, part, column: (column,)),
+  }
+  place = lambda image, part, column: (image, part, column)
+  gives = {
+    "blocks": blocks,
+    "taps": pl.BlockSpec(
+      (None, None, taps, channels), lambda image, part, column: (image, part, 0, column)
+    ),
+    "vector": pl.BlockSpec((None, None, channels), place),
   }
   shapes = {
     "blocks": jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype),
     "taps": jax.ShapeDtypeStruct((images, programs, taps, width), jnp.float32),
     "vector": jax.ShapeDtypeStruct((images, programs, width), jnp.float32),
   }
+  warps = max(1, channels // WARP_CHANNELS)
   found = pl.pallas_call(
-    functools.partial(
-      function, size=round(taps**0.5), blocks=pl.cdiv(visible, programs), **options
-    ),
+    functools.partial(kernel, size=math.isqrt(taps), blocks=pl.cdiv(visible, programs)),
     grid=(images, programs, width // channels),
-    in_specs=[specs[array.ndim] for array in arrays],
-    out_specs=[specs[what] for what in outputs],
+    in_specs=[takes[array.ndim] for array in arrays],
+    out_specs=[gives[what] for what in outputs],
     out_shape=[shapes[what] for what in outputs],
-    compiler_params=triton.CompilerParams(
-      num_warps=max(1, channels // WARP_CHANNELS), num_stages=1
-    ),
+    compiler_params=triton.CompilerParams(num_warps=warps, num_stages=1),
     interpret=target.platform() != "gpu",
-    name=function.__name__.strip("_"),
+    name=kernel.__name__.strip("_"),
   )(*arrays)
   return [x if what == "blocks" else x.sum(1) for what, x in zip(outputs, found)]
 

@@ -1,4 +1,10 @@
-"""What the GPU kernels of this package share: instructions of GPUs, and several devices."""
+"""What our GPU kernels share: instructions of GPUs, and several devices.
+
+The kernels are in short_attention.py, row_kernels.py and blockwise_kernels.py. They are written in
+Pallas and compiled by Triton. JAX 0.11 warns that a later version will drop this backend, hence its
+upper bound in setup.cfg; without the kernels there are the forms of other devices. There Pallas
+interprets them, slowly, for the tests.
+"""
 
 import functools
 

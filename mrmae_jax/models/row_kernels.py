@@ -5,9 +5,6 @@ more. Those of this file do it in one each, and take in what stands beside it: t
 with the bias of the product before it, and the gradient of the residual stream. GELU's do with half
 of the instructions of `erf`.
 
-Like those of short_attention.py they are written in Pallas and compiled by Triton; on other devices
-than GPUs Pallas interprets them, for the tests.
-
 Arrays are [B, T, D] here: T rows of each of B images. A program of a kernel works on some rows of
 one image. It writes its own sums over rows, [B, S, D] for S programs; XLA adds them up.
 """

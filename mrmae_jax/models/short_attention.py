@@ -4,10 +4,6 @@ cuDNN's kernels are made for long sequences. Those of this file keep a head of a
 They read queries, keys and values where the product of the packed weights has written them, and
 write where the next product reads, so that nothing is cut apart, padded or put together.
 
-They are written in Pallas and compiled by Triton. JAX 0.11 warns that a later version will drop
-this backend, hence its upper bound in setup.cfg; without these kernels there is cuDNN. On other
-devices than GPUs Pallas interprets them, slowly, for the tests.
-
 Biases need no pass of their own. A key's adds the same number to all logits of a query, which the
 softmax does not see. A value's is added to the output, as the weights of a query sum to 1.
 """
