@@ -165,9 +165,12 @@ def _product_flops(kind: str, rest: str, operands: list[Array], results: list[Ar
   if kind == OWN_KERNEL:
     if 'name = "attention_' not in rest:
       return 0.0
-    images, tokens, width = operands[0].dims  # queries, keys and values
-    products = 5 if results[0].size == operands[0].size else 2  # backwards, forwards
-    return 2.0 * products * images * tokens**2 * width / 3
+    # Queries, keys and values in one array, or queries, then keys and values; then their biases.
+    width = next(array.size for array in operands if len(array.dims) == 1) // 3
+    images, queries, _ = operands[0].dims
+    keys = operands[operands[0].dims[2] == width].dims[1]
+    products = 5 if 'name = "attention_gradient' in rest else 2
+    return 2.0 * products * images * queries * keys * width
   if kind.startswith("__cudnn$fmha"):
     batch, heads, _, width = results[0].dims
     keys = operands[1].size // (batch * heads * width)

@@ -273,8 +273,7 @@ def test_what_a_gpu_reads_and_writes():
     images, dy = jax.tree.map(to_bfloat16, (images, dy))
     with target.tracing_for(HOPPER):
       text = str(jax.jit(functools.partial(both_ways, form)).trace((*images, *others), dy).jaxpr)
-    # Numbers of some rows or of a block; which block is next to it is known of all that exist.
-    some = r":(bf16|f32)\[[\d,]+\].* <- .*\[[a-z]+[:,]"
+    some = r":(bf16|f32|i32)\[[\d,]*\].* <- .*\[[a-z]+[:,]"  # rows, or a block
     accesses = [line for line in text.splitlines() if re.search(some, line)]
     assert accesses and all("mask=" in line for line in accesses), accesses
 

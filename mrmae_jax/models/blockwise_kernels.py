@@ -61,18 +61,20 @@ def _window(ref, block, exists, near, size, missing):
   Args:
     ref: [V, s, s, C].
     block: its number.
-    exists: if it is False, nothing is visible.
+    exists: whether there is such a block; otherwise nothing is visible.
     near: see `neighbors`, [V, 9].
     size: side of the kernel; the window is s + size - 1 positions wide.
     missing: [C], of positions that are not visible.
   """
   side, channels = ref.shape[1], ref.shape[-1]
-  places = [triton.load(near.at[block, np.int32(i)]) for i in range(9)]
+  places = [
+    triton.load(near.at[block, np.int32(i)], mask=exists, other=np.int32(-1)) for i in range(9)
+  ]
   offsets = range(-(size // 2), side + size // 2)
   for (i, y), (j, x) in itertools.product(enumerate(offsets), repeat=2):
     place = places[3 * (y // side + 1) + x // side + 1]
     at = ref.at[jnp.maximum(place, 0), np.int32(y % side), np.int32(x % side)]
-    mask = jnp.broadcast_to((place >= 0) & exists, (channels,))
+    mask = jnp.broadcast_to(place >= 0, (channels,))
     yield i, j, triton.load(at, mask=mask, other=missing).astype(jnp.float32)
 
 
@@ -94,7 +96,7 @@ def _walk(blocks, visible, step, carry=()):
 
   def walk(i, carry):
     block = first + i
-    return step(jnp.minimum(block, visible - 1), block < visible, carry)
+    return step(block, block < visible, carry)
 
   return jax.lax.fori_loop(0, blocks, walk, carry)
 
@@ -129,7 +131,7 @@ def _conv_kernel(x, kernel, before, after, near, y, *, size, blocks):
 
   def step(block, exists, carry):
     totals = [last] * side**2
-    for i, j, value in _window(x, block, True, near, size, missing):
+    for i, j, value in _window(x, block, exists, near, size, missing):
       value += offset
       for output, tap in _outputs(i, j, side, size):
         totals[output] = _add(totals[output], value, taps[tap])

@@ -74,7 +74,7 @@ class PatchEmbed(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """[..., h, w, C] -> [..., h/p, w/p, dim]."""
+    """[B, ..., h, w, C] -> [B, ..., h/p, w/p, dim]."""
     x = patchify(x, self.patch_size)
     if self.xavier:
       bias_init = torch_uniform(x.shape[-1])

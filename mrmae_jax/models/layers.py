@@ -166,7 +166,7 @@ def activate(name: str, x: jax.Array, bias: jax.Array | None = None) -> jax.Arra
     x: [B, ..., D].
     bias: float32 [D]; None adds nothing.
   """
-  if name in row_kernels.ACTIVATIONS and has_row_kernels(x.dtype, x.shape[-1]):
+  if name in row_kernels.ACTIVATIONS and _has_kernels(x):
     bias = jnp.zeros(x.shape[-1:]) if bias is None else bias
     return row_kernels.activate(name, _rows(x), bias).reshape(x.shape)
   return ACTIVATIONS[name](add_bias(x, bias))
@@ -180,6 +180,11 @@ def add_bias(x: jax.Array, bias: jax.Array | None) -> jax.Array:
   if bias is None:
     return x
   return (x.reshape(-1, x.shape[-1]) + bias.astype(x.dtype)).reshape(x.shape)
+
+
+def _has_kernels(x):
+  """Returns whether `row_kernels` take an array, which then is [B, ..., D]."""
+  return x.ndim > 1 and x.size > 0 and has_row_kernels(x.dtype, x.shape[-1])
 
 
 def _rows(x):
@@ -341,8 +346,9 @@ layer_norm.defvjp(_layer_norm_fwd, _layer_norm_bwd)
 class LayerNorm(nn.Module):
   """LayerNorm over the last axis; statistics and gradient are float32.
 
-  It works on rows [N, D], whatever the leading axes: XLA cuts [B, 197, 768] into tiles of one token
-  of 16 images on GPUs, which takes twice as long as row by row.
+  Hopper GPUs have kernels of our own (row_kernels.py), for which the first axis is that of the
+  images. Elsewhere it works on rows [N, D], whatever the leading axes: on GPUs XLA cuts [B, 197,
+  768] into tiles of one token of 16 images, which takes twice as long as row by row.
 
   Attributes:
     eps: added to the variance.
@@ -372,7 +378,7 @@ class LayerNorm(nn.Module):
     shape, width = x.shape, x.shape[-1]
     scale = self.param("scale", nn.initializers.ones, (width,))
     shift = self.param("bias", nn.initializers.zeros, (width,))
-    if x.dtype == self.dtype and has_row_kernels(self.dtype, width):
+    if x.dtype == self.dtype and _has_kernels(x):
       added = ()
       if branch is not None:
         added = _rows(branch), jnp.zeros(width) if bias is None else bias

@@ -76,7 +76,7 @@ def has_row_kernels(dtype, width: int) -> bool:
 
   They were measured on a Hopper GPU alone, in bfloat16, with 256 to 3,072 channels.
   """
-  fits = width % 64 == 0 and len(_pieces(width)) <= 3
+  fits = width % 64 == 0 and width <= 8192 and len(_pieces(width)) <= 3
   return dtype == jnp.bfloat16 and fits and 9 <= target.compute_capability() < 10
 
 
