@@ -27,8 +27,7 @@ BACKWARD_BLOCKS = 13
 def has_blockwise_kernels(dtype, side: int, channels: int, size: int) -> bool:
   """Returns whether the device that is traced for has these kernels.
 
-  They were measured on a Hopper GPU alone, in bfloat16, with blocks of 2 and 4 positions a side and
-  kernels of 5.
+  They were measured with blocks of 2 and 4 positions a side and kernels of 5.
 
   Args:
     dtype: of the blocks.
@@ -37,7 +36,7 @@ def has_blockwise_kernels(dtype, side: int, channels: int, size: int) -> bool:
     size: side of the kernel.
   """
   fits = size == 5 and side in (2, 4) and channels % WARP_CHANNELS == 0
-  return dtype == jnp.bfloat16 and fits and 9 <= target.compute_capability() < 10
+  return fits and kernels.have_device(dtype)
 
 
 def neighbors(mask, grid: tuple[int, int]) -> jax.Array:
@@ -45,14 +44,25 @@ def neighbors(mask, grid: tuple[int, int]) -> jax.Array:
 
   These are places among the visible blocks, row by row, and -1 for what is not visible.
   """
-  b, v = mask.ids_keep.shape
   steps = jnp.arange(-1, 2)
   row = (mask.ids_keep // grid[1])[..., None, None] + steps[:, None]
   column = (mask.ids_keep % grid[1])[..., None, None] + steps
+  return find_visible(row, column, mask, grid).reshape(*mask.ids_keep.shape, 9)
+
+
+def find_visible(row: jax.Array, column: jax.Array, mask, grid: tuple[int, int]) -> jax.Array:
+  """Returns the places of blocks among the visible ones, -1 for others and those beyond the grid.
+
+  Args:
+    row, column: int32 [B, ...] of the blocks, two shapes that broadcast.
+    mask: which blocks are visible.
+    grid: (rows, columns) of all blocks.
+  """
   is_inside = (row >= 0) & (row < grid[0]) & (column >= 0) & (column < grid[1])
   block = jnp.where(is_inside, row * grid[1] + column, 0)
-  place = jnp.take_along_axis(mask.ids_restore, block.reshape(b, -1), axis=1).reshape(block.shape)
-  return jnp.where(is_inside & (place < v), place, -1).reshape(b, v, 9)
+  place = jnp.take_along_axis(mask.ids_restore, block.reshape(len(block), -1), axis=1)
+  place = place.reshape(block.shape)
+  return jnp.where(is_inside & (place < mask.ids_keep.shape[1]), place, -1)
 
 
 def _window(ref, block, exists, near, size, missing):
@@ -154,7 +164,7 @@ def _conv_gradient_kernel(
     dy: [V, s, s, C].
     dx: [V, s, s, C], an output.
     d_kernel: float32 [size^2, C], an output: the sum over the blocks of the program.
-    d_before, d_after: float32 [C], likewise.
+    d_before, d_after: float32 [C], outputs: the sums over these blocks.
   """
   visible, side = x.shape[:2]
   channels = x.shape[-1]

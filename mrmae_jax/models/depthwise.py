@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from mrmae_jax import target
 from mrmae_jax.models import blockwise_kernels
-from mrmae_jax.models.blockwise_kernels import has_blockwise_kernels, neighbors
+from mrmae_jax.models.blockwise_kernels import find_visible, has_blockwise_kernels, neighbors
 from mrmae_jax.models.layers import (
   Mask,
   add_bias,
@@ -195,16 +195,14 @@ def _windows(x, mask, grid, size):
 
   [B, V, s, s, C] -> [C, w, w, B, V], with zeros for what is not visible.
   """
-  b, v, side, _, c = x.shape
+  b, _, side, _, c = x.shape
   offsets = jnp.arange(-(size // 2), side + size // 2)
   row = ((mask.ids_keep // grid[1])[..., None] * side + offsets)[..., :, None]
   column = ((mask.ids_keep % grid[1])[..., None] * side + offsets)[..., None, :]
-  is_inside = (row >= 0) & (row < grid[0] * side) & (column >= 0) & (column < grid[1] * side)
-  block = jnp.where(is_inside, row // side * grid[1] + column // side, 0)
-  place = jnp.take_along_axis(mask.ids_restore, block.reshape(b, -1), axis=1).reshape(block.shape)
-  index = jnp.minimum(place, v - 1) * side**2 + row % side * side + column % side
+  place = find_visible(row // side, column // side, mask, grid)
+  index = jnp.maximum(place, 0) * side**2 + row % side * side + column % side
   near = take_rows(x.reshape(b, -1, c), index.reshape(b, -1)).reshape(*index.shape, c)
-  near = jnp.where((is_inside & (place < v))[..., None], near, jnp.zeros((), x.dtype))
+  near = jnp.where((place >= 0)[..., None], near, jnp.zeros((), x.dtype))
   # XLA would fuse this gather into whatever reads it, and lay it out so that reading x is slow.
   return jax.lax.optimization_barrier(near.transpose(4, 2, 3, 0, 1))
 

@@ -1,4 +1,4 @@
-"""What our GPU kernels share: instructions of GPUs, and several devices.
+"""What our GPU kernels have in common: where they run, instructions of GPUs, several devices.
 
 The kernels are in short_attention.py, row_kernels.py and blockwise_kernels.py. They are written in
 Pallas and compiled by Triton. JAX 0.11 warns that a later version will drop this backend, hence its
@@ -15,6 +15,14 @@ from jax.experimental.pallas import triton
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mrmae_jax import target
+
+
+def have_device(dtype) -> bool:
+  """Returns whether the device that is traced for runs them on arrays of a dtype.
+
+  They were measured on a Hopper GPU alone, in bfloat16.
+  """
+  return dtype == jnp.bfloat16 and 9 <= target.compute_capability() < 10
 
 
 def instructions(code: str, *arrays: jax.Array) -> jax.Array:

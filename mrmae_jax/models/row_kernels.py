@@ -74,10 +74,10 @@ activation_gradient_tile = functools.partial(_activation_tile, rows=2, columns=5
 def has_row_kernels(dtype, width: int) -> bool:
   """Returns whether the device that is traced for has these kernels for rows of so many channels.
 
-  They were measured on a Hopper GPU alone, in bfloat16, with 256 to 3,072 channels.
+  They were measured with 256 to 3,072 channels.
   """
   fits = width % 64 == 0 and width <= 8192 and len(_pieces(width)) <= 3
-  return dtype == jnp.bfloat16 and fits and 9 <= target.compute_capability() < 10
+  return fits and kernels.have_device(dtype)
 
 
 def _pieces(width: int) -> list[tuple[int, int]]:

@@ -31,11 +31,10 @@ WARPS = 4
 def has_short_attention(dtype, tokens: int, head_dim: int) -> bool:
   """Returns whether the device that is traced for has these kernels for so many tokens.
 
-  They were measured on a Hopper GPU alone, in bfloat16, with 49 to 197 tokens and heads of 32 and
-  64 channels.
+  They were measured with 49 to 197 tokens and heads of 32 and 64 channels.
   """
   fits = tokens <= MAX_TOKENS and head_dim in (32, 64)
-  return dtype == jnp.bfloat16 and fits and 9 <= target.compute_capability() < 10
+  return fits and kernels.have_device(dtype)
 
 
 # A block is (start, size): `size` tokens, a power of 2 and at least 16, of which those at the end

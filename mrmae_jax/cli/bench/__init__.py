@@ -127,11 +127,11 @@ def alternate(
   for call in variants.values():
     call(warm_up)
   is_cpu = jax.default_backend() == "cpu"
-  repeats, is_alone = 1 if is_cpu else REPEATS, len(variants) == 1
+  repeats = 1 if is_cpu else REPEATS
   seconds = {name: [] for name in variants}
   for i in range(rounds):
     for name in list(variants)[:: -1 if i % 2 else 1]:
-      if is_cpu and not is_alone:
+      if is_cpu and len(variants) > 1:
         variants[name](1)
       start = time.perf_counter()
       variants[name](repeats)
