@@ -6,7 +6,8 @@ with the bias of the product before it, and the gradient of the residual stream.
 of the instructions of `erf`.
 
 Arrays are [B, T, D] here: T rows of each of B images. A program of a kernel works on some rows of
-one image. It writes its own sums over rows, [B, S, D] for S programs; XLA adds them up.
+one image. It writes its own sums over rows, [B, S, n D] for S programs; XLA adds them up. Several
+sums of a program lie side by side in one array, as XLA takes a kernel for each array.
 """
 
 import functools
@@ -119,10 +120,12 @@ def _vector(ref, pieces):
   return [triton.load(ref.at[pl.ds(start, size)])[None] for start, size in pieces]
 
 
-def _store_sums(ref, pieces, sums):
-  """Writes pieces [1, columns] to an array [D]."""
-  for (start, size), part in zip(pieces, sums):
-    triton.store(ref.at[pl.ds(start, size)], part[0])
+def _store_sums(ref, pieces, *sums):
+  """Writes arrays of pieces [1, columns] side by side to an array [n D]."""
+  width = ref.shape[0] // len(sums)
+  for i, parts in enumerate(sums):
+    for (start, size), part in zip(pieces, parts):
+      triton.store(ref.at[pl.ds(i * width + start, size)], part[0])
 
 
 def _walk(tile, tokens, pieces, refs, step, carry=()):
@@ -198,10 +201,10 @@ def _norm_gradient_kernel(x, scale, mean, inverse, dy, *refs, tile, tokens, has_
     scale, mean, inverse, tile, tokens, has_branch: see `_norm_kernel`.
     dy: [B, T, D], the gradient of y.
     refs: if `has_stream`, another gradient of x [B, T, D]. Then the outputs: dx [B, T, D], and the
-      sums over rows [B, S, D] for scale and shift, and if `has_branch` for the branch's bias.
+      sums over rows [n D] for scale and shift, and if `has_branch` for the branch's bias.
     has_stream: x has another use.
   """
-  streams, (dx, *sums) = refs[:has_stream], refs[has_stream:]
+  streams, (dx, sums) = refs[:has_stream], refs[has_stream:]
   width = x.shape[-1]
   pieces = _pieces(width)
   scales = _vector(scale, pieces)
@@ -223,8 +226,7 @@ def _norm_gradient_kernel(x, scale, mean, inverse, dy, *refs, tile, tokens, has_
 
   refs = x, dy, mean, inverse, *streams
   totals = _walk(tile, tokens, pieces, refs, step, (zeros,) * (2 + has_branch))
-  for ref, total in zip(sums, totals):
-    _store_sums(ref, pieces, total)
+  _store_sums(sums, pieces, *totals)
 
 
 # Phi(-x) = exp(-x^2 / 2) * (a1 u + ... + a5 u^5), u = 1 / (1 + P x), for x >= 0: the form of
@@ -280,7 +282,7 @@ def _activation_kernel(x, bias, y, *, tile, tokens, name):
 
 
 def _activation_gradient_kernel(x, bias, dy, dx, d_bias, *, tile, tokens, name):
-  """Computes the gradient of x [B, T, D], and its sum over rows [B, S, D]."""
+  """Computes the gradient of x [B, T, D], and its sum over rows [D]."""
   pieces = _pieces(x.shape[-1])
   [biases] = _vector(bias, pieces)
   function = ACTIVATIONS[name][1]
@@ -294,19 +296,20 @@ def _activation_gradient_kernel(x, bias, dy, dx, d_bias, *, tile, tokens, name):
   _store_sums(d_bias, pieces, [total])
 
 
-def _call(kernel, make_tile, arrays, outputs, **options):
+def _call(kernel, make_tile, arrays, outputs, sums=0, **options):
   """Runs a kernel on arrays; the first is [B, T, D].
 
   Args:
     kernel: takes the arrays, the outputs, `tile`, `tokens` and the options.
     make_tile: (B, T, D) -> its Tile.
     arrays: by their rank "rows" [B, T, D], "numbers" [B, T], or [D].
-    outputs: "rows", "numbers", or for each program "sums" [B, S, D].
+    outputs: "rows" or "numbers".
+    sums: the number n of sums that each program writes after them: [B, S, n D].
     **options: of the kernel.
 
   Returns:
-    The outputs, the sums added up for each image: [B, D]. How many programs an image has depends on
-    the number of images, and so on that of the devices.
+    The outputs, and the sums added up for each image: [B, n D]. How many programs an image has
+    depends on the number of images, and so on that of the devices.
   """
   images, tokens, width = arrays[0].shape
   tile = make_tile(arrays[0].shape)
@@ -315,15 +318,16 @@ def _call(kernel, make_tile, arrays, outputs, **options):
   specs = {
     "rows": pl.BlockSpec((None, tile.most, tile.columns), place),
     "numbers": pl.BlockSpec((None, tile.most), lambda image, part, column: (image, part)),
-    "sums": pl.BlockSpec((None, None, tile.columns), place),
+    "sums": pl.BlockSpec((None, None, sums * tile.columns), place),
     "vector": pl.BlockSpec((tile.columns,), lambda image, part, column: (column,)),
   }
   shapes = {
     "rows": jax.ShapeDtypeStruct((images, tokens, width), arrays[0].dtype),
     "numbers": jax.ShapeDtypeStruct((images, tokens), jnp.float32),
-    "sums": jax.ShapeDtypeStruct((images, programs, width), jnp.float32),
+    "sums": jax.ShapeDtypeStruct((images, programs, sums * width), jnp.float32),
   }
   kinds = {1: "vector", 2: "numbers", 3: "rows"}
+  outputs = outputs + ["sums"] * (sums > 0)
   found = pl.pallas_call(
     functools.partial(kernel, tile=tile, tokens=tokens, **options),
     grid=(images, programs, width // tile.columns),
@@ -353,13 +357,12 @@ def _norm(has_branch):
 @functools.cache
 def _norm_gradient(has_stream, has_branch):
   """Returns a function of None and the arrays that `_norm_gradient_kernel` takes."""
-  stream, bias = (", b t d" if has_stream else ""), (", b d" if has_branch else "")
+  stream = ", b t d" if has_stream else ""
 
-  @kernels.on_each_device(f"b t d, d, b t, b t, b t d{stream} -> b t d, b d, b d{bias}")
+  @kernels.on_each_device(f"b t d, d, b t, b t, b t d{stream} -> b t d, b s")
   def gradient(_, *arrays):
-    outputs = ["rows"] + ["sums"] * (2 + has_branch)
-    options = {"has_stream": has_stream, "has_branch": has_branch}
-    return _call(_norm_gradient_kernel, norm_gradient_tile, arrays, outputs, **options)
+    options = {"sums": 2 + has_branch, "has_stream": has_stream, "has_branch": has_branch}
+    return _call(_norm_gradient_kernel, norm_gradient_tile, arrays, ["rows"], **options)
 
   return gradient
 
@@ -397,8 +400,8 @@ def _add_and_norm_bwd(eps, residuals, gradients):
   d_total, dy = gradients
   streams = [] if isinstance(d_total, SymbolicZero) else [d_total]
   dy = jnp.zeros_like(saved[0]) if isinstance(dy, SymbolicZero) else dy
-  dx, *sums = _norm_gradient(bool(streams), bool(biases))(None, *saved, dy, *streams)
-  d_scale, d_shift, *d_bias = (x.sum(0) for x in sums)
+  dx, sums = _norm_gradient(bool(streams), bool(biases))(None, *saved, dy, *streams)
+  d_scale, d_shift, *d_bias = sums.sum(0).reshape(-1, dx.shape[2])
   return dx, d_scale, d_shift, *((dx, *d_bias) if biases else (None, None))
 
 
@@ -424,10 +427,8 @@ def _activation(name, x, bias):
 
 @kernels.on_each_device("b t d, d, b t d -> b t d, b d")
 def _activation_gradient(name, x, bias, dy):
-  outputs = ["rows", "sums"]
-  return _call(
-    _activation_gradient_kernel, activation_gradient_tile, (x, bias, dy), outputs, name=name
-  )
+  arrays, make_tile = (x, bias, dy), activation_gradient_tile
+  return _call(_activation_gradient_kernel, make_tile, arrays, ["rows"], sums=1, name=name)
 
 
 def _activate_bwd(name, residuals, dy):
