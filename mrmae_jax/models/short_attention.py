@@ -5,7 +5,8 @@ They read queries, keys and values where the product of the packed weights has w
 write where the next product reads, so that nothing is cut apart, padded or put together.
 
 Biases need no pass of their own. A key's adds the same number to all logits of a query, which the
-softmax does not see. A value's is added to the output, as the weights of a query sum to 1.
+softmax does not see: its gradient is zero. A value's is added to the output, as the weights of a
+query sum to 1.
 """
 
 import functools
@@ -100,8 +101,21 @@ def _load_queries(q, q_bias, start, size, tokens):
   return _load(q, start, size, tokens) + q_bias[...].astype(q.dtype)
 
 
+def _hold(x):
+  """Returns x, for a product that transposes it.
+
+  The compiler moves a transpose to before what computes its operand, element by element. The rest
+  of the kernel needs the operand as it was, and so all of that would be done twice, exponentials
+  included. It does not move one to before a change of the rank.
+  """
+  return x.reshape(-1).reshape(x.shape)
+
+
 def _attention_kernel(q, k, v, q_bias, v_bias, y, log_sum, *, queries, keys):
-  """Computes one head of one image, block by block of queries.
+  """Computes one head of one image, block by block of queries and of keys.
+
+  With each block of keys the largest logit may grow; the sums of the blocks before are scaled then
+  (Dao et al. 2022, arXiv 2205.14135, algorithm 1).
 
   Args:
     q, k, v: [P, C], P being at least the number of tokens.
@@ -117,16 +131,16 @@ def _attention_kernel(q, k, v, q_bias, v_bias, y, log_sum, *, queries, keys):
 
   def attend(i, carry):
     rows = i * BLOCK, BLOCK
-    query, products = _load_queries(q, q_bias, *rows, queries), []
-    for block, key in zip(blocks, all_keys):
-      exists, product = _exists(*block, keys), triton.dot(query, key, trans_b=True)
-      products.append(product if exists is None else jnp.where(exists, product, -NEVER))
-    largest = functools.reduce(jnp.maximum, [x.max(axis=1) for x in products]) * scale
+    query = _load_queries(q, q_bias, *rows, queries)
+    largest = jnp.full((BLOCK,), -NEVER, jnp.float32)
     total, mixed = jnp.zeros_like(largest), jnp.zeros(query.shape, jnp.float32)
-    for product, value in zip(products, values):
-      weights = _exp2(product, scale, largest[:, None])
-      total += weights.sum(axis=1)
-      mixed += triton.dot(weights.astype(value.dtype), value)
+    for block, key, value in zip(blocks, all_keys, values):
+      exists, product = _exists(*block, keys), triton.dot(query, key, trans_b=True)
+      product = product if exists is None else jnp.where(exists, product, -NEVER)
+      before, largest = largest, jnp.maximum(largest, product.max(axis=1) * scale)
+      weights, decay = _exp2(product, scale, largest[:, None]), _exp2(before, 1.0, largest)
+      total = total * decay + weights.sum(axis=1)
+      mixed = mixed * decay[:, None] + triton.dot(weights.astype(value.dtype), value)
     mixed = mixed * (1 / total)[:, None] + v_bias[...]
     _store(y, mixed, *rows, queries)
     _store(log_sum, largest + jnp.log2(total), *rows, queries)
@@ -163,10 +177,10 @@ def _attention_gradient_kernel(q, k, v, q_bias, v_bias, y, log_sum, dy, *outputs
       product = triton.dot(query, key, trans_b=True)
       # A missing key is zeros. Its weight must be finite, so that its product with them is zero.
       weights = _exp2(product, scale * LOG2_E, log[:, None], is_limited=True)
-      d_value += triton.dot(weights.astype(value.dtype), d_out, trans_a=True)
+      d_value += triton.dot(_hold(weights.astype(value.dtype)), d_out, trans_a=True)
       d_logits = weights * (triton.dot(d_out, value, trans_b=True) - mean[:, None])
       d_logits = d_logits.astype(key.dtype)
-      d_key += triton.dot(d_logits, query, trans_a=True)
+      d_key += triton.dot(_hold(d_logits), query, trans_a=True)
       sums.append(d_query + triton.dot(d_logits, key))
     for (output, part), gradient in zip(places[1:], (d_key * scale, d_value)):
       _store(output, gradient, *rows, keys, part)
@@ -273,9 +287,11 @@ def _short_attention_fwd(products, bias, heads):
 def _short_attention_bwd(heads, residuals, dy):
   y, log_sum, bias, products = residuals
   gradients = _BACKWARD[len(products) - 1](heads, y, log_sum, dy, bias, *products)
-  gradients = tuple(d.reshape(x.shape) for d, x in zip(gradients, products))
-  d_bias = jnp.concatenate([d.astype(jnp.float32).sum((0, 1)) for d in gradients])
-  return gradients, d_bias
+  not_keys = [d[:, :, (d.shape[2] - 1) % 2 :: 2] for d in gradients]  # the last is of values
+  sums = [d.astype(jnp.float32).sum((0, 1)) for d in not_keys]
+  d_query, d_value = jnp.concatenate(sums)
+  d_bias = jnp.concatenate([d_query, jnp.zeros_like(d_query), d_value])
+  return tuple(d.reshape(x.shape) for d, x in zip(gradients, products)), d_bias
 
 
 short_attention.defvjp(_short_attention_fwd, _short_attention_bwd)
