@@ -240,8 +240,8 @@ def all_kernels():
   norm = lambda x, branch, *others: row_kernels.add_and_norm(EPS, x, *others[:2], branch, others[2])
   yield norm, (x, branch), (scale, shift, bias), (branch, x)
   yield functools.partial(row_kernels.activate, "gelu"), (x,), (bias,), branch
-  mask = mrmae.sample_mask(jax.random.uniform(jax.random.key(1), (8, 15)), 0.8)
-  blocks = (8, 3, 2, 2, 64)
+  mask = mrmae.sample_mask(jax.random.uniform(jax.random.key(1), (8, 15)), 0.79)
+  blocks = (*mask.ids_keep.shape, 2, 2, 64)
   x, kernel, before, after, dy = draw(blocks, (5, 5, 64), (64,), (64,), blocks)
   near = blockwise_kernels.neighbors(mask, (3, 5))
   conv = lambda x, kernel, *biases: blockwise_kernels.blockwise_conv(x, kernel, *biases, near)
@@ -266,16 +266,22 @@ def test_each_device_computes_its_own_images(fsdp):
     assert_near(found, expected, 1e-5)
 
 
-def test_what_a_gpu_reads_and_writes():
-  """Nothing of rows or blocks that do not exist, which interpreted kernels would not notice."""
+def test_what_a_gpu_reads_and_writes(monkeypatch):
+  """Nothing of rows or blocks that do not exist, which interpreted kernels would not notice.
+
+  Of neighbors there is a row for each block of all programs, and one more. So 3 blocks have 5 where
+  a program has 2, and 4 where it has all.
+  """
+  monkeypatch.setattr(blockwise_kernels, "FORWARD_BLOCKS", 2)
   for form, images, others, dy in all_kernels():
     to_bfloat16 = lambda x: x.astype(jnp.bfloat16) if x.ndim > 2 else x
     images, dy = jax.tree.map(to_bfloat16, (images, dy))
     with target.tracing_for(HOPPER):
       text = str(jax.jit(functools.partial(both_ways, form)).trace((*images, *others), dy).jaxpr)
-    some = r":(bf16|f32|i32)\[[\d,]*\].* <- .*\[[a-z]+[:,]"  # rows, or a block
+    some = r":(bf16|f32)\[[\d,]*\].* <- .*\[[a-z]+[:,]"  # rows, or a block
     accesses = [line for line in text.splitlines() if re.search(some, line)]
     assert accesses and all("mask=" in line for line in accesses), accesses
+  assert set(re.findall(r"i32\[8,(\d+),9\] = pad", text)) == {"4", "5"}
 
 
 def test_lowered_for_cuda_from_here():

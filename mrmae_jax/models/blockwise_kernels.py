@@ -21,7 +21,7 @@ from mrmae_jax.models import kernels
 CHANNELS = 256  # of a program, at most
 WARP_CHANNELS = 64  # of a warp: two for each thread, which are read at once
 FORWARD_BLOCKS = 7  # of a program, at most
-BACKWARD_BLOCKS = 13
+BACKWARD_BLOCKS = 25
 
 
 def has_blockwise_kernels(dtype, side: int, channels: int, size: int) -> bool:
@@ -65,21 +65,16 @@ def find_visible(row: jax.Array, column: jax.Array, mask, grid: tuple[int, int])
   return jnp.where(is_inside & (place < mask.ids_keep.shape[1]), place, -1)
 
 
-def _window(ref, block, exists, near, size, missing):
+def _window(ref, places, size, missing):
   """Yields (row, column, float32 [C]) of each position of the window around a block.
 
   Args:
     ref: [V, s, s, C].
-    block: its number.
-    exists: whether there is such a block; otherwise nothing is visible.
-    near: see `neighbors`, [V, 9].
+    places: 9 numbers, the block's row of `neighbors`.
     size: side of the kernel; the window is s + size - 1 positions wide.
     missing: [C], of positions that are not visible.
   """
   side, channels = ref.shape[1], ref.shape[-1]
-  places = [
-    triton.load(near.at[block, np.int32(i)], mask=exists, other=np.int32(-1)) for i in range(9)
-  ]
   offsets = range(-(size // 2), side + size // 2)
   for (i, y), (j, x) in itertools.product(enumerate(offsets), repeat=2):
     place = places[3 * (y // side + 1) + x // side + 1]
@@ -100,15 +95,26 @@ def _add(total, a, b):
   return a * b if total is None else kernels.fma(a, b, total)
 
 
-def _walk(blocks, visible, step, carry=()):
-  """Calls `step(block, exists, carry)` for the blocks of a program; returns the last carry."""
+def _walk(near, blocks, visible, step, carry=()):
+  """Calls `step` for the blocks of a program; returns the last carry.
+
+  Args:
+    near: see `_conv_kernel`.
+    blocks: their number.
+    visible: of all blocks, those from this one on do not exist.
+    step: (block, whether it exists, its row of `near`, carry) -> carry.
+    carry: the first one.
+  """
   first = pl.program_id(1) * blocks
+  find = lambda block: tuple(triton.load(near.at[block, np.int32(i)]) for i in range(9))
 
   def walk(i, carry):
+    places, carry = carry
     block = first + i
-    return step(block, block < visible, carry)
+    following = find(block + 1)  # while this block is computed
+    return following, step(block, block < visible, places, carry)
 
-  return jax.lax.fori_loop(0, blocks, walk, carry)
+  return jax.lax.fori_loop(0, blocks, walk, (find(first), carry))[1]
 
 
 def _store(ref, block, exists, values):
@@ -130,7 +136,8 @@ def _conv_kernel(x, kernel, before, after, near, y, *, size, blocks):
     x: [V, s, s, C], the visible blocks of an image.
     kernel: float32 [size^2, C].
     before, after: float32 [C].
-    near: see `neighbors`, [V, 9].
+    near: see `neighbors`, with a row more than there are blocks in all programs; nothing is
+      visible from those that do not exist.
     y: [V, s, s, C], the output.
     size: side of the kernel.
     blocks: that the program walks over.
@@ -139,16 +146,16 @@ def _conv_kernel(x, kernel, before, after, near, y, *, size, blocks):
   taps, offset, last = _taps(kernel), before[...].astype(x.dtype), after[...]
   missing, offset = -offset, offset.astype(jnp.float32)  # such that their sum is zero
 
-  def step(block, exists, carry):
+  def step(block, exists, places, carry):
     totals = [last] * side**2
-    for i, j, value in _window(x, block, exists, near, size, missing):
+    for i, j, value in _window(x, places, size, missing):
       value += offset
       for output, tap in _outputs(i, j, side, size):
         totals[output] = _add(totals[output], value, taps[tap])
     _store(y, block, exists, totals)
     return carry
 
-  _walk(blocks, visible, step)
+  _walk(near, blocks, visible, step)
 
 
 def _conv_gradient_kernel(
@@ -172,7 +179,7 @@ def _conv_gradient_kernel(
   missing, offset = -offset, offset.astype(jnp.float32)
   zero = jnp.zeros((channels,), jnp.float32)
 
-  def step(block, exists, sums):
+  def step(block, exists, places, sums):
     d_taps, of_x, of_y = list(sums[0]), sums[1], sums[2]
     exist = jnp.broadcast_to(exists, (channels,))
     inputs = [
@@ -181,7 +188,7 @@ def _conv_gradient_kernel(
     ]
     totals = [None] * side**2
     nothing = jnp.zeros((channels,), dy.dtype)
-    for i, j, value in _window(dy, block, exists, near, size, nothing):
+    for i, j, value in _window(dy, places, size, nothing):
       for output, tap in _outputs(i, j, side, size):
         totals[output] = _add(totals[output], value, taps[tap])
         d_taps[tap] = _add(d_taps[tap], value, inputs[output])
@@ -190,7 +197,7 @@ def _conv_gradient_kernel(
     _store(dx, block, exists, totals)
     return tuple(d_taps), of_x + sum(totals), of_y
 
-  d_taps, of_x, of_y = _walk(blocks, visible, step, ((zero,) * size**2, zero, zero))
+  d_taps, of_x, of_y = _walk(near, blocks, visible, step, ((zero,) * size**2, zero, zero))
   for i, total in enumerate(reversed(d_taps)):
     triton.store(d_kernel.at[np.int32(i)], total)
   d_before[...], d_after[...] = of_x, of_y
@@ -210,13 +217,16 @@ def _call(kernel, arrays, outputs, most):
   """
   images, visible, side, _, width = arrays[0].shape
   taps, programs = len(arrays[1]), pl.cdiv(visible, most)
+  count = pl.cdiv(visible, programs)
+  rows = ((0, 0), (0, programs * count + 1 - visible), (0, 0))
+  arrays = [jnp.pad(x, rows, constant_values=-1) if x.ndim == 3 else x for x in arrays]
   channels = min(CHANNELS, width & -width)
   blocks = pl.BlockSpec(
     (None, visible, side, side, channels), lambda image, part, column: (image, 0, 0, 0, column)
   )
   takes = {
     5: blocks,
-    3: pl.BlockSpec((None, visible, 9), lambda image, part, column: (image, 0, 0)),
+    3: pl.BlockSpec((None, programs * count + 1, 9), lambda image, part, column: (image, 0, 0)),
     2: pl.BlockSpec((taps, channels), lambda image, part, column: (0, column)),
     1: pl.BlockSpec((channels,), lambda image, part, column: (column,)),
   }
@@ -235,7 +245,7 @@ def _call(kernel, arrays, outputs, most):
   }
   warps = max(1, channels // WARP_CHANNELS)
   found = pl.pallas_call(
-    functools.partial(kernel, size=math.isqrt(taps), blocks=pl.cdiv(visible, programs)),
+    functools.partial(kernel, size=math.isqrt(taps), blocks=count),
     grid=(images, programs, width // channels),
     in_specs=[takes[array.ndim] for array in arrays],
     out_specs=[gives[what] for what in outputs],
