@@ -33,6 +33,7 @@ import math
 import statistics
 import sys
 import tempfile
+import time
 import types
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -501,7 +502,11 @@ def run(options) -> str:
   config, machine = options.config, bench.describe_machine()
   print(json.dumps(machine), flush=True)
   ways, should_agree = PAIRS[options.pair](options)
-  losses = {name: way.run(1) for name, way in ways.items()}
+  losses = {}
+  for name, way in ways.items():
+    start = time.perf_counter()
+    losses[name] = way.run(1)
+    print(f"{name}: first step after {time.perf_counter() - start:.0f} s", flush=True)
   first, *_ = losses.values()
   worst = float(np.max([abs(loss / first - 1) for loss in losses.values()]))  # nan if one is
   if should_agree and not worst <= TOLERANCE[config.dtype]:

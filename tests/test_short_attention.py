@@ -59,6 +59,8 @@ def test_the_numbers_of_the_explicit_form(tokens, heads, width):
   for x, y in zip(found, expected):
     assert x.shape == y.shape and x.dtype == y.dtype
     np.testing.assert_allclose(x, y, atol=2e-5 * float(jnp.abs(y).max()))
+  of_query, of_key, of_value = found[2].reshape(3, -1)
+  assert of_query.all() and not of_key.any() and of_value.all()
 
 
 @pytest.mark.parametrize("queries, tokens", [(1, 20), (50, 197), (147, 196)])
