@@ -23,6 +23,7 @@ from mrmae_jax.models.classifier import Classifier
 from mrmae_jax.models.vit import ViT
 from tests import tiny
 from tests.helpers.cli import run_command
+from tests.helpers.devices import gpu
 
 SMALL = """
 from tests import tiny
@@ -65,7 +66,7 @@ def test_flops_of_a_product_a_loop_and_a_gradient():
   either = lambda x, w: jax.lax.cond(x[0, 0, 0] > 0, lambda: (x @ w).sum(), lambda: 0.0)
   assert program.flops(either, x, w) == {"rest": product}
   on_gpu = lambda x, w: x @ w @ w.T @ w if target.compute_capability() else x @ w
-  with target.tracing_for(SimpleNamespace(platform="gpu", compute_capability="9.0")):
+  with target.tracing_for(gpu()):
     for function in (on_gpu, jax.jit(on_gpu)):  # the second was traced for the GPU
       jax.eval_shape(function, x, w)
       assert program.flops(function, x, w) == {"rest": product}

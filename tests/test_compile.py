@@ -24,6 +24,7 @@ from mrmae_jax.errors import UsageError
 from mrmae_jax.tasks import pretrain
 from tests import regression, tiny
 from tests.helpers.cli import run_command
+from tests.helpers.devices import gpu
 from tests.helpers.programs import run_program
 
 ROOT = Path(__file__).parent.parent
@@ -443,7 +444,7 @@ def test_on_a_gpu_the_norms_sit_in_kernels_of_their_own():
     {"a": 3.0},
   ):
     tree = jax.tree.map(jnp.asarray, tree)
-    with target.tracing_for(SimpleNamespace(platform="gpu", compute_capability="9.0")):
+    with target.tracing_for(gpu()):
       found = jax.jit(lambda tree: optim.global_norm(tree, small=20)).trace(tree)
     found = found.lower().compile()(tree)
     np.testing.assert_allclose(found, optax.global_norm(tree), rtol=1e-6)

@@ -1,7 +1,6 @@
 """Depthwise convolution, on maps and on visible blocks, against XLA's."""
 
 import functools
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ import pytest
 from mrmae_jax import mrmae, target
 from mrmae_jax.models.depthwise import blockwise_conv, depthwise_conv
 from mrmae_jax.models.layers import put_visible, to_blocks
+from tests.helpers.devices import gpu
 
 
 def grouped_conv(x, kernel):
@@ -54,7 +54,7 @@ def test_depthwise_conv_equals_lax_conv(monkeypatch, shape):
 )
 def test_visible_blocks_are_convolved_as_in_the_map(capability, side, size, masks):
   """In the forms of NVIDIA GPUs and of others: outputs and both gradients, in float64."""
-  device = SimpleNamespace(platform="gpu", compute_capability=capability)
+  device = gpu(capability)
   grid, rows = (4, 6), 2 * masks
   noise, kernel, x, dy = random((2, 24), (size, size, 7), *[(rows, 6, side, side, 7)] * 2)
 

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from mrmae_jax import target
 from mrmae_jax.cli import export
 from mrmae_jax.weights import model_files
 from tests.helpers.cli import run_command
+from tests.helpers.devices import gpu
 from tests.helpers.models import CONVVIT, VIT, make_student
 
 
@@ -62,7 +62,7 @@ def test_written_beside_a_gpu_it_runs_elsewhere(tmp_path):
   """Attention in bfloat16 is cuDNN's there, and must not be in the file."""
   model_files.write_model(make_student(VIT, None), tmp_path / "x.safetensors", "timm")
   model = mrmae_jax.load(tmp_path / "x.safetensors", num_heads=2, dtype="bfloat16")
-  with target.tracing_for(SimpleNamespace(platform="gpu", compute_capability="9.0")):
+  with target.tracing_for(gpu()):
     exported = model.export((24, 16), logits=False)
   assert exported.platforms == ("cpu", "cuda", "tpu")
   assert "cudnn" not in exported.mlir_module()

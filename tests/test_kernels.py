@@ -2,7 +2,6 @@
 
 import functools
 import re
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +11,9 @@ import pytest
 from mrmae_jax import mrmae, sharding, target
 from mrmae_jax.models import blockwise_kernels, depthwise, layers, row_kernels
 from mrmae_jax.models.convvit import ConvBlock
+from tests.helpers.devices import gpu
 
-HOPPER = SimpleNamespace(platform="gpu", compute_capability="9.0")
+HOPPER = gpu()
 EPS = 1e-6
 
 
@@ -177,7 +177,7 @@ def test_the_blocks_around_a_block():
   ],
 )
 def test_where_the_kernels_are_used(capability, dtype, is_usable):
-  with target.tracing_for(SimpleNamespace(platform="gpu", compute_capability=capability)):
+  with target.tracing_for(gpu(capability)):
     for width, fits in ((512, True), (768, True), (448, True), (960, False), (96, False)):
       assert row_kernels.has_row_kernels(dtype, width) == (is_usable and fits), width
     for sizes, fits in (((4, 256, 5), True), ((2, 384, 5), True), ((1, 384, 5), False)):

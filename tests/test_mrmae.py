@@ -23,6 +23,7 @@ from mrmae_jax.models.layers import (
   take_visible,
   to_blocks,
 )
+from tests.helpers.devices import gpu
 from tests.helpers.models import HEIGHT, OPTIONS, WIDTH, loss_of, mimic_alone, seen, setup
 
 
@@ -159,7 +160,7 @@ def test_gathers_are_each_others_transpose():
 @pytest.mark.parametrize("capability", ["9.0", ""])
 def test_backward_pass_has_no_scatter_and_no_convolution(capability):
   model, params, images, noise, features = setup("sparse")
-  with target.tracing_for(SimpleNamespace(platform="gpu", compute_capability=capability)):
+  with target.tracing_for(gpu(capability)):
     text = (
       jax.jit(jax.grad(lambda p: loss_of(model, p, images, noise, features)[0]))
       .lower(params)
@@ -247,13 +248,13 @@ def test_what_is_computed_again_is_the_same(encoder, remat):
 
 
 def test_the_target(monkeypatch):
-  cpu, gpu = jax.devices()[0], SimpleNamespace(platform="gpu", compute_capability="9.0")
-  monkeypatch.setattr(jax, "local_devices", lambda backend=None: [cpu if backend else gpu])
+  cpu, hopper = jax.devices()[0], gpu()
+  monkeypatch.setattr(jax, "local_devices", lambda backend=None: [cpu if backend else hopper])
   assert (target.platform(), target.compute_capability()) == ("gpu", 9.0)
   for default in (cpu, "cpu"):  # as exporting checks what it wrote
     with jax.default_device(default):
       assert (target.platform(), target.compute_capability()) == ("cpu", 0)
-      with target.tracing_for(gpu):
+      with target.tracing_for(hopper):
         assert target.platform() == "gpu"
   with target.tracing_for(target.PORTABLE):
     assert (target.platform(), target.compute_capability()) == ("", 0)
@@ -274,7 +275,7 @@ def test_attention_of_cudnn_is_asked_for_by_name(monkeypatch):
     ("8.0", jnp.bfloat16, 256, False),
     ("gfx90a", jnp.bfloat16, 64, False),
   ):
-    with target.tracing_for(SimpleNamespace(platform="gpu", compute_capability=capability)):
+    with target.tracing_for(gpu(capability)):
       found = layers.has_fused_attention(dtype, head_dim)
     assert found == usable, (capability, dtype, head_dim)
 
@@ -286,7 +287,7 @@ def test_attention_of_cudnn_is_asked_for_by_name(monkeypatch):
   monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
   for queries, keys in ((196, 196), (49, 49), (147, 196)):
     q, k, v = (jax.ShapeDtypeStruct((2, 4, t, 32), jnp.bfloat16) for t in (queries, keys, keys))
-    with target.tracing_for(SimpleNamespace(platform="gpu", compute_capability="9.0")):
+    with target.tracing_for(gpu()):
       traced = jax.jit(
         jax.grad(lambda q, k, v: layers.attend(q, k, v).astype(jnp.float32).sum())
       ).trace(q, k, v)
@@ -310,7 +311,7 @@ def test_query_key_and_value_of_a_gpu_are_three_products(tokens, monkeypatch):
 
     results = []
     for capability, is_cut in (("", True), ("9.0", tokens % 2 == 1)):
-      with target.tracing_for(SimpleNamespace(platform="gpu", compute_capability=capability)):
+      with target.tracing_for(gpu(capability)):
         traced = jax.jit(jax.value_and_grad(lambda *x: loss(*x), (0, 1))).trace(params, x)
       assert ("split[" in str(traced.jaxpr)) == is_cut
       results.append(jax.tree.leaves(traced.lower().compile()(params, x)))

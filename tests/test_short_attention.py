@@ -4,7 +4,6 @@ devices.
 
 import functools
 import re
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +13,9 @@ import pytest
 from benchmarks import forms
 from mrmae_jax import mrmae, sharding, target
 from mrmae_jax.models import layers, short_attention
+from tests.helpers.devices import gpu
 
-HOPPER = SimpleNamespace(platform="gpu", compute_capability="9.0")
+HOPPER = gpu()
 
 
 def draw(batch, tokens, heads, width, dtype=jnp.float32):
@@ -138,7 +138,7 @@ def test_tokens_are_cut_into_few_blocks():
   ],
 )
 def test_where_the_kernels_are_used(capability, dtype, tokens, width, usable):
-  device = SimpleNamespace(platform="gpu", compute_capability=capability)
+  device = gpu(capability)
   with target.tracing_for(device):
     assert short_attention.has_short_attention(dtype, tokens, width) == usable
 
