@@ -17,14 +17,15 @@ import pytest
 from flax import serialization
 from safetensors.numpy import load_file, save_file
 
-from mrmae_jax import interpolation, teachers
+from mrmae_jax import interpolation, target, teachers
 from mrmae_jax.errors import WeightsError
 from mrmae_jax.models.layers import Attention, take_visible
-from mrmae_jax.models.vit import ViT
+from mrmae_jax.models.vit import ViT, prepend
 from mrmae_jax.mrmae import normalize, sample_mask
 from mrmae_jax.tasks import pretrain
 from mrmae_jax.weights import files, hub, networks, positions, towers
 from tests import tiny
+from tests.helpers.devices import gpu
 from tests.helpers.specs import read_spec
 
 GOLDENS = Path(
@@ -1021,6 +1022,19 @@ def test_images_without_a_difference_have_no_spread():
     assert of_raw(raw.params, same) < 1e-9
     # The last norm leaves nothing of any image.
     assert of_normed(empty, others) < 1e-9 < of_normed(normed.params, others)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_tokens_before_the_patches_on_a_gpu(dtype):
+  tokens = jax.random.normal(jax.random.key(0), (1, 3, 4))
+  x = jax.random.normal(jax.random.key(1), (2, 5, 4), dtype)
+  run = lambda: jax.vjp(prepend, tokens, x)
+  expected, pull = run()
+  with target.tracing_for(gpu()):
+    found, pull_gpu = run()
+  assert found.shape == (2, 8, 4) and found.dtype == expected.dtype == jnp.float32
+  dy = jax.random.normal(jax.random.key(2), found.shape)
+  jax.tree.map(np.testing.assert_array_equal, (found, pull_gpu(dy)), (expected, pull(dy)))
 
 
 @pytest.mark.parametrize("registers", [0, 2])
