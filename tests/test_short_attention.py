@@ -80,8 +80,8 @@ def test_queries_of_some_tokens(queries, tokens):
 
 @pytest.mark.parametrize(
   "tokens, sign",
-  [(49, -1), (197, 1)]
-  + [pytest.param(*case, marks=pytest.mark.variant) for case in ((49, 1), (197, -1))],
+  [(197, -1), (197, 1)]
+  + [pytest.param(*case, marks=pytest.mark.variant) for case in ((49, -1), (49, 1))],
 )
 def test_large_logits_of_one_sign(tokens, sign):
   """The logits are 100 to 480, up to their sign: their exponentials are not finite.

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -1035,6 +1036,8 @@ def test_tokens_before_the_patches_on_a_gpu(dtype):
   assert found.shape == (2, 8, 4) and found.dtype == expected.dtype == jnp.float32
   dy = jax.random.normal(jax.random.key(2), found.shape)
   jax.tree.map(np.testing.assert_array_equal, (found, pull_gpu(dy)), (expected, pull(dy)))
+  sums = re.findall(r":f32(\S+) = reduce_sum", str(jax.make_jaxpr(pull_gpu)(dy)))
+  assert sums == ["[3,4]"]  # not of the patches too
 
 
 @pytest.mark.parametrize("registers", [0, 2])

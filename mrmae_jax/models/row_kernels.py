@@ -304,7 +304,8 @@ def _call(kernel, make_tile, arrays, outputs, sums=0, **options):
     make_tile: (B, T, D) -> its Tile.
     arrays: by their rank "rows" [B, T, D], "numbers" [B, T], or [D].
     outputs: "rows" or "numbers".
-    sums: the number n of sums that each program writes after them: [B, S, n D].
+    sums: the number n of sums that each program writes after them: [B, S, n D]. More than one only
+      where a program has all columns.
     **options: of the kernel.
 
   Returns:

@@ -23,7 +23,7 @@ from mrmae_jax.models import kernels
 
 LOG2_E = math.log2(math.e)  # GPUs have an instruction for 2^x
 NEVER = 1e30  # its negative is the logit of a key that does not exist
-MAX_TOKENS = 208  # forwards, the logits of 64 queries fit into registers
+MAX_TOKENS = 208  # of a head, which a program keeps on the chip; measured up to 197
 BLOCK = 64  # the tokens that are processed at once
 KEY_BLOCK = 128  # forwards, the keys that are processed at once
 WARPS = 4
