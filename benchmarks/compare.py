@@ -22,8 +22,8 @@ The outputs of the ways must agree first, or there is no ratio. --pair is one of
                 in every step. With `data.max_boxes` objects an image has as many to train as
                 `rcnn` allows; of fewer, torchvision's step is shorter, and ours, whose shapes are
                 static, is not
-Random images, AdamW on both sides; --compile adds PyTorch's ways by torch.compile. PyTorch runs on
-the GPU where it finds one, in the same precision by autocast.
+Random images, AdamW on both sides; --compile adds PyTorch's strongest way by torch.compile. PyTorch
+runs on the GPU where it finds one, in the same precision by autocast.
 """
 
 import ctypes
@@ -111,10 +111,11 @@ def _remat(options):
   return _ours(options.config, "encoder.remat", values), True
 
 
-def _torch_ways(name: str, model, call, fused: bool, options) -> dict[str, _Way]:
-  """Returns the step of a torch model, whose loss is `call(model)`, as it is and compiled.
+def _torch_ways(name: str, model, call, is_strengthened: bool, options) -> dict[str, _Way]:
+  """Returns the step of a torch model, whose loss is `call(model)`.
 
-  It is compiled where the options say so. AdamW may be fused.
+  If it is strengthened, AdamW is fused, and the step is there a second time, compiled, where the
+  options say so.
   """
   import torch  # an extra
 
@@ -122,7 +123,7 @@ def _torch_ways(name: str, model, call, fused: bool, options) -> dict[str, _Way]
   # The rate does not change the time. This one leaves the weights as they are: steps are done
   # before the losses are compared, and 1e-6 has moved a loss at 512 pixels by 3e-4.
   optimizer = torch.optim.AdamW(
-    model.parameters(), lr=1e-9, betas=(0.9, 0.95), weight_decay=0.05, fused=fused
+    model.parameters(), lr=1e-9, betas=(0.9, 0.95), weight_decay=0.05, fused=is_strengthened
   )
 
   def run(forward, steps):
@@ -135,7 +136,7 @@ def _torch_ways(name: str, model, call, fused: bool, options) -> dict[str, _Way]
     return loss.item()
 
   forwards = {name: model}
-  if options.compile:
+  if options.compile and is_strengthened:
     forwards[f"{name}, compiled"] = torch.compile(model)
   return {
     title: _Way(functools.partial(run, forward), options.config.batch_size)
@@ -550,7 +551,9 @@ def main(argv: list[str] | None = None) -> int:
   parser = make_parser("compare", __doc__, "convmae")
   parser.add_argument("--pair", required=True, choices=PAIRS, help="what is compared")
   parser.add_argument("--reference", default="", help="a checkout of Alpha-VL/ConvMAE")
-  parser.add_argument("--compile", action="store_true", help="PyTorch's ways by torch.compile too")
+  parser.add_argument(
+    "--compile", action="store_true", help="PyTorch's strongest way by torch.compile too"
+  )
   return run_command(parser, run, argv)
 
 
