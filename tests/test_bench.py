@@ -101,7 +101,11 @@ def test_work_of_mae_to_the_last_product():
 
 @pytest.mark.variant
 def test_work_of_mr_mae():
-  """GFLOP of an image, counted by hand; visible tokens save 0.97 in the decoder's last block."""
+  """GFLOP of an image, counted by hand.
+
+  Visible tokens save 0.97 in the decoder's last block, those that are not mimicked 1.82 in the
+  teacher's.
+  """
   config = mrmae.get_config("base,fusion=stages,masking=random")
   config.teacher.path = "random"
   expected = {
@@ -110,7 +114,7 @@ def test_work_of_mr_mae():
     "embed 3 and 4, stage fusion": 1.79,
     "transformer": 23.13,
     "decoder": 32.06 - 0.97,
-    "teacher": 35.1,
+    "teacher": 35.12 - 1.82,
     "mimic head": 0.17,
   }
   found = work(config)
