@@ -218,15 +218,16 @@ def _call(kernel, arrays, outputs, most):
   images, visible, side, _, width = arrays[0].shape
   taps, programs = len(arrays[1]), pl.cdiv(visible, most)
   count = pl.cdiv(visible, programs)
-  rows = ((0, 0), (0, programs * count + 1 - visible), (0, 0))
-  arrays = [jnp.pad(x, rows, constant_values=-1) if x.ndim == 3 else x for x in arrays]
+  rows = programs * count + 1  # of neighbors
+  more = ((0, 0), (0, rows - visible), (0, 0))
+  arrays = [jnp.pad(x, more, constant_values=-1) if x.ndim == 3 else x for x in arrays]
   channels = min(CHANNELS, width & -width)
   blocks = pl.BlockSpec(
     (None, visible, side, side, channels), lambda image, part, column: (image, 0, 0, 0, column)
   )
   takes = {
     5: blocks,
-    3: pl.BlockSpec((None, programs * count + 1, 9), lambda image, part, column: (image, 0, 0)),
+    3: pl.BlockSpec((None, rows, 9), lambda image, part, column: (image, 0, 0)),
     2: pl.BlockSpec((taps, channels), lambda image, part, column: (0, column)),
     1: pl.BlockSpec((channels,), lambda image, part, column: (column,)),
   }

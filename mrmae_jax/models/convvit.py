@@ -36,6 +36,7 @@ from mrmae_jax.models.layers import (
   drop_paths,
   patchify,
   position_table,
+  prepend,
   rematerialize,
   take_visible,
   to_blocks,
@@ -278,7 +279,7 @@ class ConvViT(nn.Module):
         x, *skips = (take_visible(y, mask) for y in (x, *skips))
     if self.cls_token:
       cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, dim)).astype(self.dtype)
-      x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, dim)), x], axis=1)
+      x = prepend(cls, x)
       # The convolutional stages have nothing to add to CLS.
       skips = [jnp.pad(y, ((0, 0), (1, 0), (0, 0))) for y in skips]
 

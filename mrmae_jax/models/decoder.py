@@ -13,6 +13,7 @@ from mrmae_jax.models.layers import (
   Mask,
   activate,
   position_table,
+  prepend,
   put_visible,
   rematerialize,
 )
@@ -67,7 +68,7 @@ class Decoder(nn.Module):
     )
     cls, visible = jnp.split(x, [x.shape[1] - mask.ids_keep.shape[1]], axis=1)
     x = jnp.where(mask.removed[..., None], mask_token, put_visible(visible, mask))
-    x = jnp.concatenate([cls, x], axis=1) if cls.shape[1] else x
+    x = prepend(cls, x) if cls.shape[1] else x
     x = x + position_table(self, grid, cls_token=bool(cls.shape[1])).astype(self.dtype)
     block = rematerialize(Block, self.remat)
     for i in range(self.depth):

@@ -1,4 +1,4 @@
-"""What our GPU kernels have in common: where they run, instructions of GPUs, several devices.
+"""Shared by our GPU kernels: which devices run them, GPU instructions, and several devices.
 
 The kernels are in short_attention.py, row_kernels.py and blockwise_kernels.py. They are written in
 Pallas and compiled by Triton. JAX 0.11 warns that a later version will drop this backend, hence its
