@@ -4,15 +4,18 @@ Also an average of the weights, and the rule that an update may be skipped. Sche
 per step: warm-up, then half a cosine, a straight line or steps.
 """
 
+import collections
 import re
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mrmae_jax import target
 
+ARRAYS_AT_ONCE = 16  # whose rows a GPU kernel adds up
 WARMUP_RATIO = 1e-6  # of `warmup_poly`
 # Of detectron2's schedules: the first update's share of the rate, and the parts of the training
 # after which the rate falls to a tenth.
@@ -163,17 +166,33 @@ def global_norm(tree, small: int = 2**14) -> jax.Array:
 
   On a GPU that would be one or two kernels for each of hundreds of arrays, most of which end as
   soon as they have begun. There, arrays of less than `small` elements are put together; the mesh
-  divides none of them (`sharding.fsdp_shardings`). Of each other array a kernel adds up the rows,
-  and one kernel adds up those sums of all arrays.
+  divides none of them (`sharding.fsdp_shardings`). Of the others a kernel adds up the rows, of up
+  to ARRAYS_AT_ONCE of the same shape, and one kernel adds up those sums of all arrays.
   """
   if not target.compute_capability():
     return optax.global_norm(tree)
-  leaves = jax.tree.leaves(tree)
-  together = [x.reshape(-1) for x in leaves if x.size < small]
-  rows = [jnp.square(x).sum(axis=-1).reshape(-1) for x in leaves if x.size >= small]
+  together, alike = [], collections.defaultdict(list)
+  for x in jax.tree.leaves(tree):
+    if x.size < small:
+      together.append(x.reshape(-1))
+    else:
+      alike[x.shape, x.dtype].append(x)
+  rows = []
+  for arrays in alike.values():
+    for i in range(0, len(arrays), ARRAYS_AT_ONCE):
+      rows += _row_norms(arrays[i : i + ARRAYS_AT_ONCE])
   rows = [jax.lax.optimization_barrier(jnp.concatenate(rows))] if rows else []  # or XLA undoes it
   squares = [jnp.square(jnp.concatenate(together))] if together else []
   return jnp.sqrt(sum(x.sum() for x in rows + squares))
+
+
+def _row_norms(arrays: list[jax.Array]) -> list[jax.Array]:
+  """Returns the sum of squares of each row of arrays of one shape, [..., C]: a list of [N]."""
+  squares = tuple(jnp.square(x) for x in arrays)
+  zeros = (np.zeros((), squares[0].dtype),) * len(squares)
+  add = lambda totals, terms: tuple(a + b for a, b in zip(totals, terms))
+  sums = jax.lax.reduce(squares, zeros, add, (squares[0].ndim - 1,))
+  return [x.reshape(-1) for x in sums]
 
 
 def _clip_by_global_norm(largest: float) -> optax.GradientTransformation:
