@@ -442,6 +442,7 @@ def test_on_a_gpu_the_norms_sit_in_kernels_of_their_own():
     {"a": jnp.ones((5, 6)), "b": jnp.ones(3), "c": jnp.full((2, 3, 30), 2.0), "d": jnp.ones(40)},
     {"b": jnp.ones(40)},
     {"a": 3.0},
+    {"a": [jnp.full((4, 6), 1.0 + i) for i in range(20)], "b": jnp.ones((6, 4))},
   ):
     tree = jax.tree.map(jnp.asarray, tree)
     with target.tracing_for(gpu()):
@@ -476,7 +477,8 @@ def test_a_gpu_that_is_not_here(tmp_path):
   products = found["products"]
   assert not any(" f32" in name for name in products), products
   assert found["copies_of_state"]["count"] == 0
-  assert found["bytes"] / 64 < 295e6  # 286e6 when this was written
+  assert found["copies"]["bytes"] < 100  # of numbers, such as the step's
+  assert found["bytes"] / 64 < 290e6  # 284e6 when this was written
   assert found["float32_activations"] / 64 < 4e6  # 3.2e6; a LayerNorm as JAX derives it: 8.0e6
   count = lambda start: sum(n for name, n in products.items() if name.startswith(start))
   # Of encoder and decoder, forwards and backwards, and of the teacher.

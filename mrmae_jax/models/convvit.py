@@ -32,6 +32,7 @@ from mrmae_jax.models.layers import (
   Mask,
   activate,
   add_bias,
+  add_branch,
   attention_scopes,
   drop_paths,
   patchify,
@@ -153,7 +154,7 @@ class ConvBlock(nn.Module):
     h = spatial_mix(*dense(h, dim, "conv1"), kernel, bias, mask, grid)
     x, h = norm("norm2").of_sum(x, *drop(0, *dense(h, dim, "conv2")))
     h = activate("gelu", *dense(h, self.mlp_dim, "fc1"))
-    return x + add_bias(*drop(1, *dense(h, dim, "fc2")))
+    return add_branch(x, *drop(1, *dense(h, dim, "fc2")))
 
 
 class ConvViT(nn.Module):

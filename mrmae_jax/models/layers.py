@@ -195,6 +195,15 @@ def add_bias(x: jax.Array, bias: jax.Array | None) -> jax.Array:
   return (x.reshape(-1, x.shape[-1]) + bias.astype(x.dtype)).reshape(x.shape)
 
 
+def add_branch(x: jax.Array, branch: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+  """Adds a branch and its bias to the residual stream: twice [B, ..., D] and [D] -> [B, ..., D]."""
+  branch = add_bias(branch, bias)
+  if not _has_kernels(x):
+    return x + branch
+  rows = lambda x: x.reshape(-1, x.shape[-1])  # see row_kernels._hold_rows
+  return (rows(x) + rows(branch)).reshape(x.shape)
+
+
 def _has_kernels(x):
   """Returns whether `row_kernels` take an array, which then is [B, ..., D]."""
   return x.ndim > 1 and x.size > 0 and has_row_kernels(x.dtype, x.shape[-1])
@@ -397,7 +406,7 @@ class LayerNorm(nn.Module):
         added = _rows(branch), jnp.zeros(width) if bias is None else bias
       both = row_kernels.add_and_norm(self.eps, _rows(x), scale, shift, *added)
       return tuple(y.reshape(shape) for y in both)
-    x = x if branch is None else x + add_bias(branch, bias)
+    x = x if branch is None else add_branch(x, branch, bias)
     y = layer_norm(x.reshape(-1, width), scale, shift, self.eps)
     return x, y.astype(self.dtype).reshape(shape)
 
@@ -904,7 +913,7 @@ class Block(nn.Module):
     else:
       h = activate(self.activation, h, h_bias)
     branch = self._scale("scale2", *dense(x.shape[-1], "fc2")(h, apart=True))
-    return x + add_bias(*drop(1, *branch)), attention
+    return add_branch(x, *drop(1, *branch)), attention
 
   def _scale(self, name, x, bias):
     if not self.layer_scale:

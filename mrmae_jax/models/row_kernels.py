@@ -388,8 +388,18 @@ def add_and_norm(eps: float, x, scale, shift, branch=None, bias=None):
 def _add_and_norm(eps, x, scale, shift, branch, bias):
   added = () if branch is None else (branch, bias)
   *total, y, mean, inverse = _norm(bool(added))(eps, x, *added, scale, shift)
-  total = total[0] if added else x
+  total = _hold_rows(total[0]) if added else x
   return (total, y), ((total, scale, mean, inverse), added[1:])
+
+
+def _hold_rows(x):
+  """Returns x [B, T, D], which XLA knows as rows [B * T, D].
+
+  `layers.add_branch` adds a product to it. XLA lets cuBLAS write the sum where x was, if nothing
+  else reads these rows, and does not see who reads them in another shape, such as the gradient. So
+  it wrote over a copy of x in each block, 0.4 ms of a step of MR-MAE-B on an H200.
+  """
+  return jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1])).reshape(x.shape)
 
 
 def _add_and_norm_fwd(eps, *primals):
