@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from mrmae_jax import mrmae, sharding, target
-from mrmae_jax.models import blockwise_kernels, depthwise, layers, row_kernels
-from mrmae_jax.models.convvit import ConvBlock
+from mrmae_jax.models import blockwise_kernels, convvit, depthwise, layers, row_kernels
+from mrmae_jax.models.convvit import ConvBlock, ConvViT
 from tests.helpers.devices import gpu
 
 HOPPER = gpu()
@@ -190,7 +190,8 @@ def force_kernels(monkeypatch):
   """Lets the networks take the kernels on this device."""
   jax.clear_caches()
   monkeypatch.setattr(layers, "has_row_kernels", lambda *arguments: True)
-  monkeypatch.setattr(depthwise, "has_blockwise_kernels", lambda *arguments: True)
+  for module in (depthwise, convvit):
+    monkeypatch.setattr(module, "has_blockwise_kernels", lambda *arguments: True)
 
 
 @pytest.mark.parametrize(
@@ -232,6 +233,24 @@ def test_a_convolutional_block_by_the_kernels_is_the_same_module(monkeypatch):
   force_kernels(monkeypatch)
   assert str(jax.make_jaxpr(form)(params, x)).count("pallas_call") == 4
   assert_near(run(form, (params, x), dy), expected, 5e-5)
+
+
+def test_a_whole_image_by_the_kernels_is_the_same_encoding(monkeypatch):
+  """It is cut into blocks; the maps of the stages are maps again, row by row."""
+  encoder = ConvViT(
+    embed_dims=(64, 64, 64), depths=(1, 1, 1), num_heads=2, fuse_layers=(0,), drop_path=0.5
+  )
+  [images], keys = draw((2, 48, 80, 3)), jax.random.split(jax.random.key(2), 2)
+  params = encoder.init(jax.random.key(1), images)
+  form = lambda params, images: encoder.apply(params, images, None, keys)
+  x, out = jax.eval_shape(form, params, images)
+  assert out["stage1"].shape == (2, 12, 20, 64) and out["stage2"].shape == (2, 6, 10, 64)
+  leaves, tree = jax.tree.flatten((x, out))
+  dy = tree.unflatten(draw(*(leaf.shape for leaf in leaves)))
+  expected = run(form, (params, images), dy)
+  force_kernels(monkeypatch)
+  assert "conv_kernel" in str(jax.make_jaxpr(form)(params, images))
+  assert_near(run(form, (params, images), dy), expected, 5e-5)
 
 
 def all_kernels():

@@ -22,6 +22,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mrmae_jax.models.blockwise_kernels import has_blockwise_kernels
 from mrmae_jax.models.depthwise import blockwise_conv, depthwise_conv
 from mrmae_jax.models.layers import (
   Block,
@@ -35,6 +36,7 @@ from mrmae_jax.models.layers import (
   add_branch,
   attention_scopes,
   drop_paths,
+  from_blocks,
   patchify,
   position_table,
   prepend,
@@ -45,6 +47,7 @@ from mrmae_jax.models.layers import (
 
 # The reference hard-codes torch's default in the convolutional blocks and patch embeddings.
 CONV_EPS = 1e-5
+KERNEL_SIZE = 5  # of the depthwise convolutions
 
 
 def torch_uniform(fan_in: int):
@@ -143,8 +146,8 @@ class ConvBlock(nn.Module):
   ) -> jax.Array:
     """Same shape out; see `spatial_mix` for the arguments."""
     dim = x.shape[-1]
-    init = torch_uniform(25)
-    kernel = self.param("depthwise_kernel", init, (5, 5, dim))
+    init = torch_uniform(KERNEL_SIZE**2)
+    kernel = self.param("depthwise_kernel", init, (KERNEL_SIZE, KERNEL_SIZE, dim))
     bias = self.param("depthwise_bias", init, (dim,))
 
     norm = lambda name: LayerNorm(self.eps, self.dtype, name=name)
@@ -217,6 +220,18 @@ class ConvViT(nn.Module):
   def depth(self) -> int:
     return self.depths[2]
 
+  def _convolves_blocks(self) -> bool:
+    """Returns whether a whole image is cut into the blocks of its tokens, row by row.
+
+    The kernels of Hopper GPUs convolve blocks, and everything else in these stages does not see
+    where a position lies.
+    """
+    sides = math.prod(self.patch_sizes[1:]), self.patch_sizes[2]
+    return all(
+      has_blockwise_kernels(self.dtype, side, width, KERNEL_SIZE)
+      for side, width in zip(sides, self.embed_dims)
+    )
+
   @nn.compact
   def __call__(
     self, images: jax.Array, mask: Mask | None = None, keys: jax.Array | None = None
@@ -242,12 +257,16 @@ class ConvViT(nn.Module):
     grid = (h // self.patch_size, w // self.patch_size)
     dim = self.dim
     sparse = self.sparse and mask is not None
+    has_blocks = sparse or (mask is None and self._convolves_blocks())
+    visible = mask if sparse or not has_blocks else Mask.of_all(b, h * w // self.patch_size**2)
     out, skips = {}, []
     drops = iter(drop_paths(self.drop_path, sum(self.depths), keys))
 
     x = images.astype(self.dtype)
+    if has_blocks:
+      x = to_blocks(x, self.patch_size)
     if sparse:
-      x = take_visible(to_blocks(x, self.patch_size), mask)
+      x = take_visible(x, mask)
     token_size = self.patch_size  # side of one token's block, in positions of the current map
     for stage in (1, 2):
       p, width, ratio = (
@@ -260,9 +279,9 @@ class ConvViT(nn.Module):
       for i in range(self.depths[stage - 1]):
         block = rematerialize(ConvBlock, self.remat, static_argnums=(3,))
         x = block(int(width * ratio), self.dtype, self.conv_eps, name=f"blocks{stage}_{i}")(
-          x, mask, grid, next(drops)
+          x, visible, grid, next(drops)
         )
-      out[f"stage{stage}"] = x
+      out[f"stage{stage}"] = from_blocks(x, grid) if has_blocks and not sparse else x
       if self.fuse_stages:
         skips.append(
           conv_dense(patchify(x, token_size), dim, self.dtype, f"stage{stage}_output_decode")

@@ -36,6 +36,12 @@ class Mask(NamedTuple):
   ids_keep: jax.Array
   ids_restore: jax.Array
 
+  @classmethod
+  def of_all(cls, images: int, tokens: int) -> "Mask":
+    """Returns the mask that shows all tokens of each image, in their order."""
+    ids = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (images, tokens))
+    return cls(ids, ids)
+
   @property
   def masked(self) -> "Mask":
     """Returns the mask that shows what this one hides."""
