@@ -2,9 +2,10 @@
 
 On maps it is shift-and-add instead of `lax.conv`: XLA's grouped convolution is many times slower on
 CPU and depends on the algorithms that cuDNN finds on GPU. On visible blocks Hopper GPUs have
-kernels of our own, and other NVIDIA GPUs take products of matrices. The gradient of the input is
-the same operator with the kernel turned by 180 degrees. The gradient of the kernel is a sum over
-all positions, for each of which there is a form that suits the platform; all give the same numbers.
+kernels of our own, for which `ConvViT` cuts whole images into blocks too, and other NVIDIA GPUs
+take products of matrices. The gradient of the input is the same operator with the kernel turned by
+180 degrees. The gradient of the kernel is a sum over all positions, for each of which there is a
+form that suits the platform; all give the same numbers.
 
 The operators take a kernel [k, k, C] with k odd, have stride 1 and zero padding ("same"), as torch
 computes it, and sum in float32.
