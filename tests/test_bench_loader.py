@@ -1,6 +1,7 @@
 """The benchmark of the loader: what it compares is equal, and it says so."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -66,3 +67,12 @@ def test_memory(bench):
   code, result = bench("--memory_batches=20")
   assert code == 0 and list(result["resident_mb"]) == ["1", "2", "10", "20"]
   assert result["resident_mb"]["1"] > 10
+
+
+@pytest.mark.parametrize(
+  "images, workers, batches", [(960, 2, 16), (960, 0, 15), (960, 16, 64), (8, 0, 4)]
+)
+def test_each_worker_makes_as_many_of_the_timed_batches(images, workers, batches):
+  """16 workers that begin together would bring 15 batches in no time."""
+  options = SimpleNamespace(images=images, batch_size=64, workers=workers)
+  assert loader._count_batches(options) == batches

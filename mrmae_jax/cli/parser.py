@@ -810,7 +810,10 @@ def _bench(parser: Parser) -> None:
     help="processes of each loader; 0: ours in threads, torch in the main process",
   )
   loader.add_argument(
-    "--images", type=integer(1), default=960, help="timed images per loader and round"
+    "--images",
+    type=integer(1),
+    default=960,
+    help="timed images per loader and round, at least; each worker makes 4 batches or more",
   )
   loader.add_argument("--rounds", type=integer(1), default=5, help="how often each is timed")
   loader.add_argument(

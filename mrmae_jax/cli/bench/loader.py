@@ -42,6 +42,7 @@ PACKED_SIDE = 256
 CROP_SCALE = (0.2, 1.0)
 MIN_IMAGES = 10_000
 CHECKED_IMAGES = 32  # whose pixels are compared
+LEAST_BATCHES = 4  # of a worker in a round
 PEER = "torch DataLoader, PIL chain"
 
 
@@ -121,7 +122,8 @@ def _measure_speed(options, source) -> dict:
   }
   lines = [
     f"{options.batch_size} x {options.image_size} px, {options.workers} workers, "
-    f"{os.cpu_count()} cores; {options.rounds} rounds of {options.images} images; "
+    f"{os.cpu_count()} cores; {options.rounds} rounds of "
+    f"{_count_batches(options) * options.batch_size:,} images; "
     + ", ".join(f"{name} {version}" for name, version in versions.items()),
     "pixels of ours, pillow and of the PIL chain: "
     + ("equal" if equal else "DIFFERENT, so there are no ratios"),
@@ -173,8 +175,7 @@ def _format_spread(values, digits: int) -> str:
 
 def _measure_loader(start, options) -> dict:
   """Starts a loader, warms it up, times it and closes it."""
-  batches = start()
-  steps = -(-options.images // options.batch_size)
+  batches, steps = start(), _count_batches(options)
   try:
     # Batches that were made while the first one was on its way are used up before the clock starts.
     for _ in range(3 * max(options.workers, 1) + 1):
@@ -188,6 +189,16 @@ def _measure_loader(start, options) -> dict:
     batches.close()
   cpu = None if cpu_start is None else (cpu_end - cpu_start) / images * 1000
   return dict(images_per_s=images / seconds, cpu_s_per_1000=cpu)
+
+
+def _count_batches(options) -> int:
+  """Returns the timed batches of a round, as many of each worker.
+
+  The workers begin together, so that their batches arrive together, and nothing for a while.
+  """
+  workers = max(options.workers, 1)
+  of_each = -(-options.images // (options.batch_size * workers))
+  return workers * max(of_each, LEAST_BATCHES)
 
 
 def _processes() -> list[Path]:
