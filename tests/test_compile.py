@@ -438,17 +438,22 @@ def test_on_a_gpu_the_norms_sit_in_kernels_of_their_own():
     with target.tracing_for(SimpleNamespace(platform=platform, compute_capability=capability)):
       text = plan.step.lower(plan.state, plan.frozen, plan.batch).as_text()
     assert text.count("optimization_barrier") == barriers, platform
-  for tree in (
-    {"a": jnp.ones((5, 6)), "b": jnp.ones(3), "c": jnp.full((2, 3, 30), 2.0), "d": jnp.ones(40)},
-    {"b": jnp.ones(40)},
-    {"a": 3.0},
-    {"a": [jnp.full((4, 6), 1.0 + i) for i in range(20)], "b": jnp.ones((6, 4))},
+  many = [jnp.full((4, 6), 1.0 + i) for i in range(20)]
+  for tree, sums in (
+    (
+      {"a": jnp.ones((5, 6)), "b": jnp.ones(3), "c": jnp.full((2, 3, 30), 2.0), "d": jnp.ones(40)},
+      3 + 2,
+    ),
+    ({"b": jnp.ones(40)}, 1 + 1),
+    ({"a": 3.0}, 1),
+    # 16 and 4 of one shape, and two that differ from them
+    ({"a": many, "b": jnp.ones((6, 4)), "c": jnp.ones((4, 6), jnp.bfloat16)}, 4 + 1),
   ):
     tree = jax.tree.map(jnp.asarray, tree)
     with target.tracing_for(gpu()):
-      found = jax.jit(lambda tree: optim.global_norm(tree, small=20)).trace(tree)
-    found = found.lower().compile()(tree)
-    np.testing.assert_allclose(found, optax.global_norm(tree), rtol=1e-6)
+      lowered = jax.jit(lambda tree: optim.global_norm(tree, small=20)).trace(tree).lower()
+    assert lowered.as_text().count("stablehlo.reduce(") == sums
+    np.testing.assert_allclose(lowered.compile()(tree), optax.global_norm(tree), rtol=1e-6)
 
 
 @pytest.mark.slow

@@ -249,8 +249,30 @@ def test_a_whole_image_by_the_kernels_is_the_same_encoding(monkeypatch):
   dy = tree.unflatten(draw(*(leaf.shape for leaf in leaves)))
   expected = run(form, (params, images), dy)
   force_kernels(monkeypatch)
-  assert "conv_kernel" in str(jax.make_jaxpr(form)(params, images))
+  assert str(jax.make_jaxpr(form)(params, images)).count("name=conv_kernel") == 2
   assert_near(run(form, (params, images), dy), expected, 5e-5)
+
+
+@pytest.mark.parametrize(
+  "options, is_masked, kernels",
+  [
+    ({}, False, 2),
+    ({}, True, 2),
+    ({"sparse": False}, True, 0),  # masked positions are zeros of a map
+    ({"embed_dims": (64, 96, 64)}, False, 0),
+    ({"patch_sizes": (4, 4, 1)}, False, 0),
+  ],
+)
+def test_where_an_encoder_takes_the_kernels_of_blocks(options, is_masked, kernels):
+  sizes = {"embed_dims": (64, 64, 64), "depths": (1, 1, 1), "num_heads": 2, "dtype": jnp.bfloat16}
+  encoder = ConvViT(**sizes | options)
+  mask = mrmae.sample_mask(jax.random.uniform(jax.random.key(1), (2, 15)), 0.6)
+  call = lambda images: encoder.init_with_output(
+    jax.random.key(1), images, mask if is_masked else None
+  )
+  with target.tracing_for(HOPPER):
+    jaxpr = jax.make_jaxpr(call)(jnp.zeros((2, 48, 80, 3)))
+  assert str(jaxpr).count("name=conv_kernel") == kernels
 
 
 def all_kernels():

@@ -12,7 +12,8 @@ parameters:
 The sparse form is exact because the mask acts on the input of the 5x5 depthwise convolution, the
 only operator that looks beyond one block: everything else is pointwise or has stride = kernel. So a
 visible output reads visible blocks alone. Every function below works on the last three axes [...,
-h, w, C]; the forms differ in the leading axes and in `spatial_mix`.
+h, w, C]; the forms differ in the leading axes and in `spatial_mix`. Without a mask it is the dense
+form, or on GPUs whose kernels convolve blocks the sparse one with all blocks visible.
 """
 
 import math
@@ -100,7 +101,7 @@ def spatial_mix(
   """Applies a depthwise convolution that sees visible positions only, with a bias on either side.
 
   Args:
-    x: [B, H, W, C] (dense), or [B, V, s, s, C] (sparse).
+    x: [B, H, W, C], or blocks [B, V, s, s, C].
     before: float32 [C], is added to the visible positions of x.
     kernel: [k, k, C].
     after: float32 [C], the convolution's bias.
@@ -220,12 +221,8 @@ class ConvViT(nn.Module):
   def depth(self) -> int:
     return self.depths[2]
 
-  def _convolves_blocks(self) -> bool:
-    """Returns whether a whole image is cut into the blocks of its tokens, row by row.
-
-    The kernels of Hopper GPUs convolve blocks, and everything else in these stages does not see
-    where a position lies.
-    """
+  def _has_block_kernels(self) -> bool:
+    """Returns whether the device that is traced for has kernels for the blocks of both stages."""
     sides = math.prod(self.patch_sizes[1:]), self.patch_sizes[2]
     return all(
       has_blockwise_kernels(self.dtype, side, width, KERNEL_SIZE)
@@ -257,13 +254,13 @@ class ConvViT(nn.Module):
     grid = (h // self.patch_size, w // self.patch_size)
     dim = self.dim
     sparse = self.sparse and mask is not None
-    has_blocks = sparse or (mask is None and self._convolves_blocks())
-    visible = mask if sparse or not has_blocks else Mask.of_all(b, h * w // self.patch_size**2)
+    is_cut = mask is None and self._has_block_kernels()
+    visible = Mask.of_all(b, math.prod(grid)) if is_cut else mask
     out, skips = {}, []
     drops = iter(drop_paths(self.drop_path, sum(self.depths), keys))
 
     x = images.astype(self.dtype)
-    if has_blocks:
+    if sparse or is_cut:
       x = to_blocks(x, self.patch_size)
     if sparse:
       x = take_visible(x, mask)
@@ -281,7 +278,7 @@ class ConvViT(nn.Module):
         x = block(int(width * ratio), self.dtype, self.conv_eps, name=f"blocks{stage}_{i}")(
           x, visible, grid, next(drops)
         )
-      out[f"stage{stage}"] = from_blocks(x, grid) if has_blocks and not sparse else x
+      out[f"stage{stage}"] = from_blocks(x, grid) if is_cut else x
       if self.fuse_stages:
         skips.append(
           conv_dense(patchify(x, token_size), dim, self.dtype, f"stage{stage}_output_decode")

@@ -206,8 +206,8 @@ def add_branch(x: jax.Array, branch: jax.Array, bias: jax.Array | None = None) -
   branch = add_bias(branch, bias)
   if not _has_kernels(x):
     return x + branch
-  rows = lambda x: x.reshape(-1, x.shape[-1])  # see row_kernels._hold_rows
-  return (rows(x) + rows(branch)).reshape(x.shape)
+  flat = lambda x: x.reshape(-1, x.shape[-1])  # see row_kernels._hold_rows
+  return (flat(x) + flat(branch)).reshape(x.shape)
 
 
 def _has_kernels(x):
