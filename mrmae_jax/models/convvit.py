@@ -221,12 +221,16 @@ class ConvViT(nn.Module):
   def depth(self) -> int:
     return self.depths[2]
 
+  @property
+  def _sides(self) -> tuple[int, int]:
+    """The side of a token's block after each convolutional stage, in positions."""
+    return math.prod(self.patch_sizes[1:]), self.patch_sizes[2]
+
   def _has_block_kernels(self) -> bool:
     """Returns whether the device that is traced for has kernels for the blocks of both stages."""
-    sides = math.prod(self.patch_sizes[1:]), self.patch_sizes[2]
     return all(
       has_blockwise_kernels(self.dtype, side, width, KERNEL_SIZE)
-      for side, width in zip(sides, self.embed_dims)
+      for side, width in zip(self._sides, self.embed_dims)
     )
 
   @nn.compact
@@ -256,7 +260,6 @@ class ConvViT(nn.Module):
     sparse = self.sparse and mask is not None
     is_cut = mask is None and self._has_block_kernels()
     visible = Mask.of_all(b, math.prod(grid)) if is_cut else mask
-    out, skips = {}, []
     drops = iter(drop_paths(self.drop_path, sum(self.depths), keys))
 
     x = images.astype(self.dtype)
@@ -264,27 +267,17 @@ class ConvViT(nn.Module):
       x = to_blocks(x, self.patch_size)
     if sparse:
       x = take_visible(x, mask)
-    token_size = self.patch_size  # side of one token's block, in positions of the current map
-    for stage in (1, 2):
-      p, width, ratio = (
-        self.patch_sizes[stage - 1],
-        self.embed_dims[stage - 1],
-        self.mlp_ratios[stage - 1],
-      )
-      token_size //= p
-      x = PatchEmbed(p, width, dtype=self.dtype, name=f"patch_embed{stage}")(x)
-      for i in range(self.depths[stage - 1]):
-        block = rematerialize(ConvBlock, self.remat, static_argnums=(3,))
-        x = block(int(width * ratio), self.dtype, self.conv_eps, name=f"blocks{stage}_{i}")(
-          x, visible, grid, next(drops)
-        )
-      out[f"stage{stage}"] = from_blocks(x, grid) if is_cut else x
-      if self.fuse_stages:
-        skips.append(
-          conv_dense(patchify(x, token_size), dim, self.dtype, f"stage{stage}_output_decode")
-        )
+    stages = self._convolve(x, visible, grid, drops)
+    out = {f"stage{i}": from_blocks(y, grid) if is_cut else y for i, y in enumerate(stages, 1)}
+    skips = []
+    if self.fuse_stages:
+      skips = [
+        conv_dense(patchify(y, side), dim, self.dtype, f"stage{i}_output_decode")
+        for i, (y, side) in enumerate(zip(stages, self._sides), 1)
+      ]
 
-    x = PatchEmbed(self.patch_sizes[2], dim, xavier=True, dtype=self.dtype, name="patch_embed3")(x)
+    embed = PatchEmbed(self.patch_sizes[2], dim, xavier=True, dtype=self.dtype, name="patch_embed3")
+    x = embed(stages[-1])
     x, *skips = (y.reshape(y.shape[0], -1, dim) for y in (x, *skips))
     x = Dense(dim, dtype=self.dtype, name="patch_embed4")(x)
     pos = position_table(self, grid, stored=self.position_grid).astype(self.dtype)
@@ -322,3 +315,16 @@ class ConvViT(nn.Module):
     if self.fuse_layers:
       x = LayerFusion(self.dtype, name="fusion")([out["layers"][i] for i in self.fuse_layers] + [x])
     return LayerNorm(self.eps, self.dtype, name="norm")(sum(skips, start=x)), out
+
+  def _convolve(self, x, mask, grid, drops):
+    """Runs the convolutional stages, on maps or blocks of the image; returns what each gives."""
+    outputs = []
+    make_block = rematerialize(ConvBlock, self.remat, static_argnums=(3,))
+    sizes = zip(self.patch_sizes, self.embed_dims, self.mlp_ratios, self.depths[:2])
+    for stage, (patch_size, dim, ratio, depth) in enumerate(sizes, 1):
+      x = PatchEmbed(patch_size, dim, dtype=self.dtype, name=f"patch_embed{stage}")(x)
+      for i in range(depth):
+        block = make_block(int(dim * ratio), self.dtype, self.conv_eps, name=f"blocks{stage}_{i}")
+        x = block(x, mask, grid, next(drops))
+      outputs.append(x)
+    return outputs
