@@ -32,6 +32,7 @@ from mrmae_jax.models.layers import (
   LayerFusion,
   LayerNorm,
   Mask,
+  Scope,
   activate,
   add_bias,
   add_branch,
@@ -296,25 +297,28 @@ class ConvViT(nn.Module):
     out["layers"] = []
     scopes = attention_scopes(self, grid, mask)
     for i in range(self.depth):
-      block = rematerialize(Block, self.remat)(
-        self.num_heads,
-        int(dim * self.mlp_ratios[2]),
-        self.eps,
-        layer_scale=self.layer_scale,
-        relative=scopes[i].relative,
-        windows=scopes[i].windows,
-        dtype=self.dtype,
-        name=f"blocks3_{i}",
-      )
-      x, attention = block(
-        x, next(drops), mask=mask if self.relative_positions else None, bias=scopes[i].bias
-      )
+      known = mask if self.relative_positions else None
+      block = self._block(i, scopes[i])
+      x, attention = block(x, next(drops), mask=known, bias=scopes[i].bias)
       out["layers"].append(x)
     if self.cls_token:
       out["attention"] = attention[:, 1:]
     if self.fuse_layers:
       x = LayerFusion(self.dtype, name="fusion")([out["layers"][i] for i in self.fuse_layers] + [x])
     return LayerNorm(self.eps, self.dtype, name="norm")(sum(skips, start=x)), out
+
+  def _block(self, i: int, scope: Scope) -> nn.Module:
+    """Returns block i of the transformer, whose attention works among the tokens of a scope."""
+    return rematerialize(Block, self.remat)(
+      self.num_heads,
+      int(self.dim * self.mlp_ratios[2]),
+      self.eps,
+      layer_scale=self.layer_scale,
+      relative=scope.relative,
+      windows=scope.windows,
+      dtype=self.dtype,
+      name=f"blocks3_{i}",
+    )
 
   def _convolve(self, x, mask, grid, drops):
     """Runs the convolutional stages, on maps or blocks of the image; returns what each gives."""

@@ -84,19 +84,6 @@ def take_visible(x: jax.Array, mask: Mask) -> jax.Array:
   return _take(x, mask)
 
 
-def prepend(tokens: jax.Array, x: jax.Array) -> jax.Array:
-  """Puts tokens [1 or B, P, D] before those of each image, [B, T, D]: [B, P + T, D]."""
-  # To all images first, so that their gradient sums up theirs alone.
-  tokens = jnp.broadcast_to(tokens, (x.shape[0], *tokens.shape[1:]))
-  if not target.compute_capability():
-    return jnp.concatenate([tokens, x], axis=1)
-  # On an H200 the concatenation of 1 and 196 tokens takes 184 us, and this sum 54. On TPUs it would
-  # be a pass over memory more.
-  first, rest = tokens.shape[1], x.shape[1]
-  pad = lambda x, before, after: jnp.pad(x, ((0, 0), (before, after), (0, 0)))
-  return pad(tokens, 0, rest) + pad(x, first, 0)
-
-
 @jax.custom_vjp
 def put_visible(x: jax.Array, mask: Mask) -> jax.Array:
   """Returns visible tokens to their places, zeros elsewhere: [B, V, ...] -> [B, N, ...]."""
@@ -120,6 +107,19 @@ def select_visible(x: jax.Array, only: Mask | None) -> jax.Array:
   The patches are the last N of the T tokens. Without a mask it returns x itself.
   """
   return x if only is None else take_visible(x[:, x.shape[1] - only.ids_restore.shape[1] :], only)
+
+
+def prepend(tokens: jax.Array, x: jax.Array) -> jax.Array:
+  """Puts tokens [1 or B, P, D] before those of each image, [B, T, D]: [B, P + T, D]."""
+  # To all images first, so that their gradient sums up theirs alone.
+  tokens = jnp.broadcast_to(tokens, (x.shape[0], *tokens.shape[1:]))
+  if not target.compute_capability():
+    return jnp.concatenate([tokens, x], axis=1)
+  # On an H200 the concatenation of 1 and 196 tokens takes 184 us, and this sum 54. On TPUs it would
+  # be a pass over memory more.
+  first, rest = tokens.shape[1], x.shape[1]
+  pad = lambda x, before, after: jnp.pad(x, ((0, 0), (before, after), (0, 0)))
+  return pad(tokens, 0, rest) + pad(x, first, 0)
 
 
 def patchify(x: jax.Array, p: int) -> jax.Array:

@@ -248,7 +248,7 @@ def _end_with(block: Callable, x: jax.Array, select: Callable, prefix: int):
   Returns:
     [B, prefix + V, D], the attention of CLS, and the masks.
   """
-  places = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+  places = Mask.of_all(*x.shape[:2]).ids_keep
   _, attention = block(x, only=Mask(places[:, :1], places))
   mask = select(attention[:, prefix:])
   ids = (jnp.concatenate([places[:, :prefix], prefix + ids], axis=1) for ids in mask)
