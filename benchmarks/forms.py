@@ -29,7 +29,7 @@ from mrmae_jax.cli import bench
 from mrmae_jax.cli.compile import find_devices
 from mrmae_jax.cli.parser import integer
 from mrmae_jax.errors import UsageError
-from mrmae_jax.models import depthwise, layers
+from mrmae_jax.models import attention, depthwise, layers
 from mrmae_jax.program import cost
 
 # Of the largest value: kernel gradients sum over thousands of positions.
@@ -90,12 +90,12 @@ def _windows_form():
 
 def _attention_forms(tokens, heads, width, dtype, device):
   """Returns {name: (qkv [B, T, 3 D], bias [3 D]) -> [B, T, D]} for a device; None: that here."""
-  forms = {"explicit": cut_apart(layers.explicit_attention, heads)}
+  forms = {"explicit": cut_apart(attention.explicit_attention, heads)}
   with target.tracing_for(device):
-    if layers.has_fused_attention(dtype, width):
-      forms["cuDNN"] = cut_apart(layers.attend, heads)
-    if layers.has_short_attention(dtype, tokens, width):
-      forms["our kernels"] = lambda qkv, bias: layers.short_attention((qkv,), bias, heads)
+    if attention.has_fused_attention(dtype, width):
+      forms["cuDNN"] = cut_apart(attention.attend, heads)
+    if attention.has_short_attention(dtype, tokens, width):
+      forms["our kernels"] = lambda qkv, bias: attention.short_attention((qkv,), bias, heads)
   return forms
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from mrmae_jax import mrmae, sharding, target
 from mrmae_jax.models import blockwise_kernels, convvit, depthwise, layers, row_kernels
+from mrmae_jax.models.block import Block, rematerialize
 from mrmae_jax.models.convvit import ConvBlock, ConvViT
 from tests.helpers.devices import gpu
 
@@ -212,8 +213,8 @@ def force_kernels(monkeypatch):
 def test_a_block_by_the_kernels_is_the_same_module(monkeypatch, options, kernels):
   """Outputs and all gradients, with a dropped path and without, and computed again."""
   sizes = {"num_heads": 2, "mlp_dim": 128}
-  block = layers.Block(**sizes, **options)
-  again = layers.rematerialize(layers.Block, "full")(**sizes, **options)
+  block = Block(**sizes, **options)
+  again = rematerialize(Block, "full")(**sizes, **options)
   x, dy = draw((4, 9, 64), (4, 9, 64))
   params = block.init(jax.random.key(1), x)
   params = jax.tree.map(

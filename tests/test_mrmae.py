@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mrmae_jax import mrmae, target
-from mrmae_jax.models import layers
+from mrmae_jax.models import attention, layers
 from mrmae_jax.models.convvit import ConvViT
 from mrmae_jax.models.decoder import Decoder
 from mrmae_jax.models.layers import (
@@ -264,7 +264,7 @@ def test_attention_of_cudnn_is_asked_for_by_name(monkeypatch):
   """Where it can be used: lowered for CUDA from here, it is a call of cuDNN's kernel forwards and
   backwards.
   """
-  assert not layers.has_fused_attention(jnp.bfloat16, 64)  # there is no GPU here
+  assert not attention.has_fused_attention(jnp.bfloat16, 64)  # there is no GPU here
   for capability, dtype, head_dim, usable in (
     ("8.0", jnp.bfloat16, 64, True),
     ("9.0", jnp.bfloat16, 32, True),
@@ -276,7 +276,7 @@ def test_attention_of_cudnn_is_asked_for_by_name(monkeypatch):
     ("gfx90a", jnp.bfloat16, 64, False),
   ):
     with target.tracing_for(gpu(capability)):
-      found = layers.has_fused_attention(dtype, head_dim)
+      found = attention.has_fused_attention(dtype, head_dim)
     assert found == usable, (capability, dtype, head_dim)
 
   from jax._src.cudnn import (
@@ -289,7 +289,7 @@ def test_attention_of_cudnn_is_asked_for_by_name(monkeypatch):
     q, k, v = (jax.ShapeDtypeStruct((2, 4, t, 32), jnp.bfloat16) for t in (queries, keys, keys))
     with target.tracing_for(gpu()):
       traced = jax.jit(
-        jax.grad(lambda q, k, v: layers.attend(q, k, v).astype(jnp.float32).sum())
+        jax.grad(lambda q, k, v: attention.attend(q, k, v).astype(jnp.float32).sum())
       ).trace(q, k, v)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@__cudnn$fmhaSoftmax(") == text.count("@__cudnn$fmhaSoftmaxBackward(") == 1
@@ -298,16 +298,16 @@ def test_attention_of_cudnn_is_asked_for_by_name(monkeypatch):
 @pytest.mark.parametrize("tokens", [6, 5])
 def test_query_key_and_value_of_a_gpu_are_three_products(tokens, monkeypatch):
   """The numbers of one product that is cut apart, which it stays where the tokens are padded."""
-  kernel = functools.partial(layers.fused_attention, implementation="xla")
-  monkeypatch.setattr(layers, "fused_attention", kernel)
-  attention = layers.Attention(num_heads=2, dtype=jnp.bfloat16)
+  kernel = functools.partial(attention.fused_attention, implementation="xla")
+  monkeypatch.setattr(attention, "fused_attention", kernel)
+  module = attention.Attention(num_heads=2, dtype=jnp.bfloat16)
   x = jax.random.normal(jax.random.key(0), (2, tokens, 16), jnp.bfloat16)
-  params = jax.jit(attention.init)(jax.random.key(1), x)
+  params = jax.jit(module.init)(jax.random.key(1), x)
   half = mrmae.sample_mask(jax.random.uniform(jax.random.key(2), (2, tokens)), 0.5)
   for only in (None, half):
 
     def loss(params, x, only=only):
-      return jnp.square(attention.apply(params, x, only)[0].astype(jnp.float32)).sum()
+      return jnp.square(module.apply(params, x, only)[0].astype(jnp.float32)).sum()
 
     results = []
     for capability, is_cut in (("", True), ("9.0", tokens % 2 == 1)):
@@ -327,12 +327,12 @@ def test_padding_to_even_numbers_of_tokens_changes_nothing(queries, keys):
     for i, t in enumerate((queries, keys, keys))
   )
   weights = jax.random.normal(jax.random.key(9), q.shape)
-  fused = functools.partial(layers.fused_attention, implementation="xla")
+  fused = functools.partial(attention.fused_attention, implementation="xla")
   results = [
     jax.jit(jax.value_and_grad(lambda *x, form=form: (form(*x) * weights).sum(), (0, 1, 2)))(
       q, k, v
     )
-    for form in (layers.attend, fused)
+    for form in (attention.attend, fused)
   ]
   for a, b in zip(*map(jax.tree.leaves, results)):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
@@ -340,7 +340,7 @@ def test_padding_to_even_numbers_of_tokens_changes_nothing(queries, keys):
 
 def test_tokens_are_padded_for_a_gradient_alone():
   q = jnp.zeros((2, 3, 7, 8))
-  fused = functools.partial(layers.fused_attention, implementation="xla")
+  fused = functools.partial(attention.fused_attention, implementation="xla")
   with_gradient = jax.make_jaxpr(jax.grad(lambda q: fused(q, q, q).sum()))(q)
   assert "pad[" in str(with_gradient) and "pad[" not in str(jax.make_jaxpr(fused)(q, q, q))
 
@@ -485,7 +485,9 @@ def test_attention_and_its_gradient(bias, platform):
     return jnp.einsum("bhqk,bhkd->bhqd", jax.nn.softmax(logits, axis=-1), v)
 
   with jax.enable_x64(True), target.tracing_for(SimpleNamespace(platform=platform)):
-    (y, pull), (expected, pull_expected) = (jax.vjp(f, *arrays) for f in (layers.attend, formula))
+    (y, pull), (expected, pull_expected) = (
+      jax.vjp(f, *arrays) for f in (attention.attend, formula)
+    )
     for a, b in zip([y, *pull(dy)], [expected, *pull_expected(dy)]):
       assert a.dtype == jnp.float64 and a.shape == b.shape
       np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)

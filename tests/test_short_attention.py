@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import forms
 from mrmae_jax import mrmae, sharding, target
-from mrmae_jax.models import layers, short_attention
+from mrmae_jax.models import attention, short_attention
 from tests.helpers.devices import gpu
 
 HOPPER = gpu()
@@ -29,7 +29,7 @@ def draw(batch, tokens, heads, width, dtype=jnp.float32):
 
 def by_products(qkv, bias, heads):
   """The explicit form, with what cuts apart and puts together around it."""
-  return forms.cut_apart(layers.explicit_attention, heads)(qkv, bias)
+  return forms.cut_apart(attention.explicit_attention, heads)(qkv, bias)
 
 
 def by_kernels(qkv, bias, heads):
@@ -153,41 +153,42 @@ def trace(module, *arguments, **options):
 
 def test_a_hopper_gpu_takes_them_where_attention_is_plain(monkeypatch):
   """The parameters are those of other devices; what these kernels cannot do is cuDNN's or XLA's."""
-  monkeypatch.setattr(layers, "has_fused_attention", lambda *arguments: False)  # is not installed
+  # cuDNN is not installed.
+  monkeypatch.setattr(attention, "has_fused_attention", lambda *arguments: False)
   x = jnp.zeros((2, 49, 128), jnp.bfloat16)
-  attention = functools.partial(layers.Attention, num_heads=2, dtype=jnp.bfloat16)
-  params, text = trace(attention(), x)
+  make = functools.partial(attention.Attention, num_heads=2, dtype=jnp.bfloat16)
+  params, text = trace(make(), x)
   assert text.count("pallas_call") == 1 and "pad[" not in text
-  here = jax.eval_shape(attention().init, jax.random.key(0), x)
+  here = jax.eval_shape(make().init, jax.random.key(0), x)
   assert jax.tree.structure(here) == jax.tree.structure(params)
   assert jax.tree.map(jnp.shape, here) == jax.tree.map(jnp.shape, params)
   half = mrmae.sample_mask(jax.random.uniform(jax.random.key(2), (2, 49)), 0.5)
-  assert trace(attention(), x, only=half)[1].count("pallas_call") == 1
+  assert trace(make(), x, only=half)[1].count("pallas_call") == 1
   for module, options in (
-    (attention(), {"bias": jnp.zeros((2, 49, 49))}),
-    (attention(rotate=lambda x: x), {}),
-    (attention(key_bias=False), {}),
-    (attention(relative=layers.RelativePositions((7, 7), cls_token=False)), {}),
-    (attention(dtype=jnp.float32), {}),
-    (attention(num_heads=8), {}),
+    (make(), {"bias": jnp.zeros((2, 49, 49))}),
+    (make(rotate=lambda x: x), {}),
+    (make(key_bias=False), {}),
+    (make(relative=attention.RelativePositions((7, 7), cls_token=False)), {}),
+    (make(dtype=jnp.float32), {}),
+    (make(num_heads=8), {}),
   ):
     assert "pallas_call" not in trace(module, x, **options)[1], (module, options)
 
 
 def test_attention_by_the_kernels_is_the_same_module(monkeypatch):
   """Outputs and all gradients of the layer, and the attention of its first token."""
-  attention = layers.Attention(num_heads=2)
+  module = attention.Attention(num_heads=2)
   x = jax.random.normal(jax.random.key(0), (2, 49, 32))
-  params = attention.init(jax.random.key(1), x)
+  params = module.init(jax.random.key(1), x)
   params = jax.tree.map(lambda p: jax.random.normal(jax.random.key(p.size), p.shape) / 4, params)
   weights = jax.random.normal(jax.random.key(2), x.shape)
 
   def loss(params, x):
-    y, bias, first = attention.apply(params, x)
+    y, bias, first = module.apply(params, x)
     return ((y + bias) * weights).sum() + jnp.square(first).sum()
 
   expected = jax.jit(jax.value_and_grad(loss, (0, 1)))(params, x)
-  monkeypatch.setattr(layers, "has_short_attention", lambda *arguments: True)
+  monkeypatch.setattr(attention, "has_short_attention", lambda *arguments: True)
   jax.clear_caches()
   step = jax.jit(jax.value_and_grad(loss, (0, 1)))
   assert "custom_partitioning" in str(step.trace(params, x).jaxpr)

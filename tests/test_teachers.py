@@ -20,7 +20,8 @@ from safetensors.numpy import load_file, save_file
 
 from mrmae_jax import interpolation, target, teachers
 from mrmae_jax.errors import WeightsError
-from mrmae_jax.models.layers import Attention, prepend, take_visible
+from mrmae_jax.models.attention import Attention
+from mrmae_jax.models.layers import prepend, take_visible
 from mrmae_jax.models.vit import ViT
 from mrmae_jax.mrmae import normalize, sample_mask
 from mrmae_jax.tasks import pretrain

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mrmae_jax.models.attention import DecomposedPositions, RelativePositions, attention_weights
 from mrmae_jax.models.convvit import ConvViT
 from mrmae_jax.models.decoder import Decoder
-from mrmae_jax.models.layers import DecomposedPositions, RelativePositions, attention_weights
 from mrmae_jax.models.vit import ViT
 
 ENCODERS = {"convvit": ConvViT, "vit": ViT}

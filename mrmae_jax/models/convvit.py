@@ -23,26 +23,24 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mrmae_jax.models.attention import Scope, attention_scopes
+from mrmae_jax.models.block import Block, rematerialize
 from mrmae_jax.models.blockwise_kernels import has_blockwise_kernels
 from mrmae_jax.models.depthwise import blockwise_conv, depthwise_conv
 from mrmae_jax.models.layers import (
-  Block,
   Dense,
   DropPath,
   LayerFusion,
   LayerNorm,
   Mask,
-  Scope,
   activate,
   add_bias,
   add_branch,
-  attention_scopes,
   drop_paths,
   from_blocks,
   patchify,
   position_table,
   prepend,
-  rematerialize,
   take_visible,
   to_blocks,
 )
@@ -177,8 +175,8 @@ class ConvViT(nn.Module):
     learned_positions: the position table is a parameter [1, N, D], as in ConvMAE's fine-tuning,
       instead of a constant.
     relative_positions: every block of the transformer stage has a table of distances, see
-      `layers.RelativePositions`; ConvMAE's segmentation adds them to the positions.
-    layer_scale: those blocks have learned gains on both branches, see `layers.Block`.
+      `attention.RelativePositions`; ConvMAE's segmentation adds them to the positions.
+    layer_scale: those blocks have learned gains on both branches, see `block.Block`.
     eps: epsilon of the transformer stage and of the last norm; ConvMAE's segmentation has 1e-5.
     conv_eps: epsilon of the convolutional blocks; ConvMAE's detection in ViTDet's style has 1e-6.
     window, global_blocks, distances, position_grid: of the transformer stage, see `vit.ViT`.

@@ -6,8 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mrmae_jax.models.block import Block, rematerialize
 from mrmae_jax.models.layers import (
-  Block,
   Dense,
   LayerNorm,
   Mask,
@@ -15,7 +15,6 @@ from mrmae_jax.models.layers import (
   position_table,
   prepend,
   put_visible,
-  rematerialize,
 )
 
 

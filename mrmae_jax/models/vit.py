@@ -8,20 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mrmae_jax.models.attention import Scope, attention_scopes
+from mrmae_jax.models.block import Block, rematerialize
 from mrmae_jax.models.layers import (
-  Block,
   Dense,
   LayerFusion,
   LayerNorm,
   Mask,
-  Scope,
   activate,
-  attention_scopes,
   drop_paths,
   patchify,
   position_table,
   prepend,
-  rematerialize,
   take_visible,
   xavier_uniform,
 )
@@ -43,9 +41,9 @@ class ViT(nn.Module):
       arXiv 2309.16588).
     positions: "table" adds a table to the patches and to CLS, but not to registers; "rope" rotates
       the queries and keys of the patches (DINOv3); "none" does neither (BEiT).
-    relative_positions: every block has a table of distances, see `layers.RelativePositions`.
+    relative_positions: every block has a table of distances, see `attention.RelativePositions`.
       Registers have no place in it.
-    key_bias: see `layers.Attention`.
+    key_bias: see `attention.Attention`.
     learned_positions: the table is a parameter [1, T, D] instead of the sine-cosine constant.
     rope_theta: base of the rotary periods.
     patch_bias: the patch embedding has a bias (CLIP's has none).
@@ -62,8 +60,8 @@ class ViT(nn.Module):
       tokens. Windows and distances are for detection, with the whole image and without CLS.
     global_blocks: blocks, counted from 0, that attend to all tokens nevertheless.
     distances: "decomposed": blocks have tables of vectors for distances, see
-      `layers.DecomposedPositions` (ViTDet); "shared": there is one table of numbers for the blocks
-      with windows and one for the others (ConvMAE's detection); "none".
+      `attention.DecomposedPositions` (ViTDet); "shared": there is one table of numbers for the
+      blocks with windows and one for the others (ConvMAE's detection); "none".
     position_grid: (rows, columns) of the position table, which is interpolated to the image in
       every pass; (): the image's.
     remat: what the backward pass recomputes, see `rematerialize`.

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mrmae_jax.errors import WeightsError
-from mrmae_jax.models.layers import RelativePositions
+from mrmae_jax.models.attention import RelativePositions
 from mrmae_jax.models.vit import ViT
 from mrmae_jax.weights.families import BEIT, HF_ACTIVATIONS, Family, find_family, name_table
 from mrmae_jax.weights.table import Entry, dense, norm

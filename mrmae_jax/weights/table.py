@@ -15,7 +15,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mrmae_jax.errors import WeightsError
-from mrmae_jax.models.layers import ACTIVATIONS, DISTANCES, REMAT_POLICIES
+from mrmae_jax.models.attention import DISTANCES
+from mrmae_jax.models.block import REMAT_POLICIES
+from mrmae_jax.models.layers import ACTIVATIONS
 from mrmae_jax.models.vit import POSITIONS
 
 # The largest size and depth of a network that a file may describe: several times the largest ever
