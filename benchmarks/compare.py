@@ -52,7 +52,7 @@ from mrmae_jax.cli.configs import load_config
 from mrmae_jax.data.detection import crop_mask
 from mrmae_jax.errors import UsageError
 from mrmae_jax.models.mask_rcnn import make_mask_rcnn
-from mrmae_jax.weights import detectron2, files, model_files
+from mrmae_jax.weights import detectron2, files, readers
 from mrmae_jax.weights.table import export
 
 # Of the first loss, relative: PyTorch and XLA sum in other orders.
@@ -151,14 +151,14 @@ def _against_torch(options, model, names: dict[str, bool], write, call):
     options: of the command line.
     model: () -> the torch model, the same each time.
     names: of the ways to run it, each with whether it is strengthened.
-    write: (model, folder) -> path that `model_files.read_model` understands.
+    write: (model, folder) -> path that `readers.read_model` understands.
     call: (model, images [B, 3, H, W] normalized, noise [B, N]) -> loss, both torch tensors.
   """
   import torch  # an extra
 
   config, rng = options.config, np.random.default_rng(0)
   with tempfile.TemporaryDirectory() as folder:
-    student = model_files.read_model(write(model(), Path(folder)), dtype=config.dtype)
+    student = readers.read_model(write(model(), Path(folder)), dtype=config.dtype)
   network = mrmae.Model(student.encoder, student.decoder, (), config.data.mean, config.data.std)
   channels = len(config.data.mean)
   images = rng.integers(0, 256, (config.batch_size, *config.image_size, channels), np.uint8)

@@ -25,7 +25,7 @@ from mrmae_jax.errors import WeightsError
 from mrmae_jax.models import encode, head_attention
 from mrmae_jax.models.layers import LayerNorm
 from mrmae_jax.reconstruction import reconstruct
-from mrmae_jax.weights import detectron2, model_files
+from mrmae_jax.weights import detectron2, loaded_model, readers
 
 PLATFORMS = ("cpu", "cuda", "tpu")  # that an exported model runs on
 
@@ -62,7 +62,7 @@ def load(
     WeightsError: there is nothing, it is another kind of model, or it is damaged or incomplete.
   """
   return PretrainedModel(
-    model_files.read_model(
+    readers.read_model(
       path,
       decoder=decoder,
       mimic_heads=mimic_heads,
@@ -195,13 +195,13 @@ class PretrainedModel:
   compiled once.
 
   Attributes:
-    network: modules and parameters (`weights.model_files.LoadedModel`).
+    network: modules and parameters (`weights.loaded_model.LoadedModel`).
     report: str() of it lists what was loaded, what is new and what was dropped, both by design.
     class_names: of a fine-tuned model, a segmentation model or a detector, in the order of its
       logits; () where its source does not tell.
   """
 
-  def __init__(self, network: model_files.LoadedModel):
+  def __init__(self, network: loaded_model.LoadedModel):
     self.network, self.report, self.class_names = network, network.report, network.classes
     self._model = mrmae.Model(network.encoder, network.decoder, (), network.mean, network.std)
     self._params = {}  # grid -> parameters on the device
@@ -231,8 +231,8 @@ class PretrainedModel:
       if module is not None:
         classes = module.num_classes
     return {
-      "encoder": model_files.module_fields(network.encoder),
-      "decoder": network.decoder and model_files.module_fields(network.decoder),
+      "encoder": loaded_model.module_fields(network.encoder),
+      "decoder": network.decoder and loaded_model.module_fields(network.decoder),
       "grid": network.grid,
       "image_size": tuple(side * network.encoder.patch_size for side in network.grid),
       "mean": network.mean,
@@ -439,7 +439,7 @@ class PretrainedModel:
   def export_params(self, image_size: tuple[int, int]) -> dict[str, np.ndarray]:
     """Returns the parameters for images of (height, width), {path joined by "/": array}."""
     grid = tuple(side // self.network.encoder.patch_size for side in image_size)
-    params = model_files.params_at(self.network, grid)
+    params = loaded_model.params_at(self.network, grid)
     unused = ("segmenter", "detector", "batch_stats")
     return flatten_dict({name: x for name, x in params.items() if name not in unused}, sep="/")
 
@@ -458,7 +458,8 @@ class PretrainedModel:
       if not self._params:
         self._params[self.network.grid] = jax.device_put(own)
       if grid not in self._params:
-        placed, resized = self._params[self.network.grid], model_files.params_at(self.network, grid)
+        placed = self._params[self.network.grid]
+        resized = loaded_model.params_at(self.network, grid)
         place = lambda new, old, there: there if new is old else jax.device_put(new)
         self._params[grid] = jax.tree.map(place, resized, own, placed)
     return self._params[grid]

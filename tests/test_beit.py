@@ -23,11 +23,12 @@ from mrmae_jax.constants import BEIT, IMAGENET_MEAN, IMAGENET_STD
 from mrmae_jax.errors import ConfigError, WeightsError
 from mrmae_jax.mixup import smooth_one_hot, soft_cross_entropy
 from mrmae_jax.models import ViT, head_attention
+from mrmae_jax.models.attention import RelativePositions
 from mrmae_jax.models.classifier import Classifier
-from mrmae_jax.models.layers import Mask, RelativePositions
+from mrmae_jax.models.layers import Mask
 from mrmae_jax.pretrained import PretrainedModel
 from mrmae_jax.tasks import finetune, pretrain, probe
-from mrmae_jax.weights import beit, model_files, positions
+from mrmae_jax.weights import beit, loaded_model, model_sources, positions, readers, writers
 from mrmae_jax.weights.table import export
 from tests import tiny
 from tests.helpers.goldens import close, read_tensors
@@ -54,7 +55,7 @@ def stored(tmp_path, name):
   """The model of a case, out of a file in the authors' names."""
   path = tmp_path / f"{name}.safetensors"
   save_file({key: np.array(x) for key, x in named(name, "param.").items()}, path)
-  return model_files.read_model(path, grid=grid_of(CASES[name]))
+  return readers.read_model(path, grid=grid_of(CASES[name]))
 
 
 def images_of(name):
@@ -179,7 +180,7 @@ def test_files_of_others(tmp_path, file):
     pytest.skip(f"no {file} in {GOLDENS}")
   name = FILES[file]
   grid = grid_of(CASES[name]) if file.startswith("timm") else None  # the others tell
-  model, expected = model_files.read_model(GOLDENS / file, grid=grid), stored(tmp_path, name)
+  model, expected = readers.read_model(GOLDENS / file, grid=grid), stored(tmp_path, name)
   classes = tuple(f"class {i}" for i in range(CASES[name].get("num_classes", 0)))
   same(model._replace(classes=(), mean=expected.mean, std=expected.std), expected)
   assert model.classes == (classes if file.startswith("hf") else ())
@@ -198,11 +199,11 @@ def test_files_of_others(tmp_path, file):
 def test_what_is_written_is_read_bit_for_bit(tmp_path, name, form):
   path = tmp_path / ("x" if form == "hf" else "x.safetensors")
   model = stored(tmp_path, name)
-  for part in (model, model_files.encoder_only(model)):
-    model_files.write_model(part, path, form)
-    same(model_files.read_model(path), part)
+  for part in (model, loaded_model.encoder_only(model)):
+    writers.write_model(part, path, form)
+    same(readers.read_model(path), part)
   if form == "timm":
-    model_files.write_model(model, path, form)
+    writers.write_model(model, path, form)
     written, expected = load_file(path), named(name, "param.")
     table = expected.pop("rel_pos_bias.relative_position_bias_table", None)
     for key, x in written.items():
@@ -229,7 +230,7 @@ def test_files_to_refuse(name):
   if not path.is_file():
     pytest.skip(f"no {path}")
   with pytest.raises(WeightsError, match=REFUSALS[name]) as error:
-    model_files.read_model(path, grid=(3, 5))
+    readers.read_model(path, grid=(3, 5))
   assert "\n" not in str(error.value)
 
 
@@ -243,10 +244,10 @@ def random_model(grid=(3, 5), **fields):
   shapes = jax.eval_shape(encoder.init, jax.random.key(0), images)["params"]
   rng = np.random.default_rng(0)
   params = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32) * 0.3, shapes)
-  model = model_files.LoadedModel(
+  model = loaded_model.LoadedModel(
     encoder, None, {"encoder": params}, grid, IMAGENET_MEAN, IMAGENET_STD, {}, True, None
   )
-  return model._replace(method=model_files.METHOD, rule=interpolation.BEIT)
+  return model._replace(method=model_sources.METHOD, rule=interpolation.BEIT)
 
 
 def test_hidden_patches_take_their_rows_and_columns_away():
@@ -308,10 +309,10 @@ def test_relatives_of_the_network_are_written(tmp_path, fields):
   model, path = random_model(**fields), tmp_path / "x.safetensors"
   if "activation" in fields:
     with pytest.raises(WeightsError, match="with activation has no place"):
-      model_files.write_model(model, path, "timm")
+      writers.write_model(model, path, "timm")
     return
-  model_files.write_model(model, path, "timm")
-  read = model_files.read_model(path)
+  writers.write_model(model, path, "timm")
+  read = readers.read_model(path)
   has_table = "a position table beside the relative positions" in str(read.report)
   assert has_table == ("positions" in fields)
   if fields == dict(positions="table"):
@@ -320,21 +321,21 @@ def test_relatives_of_the_network_are_written(tmp_path, fields):
   same(read, model)
   if "fuse_layers" in fields or "key_bias" in fields:
     with pytest.raises(WeightsError, match="Beit has no place for fused layers or a bias of the k"):
-      model_files.write_model(model, tmp_path / "y", "hf")
+      writers.write_model(model, tmp_path / "y", "hf")
     return
-  model_files.write_model(model, tmp_path / "y", "hf")
+  writers.write_model(model, tmp_path / "y", "hf")
   features = lambda path: mrmae_jax.load(path).encode(np.zeros((1, 24, 40, 3), np.uint8))["pooled"]
   np.testing.assert_allclose(features(tmp_path / "y"), features(path), atol=1e-6)
 
 
 def test_other_sizes_interpolate_every_table(tmp_path):
   model = random_model((4, 4))
-  resized = model_files.params_at(model, (6, 5))["encoder"]
+  resized = loaded_model.params_at(model, (6, 5))["encoder"]
   for i in range(2):
     table = model.params["encoder"][f"blocks_{i}"]["attn"]["relative_positions"]
     expected = positions.resize_relative(table, (4, 4), (6, 5))
     np.testing.assert_array_equal(resized[f"blocks_{i}"]["attn"]["relative_positions"], expected)
-  model_files.write_model(model, tmp_path / "x.safetensors", "timm")
+  writers.write_model(model, tmp_path / "x.safetensors", "timm")
   images = np.random.default_rng(0).integers(0, 256, (2, 48, 40, 3), np.uint8)
   features = mrmae_jax.load(tmp_path / "x.safetensors").encode(images)["tokens"]
   path, student = str(tmp_path / "x.safetensors"), teachers.StudentImages((48, 40), 8)
@@ -363,7 +364,7 @@ def test_a_fine_tuned_file_is_a_teacher_by_its_last_block_alone():
 
 def test_what_does_not_fit_together_is_refused(tmp_path):
   model, path = random_model((3, 5)), tmp_path / "x.safetensors"
-  model_files.write_model(model, path, "timm")
+  writers.write_model(model, path, "timm")
   tensors = load_file(path)
   index = beit.relative_index((3, 5))
   table = "blocks.0.attn.relative_position_bias_table"
@@ -378,10 +379,10 @@ def test_what_does_not_fit_together_is_refused(tmp_path):
   ):
     save_file(content, path)
     with pytest.raises(WeightsError, match=message):
-      model_files.read_model(path)
+      readers.read_model(path)
   zero = {"blocks.0.attn.k_bias": np.zeros(16, np.float32)}
   save_file(tensors | {row: index} | zero, path)  # the index tells the grid
-  read = model_files.read_model(path)
+  read = readers.read_model(path)
   assert read.grid == (3, 5) and "relative_position_index (computed here)" in str(read.report)
 
 
@@ -389,25 +390,25 @@ def test_what_does_not_fit_together_is_refused(tmp_path):
 def test_a_folder_of_deepspeed_holds_a_model(tmp_path):
   torch = pytest.importorskip("torch")
   model = random_model((4, 4))
-  model_files.write_model(model, tmp_path / "x.safetensors", "timm")
+  writers.write_model(model, tmp_path / "x.safetensors", "timm")
   tensors = {x: torch.from_numpy(t) for x, t in load_file(tmp_path / "x.safetensors").items()}
   moments = {"exp_avg": torch.ones(2)}
   (tmp_path / "step").mkdir()
   content = {"module": tensors, "optimizer": moments, "epoch": 1}
   torch.save(content, tmp_path / "step" / "mp_rank_00_model_states.pt")
-  read = model_files.read_model(tmp_path / "step")
+  read = readers.read_model(tmp_path / "step")
   assert "behind 'module.'" in str(read.report) and "optimizer (1 tensor)" in str(read.report)
   same(read, model)
 
 
 def test_the_network_of_a_segmenter_without_its_head_is_taken_out_of_its_file(tmp_path):
   model, path = random_model((4, 4)), tmp_path / "x.safetensors"
-  model_files.write_model(model, path, "timm")
+  writers.write_model(model, path, "timm")
   tensors = {f"state_dict.backbone.{name}": x for name, x in load_file(path).items()}
   others = ("state_dict.backbone.fpn1.0.weight", "state_dict.neck.conv.weight")
   tensors |= {name: np.ones((2, 2), np.float32) for name in others}
   save_file({name: x for name, x in tensors.items() if ".norm." not in name}, path)
-  read = model_files.read_model(path)
+  read = readers.read_model(path)
   report = str(read.report)
   assert "behind 'state_dict.backbone.'" in report and "fpn1.0.weight" in report
   assert "state_dict (1 tensor)" in report and "norm (the source does not hold it)" in report
@@ -456,13 +457,13 @@ def test_rates_and_decay_are_the_authors():
 
 def test_a_file_is_fine_tuned_probed_and_trained_further(tmp_path):
   model, path = random_model((4, 4)), tmp_path / "x.safetensors"
-  model_files.write_model(model, path, "timm")
+  writers.write_model(model, path, "timm")
   config = run_config(tiny.finetune_config, path)
   preflight.check(config, num_devices=8)
   task = finetune.make(config)
   assert "BEiT's blocks" in task.notes[0]
   assert "tables of distances 4x4 interpolated to 4x6" in task.notes[0]
-  expected = flatten_dict(model_files.params_at(model, (4, 6))["encoder"], sep="/")
+  expected = flatten_dict(loaded_model.params_at(model, (4, 6))["encoder"], sep="/")
   assert task.pretrained.keys() == {f"encoder/{name}" for name in expected}
   for name, x in expected.items():
     np.testing.assert_array_equal(task.pretrained[f"encoder/{name}"], x)
@@ -490,7 +491,7 @@ def test_a_run_from_a_file_learns_and_resumes_bit_for_bit(tmp_path):
   images = jnp.zeros((1, 32, 32, 3))
   params = jax.tree.map(np.asarray, jax.jit(encoder.init)(jax.random.key(0), images)["params"])
   model = random_model((4, 4))._replace(params={"encoder": params})
-  model_files.write_model(model, tmp_path / "x.safetensors", "timm")
+  writers.write_model(model, tmp_path / "x.safetensors", "timm")
   values = {f"encoder.{name}": x for name, x in FIELDS.items()}
   values |= {"image_size": "(32,32)", "batch_size": 64, "mix.groups": 1, "epochs": 3}
   values |= {"data.source": "digits", "data.holdout_every": 5, "data.flip": False}
@@ -518,5 +519,5 @@ def test_a_run_from_a_file_learns_and_resumes_bit_for_bit(tmp_path):
   assert {i: row["loss"] for i, row in resumed.items()} == {
     i: row["loss"] for i, row in losses.items()
   }
-  models = [model_files.read_model(tmp_path / name) for name in ("whole", "killed")]
+  models = [readers.read_model(tmp_path / name) for name in ("whole", "killed")]
   jax.tree.map(np.testing.assert_array_equal, *(model.params for model in models))

@@ -42,7 +42,7 @@ from mrmae_jax.runs.checkpoint import Checkpoints
 from mrmae_jax.runs.run import make_evaluators
 from mrmae_jax.tasks import finetune, pretrain, probe
 from mrmae_jax.train import TrainState
-from mrmae_jax.weights import families, model_files, networks, tower_params, towers
+from mrmae_jax.weights import families, networks, readers, tower_params, towers, writers
 from tests import tiny
 from tests.helpers.cli import parse_options, run_command
 from tests.helpers.runs import finished_run
@@ -479,7 +479,7 @@ def mae_tensors():
 
 
 def read(path, **hints):
-  return model_files.read_model(path, num_heads=3, decoder_heads=4, **hints)
+  return readers.read_model(path, num_heads=3, decoder_heads=4, **hints)
 
 
 def check_same(model, tensors):
@@ -713,9 +713,9 @@ def test_features_of_a_tower_are_those_of_the_teacher():
     expected = jax.jit(teacher.forward)(teacher.params, images).features
     np.testing.assert_allclose(model.encode(images)["tokens"], expected, atol=1e-5)
   with pytest.raises(WeightsError, match="has no place in the format timm.*mrmae export"):
-    model_files.write_model(model.network, "x.safetensors", "timm")
+    writers.write_model(model.network, "x.safetensors", "timm")
   with pytest.raises(WeightsError, match="SigLIP.*loads as a teacher alone"):
-    model_files.read_model(TOWERS / "reject_siglip")
+    readers.read_model(TOWERS / "reject_siglip")
 
 
 def test_a_vit_for_image_classification_brings_its_classes(tmp_path):
@@ -783,7 +783,7 @@ def test_dinov2_in_the_names_of_its_authors_and_of_timm(tmp_path, naming):
   assert flat.keys() == expected.keys()
   for name, x in expected.items():
     np.testing.assert_array_equal(flat[name], x)
-  model = model_files.read_model(tmp_path / "x.safetensors", num_heads=4)
+  model = readers.read_model(tmp_path / "x.safetensors", num_heads=4)
   assert model.encoder.layer_scale and model.encoder.num_registers == 4 * ("registers" in naming)
 
 

@@ -20,7 +20,7 @@ from mrmae_jax.evals import reconstruct
 from mrmae_jax.models import ConvViT, Decoder, ViT
 from mrmae_jax.tasks import finetune, pretrain, probe
 from mrmae_jax.viz import grid
-from mrmae_jax.weights import files, model_files
+from mrmae_jax.weights import files, loaded_model, writers
 from tests import tiny
 from tests.helpers.cli import run_command
 from tests.helpers.images import eval_loader, photo, train_steps
@@ -390,9 +390,9 @@ VIT = ViT(8, 16, 1, 2, 36)
 
 def student_of(encoder, channels, grid=(3, 5)):
   decoder, rng = Decoder(8 * 8 * channels, 12, 1, 3, 2), np.random.default_rng(0)
-  shapes = model_files.param_shapes(encoder, decoder, grid, channels=channels)
+  shapes = loaded_model.param_shapes(encoder, decoder, grid, channels=channels)
   params = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32) * 0.3, shapes)
-  return model_files.LoadedModel(
+  return loaded_model.LoadedModel(
     encoder,
     decoder,
     params,
@@ -416,7 +416,7 @@ def student_of(encoder, channels, grid=(3, 5)):
 def test_files_keep_the_channels(tmp_path, form, channels):
   student = student_of(CONVVIT if form == "convmae" else VIT, channels)
   path = tmp_path / ("hf" if form == "hf" else "x.safetensors")
-  model_files.write_model(student, path, form)
+  writers.write_model(student, path, form)
   tensors = files.open_weights(path)
   name = {
     "convmae": "patch_embed1.proj.weight",
@@ -446,7 +446,7 @@ def test_files_keep_the_channels(tmp_path, form, channels):
   )
   with pytest.raises(ValueError, match=rf"expected \[B, H, W, {channels}\]"):
     model.encode(np.zeros((2, 24, 40, channels + 1), np.uint8))
-  fresh = flatten_dict(model_files.untrained(student).params["encoder"], sep="/")
+  fresh = flatten_dict(loaded_model.untrained(student).params["encoder"], sep="/")
   assert {name: x.shape for name, x in fresh.items()} == {
     name: x.shape for name, x in flatten_dict(student.params["encoder"], sep="/").items()
   }
@@ -454,7 +454,7 @@ def test_files_keep_the_channels(tmp_path, form, channels):
 
 def test_foreign_files_that_do_not_tell_their_statistics(tmp_path):
   student = student_of(VIT, 4)
-  model_files.write_model(student, tmp_path / "notes.safetensors", "timm")
+  writers.write_model(student, tmp_path / "notes.safetensors", "timm")
   tensors = {
     name: np.asarray(x) for name, x in files.open_weights(tmp_path / "notes.safetensors").items()
   }

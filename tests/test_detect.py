@@ -28,7 +28,7 @@ from mrmae_jax.models import ConvViT, ViT
 from mrmae_jax.models.mask_rcnn import MaskRCNN, make_mask_rcnn, usual_global_blocks
 from mrmae_jax.runs.metrics import is_detail
 from mrmae_jax.tasks import detect
-from mrmae_jax.weights import detectron2, model_files, positions, tower_params
+from mrmae_jax.weights import detectron2, positions, tower_params, writers
 from tests import tiny
 from tests.helpers import coco as fake
 from tests.helpers.cli import run_command
@@ -105,7 +105,7 @@ def test_a_pretrained_encoder_starts_detection(tmp_path, kind):
   else:
     encoder = ConvViT((2, 2, 2), (8, 12, 24), (1, 1, 1), 2, learned_positions=True)
   student, path = make_student(encoder, None, classes=3), tmp_path / "model.safetensors"
-  model_files.write_model(student, path, "timm" if kind == "vit" else "convmae")
+  writers.write_model(student, path, "timm" if kind == "vit" else "convmae")
   config = tiny.detect_config(kind, init_from=str(path))
   config.data.update(mean=student.mean, std=student.std)
   task = detect.make(config)
@@ -248,7 +248,7 @@ def test_a_run_that_lost_its_last_steps_does_them_again_bit_for_bit(tmp_path):
 def written(tmp_path_factory):
   """A detector in detectron2's names, and the folder it lies in."""
   path = tmp_path_factory.mktemp("detector") / "detector.safetensors"
-  model_files.write_model(make_detector(), path, "detectron2")
+  writers.write_model(make_detector(), path, "detectron2")
   return path
 
 
@@ -311,17 +311,17 @@ def test_another_detector_is_named_with_its_options(written, address, values, wo
 
 def test_detectors_of_other_classes_and_heads(tmp_path, address):
   path = tmp_path / "other.safetensors"
-  model_files.write_model(make_detector(classes=("cat", "dog", "emu")), path, "detectron2")
+  writers.write_model(make_detector(classes=("cat", "dog", "emu")), path, "detectron2")
   with pytest.raises(WeightsError, match="3 classes apart.* has 3; only there: emu; only here: co"):
     detect.make(further_config(path, address))
-  model_files.write_model(make_detector(classes=("dog", "cat", "cow")), path, "detectron2")
+  writers.write_model(make_detector(classes=("dog", "cat", "cow")), path, "detectron2")
   with pytest.raises(WeightsError, match="are the same in another order. config.head=new"):
     detect.make(further_config(path, address))
-  model_files.write_model(make_detector(mask_convs=0), path, "detectron2")
+  writers.write_model(make_detector(mask_convs=0), path, "detectron2")
   task = detect.make(further_config(path, address))
   assert "new, with random weights: mask_head" in "\n".join(task.notes)
   assert not any(name.startswith("mask_head") for name in task.pretrained)
-  model_files.write_model(make_detector(box_size=5), path, "detectron2")
+  writers.write_model(make_detector(box_size=5), path, "detectron2")
   with pytest.raises(WeightsError, match="box_size 5 there, 7 here. No key of config.rcnn changes"):
     detect.make(further_config(path, address))
 
@@ -336,7 +336,7 @@ def test_a_detector_in_fpn_style_starts_detection(tmp_path, address):
   params = jax.tree.map(lambda x: np.ones(x.shape, np.float32), shapes)
   params["encoder"]["norm"] = tower_params.fresh_norm(64)
   model = make_detector()._replace(encoder=encoder, detector=network, params=params, grid=(4, 4))
-  model_files.write_model(model, tmp_path / "fpn.safetensors", "detectron2")
+  writers.write_model(model, tmp_path / "fpn.safetensors", "detectron2")
   fields = dict(patch_sizes=(4, 2, 2), embed_dims=(4, 8, 64), depths=(1, 1, 2), num_heads=1)
   values = {f"encoder.{key}": x for key, x in fields.items()}
   rcnn = dict(pyramid="fpn", norm="bn", distances="shared", window=2, box_hidden=8)
@@ -400,7 +400,7 @@ def test_what_detects_nothing_is_refused(written, tmp_path):
     (3, "no roi_heads"),
   ):
     student = make_student(ViT(8, 16, 1, 2, 32), None, classes=classes)
-    model_files.write_model(student, tmp_path / "other.safetensors", "timm")
+    writers.write_model(student, tmp_path / "other.safetensors", "timm")
     with pytest.raises(WeightsError, match=words):
       mrmae_jax.load(tmp_path / "other.safetensors").detect([picture(8, 8)])
 

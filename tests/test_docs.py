@@ -40,7 +40,7 @@ from PIL import Image
 from mrmae_jax import __main__ as entry
 from mrmae_jax import config
 from mrmae_jax.cli import parser
-from mrmae_jax.weights import model_files
+from mrmae_jax.weights import writers
 from tests.helpers import coco
 from tests.helpers.models import make_detector, make_segmenter
 from tests.helpers.programs import run_program
@@ -424,8 +424,8 @@ class Place:
     (path / ".venv" / "bin" / "activate").touch()
     (path / "shorter.json").write_text(json.dumps(SHORTER))
     images(path / "photos", 40, (90, 70))
-    model_files.write_model(make_segmenter(), path / "upernet.safetensors", "mmseg")
-    model_files.write_model(make_detector(), path / "detector.safetensors", "detectron2")
+    writers.write_model(make_segmenter(), path / "upernet.safetensors", "mmseg")
+    writers.write_model(make_detector(), path / "detector.safetensors", "detectron2")
     coco.write(path / "coco")
     for split in ("training", "validation"):
       images(path / "scenes/images" / split, 8, (64, 80), classes=1)

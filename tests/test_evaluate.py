@@ -15,7 +15,7 @@ from mrmae_jax import data
 from mrmae_jax.cli import classifiers, evaluate, images
 from mrmae_jax.errors import DataError
 from mrmae_jax.models import ViT
-from mrmae_jax.weights import model_files
+from mrmae_jax.weights import writers
 from tests import tiny
 from tests.helpers.cli import parse_options, run_command
 from tests.helpers.models import make_student
@@ -72,7 +72,7 @@ def models(tmp_path_factory):
     vit = ViT(8 if name == "b" else 4, 16, 1, 2, 32, learned_positions=True)
     student = make_student(vit, None, classes=len(classes) or 3, has_norm=False, seed=seed)
     file = root / f"{name}.safetensors"
-    model_files.write_model(student._replace(classes=tuple(classes)), file, "timm")
+    writers.write_model(student._replace(classes=tuple(classes)), file, "timm")
   for split, count in (("train", 1), ("validation", 7)):
     for name in "xyz":
       (root / "photos" / split / name).mkdir(parents=True)

@@ -9,7 +9,7 @@ import pytest
 import mrmae_jax
 from mrmae_jax import target
 from mrmae_jax.cli import export
-from mrmae_jax.weights import model_files
+from mrmae_jax.weights import writers
 from tests.helpers.cli import run_command
 from tests.helpers.devices import gpu
 from tests.helpers.models import CONVVIT, VIT, make_student
@@ -21,7 +21,7 @@ def test_the_same_numbers_without_this_project(tmp_path, kind, capsys):
   encoder = VIT.clone(learned_positions=True) if classes else CONVVIT
   student = make_student(encoder, None, classes=classes, has_norm=not classes)
   form = "timm" if classes else "convmae"
-  model_files.write_model(student, tmp_path / "model.safetensors", form)
+  writers.write_model(student, tmp_path / "model.safetensors", form)
   words = [f"--model={tmp_path}/model.safetensors", f"--out={tmp_path}/out", "--image_size=24,16"]
   assert run_command(["export", *words]) == 0
   assert f"{kind} for images uint8 [B, 24, 16, 3]; called in a process" in capsys.readouterr().out
@@ -49,7 +49,7 @@ def test_the_same_numbers_without_this_project(tmp_path, kind, capsys):
 
 
 def test_other_numbers_are_an_error_and_leave_nothing(tmp_path, monkeypatch, capsys):
-  model_files.write_model(make_student(VIT, None), tmp_path / "x.safetensors", "timm")
+  writers.write_model(make_student(VIT, None), tmp_path / "x.safetensors", "timm")
   changed = export.CALL.replace("**outputs", "**{k: x + 1 for k, x in outputs.items()}")
   monkeypatch.setattr(export, "CALL", changed)
   words = [f"--model={tmp_path}/x.safetensors", f"--out={tmp_path}/out"]
@@ -60,7 +60,7 @@ def test_other_numbers_are_an_error_and_leave_nothing(tmp_path, monkeypatch, cap
 
 def test_written_beside_a_gpu_it_runs_elsewhere(tmp_path):
   """Attention in bfloat16 is cuDNN's there, and must not be in the file."""
-  model_files.write_model(make_student(VIT, None), tmp_path / "x.safetensors", "timm")
+  writers.write_model(make_student(VIT, None), tmp_path / "x.safetensors", "timm")
   model = mrmae_jax.load(tmp_path / "x.safetensors", num_heads=2, dtype="bfloat16")
   with target.tracing_for(gpu()):
     exported = model.export((24, 16), logits=False)

@@ -13,7 +13,7 @@ from PIL import Image
 import mrmae_jax
 from mrmae_jax import data
 from mrmae_jax.models import ConvViT, ViT
-from mrmae_jax.weights import model_files
+from mrmae_jax.weights import readers, writers
 from tests.helpers.cli import run_command
 from tests.helpers.models import make_student
 
@@ -37,7 +37,7 @@ def paths(tmp_path_factory):
     ("finetuned", make_student(vit, None, classes=3, has_norm=False), "timm"),
   ):
     paths[name] = folder / f"{name}.safetensors"
-    model_files.write_model(student, paths[name], form)
+    writers.write_model(student, paths[name], form)
   return paths
 
 
@@ -86,7 +86,7 @@ def test_lists_and_arrays_of_every_library_are_taken(paths):
 
 
 def test_images_are_normalised_with_what_the_file_says(paths):
-  student = model_files.read_model(paths["vit"])
+  student = readers.read_model(paths["vit"])
   model, images = (
     mrmae_jax.load(paths["vit"]),
     np.random.default_rng(0).random((2, 12, 20, 3), np.float32),

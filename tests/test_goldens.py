@@ -29,7 +29,7 @@ from mrmae_jax.models.decoder import Decoder
 from mrmae_jax.models.layers import sincos_2d
 from mrmae_jax.models.vit import ViT
 from mrmae_jax.pretrained import PretrainedModel
-from mrmae_jax.weights import convmae, files, mae, model_files
+from mrmae_jax.weights import convmae, files, loaded_model, mae, readers, writers
 from mrmae_jax.weights.table import convert, export
 from tests.helpers.goldens import close, read_tensors
 
@@ -110,7 +110,7 @@ def load(name, sparse):
   def to_ours(named):
     return convert(
       named,
-      model_files.name_table(encoder, decoder, (), True),
+      loaded_model.name_table(encoder, decoder, (), True),
       expected,
       ignore=("pos_embed", "decoder_pos_embed"),
       source=name,
@@ -194,7 +194,7 @@ def named(prefix, name):
 
 def opened(path, **options):
   """A model that takes the images of the goldens, which are normalised already."""
-  student = model_files.read_model(path, num_heads=3, decoder_heads=4, **options)
+  student = readers.read_model(path, num_heads=3, decoder_heads=4, **options)
   return PretrainedModel(student._replace(mean=(0.0,) * 3, std=(1.0,) * 3))
 
 
@@ -240,7 +240,7 @@ def test_published_checkpoints(tmp_path, release, suffix):
     (2, 1, 3),
     (4, 4, 4),
   )
-  table = model_files.name_table(encoder, model.network.decoder, (), True)
+  table = loaded_model.name_table(encoder, model.network.decoder, (), True)
   for name, x in export(model.network.params, table).items():
     if name != "cls_token":
       np.testing.assert_array_equal(x, tensors[name], err_msg=name)
@@ -282,7 +282,7 @@ def test_a_malicious_pickle_is_refused_and_nothing_in_it_is_run():
   with pytest.raises(
     WeightsError, match="needs pickled class posix.system; refusing, as it could run any code"
   ):
-    model_files.read_model(path)
+    readers.read_model(path)
   assert not trace.exists()
 
 
@@ -304,7 +304,7 @@ def test_fine_tuned_checkpoint(tmp_path):
     jax.jit(model.encode)(images)["pooled"],
   )
   close(norm, expected["features"], FORWARD, "features")
-  model_files.write_model(model.network, tmp_path / "ours.safetensors", "convmae")
+  writers.write_model(model.network, tmp_path / "ours.safetensors", "convmae")
   written = load_file(tmp_path / "ours.safetensors")
   assert written.keys() == tensors.keys() and all(
     np.array_equal(written[name], tensors[name]) for name in tensors
@@ -316,7 +316,7 @@ def test_fine_tuned_checkpoint(tmp_path):
 def test_fine_tuning_loss_and_every_gradient(tmp_path):
   tensors = named("param.", "convvit_finetune")
   files.write_safetensors(tmp_path / "finetuned.safetensors", tensors)
-  student = model_files.read_model(tmp_path / "finetuned.safetensors", num_heads=3)
+  student = readers.read_model(tmp_path / "finetuned.safetensors", num_heads=3)
   model = Classifier(student.encoder, 7)
   images, labels = (named("in.", "convvit_finetune")[name] for name in ("imgs", "labels"))
 
@@ -336,7 +336,7 @@ def test_fine_tuning_loss_and_every_gradient(tmp_path):
   assert not np.asarray(
     gradients["encoder"].pop("norm")["scale"]
   ).any()  # the last norm is not used
-  table = model_files.name_table(student.encoder, None, ("fc_norm", "head"), False)
+  table = loaded_model.name_table(student.encoder, None, ("fc_norm", "head"), False)
   ours = export({"encoder": gradients.pop("encoder"), "classifier": gradients}, table)
   theirs = named("grad.", "convvit_finetune")
   assert ours.keys() == theirs.keys() == tensors.keys()

@@ -20,7 +20,15 @@ from mrmae_jax.errors import WeightsError
 from mrmae_jax.models import ConvViT, ViT, head_attention
 from mrmae_jax.models.feature_pyramid import FPN, SimpleFeaturePyramid, halve
 from mrmae_jax.models.mask_rcnn import MaskRCNN
-from mrmae_jax.weights import detectron2, model_files, model_sources, positions, tower_params
+from mrmae_jax.weights import (
+  detectron2,
+  loaded_model,
+  model_sources,
+  positions,
+  readers,
+  tower_params,
+  writers,
+)
 from mrmae_jax.weights.table import convert, export
 from tests.helpers.goldens import close, read_tensors
 from tests.helpers.models import make_detector
@@ -350,7 +358,7 @@ def test_a_file_in_detectron2s_names_tells_the_network_and_is_written_back(tmp_p
   tensors = named(name, "param.")
   extra = {"model.pixel_mean": np.zeros(3), "optimizer": np.zeros(1)}
   save_file({f"model.{key}": x for key, x in tensors.items()} | extra, path)
-  model = model_files.read_model(path)
+  model = readers.read_model(path)
   expected = make_network(case)
   assert model.grid == (6, 6) and model.detector.encoder.position_grid == (4, 4)
   assert model.detector == expected.clone(encoder=model.encoder)
@@ -360,8 +368,8 @@ def test_a_file_in_detectron2s_names_tells_the_network_and_is_written_back(tmp_p
   copy = tmp_path / "copy.safetensors"
   rules = detection.Rules(anchor_sizes=(8, 16, 32, 64, 128), roi_sample=64)
   classes = ("a", "b", "c")
-  model_files.write_model(model._replace(rules=rules, classes=classes), copy, "detectron2")
-  again = model_files.read_model(copy)
+  writers.write_model(model._replace(rules=rules, classes=classes), copy, "detectron2")
+  again = readers.read_model(copy)
   assert again.rules == rules and again.classes == classes and again.detector == model.detector
   assert jax.tree.all(jax.tree.map(np.array_equal, again.params, model.params))
   written = load_file(copy)
@@ -379,7 +387,7 @@ def test_a_file_in_fpn_style_is_written_and_tells_the_network(tmp_path):
   fill = lambda x: np.asarray(rng.standard_normal(x.shape), np.float32)
   params = jax.tree.map(fill, detectron2.detector_shapes(network, (64, 64)))
   params["encoder"]["norm"] = tower_params.fresh_norm(64)
-  model = model_files.LoadedModel(
+  model = loaded_model.LoadedModel(
     encoder,
     None,
     params,
@@ -391,22 +399,20 @@ def test_a_file_in_fpn_style_is_written_and_tells_the_network(tmp_path):
     report=None,
     detector=network,
   )
-  model_files.write_model(model, tmp_path / "noted.safetensors", "detectron2")
+  writers.write_model(model, tmp_path / "noted.safetensors", "detectron2")
   save_file(load_file(tmp_path / "noted.safetensors"), tmp_path / "plain.safetensors")
   for name in ("noted", "plain"):
-    again = model_files.read_model(tmp_path / f"{name}.safetensors")
+    again = readers.read_model(tmp_path / f"{name}.safetensors")
     assert again.detector == network and again.grid == (4, 4)
     assert jax.tree.all(jax.tree.map(np.array_equal, again.params, params))
   with pytest.raises(WeightsError, match="takes images of 4 x 4 tokens alone, not 2 x 4"):
-    model_files.params_at(again, (2, 4))
+    loaded_model.params_at(again, (2, 4))
   with pytest.raises(WeightsError, match="the format detectron2 is for detectors"):
-    model_files.write_model(
-      model_files.encoder_only(model), tmp_path / "x.safetensors", "detectron2"
-    )
+    writers.write_model(loaded_model.encoder_only(model), tmp_path / "x.safetensors", "detectron2")
   with pytest.raises(WeightsError, match="has a place in the format detectron2 alone"):
-    model_files.write_model(model_files.encoder_only(model), tmp_path / "x.safetensors", "convmae")
+    writers.write_model(loaded_model.encoder_only(model), tmp_path / "x.safetensors", "convmae")
   with pytest.raises(WeightsError, match="a detector cannot be written as 'convmae'"):
-    model_files.write_model(model, tmp_path / "x.safetensors", "convmae")
+    writers.write_model(model, tmp_path / "x.safetensors", "convmae")
 
 
 def test_the_encoder_of_a_detector_without_windows_keeps_its_grid_of_positions(tmp_path):
@@ -415,10 +421,10 @@ def test_the_encoder_of_a_detector_without_windows_keeps_its_grid_of_positions(t
   params = {path: x for path, x in params.items() if not path[-1].startswith("rel_pos")}
   encoder = model.encoder.clone(window=0, global_blocks=(), distances="none")
   model = model._replace(encoder=encoder, params=model.params | {"encoder": unflatten_dict(params)})
-  moved = model_files.params_at(model, (12, 8))["encoder"]  # interpolated in each forward pass
+  moved = loaded_model.params_at(model, (12, 8))["encoder"]  # interpolated in each forward pass
   assert jax.tree.all(jax.tree.map(np.array_equal, moved, model.params["encoder"]))
   with pytest.raises(WeightsError, match="a grid of positions. has a place in the format"):
-    model_files.write_model(model_files.encoder_only(model), tmp_path / "x.safetensors", "timm")
+    writers.write_model(loaded_model.encoder_only(model), tmp_path / "x.safetensors", "timm")
 
 
 @pytest.mark.parametrize("distances", ["decomposed", "shared"])

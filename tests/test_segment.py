@@ -25,7 +25,7 @@ from mrmae_jax.runs.checkpoint import Checkpoints, read_params
 from mrmae_jax.runs.log import Log, summary
 from mrmae_jax.runs.metrics import read_metrics
 from mrmae_jax.tasks import segment
-from mrmae_jax.weights import model_files
+from mrmae_jax.weights import writers
 from tests import tiny
 from tests.helpers.cli import run_command
 from tests.helpers.goldens import read_tensors
@@ -260,7 +260,7 @@ def test_a_run_is_a_model_that_segments(run, tmp_path):
   expected = segmentation.resize(look(window[None])["logits"], (32, 48))[0].argmax(-1)
   assert np.mean(model.segment([window])[0] == expected) > 0.999
   # It can be handed on, and trained further.
-  model_files.write_model(model.network, tmp_path / "out.safetensors", "mmseg")
+  writers.write_model(model.network, tmp_path / "out.safetensors", "mmseg")
   known = flatten_dict(jax.device_get(state.params), sep="/")
   for start in (workdir, tmp_path / "out.safetensors"):
     further = segment.make(tiny.segment_config(init_from=str(start)))
@@ -275,7 +275,7 @@ def test_a_run_is_a_model_that_segments(run, tmp_path):
 def test_it_starts_from_a_pretrained_encoder(tmp_path):
   finished_run(tmp_path / "run", "vit")
   student = make_student(ViT(8, 24, 2, 2, 48), None, classes=3)  # 4 x 6 tokens
-  model_files.write_model(student, tmp_path / "mae.safetensors", "timm")
+  writers.write_model(student, tmp_path / "mae.safetensors", "timm")
   for name in ("run", "mae.safetensors"):
     config = tiny.segment_config(init_from=str(tmp_path / name), image_size=(48, 48))
     task = segment.make(config)
@@ -298,7 +298,7 @@ def test_heads_of_other_classes_are_refused_or_started_anew(tmp_path):
   config.upernet.levels = (0, 1, 2, 3)
   config.image_size = (32, 32)
   model = make_segmenter()
-  model_files.write_model(model, path, "mmseg")
+  writers.write_model(model, path, "mmseg")
   config.init_from = str(path)
   with pytest.raises(WeightsError) as error:
     segment.make(config)

@@ -27,7 +27,7 @@ from mrmae_jax.models import ConvViT, ViT, maps, upernet
 from mrmae_jax.models.layers import Mask
 from mrmae_jax.pretrained import PretrainedModel
 from mrmae_jax.viz import grid
-from mrmae_jax.weights import mmseg, model_files
+from mrmae_jax.weights import loaded_model, mmseg, readers, writers
 from mrmae_jax.weights.model_sources import METADATA_KEY
 from mrmae_jax.weights.table import convert, export
 from tests.helpers.cli import run_command
@@ -147,7 +147,7 @@ def stored(tmp_path, name):
   """The model of a case, out of a file in the published names."""
   case, path = CASES[name], tmp_path / f"{name}.safetensors"
   save_file({key: np.ascontiguousarray(x) for key, x in named(name, "param.").items()}, path)
-  return model_files.read_model(path, **hints_of(case))
+  return readers.read_model(path, **hints_of(case))
 
 
 def hints_of(case):
@@ -264,7 +264,7 @@ def test_sizes_and_resized_images(name):
 def written(tmp_path_factory):
   """The file of `make_segmenter`."""
   path = tmp_path_factory.mktemp("segmentation") / "model.safetensors"
-  model_files.write_model(make_segmenter(), path, "mmseg")
+  writers.write_model(make_segmenter(), path, "mmseg")
   return path
 
 
@@ -276,7 +276,7 @@ def same_params(actual, expected):
 
 
 def test_a_written_file_gives_the_model_bit_for_bit(written):
-  model, expected = model_files.read_model(written), make_segmenter()
+  model, expected = readers.read_model(written), make_segmenter()
   for field in ("encoder", "segmenter", "grid", "mean", "std", "classes", "has_norm"):
     assert getattr(model, field) == getattr(expected, field)
   same_params(model.params, expected.params)
@@ -286,28 +286,28 @@ def test_a_file_of_the_authors_goes_in_and_out(tmp_path):
   pytest.importorskip("torch")
   for file in GOLDENS.glob("*_released.pth"):
     name = file.stem.removesuffix("_released")
-    model = model_files.read_model(file, **hints_of(CASES[name]))
+    model = readers.read_model(file, **hints_of(CASES[name]))
     assert model.classes == tuple(f"class {i}" for i in range(CASES[name]["num_classes"]))
     assert "counters and table indices" in str(model.report)
     assert "statistics (28 tensors)" in str(model.report)
     same_params(model.params, stored(tmp_path, name).params)
     out = tmp_path / "out.safetensors"
-    model_files.write_model(model, out, "mmseg")
+    writers.write_model(model, out, "mmseg")
     theirs = named(name, "param.")
     assert load_file(out).keys() == theirs.keys()
     for key, x in load_file(out).items():
       np.testing.assert_array_equal(x, theirs[key], err_msg=key)
-    same_params(model_files.read_model(out).params, model.params)
+    same_params(readers.read_model(out).params, model.params)
 
 
 def test_its_encoder_can_be_written_and_read_alone(tmp_path, written):
   for model, form in (
-    (model_files.read_model(written), "timm"),
+    (readers.read_model(written), "timm"),
     *((stored(tmp_path, x), "convmae") for x in NETWORKS if x.startswith("convmae")),
   ):
     out = tmp_path / f"{form}.safetensors"
-    model_files.write_model(model_files.encoder_only(model), out, form)
-    alone = model_files.read_model(out)
+    writers.write_model(loaded_model.encoder_only(model), out, form)
+    alone = readers.read_model(out)
     assert alone.encoder == model.encoder and not alone.has_norm and alone.segmenter is None
     same_params(alone.params["encoder"], model.params["encoder"])
 
@@ -321,7 +321,7 @@ def test_files_that_do_not_fit_are_named(tmp_path, written):
     change(changed)
     save_file({name: np.ascontiguousarray(x) for name, x in changed.items()}, path)
     with pytest.raises(WeightsError, match=message):
-      model_files.read_model(path, **hints)
+      readers.read_model(path, **hints)
 
   nothing = lambda x: None
   refused("levels=.0, 1, 2, 9. are not four of the blocks 0 to 3", nothing, levels=(0, 1, 2, 9))
@@ -347,7 +347,7 @@ def remove(part):
 def test_other_models_do_not_segment_and_say_what_they_hold():
   vit = ViT(8, 16, 1, 2, 32)
   images = np.zeros((1, 32, 32, 3), np.uint8)
-  report = model_files.Report("x.pth", "", (), (), ())
+  report = loaded_model.Report("x.pth", "", (), (), ())
   classifier = PretrainedModel(make_student(vit, None, classes=3)._replace(report=report))
   with pytest.raises(WeightsError, match=r"x.pth holds a classifier \(head \[3, 16\]\) and no dec"):
     classifier.segment(images)
@@ -458,7 +458,7 @@ def test_predict_writes_label_pictures(written, photos, tmp_path, capsys):
 )
 def test_predict_refuses_what_does_not_fit(written, photos, tmp_path, options, message, capsys):
   student = make_student(ViT(8, 16, 1, 2, 32), None, classes=3)
-  model_files.write_model(student, tmp_path / "classifier.safetensors", "timm")
+  writers.write_model(student, tmp_path / "classifier.safetensors", "timm")
   given = [x.replace("CLASSIFIER", f"{tmp_path}/classifier.safetensors") for x in options]
   words = ["predict", f"--models={written}", f"--images=folder:{photos}", *given]
   assert run_command(words) == 2
@@ -496,7 +496,7 @@ def test_damaged_notes_are_an_error(tmp_path, written):
   ):
     save_file(tensors, path, {METADATA_KEY: json.dumps(notes | change)})
     with pytest.raises(WeightsError, match=message):
-      model_files.read_model(path)
+      readers.read_model(path)
 
 
 def test_channels_are_dropped_image_by_image():

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from mrmae_jax.models.classifier import Classifier
-from mrmae_jax.weights import beit, model_files
+from mrmae_jax.weights import beit, readers, writers
 from mrmae_jax.weights.table import export
 
 
@@ -39,9 +39,9 @@ def test_beit(tmp_path, pool, grid):
       parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
   weights = {name: x.contiguous() for name, x in model.state_dict().items()}
   save_file(weights, tmp_path / "theirs.safetensors")
-  network = model_files.read_model(tmp_path / "theirs.safetensors", grid=grid)
+  network = readers.read_model(tmp_path / "theirs.safetensors", grid=grid)
   assert network.grid == grid
-  model_files.write_model(network, tmp_path / "ours.safetensors", "timm")
+  writers.write_model(network, tmp_path / "ours.safetensors", "timm")
   written = load_file(tmp_path / "ours.safetensors")
   assert written.keys() == weights.keys()
   for name, x in weights.items():

@@ -14,7 +14,7 @@ from mrmae_jax.models.depthwise import depthwise_conv
 from mrmae_jax.models.layers import gelu, patchify, sincos_2d
 from mrmae_jax.models.vit import ViT
 from mrmae_jax.pretrained import PretrainedModel
-from mrmae_jax.weights import files, mae, model_files, positions
+from mrmae_jax.weights import files, loaded_model, mae, positions, readers, writers
 from tests.helpers.specs import read_spec
 
 torch = pytest.importorskip("torch")
@@ -226,7 +226,7 @@ def test_mae_there_and_back(tmp_path, tables, eps):
   if tables != "own":
     model.load_state_dict(zero if tables == "zero" else sincos, strict=False)
   model.save_pretrained(tmp_path / "theirs")
-  student = model_files.read_model(tmp_path / "theirs")
+  student = readers.read_model(tmp_path / "theirs")
   assert (
     student.encoder.learned_positions == student.decoder.learned_positions == (tables != "sincos")
   )
@@ -248,7 +248,7 @@ def test_mae_there_and_back(tmp_path, tables, eps):
   )
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
-  model_files.write_model(student, tmp_path / "ours", "hf")
+  writers.write_model(student, tmp_path / "ours", "hf")
   back, info = type(model).from_pretrained(tmp_path / "ours", output_loading_info=True)
   assert not any(info.values())
   assert all(torch.equal(x, back.state_dict()[name]) for name, x in model.state_dict().items())
@@ -264,8 +264,8 @@ def test_the_encoder_of_mae_in_transformers(tmp_path):
   from transformers.models.vit_mae import ViTMAEModel
 
   vit_mae(layer_norm_eps=1e-6).save_pretrained(tmp_path / "theirs")
-  student = model_files.encoder_only(model_files.read_model(tmp_path / "theirs"))
-  model_files.write_model(student, tmp_path / "ours", "hf")
+  student = loaded_model.encoder_only(readers.read_model(tmp_path / "theirs"))
+  writers.write_model(student, tmp_path / "ours", "hf")
   model, info = ViTMAEModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
   assert not any(info.values())
   images = np.random.default_rng(3).standard_normal((2, 32, 32, 3)).astype(np.float32)
@@ -299,7 +299,7 @@ def test_fine_tuned_mae_on_cls(tmp_path):
     named[entry.theirs[0]] = np.concatenate(parts)  # query, key, value in one
   named |= {"head.weight": t["classifier.weight"], "head.bias": t["classifier.bias"]}
   files.write_safetensors(tmp_path / "finetuned.safetensors", named)
-  student = model_files.read_model(tmp_path / "finetuned.safetensors", num_heads=3)
+  student = readers.read_model(tmp_path / "finetuned.safetensors", num_heads=3)
   assert student.encoder == module
   images = np.random.default_rng(3).random((2, 32, 32, 3), np.float32)
   with torch.no_grad():
@@ -462,9 +462,9 @@ def test_beit(tmp_path, options):
     np.testing.assert_allclose(layer, hidden.numpy(), atol=1e-5)
   np.testing.assert_allclose(ours.classify(images), expected.logits.numpy(), atol=1e-5)
   # In the names of its memory, beside config.json.
-  memory = model_files.read_model(tmp_path / "theirs" / "memory.bin")
+  memory = readers.read_model(tmp_path / "theirs" / "memory.bin")
   jax.tree.map(np.testing.assert_array_equal, memory.params, ours.network.params)
-  model_files.write_model(ours.network, tmp_path / "ours", "hf")
+  writers.write_model(ours.network, tmp_path / "ours", "hf")
   written, info = type(model).from_pretrained(tmp_path / "ours", output_loading_info=True)
   assert not info["missing_keys"] and not info["unexpected_keys"]
   with torch.no_grad():

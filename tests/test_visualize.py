@@ -21,7 +21,7 @@ from mrmae_jax.runs.checkpoint import Checkpoints
 from mrmae_jax.tasks import pretrain
 from mrmae_jax.train import TrainState
 from mrmae_jax.viz import grid, page, panels
-from mrmae_jax.weights import model_files
+from mrmae_jax.weights import loaded_model, writers
 from tests import tiny
 from tests.helpers.cli import parse_options, run_command
 from tests.helpers.models import make_student, random_params
@@ -350,10 +350,10 @@ def test_queries(run, monkeypatch):
     picture = panel.picture[20:116:3, 4:148:3]
     red = (picture == [255, 0, 0]).all(-1)
     assert red.sum() == (28 if query else 0) and (not query or (red[16:24, 40:].sum() == 28))
-  vit = model_files.LoadedModel(*make_student(ViT(8, 16, 1, 2, 32), None))
+  vit = loaded_model.LoadedModel(*make_student(ViT(8, 16, 1, 2, 32), None))
   subject = subject._replace(
     model=mrmae_jax.pretrained.PretrainedModel(
-      vit._replace(report=model_files.Report("x", "", (), (), ()))
+      vit._replace(report=loaded_model.Report("x", "", (), (), ()))
     ),
     options=subject_of(workdir, config).options,
   )
@@ -490,7 +490,7 @@ def test_one_image_of_any_size_on_published_weights(tmp_path, photos, command):
 
   The grid is not the file's.
   """
-  model_files.write_model(
+  writers.write_model(
     make_student(ViT(8, 16, 1, 2, 32), None), tmp_path / "vit.safetensors", "timm"
   )
   code, printed, out = command(
@@ -544,7 +544,7 @@ def test_a_preset_by_name_and_a_teacher_that_has_gone(tmp_path, run, monkeypatch
 
 def test_refusals(tmp_path, run, photos, command):
   workdir, _, _ = run
-  model_files.write_model(
+  writers.write_model(
     make_student(ViT(8, 16, 1, 2, 32), None), tmp_path / "vit.safetensors", "timm"
   )
   model, vit = f"--model={workdir}", f"--model={tmp_path}/vit.safetensors"

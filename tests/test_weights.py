@@ -17,7 +17,7 @@ from mrmae_jax.models import ConvViT, Decoder, ViT
 from mrmae_jax.models.layers import sincos_2d
 from mrmae_jax.runs.checkpoint import Checkpoints
 from mrmae_jax.tasks import pretrain
-from mrmae_jax.weights import files, model_files, positions
+from mrmae_jax.weights import files, loaded_model, model_sources, positions, readers, writers
 from mrmae_jax.weights.table import mlp_ratio
 from tests import tiny
 from tests.helpers.cli import run_command
@@ -55,16 +55,16 @@ STUDENTS = {
 def test_round_trip_of_files(tmp_path, name):
   encoder, options = STUDENTS[name]
   student, path = make_student(encoder, **options), tmp_path / "x.safetensors"
-  model_files.write_model(student, path, "timm" if isinstance(encoder, ViT) else "convmae")
+  writers.write_model(student, path, "timm" if isinstance(encoder, ViT) else "convmae")
   assert [p.name for p in tmp_path.iterdir()] == [
     "x.safetensors"
   ] and path.stat().st_mode & 0o044  # others may read it
-  result = model_files.read_model(path)
+  result = readers.read_model(path)
   same(result, student)
   assert str(path) in str(result.report) and ("cannot reconstruct" in str(result.report)) == (
     student.decoder is None
   )
-  encoder_only = model_files.read_model(path, decoder=False)
+  encoder_only = readers.read_model(path, decoder=False)
   assert encoder_only.decoder is None
   assert ("decoder (not asked for)" in str(encoder_only.report)) == (student.decoder is not None)
 
@@ -75,9 +75,9 @@ def test_fine_tuned_encoder_without_its_last_norm(tmp_path, encoder):
     encoder.clone(learned_positions=True), decoder=None, classes=3, has_norm=False
   )
   path = tmp_path / "x.safetensors"
-  model_files.write_model(student, path, "timm" if encoder is VIT else "convmae")
+  writers.write_model(student, path, "timm" if encoder is VIT else "convmae")
   assert not [name for name in load_file(path) if name.startswith("norm.")]
-  result = model_files.read_model(path)
+  result = readers.read_model(path)
   assert not result.has_norm and "norm (fine-tuning replaces" in str(result.report)
   fresh = {"scale": np.ones(16, np.float32), "bias": np.zeros(16, np.float32)}
   same(
@@ -95,13 +95,13 @@ def test_fine_tuned_encoder_without_its_last_norm(tmp_path, encoder):
 )
 def test_round_trip_of_hf_folders(tmp_path, decoder):
   student = make_student(VIT.clone(learned_positions=decoder is not DECODER), decoder)
-  model_files.write_model(student, tmp_path / "hf", "hf")
+  writers.write_model(student, tmp_path / "hf", "hf")
   assert sorted(p.name for p in (tmp_path / "hf").iterdir()) == [
     "config.json",
     "model.safetensors",
     "preprocessor_config.json",
   ]
-  same(model_files.read_model(tmp_path / "hf"), student)
+  same(readers.read_model(tmp_path / "hf"), student)
   # In transformers 5's own names of the decoder's blocks.
   if decoder is not None:
     file = tmp_path / "hf" / "model.safetensors"
@@ -110,12 +110,12 @@ def test_round_trip_of_hf_folders(tmp_path, decoder):
       for name, x in load_file(file).items()
     }
     files.write_safetensors(file, tensors)
-    same(model_files.read_model(tmp_path / "hf"), student)
+    same(readers.read_model(tmp_path / "hf"), student)
 
 
 def test_the_tool_converts_there_and_back(tmp_path, capsys):
   student = make_student(VIT)
-  model_files.write_model(student, tmp_path / "a.safetensors", "timm")
+  writers.write_model(student, tmp_path / "a.safetensors", "timm")
   steps = (("a.safetensors", "hf", "hf"), ("hf", "b.safetensors", "timm"))
   for model, out, form in steps:
     assert (
@@ -138,7 +138,7 @@ def test_the_tool_converts_there_and_back(tmp_path, capsys):
     )
     == 0
   )
-  same(model_files.read_model(tmp_path / "c.safetensors"), model_files.encoder_only(student))
+  same(readers.read_model(tmp_path / "c.safetensors"), loaded_model.encoder_only(student))
   assert capsys.readouterr().err == ""
   for arguments, message in (
     (["--out=x.safetensors"], "--model is missing"),
@@ -172,7 +172,7 @@ def test_the_tool_converts_there_and_back(tmp_path, capsys):
 )
 def test_forms_that_a_student_cannot_take(tmp_path, student, form, message):
   with pytest.raises(WeightsError, match=message):
-    model_files.write_model(student, tmp_path / "x", form)
+    writers.write_model(student, tmp_path / "x", form)
   assert not list(tmp_path.iterdir())
 
 
@@ -185,7 +185,7 @@ def published(
   """A student's tensors in a file without notes, after a change; and the student."""
   student = make_student(encoder, decoder, **options)._replace(grid=grid)
   path = tmp_path / "published.safetensors"
-  model_files.write_model(student, path, "timm" if isinstance(encoder, ViT) else "convmae")
+  writers.write_model(student, path, "timm" if isinstance(encoder, ViT) else "convmae")
   tensors = load_file(path)
   files.write_safetensors(path, change(tensors) or tensors)
   return path, student
@@ -196,7 +196,7 @@ def published(
 )
 def test_sizes_are_read_off_the_tensors(tmp_path, encoder):
   path, student = published(tmp_path, encoder)
-  result = model_files.read_model(path, num_heads=2, decoder_heads=3)
+  result = readers.read_model(path, num_heads=2, decoder_heads=3)
   same(result._replace(mean=student.mean, std=student.std, method=student.method), student)
   assert result.mean == (0.485, 0.456, 0.406) and result.method == {
     "mask_ratio": 0.75,
@@ -211,7 +211,7 @@ def test_published_numbers_of_tensors():
   among them.
   """
   named = lambda *student: {
-    name for entry in model_files.name_table(*student) for name in entry.theirs
+    name for entry in loaded_model.name_table(*student) for name in entry.theirs
   }
   assert len(named(ConvViT(), Decoder(768), (), True)) + 2 == 313
   finetuned = ConvViT(fuse_stages=False, learned_positions=True)
@@ -229,7 +229,7 @@ def test_mlp_ratio_gives_back_the_hidden_width():
 @pytest.mark.parametrize("width, heads", [(384, 6), (768, 12), (1024, 16), (1280, 16)])
 def test_usual_numbers_of_heads(tmp_path, width, heads):
   path, _ = published(tmp_path, ViT(4, width, 1, heads, 8), Decoder(48, 512, 1, 16, 0.1))
-  result = model_files.read_model(path)
+  result = readers.read_model(path)
   assert result.encoder.num_heads == heads and result.decoder.num_heads == 16
 
 
@@ -240,7 +240,7 @@ def test_other_position_tables_are_kept(tmp_path):
 
   for by, learned in ((1e-6, False), (1e-3, True)):
     path, student = published(tmp_path, change=lambda t: shift(t, by))
-    result = model_files.read_model(path, num_heads=2, decoder_heads=3)
+    result = readers.read_model(path, num_heads=2, decoder_heads=3)
     assert result.encoder.learned_positions == result.decoder.learned_positions == learned
     assert ("pos_embed (4x4 tokens)" in str(result.report)) == learned
     assert ("the sine-cosine table to 1e-06" in str(result.report)) != learned
@@ -253,12 +253,12 @@ def test_other_position_tables_are_kept(tmp_path):
       )
   path, _ = published(tmp_path, change=lambda t: shift(t, np.nan))
   with pytest.raises(WeightsError, match="non-finite values in pos_embed"):
-    model_files.read_model(path, num_heads=2, decoder_heads=3)
+    readers.read_model(path, num_heads=2, decoder_heads=3)
 
 
 def test_positions_can_be_kept_for_training(tmp_path):
   path, _ = published(tmp_path)
-  result = model_files.read_model(path, num_heads=2, decoder=False, learned_positions=True)
+  result = readers.read_model(path, num_heads=2, decoder=False, learned_positions=True)
   assert result.encoder.learned_positions
   np.testing.assert_array_equal(result.params["encoder"]["pos_embed"], sincos_2d(16, (4, 4))[None])
 
@@ -270,7 +270,7 @@ def test_a_row_for_cls_in_the_table_of_convmae_v2(tmp_path):
     tensors["pos_embed"] = np.concatenate([row, tensors["pos_embed"]], axis=1)
 
   path, student = published(tmp_path, CONVVIT.clone(cls_token=True), None, add_row)
-  result = model_files.read_model(path, num_heads=2)
+  result = readers.read_model(path, num_heads=2)
   assert (
     result.grid == (4, 4)
     and not result.encoder.learned_positions
@@ -360,10 +360,10 @@ def test_encoder_only_files_say_so(tmp_path):
 def test_anything_else_is_an_error(tmp_path, encoder, change, message):
   path, _ = published(tmp_path, encoder, change=change)
   if message is None:
-    assert model_files.read_model(path, num_heads=2, decoder_heads=3).encoder.depth == 1
+    assert readers.read_model(path, num_heads=2, decoder_heads=3).encoder.depth == 1
   else:
     with pytest.raises(WeightsError, match=message) as error:
-      model_files.read_model(path, num_heads=2, decoder_heads=3)
+      readers.read_model(path, num_heads=2, decoder_heads=3)
     assert "\n" not in str(error.value)
 
 
@@ -375,26 +375,26 @@ def test_heads_that_no_file_tells(tmp_path):
     (dict(num_heads=3, decoder_heads=3), "width 16 does not divide into 3 heads; check num_heads"),
   ):
     with pytest.raises(WeightsError, match=message):
-      model_files.read_model(path, **options)
-  assert model_files.read_model(path, num_heads=2, decoder=False).decoder is None
+      readers.read_model(path, **options)
+  assert readers.read_model(path, num_heads=2, decoder=False).decoder is None
 
 
 def test_a_file_that_lost_blocks_since_it_was_written_here(tmp_path):
   path = tmp_path / "x.safetensors"
-  model_files.write_model(make_student(CONVVIT), path, "convmae")
+  writers.write_model(make_student(CONVVIT), path, "convmae")
   files.write_safetensors(path, remove("blocks3.1.")(load_file(path)), files.read_metadata(path))
   with pytest.raises(WeightsError, match="missing: blocks3.1.*another depth"):
-    model_files.read_model(path)
+    readers.read_model(path)
   files.write_safetensors(
-    path, load_file(path), {model_files.METADATA_KEY: '{"encoder": {"name": "swin"}}'}
+    path, load_file(path), {model_sources.METADATA_KEY: '{"encoder": {"name": "swin"}}'}
   )
   with pytest.raises(WeightsError, match="is damaged: its notes about the model"):
-    model_files.read_model(path)
-  model_files.write_model(
+    readers.read_model(path)
+  writers.write_model(
     make_student(CONVVIT, None, classes=3)._replace(classes=("x", "y")), path, "convmae"
   )
   with pytest.raises(WeightsError, match="is damaged: it names 2 classes and holds 3"):
-    model_files.read_model(path)
+    readers.read_model(path)
 
 
 @pytest.mark.parametrize(
@@ -411,20 +411,20 @@ def test_a_file_that_lost_blocks_since_it_was_written_here(tmp_path):
   ],
 )
 def test_hf_folders_that_do_not_fit(tmp_path, change, message):
-  model_files.write_model(make_student(VIT), tmp_path, "hf")
+  writers.write_model(make_student(VIT), tmp_path, "hf")
   config = tmp_path / "config.json"
   config.write_text(json.dumps(json.loads(config.read_text()) | change))
   with pytest.raises(WeightsError, match=message):
-    model_files.read_model(tmp_path)
+    readers.read_model(tmp_path)
   config.unlink()
   with pytest.raises(WeightsError, match="config.json, which tells heads and eps"):
-    model_files.read_model(tmp_path)
+    readers.read_model(tmp_path)
 
 
 def test_a_tower_that_is_no_student():
   with pytest.raises(WeightsError, match="unknown: ") as error:
     path = Path(__file__).parent / "goldens" / "teachers" / "timm_clip.safetensors"
-    model_files.read_model(path, num_heads=4)
+    readers.read_model(path, num_heads=4)
   assert "\n" not in str(error.value)
 
 
@@ -439,7 +439,7 @@ def test_runs(tmp_path, encoder):
   checkpoints.close()
   (tmp_path / "run" / "config.json").write_text(config.to_json())
 
-  result = model_files.read_model(tmp_path / "run")
+  result = readers.read_model(tmp_path / "run")
   assert (
     result.grid == (4, 6)
     and result.mean == tuple(config.data.mean)
@@ -450,10 +450,8 @@ def test_runs(tmp_path, encoder):
   )
   del params["mimic_heads"]
   jax.tree.map(np.testing.assert_array_equal, result.params, params)
-  model_files.write_model(
-    result, tmp_path / "x.safetensors", "timm" if encoder == "vit" else "convmae"
-  )
-  same(model_files.read_model(tmp_path / "x.safetensors"), result)
+  writers.write_model(result, tmp_path / "x.safetensors", "timm" if encoder == "vit" else "convmae")
+  same(readers.read_model(tmp_path / "x.safetensors"), result)
 
   images = np.random.default_rng(0).integers(0, 256, (2, 32, 48, 3), np.uint8)
   features = mrmae_jax.load(tmp_path / "run").encode(images)
@@ -467,7 +465,7 @@ def test_runs(tmp_path, encoder):
   )
   (tmp_path / "run" / "config.json").unlink()
   with pytest.raises(WeightsError, match="holds no run"):
-    model_files.read_model(tmp_path / "run")
+    readers.read_model(tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -520,11 +518,11 @@ def test_learned_positions_start_as_the_constant(encoder):
 
 def test_params_at_another_grid():
   student = make_student(VIT.clone(learned_positions=True))
-  moved = model_files.params_at(student, (6, 4))
+  moved = loaded_model.params_at(student, (6, 4))
   table = student.params["encoder"]["pos_embed"]
   np.testing.assert_array_equal(
     moved["encoder"]["pos_embed"], positions.resize(table, GRID, (6, 4), interpolation.BICUBIC)
   )
   np.testing.assert_array_equal(moved["encoder"]["pos_embed"][:, 0], table[:, 0])
   assert moved["decoder"]["mask_token"] is student.params["decoder"]["mask_token"]
-  assert model_files.params_at(student, GRID)["encoder"] is student.params["encoder"]
+  assert loaded_model.params_at(student, GRID)["encoder"] is student.params["encoder"]

@@ -1,6 +1,6 @@
 """Writes a trained model for others to read, or theirs in another form."""
 
-from mrmae_jax.weights import model_files
+from mrmae_jax.weights import loaded_model, readers, writers
 
 
 def run(options) -> str:
@@ -10,7 +10,7 @@ def run(options) -> str:
     UsageError, WeightsError: a model that does not load, or that has no such format.
   """
   keep_all = options.parts == "all"
-  model = model_files.read_model(
+  model = readers.read_model(
     options.model,
     num_heads=options.num_heads,
     weights=options.weights,
@@ -18,6 +18,6 @@ def run(options) -> str:
     decoder=keep_all,
   )
   print(model.report)
-  model = model if keep_all else model_files.encoder_only(model)
-  model_files.write_model(model, options.out, options.format)
+  model = model if keep_all else loaded_model.encoder_only(model)
+  writers.write_model(model, options.out, options.format)
   return f"wrote {options.out}"

@@ -22,7 +22,7 @@ from mrmae_jax.errors import UsageError
 from mrmae_jax.models import ConvViT
 from mrmae_jax.runs import supervision
 from mrmae_jax.runs.paths import atomic_write
-from mrmae_jax.weights import model_files
+from mrmae_jax.weights import loaded_model
 
 
 class Encoder(NamedTuple):
@@ -134,7 +134,7 @@ def load_encoder(options) -> Encoder:
   )
   report = str(model.report)
   if options.untrained:
-    model = pretrained.PretrainedModel(model_files.untrained(model.network))
+    model = pretrained.PretrainedModel(loaded_model.untrained(model.network))
     report = f"{report.splitlines()[0]}, with fresh weights"
   encoder = model.network.encoder
   image_size = find_size(options, model)

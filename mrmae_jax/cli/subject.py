@@ -17,7 +17,7 @@ from mrmae_jax.data.sources.folder import FolderSource
 from mrmae_jax.errors import WeightsError, WorkdirError
 from mrmae_jax.runs import checkpoint, supervision
 from mrmae_jax.viz.grid import bands_shown
-from mrmae_jax.weights import hub, model_files
+from mrmae_jax.weights import hub, loaded_model
 
 BATCH_SIZE = 64  # images that are loaded at a time
 
@@ -206,7 +206,7 @@ def _make_config(options, model, size: tuple[int, int], run_config: dict[str, An
   """Makes a configuration of pre-training from the model's, with the teacher of the options."""
   network = model.network
   config = config_lib.pretrain()
-  config.encoder = ConfigDict(model_files.module_fields(network.encoder))
+  config.encoder = ConfigDict(loaded_model.module_fields(network.encoder))
   config.image_size = size
   config.seed = options.seed
   config.data.update(mean=network.mean, std=network.std, exif=find_exif(options, options.model))

@@ -14,7 +14,7 @@ from mrmae_jax.errors import UsageError
 from mrmae_jax.models import ViT, make_encoder
 from mrmae_jax.runs.paths import atomic_folder
 from mrmae_jax.tasks import self_distill
-from mrmae_jax.weights import families, files, model_files, table
+from mrmae_jax.weights import families, files, table, writers
 
 FILES = ("config.json", "preprocessor_config.json", "model.safetensors")
 
@@ -104,7 +104,7 @@ def describe(encoder: ViT, config) -> tuple[dict, dict]:
     "hidden_dropout_prob": 0.0,
     "initializer_range": 0.02,
   }
-  preprocessor = model_files.hf_preprocessor((height, width), config.data.mean, config.data.std)
+  preprocessor = writers.hf_preprocessor((height, width), config.data.mean, config.data.std)
   return model, preprocessor
 
 

@@ -24,7 +24,7 @@ from mrmae_jax.runs.paths import atomic_write
 from mrmae_jax.viz import page, panels
 from mrmae_jax.viz.grid import bands_shown, enlarge, perplexity, principal_colors
 from mrmae_jax.viz.panels import Panel, draw_columns
-from mrmae_jax.weights import model_files
+from mrmae_jax.weights import loaded_model
 
 RATIOS = (0.5, 0.75, 0.85, 0.9, 0.95)
 
@@ -188,7 +188,7 @@ def _mimic(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
     tokens = tokens[:, int(network.encoder.cls_token) :]
     return MimicHead(width, options.head).apply({"params": params["mimic_heads"]["mimic"]}, tokens)
 
-  predicted = predict(model_files.params_at(network, subject.grid), subject.images)
+  predicted = predict(loaded_model.params_at(network, subject.grid), subject.images)
   targets = mrmae.normalize_features(subject.teacher_out.features, options.target_norm)
   return np.asarray(predicted), np.asarray(targets)
 

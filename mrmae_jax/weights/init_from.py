@@ -9,7 +9,7 @@ from flax.traverse_util import flatten_dict
 
 from mrmae_jax.errors import WeightsError
 from mrmae_jax.models import ConvViT, ViT
-from mrmae_jax.weights import model_files
+from mrmae_jax.weights import loaded_model, readers
 
 # Fields of an encoder that change no parameter which other tasks take.
 FREE_FIELDS = {"sparse", "drop_path", "remat", "fuse_stages", "fuse_layers", "eps"}
@@ -23,7 +23,7 @@ def read_source(
   new: tuple[str, ...] = (),
   free: tuple[str, ...] = (),
   **options,
-) -> model_files.LoadedModel:
+) -> loaded_model.LoadedModel:
   """Reads the model of `config.init_from`, whose encoder must be `encoder`.
 
   Args:
@@ -31,12 +31,12 @@ def read_source(
     encoder: that of the run.
     new: fields of the encoder that it may have and the source not.
     free: other fields in which both may differ.
-    **options: of `model_files.read_model`: decoder, mimic_heads, decoder_heads.
+    **options: of `readers.read_model`: decoder, mimic_heads, decoder_heads.
 
   Raises:
     WeightsError: it does not load, or is another architecture; every difference is named.
   """
-  source = model_files.read_model(
+  source = readers.read_model(
     config.init_from,
     num_heads=config.encoder.num_heads,
     learned_positions=encoder.learned_positions,
@@ -63,7 +63,7 @@ def _differences(theirs, ours, free: set[str]) -> list[str]:
 
   Of a ConvViT and a ViT that is their kind alone.
   """
-  theirs, ours = (model_files.module_fields(module) for module in (theirs, ours))
+  theirs, ours = (loaded_model.module_fields(module) for module in (theirs, ours))
   if theirs.get("name") != ours.get("name"):
     return [f"{theirs['name']} there, {ours['name']} here"]
   return [
@@ -107,7 +107,7 @@ def different_classes(config, source, num_classes: int, class_names: tuple[str, 
 
 def _options(encoder, section) -> str:
   """Returns the options that make a configuration's `encoder` that of a checkpoint, if any do."""
-  fields = model_files.module_fields(encoder)
+  fields = loaded_model.module_fields(encoder)
   if fields["name"] != section.name:
     is_beit = fields["name"] == "vit" and fields["relative_positions"]
     kind = "beitv2" if is_beit else fields["name"]
@@ -121,7 +121,7 @@ def _options(encoder, section) -> str:
 
 
 def encoder_params(
-  config, source: model_files.LoadedModel, encoder: ConvViT | ViT
+  config, source: loaded_model.LoadedModel, encoder: ConvViT | ViT
 ) -> tuple[dict[str, np.ndarray], list[str]]:
   """Returns a model's parameters of `encoder` for the images of a run, and notes for the log.
 
@@ -131,7 +131,7 @@ def encoder_params(
   grid = _grid(config, encoder)
   if not source.encoder.position_grid:
     grid = tuple(encoder.position_grid) or grid
-  params = flatten_dict(model_files.params_at(source, grid)["encoder"], sep="/")
+  params = flatten_dict(loaded_model.params_at(source, grid)["encoder"], sep="/")
   notes = [f"starting from {source.report}"]
   if source.encoder.eps != encoder.eps:
     notes.append(f"eps of its norms was {source.encoder.eps:g}, here it is {encoder.eps:g}")
@@ -173,7 +173,7 @@ def read_student(config, model, shapes) -> tuple[dict[str, np.ndarray], tuple[st
     config, model.encoder, mimic_heads=True, decoder_heads=config.decoder.num_heads
   )
   _, notes = encoder_params(config, source, model.encoder)
-  params = flatten_dict(model_files.params_at(source, _grid(config, model.encoder)), sep="/")
+  params = flatten_dict(loaded_model.params_at(source, _grid(config, model.encoder)), sep="/")
   stale = ()  # of the same shape, but of another place in the network
   if source.encoder.fuse_layers != model.encoder.fuse_layers:
     stale += ("encoder/fusion/",)

@@ -3,9 +3,9 @@
   python -m tests.faults.fuzz --inputs=20000 --seed=0 --out=/tmp/fuzz
 
 Five targets: image files for `decode_image`; weight files and folders for `teachers.load` and
-  `model_files.read` (PyTorch's where torch is installed); configurations and command lines for
-  `preflight.check` and `cli.parser.parse`; workdirs for a run that resumes, `model_files.read` and
-  `mrmae report`; COCO's files for `open_source` and `to_mask`. Each target runs in a separate
+  `readers.read_model` (PyTorch's where torch is installed); configurations and command lines for
+  `preflight.check` and `cli.parser.parse`; workdirs for a run that resumes, `readers.read_model`
+  and `mrmae report`; COCO's files for `open_source` and `to_mask`. Each target runs in a separate
   process, so that a crash belongs to an input. A finding is an exception of another kind, a message
   of several lines, more than 2 s of computing for one input, a crash, a hang, or memory that grows
   by more than 200 MB.
@@ -376,7 +376,7 @@ def weights() -> Callable[[np.random.Generator], Case]:
 
   from mrmae_jax import teachers
   from mrmae_jax.models import ConvViT, Decoder, ViT
-  from mrmae_jax.weights import families, files, model_files, table
+  from mrmae_jax.weights import families, files, loaded_model, readers, table, writers
   from tests.helpers.specs import read_spec
 
   rng = np.random.default_rng(0)
@@ -399,7 +399,7 @@ def weights() -> Callable[[np.random.Generator], Case]:
     jax.block_until_ready(jax.tree.leaves(teachers.load(spec).params))
 
   def student(folder):
-    model_files.read_model(folder / "weights", num_heads=2, decoder_heads=2)
+    readers.read_model(folder / "weights", num_heads=2, decoder_heads=2)
 
   root = Path(tempfile.mkdtemp(prefix="mrmae_jax_fuzz"))
   bases = []  # (files, reader)
@@ -470,8 +470,8 @@ def weights() -> Callable[[np.random.Generator], Case]:
       (ConvViT((2, 2, 2), (4, 8, 8), (1, 1, 1), 2, (2.0, 2.0, 2.0)), Decoder(192, 8, 1, 2, 2)),
       (ViT(8, 8, 1, 2, 12), Decoder(192, 8, 1, 2, 2)),
     ):
-      shapes = model_files.param_shapes(encoder, decoder, (2, 3))
-      made = model_files.LoadedModel(
+      shapes = loaded_model.param_shapes(encoder, decoder, (2, 3))
+      made = loaded_model.LoadedModel(
         encoder,
         decoder,
         noise(shapes),
@@ -482,7 +482,7 @@ def weights() -> Callable[[np.random.Generator], Case]:
         True,
         None,
       )
-      model_files.write_model(
+      writers.write_model(
         made, root / "x.safetensors", "timm" if isinstance(encoder, ViT) else "convmae"
       )
       bases.append(({"weights": (root / "x.safetensors").read_bytes()}, student))
@@ -497,7 +497,7 @@ def weights() -> Callable[[np.random.Generator], Case]:
         },
       )
       bases.append(({"weights": (root / "x").read_bytes()}, student))
-    model_files.write_model(made, root / "hf", "hf")
+    writers.write_model(made, root / "hf", "hf")
     bases.append(
       ({f"weights/{path.name}": path.read_bytes() for path in (root / "hf").iterdir()}, student)
     )
@@ -793,7 +793,7 @@ def workdirs() -> Callable[[np.random.Generator], Case]:
   from mrmae_jax.runs.checkpoint import Checkpoints, record_digest
   from mrmae_jax.runs.log import Log
   from mrmae_jax.runs.workdir import lock_workdir
-  from mrmae_jax.weights import model_files
+  from mrmae_jax.weights import loaded_model, readers
   from tests.faults import small
 
   config, step = small.get_config(), 4
@@ -805,7 +805,7 @@ def workdirs() -> Callable[[np.random.Generator], Case]:
   rng = np.random.default_rng(0)
   params = jax.tree.map(
     lambda x: jax.device_put(rng.standard_normal(x.shape).astype(x.dtype), device),
-    model_files.param_shapes(encoder, decoder, grid),
+    loaded_model.param_shapes(encoder, decoder, grid),
   )
   number = lambda x: jax.device_put(x, device)
   state = train.TrainState(number(np.int32(step)), params, (), (), number(np.float32(1)))
@@ -853,7 +853,7 @@ def workdirs() -> Callable[[np.random.Generator], Case]:
       log.close()
 
   def read(folder, is_forged):
-    loaded = model_files.read_model(folder)
+    loaded = readers.read_model(folder)
     if not is_forged:
       jax.tree.map(np.testing.assert_array_equal, loaded.params["encoder"], params["encoder"])
 
@@ -863,7 +863,7 @@ def workdirs() -> Callable[[np.random.Generator], Case]:
     if runs[0].series.keys() != {"loss"}:  # drawing takes a second
       report.write_page(runs, f"{folder}/page.html")
 
-  readers = (  # the command line answers an OSError with exit code 5 and a line
+  attempts = (  # the command line answers an OSError with exit code 5 and a line
     (resume, (WorkdirError, StorageError, OSError)),
     (read, (WeightsError,)),
     (draw, (UsageError, OSError)),
@@ -902,9 +902,9 @@ def workdirs() -> Callable[[np.random.Generator], Case]:
         data = content.pop(name)
         if kind > 0.95:
           content[f"{name}/{name}"] = data  # a folder in the place of a file
-    reader, refusals = readers[rng.integers(len(readers))]
+    attempt, refusals = attempts[rng.integers(len(attempts))]
     files = {f"run/{name}": data for name, data in content.items()}
-    return Case(files, lambda folder: reader(folder / "run", is_forged), refusals)
+    return Case(files, lambda folder: attempt(folder / "run", is_forged), refusals)
 
   return make
 

@@ -31,7 +31,7 @@ from mrmae_jax.data.pack import write_packed
 from mrmae_jax.data.randaugment import parse as parse_randaug
 from mrmae_jax.data.sources import packed
 from mrmae_jax.errors import ConfigError, DataError, UsageError, WeightsError
-from mrmae_jax.weights import files, model_files
+from mrmae_jax.weights import files, model_sources, readers
 from tests import tiny
 from tests.faults import fuzz
 from tests.helpers.cli import run_command
@@ -390,7 +390,7 @@ def test_f34_safetensors_headers(tmp_path, case):
   path.write_bytes(content)
   for read in (
     lambda: read_spec(path=path, image_size=(32, 32), token_size=8),
-    lambda: model_files.read_model(path),
+    lambda: readers.read_model(path),
   ):
     tracemalloc.start()
     with pytest.raises(WeightsError, match=message) as error:
@@ -418,7 +418,7 @@ def test_f34_names_cannot_ask_for_a_billion_blocks(tmp_path, number):
     lambda: read_spec(
       path=tmp_path / "x.safetensors", image_size=(32, 32), token_size=8, num_heads=4
     ),
-    lambda: model_files.read_model(tmp_path / "x.safetensors", num_heads=4),
+    lambda: readers.read_model(tmp_path / "x.safetensors", num_heads=4),
   ):
     with pytest.raises(
       WeightsError, match=f"blocks are numbered up to {number[:20]}, but 4 are there"
@@ -465,15 +465,15 @@ def test_f34_notes_of_a_model_are_checked(tmp_path, notes):
     "std": [0.5] * 3,
     "method": {"mask_ratio": 0.75, "norm_pix": True},
   }
-  files.write_safetensors(path, tensors, {model_files.METADATA_KEY: json.dumps(good)})
-  model_files.read_model(path, decoder=False)  # without the change it is one
-  files.write_safetensors(path, tensors, {model_files.METADATA_KEY: json.dumps(good | notes)})
+  files.write_safetensors(path, tensors, {model_sources.METADATA_KEY: json.dumps(good)})
+  readers.read_model(path, decoder=False)  # without the change it is one
+  files.write_safetensors(path, tensors, {model_sources.METADATA_KEY: json.dumps(good | notes)})
   with pytest.raises(
     WeightsError,
     match="is damaged: its notes about the model|holds a size that is none|"
     "must hold equally many numbers|does not fit",
   ) as error:
-    model_files.read_model(path, decoder=False)
+    readers.read_model(path, decoder=False)
   assert "\n" not in str(error.value)
 
 

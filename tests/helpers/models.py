@@ -14,7 +14,7 @@ from mrmae_jax.models.mask_rcnn import MaskRCNN
 from mrmae_jax.models.upernet import Segmenter
 from mrmae_jax.models.vit import ViT
 from mrmae_jax.tasks import pretrain
-from mrmae_jax.weights import detectron2, model_files
+from mrmae_jax.weights import detectron2, loaded_model
 
 HEIGHT, WIDTH, TEACHER_DIM = 48, 64, 20
 OPTIONS = dict(mask_ratio=0.75, norm_pix=True, pixel_weight=0.7)
@@ -132,7 +132,7 @@ def make_student(encoder, decoder=DECODER, classes=0, fc_norm=True, has_norm=Tru
   params = jax.tree.map(
     lambda x: rng.standard_normal(x.shape).astype(np.float32) * 0.3 + 0.1, shapes
   )
-  return model_files.LoadedModel(
+  return loaded_model.LoadedModel(
     encoder,
     decoder,
     params,
@@ -148,7 +148,7 @@ def make_student(encoder, decoder=DECODER, classes=0, fc_norm=True, has_norm=Tru
 
 @functools.cache
 def student_shapes(encoder, decoder, classifier, classes):
-  return model_files.param_shapes(encoder, decoder, GRID, classifier, classes)
+  return loaded_model.param_shapes(encoder, decoder, GRID, classifier, classes)
 
 
 def make_segmenter(seed=0, classes=4, **fields):
@@ -162,7 +162,7 @@ def make_segmenter(seed=0, classes=4, **fields):
   stats = jax.tree.map(lambda x: np.abs(draw(x)) + 1, shapes["batch_stats"])
   encoder_params = params.pop("encoder")
   encoder_params["norm"] = {"scale": np.ones(24, np.float32), "bias": np.zeros(24, np.float32)}
-  return model_files.LoadedModel(
+  return loaded_model.LoadedModel(
     encoder=encoder,
     decoder=None,
     params={"encoder": encoder_params, "segmenter": params, "batch_stats": stats},
@@ -195,7 +195,7 @@ def make_detector(seed=0, classes=("cat", "dog", "cow"), **fields):
     canonical_size=32,
     detections=6,
   )
-  return model_files.LoadedModel(
+  return loaded_model.LoadedModel(
     encoder=encoder,
     decoder=None,
     params=params,

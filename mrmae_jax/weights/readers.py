@@ -1,12 +1,11 @@
-"""Reads and writes trained models: ConvMAE's, MAE's, transformers' ViTMAE and this project's.
+"""Reads trained models: ConvMAE's, MAE's, transformers' ViTMAE and this project's.
 
-Vision towers of other families are read too: BEiT, which is also written, and transformers' ViT,
-DINO, DINOv2 and CLIP. So are the segmentation models of ConvMAE, MAE and BEiT.
+Vision towers of other families are read too: BEiT and transformers' ViT, DINO, DINOv2 and CLIP. So
+are the segmentation models of ConvMAE, MAE and BEiT, and detectors.
 
 `read_model` takes any of them and is strict: every tensor is used exactly once, or is listed in the
 report as left out by design. Sizes come from what the source states (config.json, a run's
 configuration, the metadata in files written here), else from the shapes of its tensors.
-`write_model` is the way back: reading a written model gives its parameters bit for bit.
 
 A ConvViT has the names of Alpha-VL/ConvMAE; a ViT has those of facebookresearch/mae (timm) or
 transformers. Fused layers, which no published model has, are called "fusion.". Mimic heads stay
@@ -14,8 +13,6 @@ behind unless asked for: they belong to one teacher, and only a comparison with 
 them.
 """
 
-import dataclasses
-import json
 import math
 import os
 import re
@@ -26,33 +23,34 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from flax.traverse_util import flatten_dict
 
-from mrmae_jax import interpolation
 from mrmae_jax.detection import Rules, make_rules
 from mrmae_jax.errors import StorageError, WeightsError, WorkdirError
 from mrmae_jax.models import ConvViT, Decoder, ViT, make_decoder, make_encoder
-from mrmae_jax.models.layers import Mask, sincos_2d
 from mrmae_jax.models.mask_rcnn import MaskRCNN, make_mask_rcnn
 from mrmae_jax.models.upernet import Segmenter, make_segmenter
 from mrmae_jax.runs import checkpoint
-from mrmae_jax.runs.paths import atomic_write
 from mrmae_jax.weights import (
   beit,
-  convmae,
   detectron2,
   families,
   files,
-  mae,
   mmseg,
   networks,
-  positions,
   tower_params,
   towers,
 )
+from mrmae_jax.weights.loaded_model import (
+  LoadedModel,
+  Report,
+  classifier_shapes,
+  constant_positions,
+  describe,
+  name_table,
+  param_shapes,
+)
 from mrmae_jax.weights.model_sources import (
-  METADATA_KEY,
   METHOD,
   Description,
   Hints,
@@ -63,97 +61,15 @@ from mrmae_jax.weights.model_sources import (
   read_notes,
   with_heads,
 )
-from mrmae_jax.weights.table import (
-  Entry,
-  convert,
-  decoder_table,
-  dense,
-  export,
-  norm,
-  same,
-  shape_of,
-)
+from mrmae_jax.weights.table import Entry, convert, dense, norm, shape_of
 
-FORMATS = ("convmae", "timm", "hf", "mmseg", "detectron2")
 # Families that are encoders too.
 STUDENTS = ("BEiT", "DINO", "DINOv2", "DINOv2 with registers", "CLIP")
 NO_NORM = "norm (fine-tuning replaces the last norm by fc_norm)"
 ABSENT_NORM = "norm (the source does not hold it)"
 UNUSED_NORM = "norm (segmentation and detection do not use it)"
 NO_DECODER = "no decoder (the source is encoder-only and cannot reconstruct)"
-# Fields in which towers differ from MAE's ViT, whose formats have no place for them; and those for
-# which BEiT's formats have one.
-TOWER_FIELDS = ("activation", "patch_bias", "norm_pre", "gated", "num_registers")
-BEIT_FIELDS = ("layer_scale", "positions", "key_bias")
 SAME_TABLE = 1e-5  # a stored position table that differs by less is the sine-cosine one
-
-
-class Report(NamedTuple):
-  """The fate of a source's tensors; str() gives it as text, one line per kind.
-
-  Attributes:
-    source: file, folder or run.
-    model: one line about the encoder.
-    loaded: what was loaded.
-    new: parts of the model that the source does not hold, by design.
-    dropped: parts of the source that the model does not have, by design.
-  """
-
-  source: str
-  model: str
-  loaded: tuple[str, ...]
-  new: tuple[str, ...]
-  dropped: tuple[str, ...]
-
-  def __str__(self) -> str:
-    kinds = {
-      "loaded": self.loaded,
-      "new by design": self.new,
-      "dropped by design": self.dropped,
-    }
-    lines = [f"  {kind}: {'; '.join(parts)}" for kind, parts in kinds.items() if parts]
-    return "\n".join([f"{self.source}: {self.model}", *lines])
-
-
-class LoadedModel(NamedTuple):
-  """A trained model: modules, parameters and what is known of its training.
-
-  Attributes:
-    encoder: ConvViT or ViT.
-    decoder: Decoder; None if the source has none, or it was not asked for.
-    params: {"encoder", "decoder" if there is one, "classifier" if it was fine-tuned, "mimic_heads"
-      if asked for}, float32 numpy arrays. A classifier is {"head"} on the normed first token, or
-      {"fc_norm", "head"} on the mean token of the last block. A segmentation model has "segmenter",
-      the parameters of neck and heads, and "batch_stats", their running statistics; a detector has
-      "detector", the parameters of pyramid and heads, and "batch_stats" if it has any.
-    grid: (rows, columns) of its position tables.
-    mean, std: of its input, one number per channel.
-    method: {"mask_ratio", "norm_pix"} of its pre-training; MAE's where the source does not tell.
-    has_norm: False where fine-tuning has replaced the last norm by fc_norm; the norm in `params` is
-      then a fresh one.
-    report: what was loaded, and what was not.
-    classes: names of the classifier's classes in the order of the logits; () where the source does
-      not tell.
-    rule: how its encoder's learned positions are interpolated.
-    segmenter: UperNet around the encoder; None if it is another model.
-    detector: Mask R-CNN around the encoder; None if it is another model.
-    rules: by which the detector detects.
-  """
-
-  encoder: ConvViT | ViT
-  decoder: Decoder | None
-  params: dict[str, Any]
-  grid: tuple[int, int]
-  mean: tuple[float, ...]
-  std: tuple[float, ...]
-  method: dict[str, Any]
-  has_norm: bool
-  report: Report | None
-  classes: tuple[str, ...] = ()
-  rule: interpolation.Rule = interpolation.BICUBIC
-  segmenter: Segmenter | None = None
-  detector: MaskRCNN | None = None
-  rules: Rules = Rules()
 
 
 def read_model(
@@ -613,7 +529,7 @@ def _read_classifier(tensors, table: list[Entry], dim: int, source: str):
   """Returns the parameters of a classifier, given its entries."""
   shapes = {name: x.shape for name, x in tensors.items()}
   (count,) = shape_of(shapes, table[-1].theirs[0], 1, source)
-  parts = _classifier_shapes(dim, count)
+  parts = classifier_shapes(dim, count)
   names = {name for entry in table for name in entry.theirs}
   return convert(
     {name: tensors[name] for name in names if name in tensors},
@@ -765,129 +681,6 @@ def _settle_positions(inventory: _Inventory, module, table: _Table, source: str)
   return module.clone(learned_positions=is_learned)
 
 
-def param_shapes(
-  encoder,
-  decoder,
-  grid: tuple[int, int],
-  classifier: tuple[str, ...] = (),
-  classes: int = 0,
-  channels: int = 3,
-) -> dict[str, Any]:
-  """Returns the shapes of all parameters of a model.
-
-  Args:
-    encoder: its module.
-    decoder: its module, or None.
-    grid: (rows, columns) of its position tables.
-    classifier: names of its parts, () for none.
-    classes: their number.
-    channels: of the images.
-  """
-  tokens, key = math.prod(grid), jax.random.key(0)
-  height, width = (side * encoder.patch_size for side in grid)
-  pixels = jax.ShapeDtypeStruct((1, height, width, channels), jnp.float32)
-  shapes = {"encoder": jax.eval_shape(encoder.init, key, pixels)["params"]}
-  if decoder is not None:
-    visible = jax.ShapeDtypeStruct((1, 1 + encoder.cls_token, encoder.dim), jnp.float32)
-    mask = Mask(jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, tokens), jnp.int32))
-    init = lambda x: decoder.init(key, x, mask, grid)
-    shapes["decoder"] = jax.eval_shape(init, visible)["params"]
-  if classifier:
-    parts = _classifier_shapes(encoder.dim, classes)
-    shapes["classifier"] = {name: parts[name] for name in classifier}
-  return shapes
-
-
-def _classifier_shapes(dim: int, classes: int) -> dict[str, Any]:
-  """Returns the shapes of the parts that a classifier may have."""
-  leaf = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-  return {
-    "fc_norm": {"scale": leaf(dim), "bias": leaf(dim)},
-    "head": {"kernel": leaf(dim, classes), "bias": leaf(classes)},
-  }
-
-
-def name_table(encoder, decoder, classifier: tuple[str, ...], has_norm: bool) -> list[Entry]:
-  """Returns the entries of every parameter of a model, in ConvMAE's or MAE's names."""
-  family = convmae if isinstance(encoder, ConvViT) else mae
-  layers = {"fc_norm": norm, "head": dense}
-  parts = {
-    "encoder": [
-      entry
-      for entry in family.encoder_table(encoder)
-      if has_norm or not entry.ours.startswith("norm/")
-    ],
-    "decoder": decoder_table(decoder) if decoder is not None else [],
-    "classifier": [entry for name in classifier for entry in layers[name](name, name)],
-  }
-  return [e._replace(ours=f"{part}/{e.ours}") for part, entries in parts.items() for e in entries]
-
-
-def constant_positions(module, grid: tuple[int, int], cls_token: bool) -> np.ndarray:
-  """Returns the sine-cosine table float32 [1, T, D] of an encoder or decoder."""
-  return sincos_2d(module.dim, grid, cls_token)[None]
-
-
-def params_at(model: LoadedModel, grid: tuple[int, int]) -> dict[str, Any]:
-  """Returns `model.params` for images of another grid.
-
-  Learned position tables are interpolated by `model.rule`: bicubically, as in MAE and DeiT, or as
-  the family of a tower does it; tables of relative positions as BEiT does it.
-  """
-  if _is_backbone(model.encoder):
-    return _detector_params_at(model, grid)
-  return positions.resize_tables(model.params, model.grid, grid, model.rule)
-
-
-def _is_backbone(encoder) -> bool:
-  """Returns whether an encoder has what detection adds to one."""
-  return bool(encoder.window or encoder.distances != "none" or encoder.position_grid)
-
-
-def _detector_params_at(model: LoadedModel, grid: tuple[int, int]) -> dict[str, Any]:
-  """Returns the parameters of a detector's encoder, whose positions have a grid of their own."""
-  encoder = model.params["encoder"]
-  if not model.encoder.position_grid:
-    encoder = positions.resize_tables(encoder, model.grid, grid, model.rule)
-  shapes = param_shapes(model.encoder, None, grid, channels=len(model.mean))["encoder"]
-  if "global_distances" in shapes and model.grid != grid:
-    raise WeightsError(
-      f"a model with distances='shared' takes images of {model.grid[0]} x {model.grid[1]} tokens "
-      f"alone, not {grid[0]} x {grid[1]}"
-    )
-  return model.params | {"encoder": positions.fit_distances(encoder, shapes)}
-
-
-def describe(encoder) -> str:
-  """Returns one line about an encoder for people."""
-  if isinstance(encoder, ViT):
-    return (
-      f"ViT/{encoder.patch_size}, width {encoder.dim}, depth {encoder.depth}, "
-      f"{encoder.num_heads} heads"
-    )
-  by = lambda values: "/".join(f"{value:g}" for value in values)
-  return (
-    f"ConvViT/{encoder.patch_size}, widths {by(encoder.embed_dims)}, depths {by(encoder.depths)}, "
-    f"{encoder.num_heads} heads, MLP ratios {by(encoder.mlp_ratios)}"
-    f"{', CLS token' if encoder.cls_token else ''}"
-  )
-
-
-def module_fields(module) -> dict[str, Any]:
-  """Returns the fields of an encoder or decoder as JSON values, without the dtype.
-
-  `make_encoder` and Decoder take them.
-  """
-  fields = {
-    field.name: getattr(module, field.name)
-    for field in dataclasses.fields(module)
-    if field.name not in ("parent", "name", "dtype")
-  }
-  if isinstance(module, Decoder):
-    return fields
-  return {"name": "vit" if isinstance(module, ViT) else "convvit"} | fields
-
-
 def _count_params(params) -> tuple[str, ...]:
   """Returns one line per part of a parameter tree: its numbers of tensors and parameters."""
   flat = {name: flatten_dict(part, sep="/").values() for name, part in params.items()}
@@ -895,221 +688,3 @@ def _count_params(params) -> tuple[str, ...]:
     f"{name} ({len(leaves)} tensors, {sum(x.size for x in leaves):,} parameters)"
     for name, leaves in flat.items()
   )
-
-
-def write_model(model: LoadedModel, out: str | Path, form: str) -> None:
-  """Writes a model so that others, and `read_model`, can read it; files appear complete or not at
-  all.
-
-  Args:
-    model: as `read_model` gives it; `encoder_only(model)` leaves decoder and classifier out.
-    out: a .safetensors file; with "hf" a folder, which receives config.json,
-      preprocessor_config.json and model.safetensors.
-    form: "convmae": a ConvViT in ConvMAE's names; "timm": a ViT in those of timm and MAE; "hf": a
-      ViT as transformers' ViTMAE. A ViT with relative positions takes BEiT's names of timm, or is
-      transformers' Beit. "mmseg": a segmentation model in mmsegmentation's names. "detectron2": a
-      detector in detectron2's names.
-
-  Raises:
-    WeightsError: this model cannot take that form.
-  """
-  out, is_vit = Path(out).expanduser(), isinstance(model.encoder, ViT)
-  _check_form(model, out, form)
-  if form in ("mmseg", "detectron2"):
-    (_write_segmenter if form == "mmseg" else _write_detector)(model, out)
-    return
-  if _is_beit(model.encoder):
-    model = _with_stored_positions(model)
-  classifier, params = tuple(model.params.get("classifier", ())), model.params
-  prefix = "" if model.decoder is None else "vit."
-  rename = (lambda entry: mae.to_hf(entry, prefix)) if form == "hf" else lambda entry: entry
-  if not model.has_norm:
-    encoder = {name: x for name, x in params["encoder"].items() if name != "norm"}
-    params = params | {"encoder": encoder}
-  if _is_beit(model.encoder):
-    entries = beit.write_table(model.encoder, form, classifier, model.has_norm)
-  else:
-    entries = name_table(model.encoder, model.decoder, classifier, model.has_norm)
-    entries = [rename(entry) for entry in entries]
-  tensors = export(params, entries)
-  for module, name, has_cls in (
-    (model.encoder, "pos_embed", is_vit),
-    (model.decoder, "decoder_pos_embed", bool(model.encoder.cls_token)),
-  ):
-    is_constant = module is not None and not module.learned_positions
-    if is_constant and not _is_beit(module):  # a constant of ours, a tensor of theirs
-      (name,) = rename(Entry("", (name,), same)).theirs
-      tensors[name] = constant_positions(module, model.grid, has_cls)
-  if form == "hf":
-    _write_hf_configs(model, out)
-    files.write_safetensors(out / "model.safetensors", tensors)
-    return
-  files.write_safetensors(out, tensors, {METADATA_KEY: json.dumps(_notes(model))})
-
-
-def _notes(model: LoadedModel) -> dict[str, Any]:
-  """Returns what a written file notes about its model, see `Description`."""
-  return {
-    "encoder": module_fields(model.encoder),
-    "decoder": model.decoder and module_fields(model.decoder),
-    "grid": model.grid,
-    "mean": model.mean,
-    "std": model.std,
-    "method": model.method,
-    "classes": model.classes,
-  } | ({} if model.has_norm or "classifier" in model.params else {"has_norm": False})
-
-
-def _write_segmenter(model: LoadedModel, out: Path) -> None:
-  """Writes a segmentation model as a .safetensors file."""
-  encoder = {name: x for name, x in model.params["encoder"].items() if name != "norm"}
-  tensors = export(model.params | {"encoder": encoder}, mmseg.segmenter_table(model.segmenter))
-  segmenter = {x: getattr(model.segmenter, x) for x in ("levels", "pool_scales")}
-  notes = _notes(model) | {"segmenter": segmenter}
-  files.write_safetensors(out, tensors, {METADATA_KEY: json.dumps(notes)})
-
-
-def _write_detector(model: LoadedModel, out: Path) -> None:
-  """Writes a detector as a .safetensors file."""
-  encoder = {name: x for name, x in model.params["encoder"].items() if name != "norm"}
-  tensors = export(model.params | {"encoder": encoder}, detectron2.detector_table(model.detector))
-  notes = _notes(model) | {"detector": detectron2.notes(model.detector, model.rules)}
-  files.write_safetensors(out, tensors, {METADATA_KEY: json.dumps(notes)})
-
-
-def _is_beit(module) -> bool:
-  """Returns whether a network has relative positions, for which BEiT's formats have a place."""
-  return isinstance(module, ViT) and module.relative_positions
-
-
-def _with_stored_positions(model: LoadedModel) -> LoadedModel:
-  """Returns a BEiT with its sine-cosine table, if it has one, as a parameter."""
-  encoder = model.encoder
-  if encoder.positions == "none" or encoder.learned_positions:
-    return model
-  table = {"pos_embed": constant_positions(encoder, model.grid, encoder.cls_token)}
-  params = model.params | {"encoder": model.params["encoder"] | table}
-  return model._replace(encoder=encoder.clone(learned_positions=True), params=params)
-
-
-def _check_form(model: LoadedModel, out: Path, form: str) -> None:
-  """WeightsError if a model cannot be written to `out` in that form."""
-  is_vit = isinstance(model.encoder, ViT)
-  if form not in FORMATS:
-    raise WeightsError(f"format {form!r} is not one of {', '.join(FORMATS)}")
-  if (model.detector is not None) != (form == "detectron2"):
-    raise WeightsError(
-      f"a detector cannot be written as {form!r}; use detectron2, or for its encoder mrmae export"
-      if model.detector is not None
-      else "the format detectron2 is for detectors; this one has no roi_heads"
-    )
-  if (model.segmenter is not None) != (form == "mmseg"):
-    raise WeightsError(
-      f"a segmentation model cannot be written as {form!r}; use mmseg, or --parts=encoder"
-      if model.segmenter is not None
-      else "the format mmseg is for segmentation models; this one has no decode_head"
-    )
-  if form != "detectron2" and _is_backbone(model.encoder):
-    raise WeightsError(
-      "the encoder of a detector (windows, tables of distances, a grid of positions) has a place "
-      "in the format detectron2 alone, with its detector: --parts=all"
-    )
-  if form not in ("mmseg", "detectron2") and is_vit == (form == "convmae"):
-    raise WeightsError(
-      f"a {describe(model.encoder)} cannot be written as {form!r}; use "
-      f"{'timm or hf' if is_vit else 'convmae'}"
-    )
-  if form != "hf" and (out.is_dir() or out.suffix != ".safetensors"):
-    raise WeightsError(f"{out}: format {form} is one file; name it *.safetensors")
-  if form == "hf" and out.is_file():
-    raise WeightsError(f"{out} is a file; format hf is a folder")
-  if form in ("mmseg", "detectron2"):
-    return
-  plain, is_beit = ViT(), _is_beit(model.encoder)
-  fields = TOWER_FIELDS + (() if is_beit else BEIT_FIELDS)
-  if is_vit and (special := [x for x in fields if getattr(model.encoder, x) != getattr(plain, x)]):
-    raise WeightsError(
-      f"a ViT with {', '.join(special)} has no place in the format {form}; hand it on with mrmae "
-      "export"
-    )
-  if is_beit and model.decoder is not None:
-    raise WeightsError(
-      f"a ViT with relative_positions takes the names of BEiT, which have no decoder; the format "
-      f"{form} holds the encoder: --parts=encoder"
-    )
-  if is_beit and form == "hf" and (model.encoder.fuse_layers or model.encoder.key_bias):
-    raise WeightsError(
-      "transformers' Beit has no place for fused layers or a bias of the keys; use timm"
-    )
-  if is_beit:
-    return
-  has_extras = "classifier" in model.params or model.encoder.fuse_layers or not model.has_norm
-  if form == "hf" and has_extras:
-    raise WeightsError(
-      "ViTMAE has no place for a classifier, fused layers, or an encoder that fine-tuning has left "
-      "without its last norm; use timm, or for a classifier the encoder alone"
-    )
-
-
-def hf_preprocessor(size: tuple[int, int], mean, std) -> dict[str, Any]:
-  """Returns the content of a preprocessor_config.json for images of (height, width)."""
-  return {
-    "image_processor_type": "ViTImageProcessor",
-    "do_resize": True,
-    "resample": 3,
-    "size": {"height": size[0], "width": size[1]},
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "image_mean": list(mean),
-    "image_std": list(std),
-  }
-
-
-def _write_hf_configs(model: LoadedModel, folder: Path) -> None:
-  """Writes config.json and preprocessor_config.json of a folder of transformers."""
-  height, width = (side * model.encoder.patch_size for side in model.grid)
-  preprocessor = hf_preprocessor((height, width), model.mean, model.std)
-  if _is_beit(model.encoder):
-    config = beit.hf_config(model.encoder, model.grid, len(model.mean), _labels(model))
-    config["use_mean_pooling"] = (
-      "fc_norm" in model.params.get("classifier", {}) or not model.has_norm
-    )
-    if height != width:
-      logging.warning(
-        "%s: images of %dx%d are not square; transformers 5 reads such tables of relative "
-        "positions with rows and columns exchanged and gives other numbers. This project and timm "
-        "read them right.",
-        folder,
-        height,
-        width,
-      )
-  else:
-    config = mae.hf_config(model.encoder, model.decoder, model.grid, len(model.mean), model.method)
-  for name, content in (("config", config), ("preprocessor_config", preprocessor)):
-    with atomic_write(folder / f"{name}.json") as tmp:
-      tmp.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _labels(model: LoadedModel) -> tuple[str, ...]:
-  """Returns the names of the classes, transformers' own where they are unknown; () for none."""
-  if "classifier" not in model.params:
-    return ()
-  count = len(model.params["classifier"]["head"]["bias"])
-  return model.classes or tuple(f"LABEL_{i}" for i in range(count))
-
-
-def untrained(model: LoadedModel, seed: int = 0) -> LoadedModel:
-  """Returns the encoder of a model with fresh weights, for comparison."""
-  height, width = (side * model.encoder.patch_size for side in model.grid)
-  pixels = jnp.zeros((1, height, width, len(model.mean)))
-  params = jax.jit(model.encoder.init)(jax.random.key(seed), pixels)["params"]
-  return model._replace(
-    decoder=None, segmenter=None, detector=None, params={"encoder": params}, classes=()
-  )
-
-
-def encoder_only(model: LoadedModel) -> LoadedModel:
-  """Returns a model without its decoder, classifier, segmentation and detection."""
-  params = {"encoder": model.params["encoder"]}
-  return model._replace(decoder=None, segmenter=None, detector=None, params=params, classes=())
