@@ -16,8 +16,8 @@ Arguments: configs/mrmae.py:SIZE,NAME=VALUE,...
                      without pixels (the baseline that the paper argues against)
            masks     complementary visible sets for each image; multiplies the learning rate too
 Hardware:  one TPU v4-32 slice, or 8 GPUs of 80 GB; fewer devices with --config.optim.accum_steps=K
-Cost:      base: 103 GFLOP per image and step, a third of it the teacher; 400 epochs of ImageNet-1k
-           = 5.3e19 FLOP
+Cost:      base: 101 GFLOP per image and step, a third of it the teacher; 400 epochs of ImageNet-1k
+           = 5.2e19 FLOP
 Expected:  base after 400 epochs fine-tunes to 85.8 % top-1 (abstract of the paper); not reproduced
            here yet
 """

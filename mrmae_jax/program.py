@@ -1,9 +1,9 @@
 """Reads off a program what a training step does: FLOPs and bytes by component, traffic.
 
-FLOPs are those of the matrix products, counted in JAX's own trace: exact for any configuration,
-loops included, whatever the compiler makes of it (the rest, element-wise work, is about 1 % of
-them). Bytes are read off the compiled program: what each of its kernels reads and writes, so they
-are those of the backend that it was compiled for.
+FLOPs are those of the matrix products and convolutions, counted in JAX's own trace: exact for any
+configuration, loops included, whatever the compiler makes of it (the rest, element-wise work, is
+about 1 % of them). Bytes are read off the compiled program: what each of its kernels reads and
+writes, so they are those of the backend that it was compiled for.
 """
 
 import collections
@@ -12,6 +12,7 @@ import re
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from jax.extend.core import jaxprs_in_params
 from jax.interpreters.partial_eval import dce_jaxpr
 
@@ -24,8 +25,14 @@ COMPONENTS = {  # by the names of modules; the first that fits
   "stage 1": r"/(patch_embed1|blocks1_)",
   "stage 2": r"/(patch_embed2|blocks2_)",
   "embed 3 and 4, stage fusion": r"/(patch_embed[34]|stage\d_output_decode)",
-  "transformer": r"ConvViT|ViT|Classifier\)*/encoder",
+  "transformer": r"ConvViT|ViT|(Classifier|Segmenter|MaskRCNN.features)\)*/encoder",
   "classifier": r"Classifier",
+  "neck, pyramid": r"/(neck|pyramid)/",
+  "decode head": r"/decode_head/",
+  "auxiliary head": r"/auxiliary_head/",
+  "proposals": r"\brpn_head\b",
+  "box heads": r"\bbox_heads_",
+  "mask head": r"\bmask_head\b",
   "rest": r"",
 }
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -57,8 +64,53 @@ def component(name: str) -> str:
   return next(part for part, pattern in COMPONENTS.items() if re.search(pattern, name))
 
 
+def _taps(
+  read: int, written: int, size: int, stride: int, padding: int, spread: int, dilation: int
+) -> int:
+  """Counts what a convolution multiplies along one axis: pairs of an output and a tap of the kernel
+  that reads an input, not padding and not the zeros between inputs.
+
+  Args:
+    read, written: lengths of input and output.
+    size: of the kernel.
+    stride: of the kernel, in inputs.
+    padding: before the first input.
+    spread: distance of two inputs, 1 without zeros between them.
+    dilation: distance of two taps.
+  """
+  places = stride * np.arange(written)[:, None] + dilation * np.arange(size) - padding
+  is_input = (places >= 0) & (places <= (read - 1) * spread) & (places % spread == 0)
+  return int(is_input.sum())
+
+
+def _equation_flops(equation) -> float:
+  """Returns the FLOPs of a product of matrices or a convolution in a jaxpr; 0 of anything else."""
+  params, results = equation.params, [x.aval.shape for x in equation.outvars]
+  if equation.primitive.name == "dot_general":
+    (contracted, _), _ = params["dimension_numbers"]
+    left = equation.invars[0].aval.shape
+    return 2.0 * math.prod(results[0]) * math.prod(left[i] for i in contracted)
+  if equation.primitive.name != "conv_general_dilated":
+    return 0.0
+  spec, (left, right) = params["dimension_numbers"], (x.aval.shape for x in equation.invars)
+  batch, features, *axes = spec.out_spec
+  taps = [
+    _taps(left[x], results[0][y], right[k], stride, padding, spread, dilation)
+    for x, y, k, stride, (padding, _), spread, dilation in zip(
+      spec.lhs_spec[2:],
+      axes,
+      spec.rhs_spec[2:],
+      params["window_strides"],
+      params["padding"],
+      params["lhs_dilation"],
+      params["rhs_dilation"],
+    )
+  ]
+  return 2.0 * results[0][batch] * results[0][features] * right[spec.rhs_spec[1]] * math.prod(taps)
+
+
 def flops(function, *args) -> dict[str, float]:
-  """Counts the FLOPs of the matrix products of `function(*args)`, by component.
+  """Counts the FLOPs of the matrix products and convolutions of `function(*args)`, by component.
 
   The arguments may be ShapeDtypeStructs.
 
@@ -70,16 +122,8 @@ def flops(function, *args) -> dict[str, float]:
   def walk(jaxpr, path, times, totals):
     for equation in jaxpr.eqns:
       name = f"{path}/{equation.source_info.name_stack}"
-      if equation.primitive.name == "dot_general":
-        (contracted, _), _ = equation.params["dimension_numbers"]
-        left = equation.invars[0].aval.shape
-        totals[component(name)] += (
-          2
-          * times
-          * math.prod(equation.outvars[0].aval.shape)
-          * math.prod(left[i] for i in contracted)
-        )
-      elif equation.primitive.name == "cond":
+      totals[component(name)] += times * _equation_flops(equation)
+      if equation.primitive.name == "cond":
         branches = []
         for branch in equation.params["branches"]:
           branches.append(dict.fromkeys(COMPONENTS, 0.0))
@@ -126,7 +170,7 @@ class Kernel(NamedTuple):
     operands: the arrays that it may read.
     results: the arrays that it writes.
     bytes: what it reads and writes.
-    flops: of the matrix products in it.
+    flops: of the matrix products and convolutions in it.
     epilogue: what the product does besides: "bias", "addition" to an array, both, or "".
   """
 
@@ -161,7 +205,9 @@ def _operands(text: str, arrays: dict[str, list[Array]]) -> list[Array]:
 
 
 def _product_flops(kind: str, rest: str, operands: list[Array], results: list[Array]) -> float:
-  """Returns the FLOPs of an instruction: a product of matrices, cuDNN's attention, or our own."""
+  """Returns the FLOPs of an instruction: a product of matrices, a convolution of cuDNN, or an
+  attention, cuDNN's or our own.
+  """
   if kind == OWN_KERNEL:
     if 'name = "attention_' not in rest:
       return 0.0
@@ -176,11 +222,36 @@ def _product_flops(kind: str, rest: str, operands: list[Array], results: list[Ar
     keys = operands[1].size // (batch * heads * width)
     products = 5 if kind.endswith("Backward") else 2  # the backward pass computes the weights anew
     return 2.0 * products * results[0].size * keys
+  if kind.startswith("__cudnn$conv"):
+    return _convolution_flops(kind, rest, operands, results)
   contracted = re.search(r'lhs_contracting_dim(?:s={|ensions":\[)([\d,"]*)', rest)
   if not contracted or not (kind == "dot" or kind.startswith("__cublas")):
     return 0.0
   left = operands[0].dims
   return 2.0 * results[0].size * math.prod(left[int(i)] for i in re.findall(r"\d+", contracted[1]))
+
+
+def _convolution_flops(kind: str, rest: str, operands: list[Array], results: list[Array]) -> float:
+  """Returns the FLOPs of a convolution of cuDNN, or of one of its gradients, which take as many.
+
+  Labels and window of a gradient are those of the convolution.
+  """
+  arrays = [operands[0], operands[1], results[0]]
+  if kind.endswith("BackwardInput"):
+    arrays = [results[0], operands[1], operands[0]]
+  elif kind.endswith("BackwardFilter"):
+    arrays = [operands[0], results[0], operands[1]]
+  labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", rest).groups()
+  image, kernel, out = (dict(zip(names, array.dims)) for names, array in zip(labels, arrays))
+  window = dict(re.findall(r"(\w+)=([\w-]+)", re.search(r"window={(.*?)}", rest)[1]))
+  usual, taps = {"stride": 1, "pad": 0, "lhs_dilate": 1, "rhs_dilate": 1}, 1
+  for i in range(len(image) - 2):  # of window={size=3x3 pad=1_1x1_1}
+    numbers = [
+      int(window[name].split("x")[i].split("_")[0]) if name in window else number
+      for name, number in usual.items()
+    ]
+    taps *= _taps(image[f"{i}"], out[f"{i}"], kernel[f"{i}"], *numbers)
+  return 2.0 * out["b"] * out["f"] * kernel["i"] * taps
 
 
 def _epilogue(kind: str, rest: str) -> str:

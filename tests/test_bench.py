@@ -3,6 +3,7 @@
 No test asserts a time.
 """
 
+import functools
 import importlib
 import itertools
 import json
@@ -70,6 +71,29 @@ def test_flops_of_a_product_a_loop_and_a_gradient():
     for function in (on_gpu, jax.jit(on_gpu)):  # the second was traced for the GPU
       jax.eval_shape(function, x, w)
       assert program.flops(function, x, w) == {"rest": product}
+
+
+@pytest.mark.parametrize(
+  "options",
+  [
+    dict(window_strides=(1, 1), padding="SAME"),
+    dict(window_strides=(2, 3), padding=((1, 0), (2, 1))),
+    dict(window_strides=(1, 1), padding="VALID", rhs_dilation=(2, 1)),
+    dict(window_strides=(1, 1), padding=((1, 1), (2, 2)), lhs_dilation=(2, 2)),
+    dict(window_strides=(1, 2), padding="SAME", feature_group_count=2),
+  ],
+)
+def test_flops_of_a_convolution_are_what_it_multiplies(options):
+  """The sum of a convolution of ones counts its products; a gradient takes as many."""
+  groups = options.get("feature_group_count", 1)
+  x, w = jnp.ones((2, 7, 10, 4)), jnp.ones((3, 2, 4 // groups, 6))
+  convolve = functools.partial(
+    jax.lax.conv_general_dilated, dimension_numbers=("NHWC", "HWIO", "NHWC"), **options
+  )
+  expected = 2 * float(convolve(x, w).sum())
+  assert program.flops(convolve, x, w) == {"rest": expected}
+  gradients = jax.grad(lambda x, w: jnp.square(convolve(x, w)).sum(), (0, 1))
+  assert program.flops(gradients, x, w) == {"rest": 3 * expected}
 
 
 def work(config):
@@ -172,6 +196,11 @@ def test_operations_belong_to_parts():
     ("jit(f)/jvp(teacher)/ViT/blocks_3/attn/qkv/dot_general", "teacher"),
     ("jit(f)/jvp(ViT)/blocks_0/fc1", "transformer"),
     ("jit(f)/jvp(Classifier)/encoder/blocks1_0/fc1/dot_general", "stage 1"),
+    ("jit(f)/jvp(Segmenter)/encoder/blocks3_0/attn/qkv/dot_general", "transformer"),
+    ("jit(f)/transpose(jvp(Segmenter))/decode_head/bottleneck/conv", "decode head"),
+    ("jit(f)/jvp(MaskRCNN.features)/encoder/blocks3_0/fc1/dot_general", "transformer"),
+    ("jit(f)/jvp(MaskRCNN.features)/pyramid/p2_lateral/conv", "neck, pyramid"),
+    ("jit(f)/transpose(jvp(box_heads_0))/fc/dot_general", "box heads"),
     ("jit(f)/adam/mul", "rest"),
   ):
     assert program.component(name) == part

@@ -402,6 +402,35 @@ def test_the_kernels_of_a_program_for_a_gpu():
   assert sum(program_lib.traffic(GPU_PROGRAM).values()) == sum(k.bytes for k in found)
 
 
+def test_convolutions_of_cudnn_and_their_gradients():
+  """Of 7 x 10 positions with a kernel of 3 x 2, strides and padding."""
+  text = """
+ENTRY %main (x.1: bf16[2,7,10,4], w.1: bf16[6,3,2,4], ...) -> bf16[2,7,10,6] {
+  %x.1 = bf16[2,7,10,4]{3,2,1,0} parameter(0)
+  %w.1 = bf16[6,3,2,4]{3,2,1,0} parameter(1)
+  %y.1 = bf16[2,3,4,6]{3,2,1,0} parameter(2)
+  %small = bf16[6,1,1,4]{3,2,1,0} parameter(3)
+  %conv = (bf16[2,3,4,6]{3,2,1,0}, u8[0]{0}) custom-call(%x.1, %w.1), WINDOW, \
+custom_call_target="__cudnn$convForward"
+  %to_input = (bf16[2,7,10,4]{3,2,1,0}, u8[0]{0}) custom-call(%y.1, %w.1), WINDOW, \
+custom_call_target="__cudnn$convBackwardInput"
+  %to_kernel = (bf16[6,3,2,4]{3,2,1,0}, u8[0]{0}) custom-call(%x.1, %y.1), WINDOW, \
+custom_call_target="__cudnn$convBackwardFilter"
+  ROOT %one = bf16[2,7,10,6]{3,2,1,0} custom-call(%x.1, %small), window={size=1x1}, \
+dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convForward"
+}
+""".replace("WINDOW", "window={size=3x2 stride=2x3 pad=1_0x2_1}, dim_labels=b01f_o01i->b01f")
+  expected = program_lib.flops(
+    lambda x, w: jax.lax.conv_general_dilated(
+      x, w, (2, 3), ((1, 0), (2, 1)), dimension_numbers=("NHWC", "OHWI", "NHWC")
+    ),
+    jnp.zeros((2, 7, 10, 4)),
+    jnp.zeros((6, 3, 2, 4)),
+  )["rest"]
+  found = [kernel.flops for kernel in program_lib.kernels(text)]
+  assert found == [expected] * 3 + [2 * 2 * 7 * 10 * 6 * 4]
+
+
 def test_what_is_read_off_the_kernels():
   replicated = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   struct = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=replicated)

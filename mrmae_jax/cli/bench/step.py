@@ -4,10 +4,11 @@ the chip's limits.
   mrmae bench step --config=mrmae:base --config.teacher.path=random --batch_sizes=128,256,512
 
 teacher.path=random is a tower of the teacher's shape with random weights: nothing is fetched. By
-component: GFLOP of the matrix products of one image and step, backward pass included, and MB that
-the compiled program's kernels read and write. MFU is necessary work over the chip's peak: that of
-the sparse form without recomputation, whatever was run. The roofline is the larger of FLOPs over
-peak and bytes over bandwidth. For a chip that hardware.py does not know (a CPU) both are left out.
+component: GFLOP of the products and convolutions of one image and step, backward pass included, and
+MB that the compiled program's kernels read and write. MFU is necessary work over the chip's peak:
+that of the sparse form without recomputation, whatever was run. The roofline is the larger of FLOPs
+over peak and bytes over bandwidth. For a chip that hardware.py does not know (a CPU) both are left
+out.
 --profile=DIR writes a trace of three steps for XProf or TensorBoard, and prints the operations that
 took longest.
 """
