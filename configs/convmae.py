@@ -4,7 +4,7 @@ Command:   mrmae pretrain --config=configs/convmae.py:base --workdir=DIR --confi
            (or --config.data.source=folder:/path/to/imagenet)
 Sizes:     small, base, large, huge
 Hardware:  one TPU v4-32 slice, or 8 GPUs of 80 GB; fewer devices with --config.optim.accum_steps=K
-Cost:      base: 67 GFLOP per image and step with sparse stages; 1600 epochs of ImageNet-1k =
+Cost:      base: 66 GFLOP per image and step with sparse stages; 1600 epochs of ImageNet-1k =
            1.4e20 FLOP
 Expected:  base after 1600 epochs fine-tunes to 85.0 % top-1 (Alpha-VL/ConvMAE README); not
            reproduced here yet
