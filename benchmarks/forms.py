@@ -12,6 +12,9 @@ Operations, at the shapes of the base size at 224 px, 49 of 196 tokens visible:
   attention   49 tokens in 12 heads of 64 channels (encoder), 196 in 16 of 32 (decoder), 197 in 12
               of 64 (teacher), from packed queries, keys and values: explicit, and where they can be
               used the fused kernel of cuDNN and the kernels of models/short_attention.py
+  biased      attention of 1,024 tokens in 12 heads of 64 whose logits get biases, those of all
+              images together (segmentation) or of each query (ViTDet): explicit, as the model does
+              it, and JAX's, which is cuDNN's where that can be used
 All forms must agree with the model's before anything is printed. FLOPs, bytes and temporaries are
 those of one image: XLA's, for an absent GPU those of the kernels (mrmae_jax/program.py).
 """
@@ -39,6 +42,7 @@ STAGES = {"stage 1": (4, 256), "stage 2": (2, 384)}
 # {model: (tokens, heads, channels of a head)}
 ATTENTION = {"encoder": (49, 12, 64), "decoder": (196, 16, 32), "teacher": (197, 12, 64)}
 GRID = (14, 14)
+BIASED = (12, 1024, 64)  # heads, tokens, channels of a head
 
 
 # Forms: (x [B, V, s, s, C], kernel [5, 5, C], mask) -> the same shape as x.
@@ -99,6 +103,21 @@ def _attention_forms(tokens, heads, width, dtype, device):
   return forms
 
 
+def _biased_forms(dtype, device):
+  """Returns {name: (q, k, v [B, H, T, d], bias [H, T, T] or [B, H, T, T]) -> [B, H, T, d]}."""
+  with target.tracing_for(device):
+    is_fused = attention.has_fused_attention(dtype, BIASED[-1])
+
+  def of_jax(q, k, v, bias):
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    bias = bias.reshape((1, *bias.shape)[-4:]).astype(q.dtype)
+    implementation = "cudnn" if is_fused else "xla"
+    y = jax.nn.dot_product_attention(q, k, v, bias=bias, implementation=implementation)
+    return y.swapaxes(1, 2)
+
+  return {"explicit": attention.explicit_attention, "cuDNN" if is_fused else "JAX": of_jax}
+
+
 def cut_apart(form, heads):
   """Returns a form of packed arrays, which it cuts apart for `form`: q, k, v -> output.
 
@@ -129,6 +148,15 @@ def _cases(options, device):
       )
       title = f"{name}: {tokens} tokens, {heads} heads of {width}"
       yield title, _attention_forms(tokens, heads, width, dtype, device), make(draw), ()
+    return
+  if options.operation == "biased":
+    heads, tokens, _ = BIASED
+    for name, images in (("of all images", ()), ("of each query", (b,))):
+      draw = lambda images=images: (
+        *(jax.random.normal(key, (b, *BIASED), dtype) for key in keys[:3]),
+        jax.random.normal(keys[3], (*images, heads, tokens, tokens)),
+      )
+      yield f"biases {name}", _biased_forms(dtype, device), make(draw), ()
     return
   mask = make(lambda: mrmae.sample_mask(jax.random.uniform(keys[2], (b, 196)), 0.75))
   for name, (side, channels) in STAGES.items():
@@ -233,7 +261,10 @@ def main(argv: list[str] | None = None) -> int:
   """Runs a command line (default: sys.argv); returns the exit code."""
   parser = make_parser("forms", __doc__)
   parser.add_argument(
-    "--operation", choices=("depthwise", "attention"), default="depthwise", help="what is measured"
+    "--operation",
+    choices=("depthwise", "attention", "biased"),
+    default="depthwise",
+    help="what is measured",
   )
   parser.add_argument(
     "--topology", default="", help="chips to compile for instead of running, e.g. v5e:2x2 or h100"

@@ -51,6 +51,7 @@ SLICES = {
   "forms": {
     "attention": "benchmarks.forms --operation=attention {forms} {json}",
     "depthwise": "benchmarks.forms --operation=depthwise {forms} {json}",
+    "biased": "benchmarks.forms --operation=biased {biased} {json}",
   },
   "peers": {
     "transformers": "benchmarks.compare --pair=transformers --compile {mae} {json}",
@@ -70,6 +71,7 @@ SIZES = {
   "sizes": "128,256,512,1024 --rounds=5",
   "batch": "256",
   "forms": "--batch_size=256",
+  "biased": "--batch_size=8",
   "mae": "--config=mae:base --config.batch_size=128",
   "convmae": "--config=convmae:base --config.batch_size=128",
   "loader": f"--workers={os.cpu_count()}",
@@ -80,6 +82,7 @@ TINY = {
   "sizes": "8 --rounds=2",
   "batch": "8",
   "forms": "--batch_size=1 --rounds=1 --dtype=float32",
+  "biased": "--batch_size=1 --rounds=1 --dtype=float32",
   "mae": "--config=cifar10:mae --config.batch_size=4 --rounds=1",
   "convmae": "--config=cifar10:convmae --config.batch_size=4 --rounds=1",
   "loader": "--workers=0 --images=32 --batch_size=8 --rounds=1",

@@ -398,9 +398,10 @@ def test_ways_that_disagree_get_no_ratio(run, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  "operation", [pytest.param("depthwise", marks=pytest.mark.variant), "attention"]
+  "operation, count",
+  [pytest.param("depthwise", 8, marks=pytest.mark.variant), ("attention", 3), ("biased", 4)],
 )
-def test_forms_agree(run, tmp_path, operation):
+def test_forms_agree(run, tmp_path, operation, count):
   code, out, err = run(
     "forms",
     f"--operation={operation}",
@@ -411,9 +412,7 @@ def test_forms_agree(run, tmp_path, operation):
   )
   found = json.loads((tmp_path / "x.json").read_text())["results"]
   assert code == 0, err
-  assert len(found) == (8 if operation == "depthwise" else 3) and all(
-    one["flops"] > 0 and one["seconds"] for one in found
-  )
+  assert len(found) == count and all(one["flops"] > 0 and one["seconds"] for one in found)
 
 
 @pytest.mark.parametrize(
