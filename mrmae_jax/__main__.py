@@ -62,10 +62,12 @@ def _answer(argv: list[str]) -> int:
       print(_help(argv))
       return 0
     options = _parse(argv)
+    trains = options.command in parser.TASKS
+    return _run("train" if trains else options.command.replace("-", "_"), options, debug)
   except UsageError as error:
     return report_error(error, debug)
-  trains = options.command in parser.TASKS
-  return _run("train" if trains else options.command.replace("-", "_"), options, debug)
+  except KeyboardInterrupt:  # of a command that need not finish a step
+    return report_error(Interrupted("stopped by Ctrl-C"), debug)
 
 
 def _run(name: str, options: argparse.Namespace, debug: bool) -> int:

@@ -618,7 +618,8 @@ def start_from(config: ConfigDict, workdir: str) -> None:
   """
   try:
     stored = _read_json(Path(workdir).expanduser() / "config.json")
-    names = ("drop_path", "learned_positions")
+    # What the task decides; the encoder that is probed is as the run left it.
+    names = ("drop_path",) if config.task == "probe" else ("drop_path", "learned_positions")
     has_views = config.task not in ("segment", "detect")  # of whole images in one size
     if config.task == "segment":
       names += ("relative_positions", "layer_scale")

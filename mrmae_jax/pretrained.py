@@ -399,7 +399,8 @@ class PretrainedModel:
 
     Raises:
       WeightsError: the model has no decoder.
-      ValueError: the images have another shape, type or range.
+      ValueError: the images have another shape, type or range, or the ratio hides all patches or
+        none.
     """
     if self.network.decoder is None:
       raise WeightsError(
@@ -412,6 +413,12 @@ class PretrainedModel:
     mask_ratio = method["mask_ratio"] if mask_ratio is None else mask_ratio
     norm_pix = method["norm_pix"] if norm_pix is None else norm_pix
     params, images = self._prepare(images)
+    tokens = math.prod(side // self.network.encoder.patch_size for side in images.shape[1:3])
+    if not 0 < mask_ratio < 1 or not 0 < int(tokens * (1 - mask_ratio)) < tokens:
+      raise ValueError(
+        f"mask_ratio={mask_ratio} given; expected a share in (0, 1) that hides some of the "
+        f"{tokens} patches, not all"
+      )
     return self._reconstruct(params, images, jax.random.key(seed), mask_ratio, norm_pix)
 
   def export(self, image_size: tuple[int, int], logits: bool) -> jax.export.Exported:

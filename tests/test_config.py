@@ -179,6 +179,7 @@ def test_a_workdir_instead_of_a_size(module, tmp_path):
   """Encoder, images and precision of the run, the recipe of the file."""
   ours = tiny.get_config()
   ours.data.mean = (0.1, 0.2, 0.3)
+  ours.encoder.learned_positions = True  # as after fine-tuning
   (tmp_path / "config.json").write_text(ours.to_json())
   config = module.get_config(str(tmp_path))
   assert (
@@ -194,6 +195,7 @@ def test_a_workdir_instead_of_a_size(module, tmp_path):
   assert config.encoder.embed_dims == (8, 12, 24) and config.encoder.drop_path == (
     0.1 if module is finetune else 0.0
   )
+  assert config.encoder.learned_positions  # a probe takes the encoder as it is
   config.batch_size, config.optim.warmup_epochs = 32, 0.0
   preflight.check(config, num_devices=8)
   with pytest.raises(ConfigError, match="none is neither a size nor the workdir of a run"):
@@ -450,6 +452,12 @@ def test_none_means_no_text(text):
   assert (config.teacher.path, config.teacher.name, config.data.quarantine) == ("", "", "")
 
 
+def test_of_a_key_that_is_given_twice_the_last_counts():
+  twice = ["--config.data.crop_scale=(0.1, 0.5)", "--config.batch_size=8"]
+  config = load_config("demo", [*twice, "--config.data.crop_scale=(0.2, 1.0)"])
+  assert config.data.crop_scale == (0.2, 1.0) and config.batch_size == 8
+
+
 def test_none_that_is_a_choice_stays():
   overrides = ["--config.encoder.remat=none", "--config.teacher.target_norm=none"]
   config = load_config("demo", overrides)
@@ -499,11 +507,11 @@ def test_help(capsys):
 
 
 def test_an_unreadable_image_is_named(tmp_path):
+  (tmp_path / "images").mkdir()
   for i in range(20):
-    (tmp_path / f"{i:02}.jpg").write_bytes(b"<html>not found</html>")
-  code, err = command(
-    "--config=tests/tiny.py", f"--workdir={tmp_path}/run", f"--config.data.source=folder:{tmp_path}"
-  )
+    (tmp_path / "images" / f"{i:02}.jpg").write_bytes(b"<html>not found</html>")
+  source = f"--config.data.source=folder:{tmp_path}/images"
+  code, err = command("--config=tests/tiny.py", f"--workdir={tmp_path}/run", source)
   assert code == 3 and re.search(r"error: .*\d\d\.jpg", err) and "Traceback" not in err
 
 

@@ -234,12 +234,28 @@ def test_mistakes_are_answered(capsys, monkeypatch):
       "needs a configuration of task 'finetune'",
     ),
     (["features", "--modl=x"], "modl"),
+    (["features", "--model=/none/x", "--out=x.npz"], "/none/x: no such file or folder"),
+    (["visualize", "--model=x", "--out=x", "--query=a"], "whole number of 0 or more; commas"),
+    (["show-teacher", "--config=demo", "--out=x.foo"], "must end in .png"),
+    (
+      ["pretrain", "--config=photos", "--config.data.source=folder:/x", "--workdir=/x/run"],
+      "--workdir=/x/run lies in the folder of the images",
+    ),
   ):
     assert entry.main(["mrmae", *arguments]) == 2
     printed = capsys.readouterr().err
     assert message in printed and printed.startswith("error: ") and printed.count("\n") == 1
   assert entry.main(["mrmae", "features", "--modl=x", "--debug"]) == 2
   assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_command_that_is_interrupted_says_so(capsys, monkeypatch):
+  def interrupt(name):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(entry, "_module", interrupt)
+  assert entry.main(["mrmae", "knn", "--train=a", "--eval=b", "--out=c"]) == 75
+  assert capsys.readouterr().err == "error: stopped by Ctrl-C\n"
 
 
 def test_every_key_has_a_meaning():

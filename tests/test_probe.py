@@ -329,6 +329,7 @@ def test_mistakes_of_the_tool(photos, tmp_path, capsys):
     ({"eval": tmp_path / "other" / "eval.npz"}, "image_size [8, 8] and [16, 16]"),
     ({"epochs": 0}, "argument --epochs: '0' given"),
     ({"batch_size": 100}, "--batch_size=100 is more than the 80 training images"),
+    ({"out": tmp_path / "text.npz" / "x.json"}, "text.npz is not a folder"),
   ):
     assert (
       run_command(["knn", *(f"--{key}={value}" for key, value in (good | change).items())]) == 2
@@ -336,6 +337,11 @@ def test_mistakes_of_the_tool(photos, tmp_path, capsys):
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(error) == 1 and message in error[0], error
   assert not (tmp_path / "result.json").exists()
+  words = [f"--{key}={value}" for key, value in (good | {"k": "10,1000", "blr": ""}).items()]
+  assert run_command(["knn", *words]) == 0
+  printed = capsys.readouterr().out
+  assert "k=1000 left out: there are 80 training images" in printed
+  assert "k=10 " in printed and "k=1000 " not in printed.replace("k=1000 left", "")
 
 
 def test_averaged_weights_are_the_ones_that_are_loaded(tmp_path):

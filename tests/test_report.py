@@ -166,6 +166,14 @@ def test_mistakes(tmp_path, capsys):
     assert run_command(["report", *arguments]) == 2 and message in capsys.readouterr().err
 
 
+def test_a_key_that_one_run_alone_has_and_that_is_none(tmp_path):
+  for name, config in (("a", {}), ("b", {"wandb": None})):
+    workdir_with_a_run(tmp_path, name)
+    (tmp_path / name / "config.json").write_text(json.dumps({"task": "pretrain"} | config))
+  runs = f"--runs={tmp_path}/a,{tmp_path}/b"
+  assert run_command(["report", runs, f"--out={tmp_path}/page.html"]) == 0
+
+
 def test_every_start_is_noted(tmp_path):
   workdir = new_folder(tmp_path / "run")
   for first in (0, 7):

@@ -302,6 +302,9 @@ def test_encoder_only_files_say_so(tmp_path):
   )  # stages are fused after that
   with pytest.raises(WeightsError, match="was loaded without a decoder and cannot reconstruct"):
     model.reconstruct(images)
+  for ratio in (-1, 0.0, 0.999, 1.0, 1.5):
+    with pytest.raises(ValueError, match=f"mask_ratio={ratio} given; .* of the 16 patches"):
+      complete.reconstruct(images, mask_ratio=ratio)
   pictures = complete.reconstruct(images)
   assert {x.shape for x in pictures.values()} == {images.shape}
   changed = np.abs(np.asarray(pictures["pasted"]) - pictures["original"]) > 1e-6

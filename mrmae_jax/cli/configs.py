@@ -29,7 +29,7 @@ def load_config(name: str, overrides: list[str] = ()) -> ConfigDict:
   Args:
     name: a file, or the name of a configuration that comes with the package; then ":ARGUMENT" for
       its get_config. Or the config.json of a run, or its workdir.
-    overrides: words such as "--config.optim.blr=1e-3".
+    overrides: words such as "--config.optim.blr=1e-3"; of one key the last counts.
 
   Raises:
     UsageError: no such file, a file that fails, a key it does not have (with the nearest one that
@@ -46,7 +46,9 @@ def load_config(name: str, overrides: list[str] = ()) -> ConfigDict:
     raise UsageError(f"--config={name}: {error}") from error
   except Exception as error:  # whatever a user's file may raise
     raise UsageError(f"--config={name}: {type(error).__name__}: {error}") from error
-  values, argv = flags.FlagValues(), ["mrmae", *(_check_override(w, config) for w in overrides)]
+  # ml_collections would put tuples that are given twice one behind the other.
+  last = {word.partition("=")[0]: word for word in overrides}.values()
+  values, argv = flags.FlagValues(), ["mrmae", *(_check_override(w, config) for w in last)]
   try:
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
     values(argv)

@@ -29,7 +29,7 @@ from mrmae_jax.errors import (
   UserError,
   WorkdirError,
 )
-from mrmae_jax.runs.paths import open_folder
+from mrmae_jax.runs.paths import atomic_write, open_folder
 from mrmae_jax.runs.run import make_evaluators
 from mrmae_jax.runs.workdir import describe_special, read_holder
 from mrmae_jax.viz.grid import bands_shown, draw_grid, draw_objects, paint_classes
@@ -264,7 +264,8 @@ def draw_batch(config, source, batch: dict[str, np.ndarray], path: str, report: 
   columns = [pixels[i::4] for i in range(min(4, len(pixels)))]
   columns = [column[: len(columns[-1])] for column in columns]
   titles = ["as training", "sees them"] + [""] * (len(columns) - 2)
-  Image.fromarray(draw_grid(columns, titles, caption)).save(path)
+  with atomic_write(Path(path).expanduser()) as temporary:
+    Image.fromarray(draw_grid(columns, titles, caption)).save(temporary, format="png")
   count = sum(map(len, columns)) * len(batch["image"]) // len(pixels)
   report.ok(f"{path} shows {count} of the first images as training sees them")
 

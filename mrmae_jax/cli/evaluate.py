@@ -12,7 +12,7 @@ from mrmae_jax.cli.features import show_progress
 from mrmae_jax.data.sources.listing import first_names
 from mrmae_jax.errors import DataError, UsageError, printable
 from mrmae_jax.runs import supervision
-from mrmae_jax.runs.paths import atomic_write
+from mrmae_jax.runs.paths import atomic_write, require_writable
 from mrmae_jax.viz import plot
 
 MAX_ROWS = 20  # of classes that are printed
@@ -61,6 +61,8 @@ def run(options) -> str:
   Raises:
     UsageError, WeightsError, DataError: options, models or images that do not fit.
   """
+  if options.out:
+    require_writable(options.out)
   classifiers = lib.load_classifiers(options)
   source = lib.open_source(options)
   labels = _find_labels(source, classifiers.class_names)

@@ -21,7 +21,7 @@ from mrmae_jax.cli.images import (
 from mrmae_jax.errors import UsageError
 from mrmae_jax.models import ConvViT
 from mrmae_jax.runs import supervision
-from mrmae_jax.runs.paths import atomic_write
+from mrmae_jax.runs.paths import atomic_write, require_writable
 from mrmae_jax.weights import loaded_model
 
 
@@ -48,6 +48,7 @@ def run(options) -> str:
     UsageError, WeightsError, DataError: options, a model or images that do not fit.
   """
   write = find_writer(options.out, WRITERS)
+  require_writable(options.out)
   source = open_images(options, find_images(options, [options.model]), options.split)
   view = find_view(options, options.model)
   encoder = load_encoder(options)

@@ -11,6 +11,7 @@ from mrmae_jax import data
 from mrmae_jax.data.sources.base import NothingHeldOut
 from mrmae_jax.errors import DataError, UsageError, WorkdirError
 from mrmae_jax.runs import checkpoint
+from mrmae_jax.runs.paths import is_bucket
 
 # Options of the same names say otherwise
 RULES = ("train_split", "eval_split", "data_dir", "holdout_every", "labels", "quarantine")
@@ -31,6 +32,10 @@ def find_images(options, models: Sequence[str]) -> ConfigDict:
   """
   runs = {model: run for model in models if (run := read_run_data(model))}
   if not options.images and not runs:
+    for model in models:
+      is_absent = not is_bucket(model) and not os.path.exists(os.path.expanduser(model))
+      if is_absent and model != "pixels":  # which is a model, too
+        raise UsageError(f"{model}: no such file or folder")
     raise UsageError(
       f"--images is missing: {', '.join(models)} is not a run, which would know its own images"
     )

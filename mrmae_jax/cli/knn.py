@@ -10,7 +10,7 @@ from mrmae_jax import sharding
 from mrmae_jax.cli.arrays import read_arrays
 from mrmae_jax.errors import UsageError
 from mrmae_jax.evals import knn
-from mrmae_jax.runs.paths import atomic_write
+from mrmae_jax.runs.paths import atomic_write, require_writable
 from mrmae_jax.tasks import probe
 
 COLUMNS = ("features", "labels", "names", "class_names", "about")
@@ -24,6 +24,7 @@ def run(options) -> str:
   Raises:
     UsageError: options or files that do not fit.
   """
+  require_writable(options.out)
   train, held_out = read_features(options.train), read_features(options.eval)
   _check_alike(train, held_out)
   _check_apart(train, held_out)
@@ -134,16 +135,20 @@ def count_copies(train: np.ndarray, held_out: np.ndarray) -> int:
 
 
 def _knn(train: dict, held_out: dict, options, lines: list[str]) -> dict:
+  count = len(train["labels"])
+  ks = tuple(k for k in options.k if k <= count) or (count,)
+  if too_many := ", ".join(f"k={k}" for k in options.k if k > count):
+    lines.append(f"{too_many} left out: there are {count} training images")
   predicted = knn.knn_classify(
     held_out["features"],
     train["features"],
     train["labels"],
     len(train["class_names"]),
-    options.k,
+    ks,
     options.temperature,
     sharding.make_mesh(),
   )
-  accuracy = {k: float((predicted[k] == held_out["labels"]).mean()) for k in options.k}
+  accuracy = {k: float((predicted[k] == held_out["labels"]).mean()) for k in ks}
   lines.append("k-NN      " + "   ".join(f"k={k} {value:.2%}" for k, value in accuracy.items()))
   return {"temperature": options.temperature, "accuracy": accuracy}
 

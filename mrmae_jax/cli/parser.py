@@ -133,7 +133,10 @@ def comma_list(item: Callable = str, count: tuple[int, ...] = ()) -> Callable[[s
   """Returns the type of values separated by commas; "" is none. `count`: the lengths allowed."""
 
   def parse(text: str) -> tuple:
-    values = tuple(item(part.strip()) for part in text.split(",") if part.strip())
+    try:
+      values = tuple(item(part.strip()) for part in text.split(",") if part.strip())
+    except argparse.ArgumentTypeError as error:
+      raise argparse.ArgumentTypeError(f"{error}; commas separate values") from None
     if count and values and len(values) not in count:
       raise argparse.ArgumentTypeError(
         f"{text!r} given; expected {' or '.join(map(str, count))} values separated by commas"

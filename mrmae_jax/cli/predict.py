@@ -11,7 +11,7 @@ from mrmae_jax.cli.evaluate import write_csv
 from mrmae_jax.cli.features import count_rows, find_writer, show_progress
 from mrmae_jax.errors import UsageError
 from mrmae_jax.runs import supervision
-from mrmae_jax.runs.paths import atomic_write
+from mrmae_jax.runs.paths import atomic_write, require_writable
 
 Batch = tuple[list[str], list[str], np.ndarray]  # names, classes, probabilities
 
@@ -22,6 +22,7 @@ def run(options) -> str:
   Raises:
     UsageError, WeightsError, DataError: options, models or images that do not fit.
   """
+  require_writable(options.out)
   if not Path(options.out).suffix:
     return pictures.run(options)
   write = find_writer(options.out, WRITERS)

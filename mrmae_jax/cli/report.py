@@ -266,7 +266,9 @@ def _add_settings(page: Page, runs: list[Run]) -> None:
       [[key, *(run.config.get(key, "") for run in runs)] for key in differing],
     )
   page.section("Settings" if len(runs) == 1 else "Settings that all share")
-  page.table(["config.", ""], [[key, runs[0].config[key]] for key in keys if key not in differing])
+  page.table(
+    ["config.", ""], [[key, runs[0].config.get(key)] for key in keys if key not in differing]
+  )
 
 
 def _add_starts(page: Page, runs: list[Run]) -> None:

@@ -1,5 +1,7 @@
 """Draws what a teacher sees, and measures how much its features have to teach."""
 
+from pathlib import Path
+
 import jax
 import numpy as np
 from ml_collections import ConfigDict
@@ -7,6 +9,8 @@ from PIL import Image
 
 from mrmae_jax import data, mrmae, teachers
 from mrmae_jax.config import token_size
+from mrmae_jax.errors import UsageError
+from mrmae_jax.runs.paths import atomic_write
 from mrmae_jax.viz.grid import bands_shown, enlarge, overlay, perplexity, principal_colors
 from mrmae_jax.viz.panels import draw_columns
 
@@ -92,6 +96,8 @@ def draw_teacher(images: np.ndarray, teacher_out, config: ConfigDict) -> np.ndar
 
 def run(options) -> str:
   """Carries out `mrmae show-teacher`."""
+  if not options.out.endswith(".png"):
+    raise UsageError(f"--out={options.out} must end in .png")
   config = options.config
   config.data.source = options.images or config.data.source
   config.data.holdout_every = 0
@@ -119,5 +125,6 @@ def run(options) -> str:
     print(f"CLS attention spreads over {spread:.0f} of {num_tokens} tokens (perplexity)")
   first_rows = jax.tree.map(lambda x: x[: options.count], teacher_out)
   picture = draw_teacher(images[: options.count], first_rows, config)
-  Image.fromarray(picture).save(options.out)
+  with atomic_write(Path(options.out).expanduser()) as temporary:
+    Image.fromarray(picture).save(temporary, format="png")
   return f"wrote {options.out}"

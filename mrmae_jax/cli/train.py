@@ -22,6 +22,7 @@ from mrmae_jax.errors import (
   one_line,
 )
 from mrmae_jax.runs import distributed, supervision
+from mrmae_jax.runs.paths import is_bucket
 from mrmae_jax.runs.workdir import check_shared, lock_workdir, prepare_workdir
 
 
@@ -88,6 +89,13 @@ def load_training_config(options, task: str | None):
       f"config.init_from={start} is the folder of --workdir: give another --workdir; to resume the "
       "run that is there, repeat its settings"
     )
+  kind, _, images = config.data.get("source", "").partition(":")
+  if kind == "folder" and options.workdir and not is_bucket(options.workdir):
+    if f"{place(options.workdir)}/".startswith(f"{place(images)}/"):
+      raise UsageError(
+        f"--workdir={options.workdir} lies in the folder of the images, {images}: the run's own "
+        "pictures would become training images; give a folder elsewhere"
+      )
   places = ("coordinator_address", "num_processes", "process_id")
   given = [name for name in places if getattr(options, name) is not None]
   if given and not options.multihost:

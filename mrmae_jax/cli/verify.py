@@ -23,7 +23,7 @@ from mrmae_jax.constants import IGNORED
 from mrmae_jax.data import augment, detection, scenes
 from mrmae_jax.data.scenes import count_pixels, label_shares
 from mrmae_jax.errors import DataError, UsageError, printable
-from mrmae_jax.runs.paths import atomic_write
+from mrmae_jax.runs.paths import atomic_write, require_writable
 
 CHUNK = 16  # images that a process takes at a time
 ORIENTATION = 0x0112  # EXIF tag; 1: as stored
@@ -184,6 +184,8 @@ def run(options) -> str:
   Raises:
     UsageError, DataError: options that do not fit; bad images, after the files are written.
   """
+  for path in filter(None, (options.json, options.quarantine)):
+    require_writable(path)
   is_given, has_scenes = bool(options.zero_is_unlabelled), options.source.startswith("scenes:")
   if is_given != has_scenes:
     raise UsageError(

@@ -20,7 +20,7 @@ from mrmae_jax.errors import UsageError, WeightsError
 from mrmae_jax.evals import knn
 from mrmae_jax.models.decoder import MimicHead
 from mrmae_jax.runs import supervision
-from mrmae_jax.runs.paths import atomic_write
+from mrmae_jax.runs.paths import atomic_write, require_writable
 from mrmae_jax.viz import page, panels
 from mrmae_jax.viz.grid import bands_shown, enlarge, perplexity, principal_colors
 from mrmae_jax.viz.panels import Panel, draw_columns
@@ -256,6 +256,7 @@ def run(options) -> str:
   """
   if unknown := [name for name in options.panels if name not in PANELS]:
     raise UsageError(f"--panels: {unknown[0]!r} is not one of {', '.join(PANELS)}")
+  require_writable(options.out)
   with supervision.supervised(hang_s=0):
     names = options.panels or list(PANELS)
     subject = open_subject(options, needs_teacher=bool(NEED_TEACHER.intersection(names)))

@@ -1,4 +1,4 @@
-"""Networks in flax.linen, which import nothing of this project but each other and `bilinear`."""
+"""Networks in flax.linen. They import each other and the lowest floor of this project alone."""
 
 import jax
 import jax.numpy as jnp

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from mrmae_jax.models.layers import gelu
 from mrmae_jax.models.maps import ConvNorm, Upsample, norm_layer
 
-NUM_LEVELS = 5
 # Uniform in 1 / sqrt(fan in), torch's default; and in sqrt(3 / fan in), Caffe2's.
 TORCH_UNIFORM = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 CAFFE2_XAVIER = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")

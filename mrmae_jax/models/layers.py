@@ -1,4 +1,5 @@
-"""Building blocks of every network: masks, patches, positions, activations, dense layers, norms.
+"""Building blocks of every network: masks, patches, positions, activations, dense layers, norms,
+dropped paths, the fusion of layers.
 
 Everything is written for bfloat16 compute with float32 parameters. Linen casts parameters to
 `dtype` at use. LayerNorm statistics and softmax accumulate in float32.

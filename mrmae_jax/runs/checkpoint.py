@@ -159,16 +159,23 @@ class Checkpoints:
 
   def _check_identity(self, stored: dict[str, Any]) -> str:
     """Raises WorkdirError if the checkpoint is of another run; returns a warning or ""."""
+    workdir, task = self.directory.parent, stored.get("task")
+    if task != self.identity.get("task"):
+      raise WorkdirError(
+        f"{workdir} holds a run of the task {task!r}, this one is {self.identity.get('task')!r}; "
+        "choose another --workdir"
+      )
     changed = [
       f"{key}: {stored.get(key)!r} in the checkpoint, {self.identity.get(key)!r} now"
       for key in sorted((stored.keys() | self.identity.keys()) - OUTDATED - {CONTENTS})
       if stored.get(key) != self.identity.get(key)
     ]
-    is_replaced, note = _compare_contents(stored.get(CONTENTS), self.identity.get(CONTENTS))
+    is_replaced, note = False, ""
+    if stored.get("train images") == self.identity.get("train images"):  # of the same names
+      is_replaced, note = _compare_contents(stored.get(CONTENTS), self.identity.get(CONTENTS))
     if is_replaced:
       changed.append(note)
     if changed:
-      workdir, task = self.directory.parent, stored.get("task")
       other_length = stored.get("epochs") != self.identity.get("epochs")
       hint = (
         f". To train its weights further, with a schedule that starts anew: mrmae {task} "

@@ -22,7 +22,7 @@ from typing import BinaryIO
 
 from etils import epath
 
-from mrmae_jax.errors import WorkdirError, one_line
+from mrmae_jax.errors import UsageError, WorkdirError, one_line
 
 MAX_BYTES = 4 * 2**30  # of a file that is read as a whole, such as COCO's annotations
 ANSWER_S = 15  # gcsfs alone would retry for most of a minute
@@ -133,6 +133,21 @@ def _bucket_problem(path: epath.Path) -> str:
     return answers.get(timeout=ANSWER_S)
   except queue.Empty:
     return f"no answer within {ANSWER_S} s"
+
+
+def require_writable(path: str | Path) -> None:
+  """Raises UsageError if a file or folder could not be made: before hours of work, not after.
+
+  Args:
+    path: on a disk; it and the folders above it need not exist.
+  """
+  place = Path(path).expanduser().absolute()
+  while not os.path.lexists(place):
+    place = place.parent
+  if place != Path(path).expanduser().absolute() and not place.is_dir():
+    raise UsageError(f"{path} cannot be written: {place} is not a folder")
+  if not os.access(place, os.W_OK):
+    raise UsageError(f"{path} cannot be written: no permission to write to {place}")
 
 
 @contextlib.contextmanager

@@ -83,7 +83,7 @@ def describe_source(path: Path, tensors: dict[str, files.Tensor]) -> Description
     if description := read_notes(path, naming):
       return description
     encoder = family.encoder_fields(shapes, source)
-    return Description(naming, _same_names, encoder, decoder_fields(shapes, source), None)
+    return Description(naming, same_names, encoder, decoder_fields(shapes, source), None)
   raise WeightsError(
     f"{source} is not a model of this kind (found {', '.join(sorted(shapes)[:3])}); expected "
     "ConvMAE or MAE in their authors' names, a ViTMAE folder, BEiT, a tower of DINO, DINOv2 or "
@@ -101,12 +101,13 @@ def read_notes(path: Path, naming: str) -> Description | None:
   if not notes:
     return None
   try:
-    return Description(naming, _same_names, **json.loads(notes))
+    return Description(naming, same_names, **json.loads(notes))
   except (ValueError, TypeError, RecursionError):
     raise _bad_metadata(str(path)) from None
 
 
-def _same_names(entry: Entry) -> Entry:
+def same_names(entry: Entry) -> Entry:
+  """Returns an entry as it is: a `rename` for files in our tables' own names."""
   return entry
 
 

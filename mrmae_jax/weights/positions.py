@@ -69,8 +69,8 @@ def resize_relative(table: np.ndarray, old: tuple[int, int], new: tuple[int, int
   as they were, long ones are stretched: plain interpolation harms segmentation (unilm#376).
 
   Args:
-    table: float32 [rows, heads], see `layers.RelativePositions`. The three rows for CLS, if there
-      are any, are kept.
+    table: float32 [rows, heads], see `attention.RelativePositions`. The three rows for CLS, if
+      there are any, are kept.
     old, new: (rows, columns) of patches.
 
   Returns:

@@ -59,6 +59,7 @@ from mrmae_jax.weights.model_sources import (
   file_encoder,
   input_statistics,
   read_notes,
+  same_names,
   with_heads,
 )
 from mrmae_jax.weights.table import Entry, convert, dense, norm, shape_of
@@ -97,6 +98,8 @@ def read_model(
     WeightsError: there is nothing, it is another model, or tensors are missing, unknown, misshapen
       or not finite.
   """
+  if unknown := hints.keys() - set(Hints._fields):
+    raise TypeError(f"unknown: {', '.join(sorted(unknown))}; expected {', '.join(Hints._fields)}")
   # A bucket holds runs alone.
   if "://" not in str(path):
     path = Path(os.path.expanduser(path))
@@ -252,7 +255,7 @@ def _read_files(
 
   is_vit, pos_embed = isinstance(encoder, ViT), description.their_name("pos_embed")
   grid = _find_grid(inventory.shapes, pos_embed, encoder, hints.grid or description.grid, source)
-  patch_embed = description.their_name(f"patch_embed{'' if is_vit else 1}.proj.weight")
+  patch_embed = description.their_name(_patch_embed(encoder))
   channels = shape_of(inventory.shapes, patch_embed, 4, source)[1]
   mean, std = input_statistics(hints, description, channels, source)
   if not is_vit and encoder.cls_token and _fold_cls_row(inventory.tensors, grid):
@@ -299,6 +302,11 @@ def _read_files(
   )
 
 
+def _patch_embed(encoder: ConvViT | ViT) -> str:
+  """Returns the name of the kernel that reads the image, in the authors' names."""
+  return f"patch_embed{'' if isinstance(encoder, ViT) else 1}.proj.weight"
+
+
 def _find_tower(path: Path, tensors: dict[str, files.Tensor]) -> families.Family | None:
   """Returns the family of a vision tower; None for MAE, ViTMAE, ConvMAE and what is unknown."""
   found = families.find_family({name: tensor.shape for name, tensor in tensors.items()})
@@ -327,7 +335,7 @@ def _describe_segmenter(path: Path, tensors: dict[str, files.Tensor], hints: Hin
   description, source = read_notes(path, mmseg.NAMING), str(path)
   if description is None:
     fields, grid = mmseg.encoder_fields(tensors, hints.grid, source)
-    description = Description(mmseg.NAMING, lambda entry: entry, fields, {}, grid)
+    description = Description(mmseg.NAMING, same_names, fields, {}, grid)
   check_description(description, len(tensors), source)
   return description
 
@@ -344,8 +352,7 @@ def _read_segmenter(path: Path, network: networks.Network, hints: Hints, dtype) 
     grid = _find_grid(shapes, "pos_embed", encoder, grid, source)
   elif not grid:
     raise WeightsError(f"{source} does not tell the grid of its tables; give grid=(rows, columns)")
-  patch_embed = f"patch_embed{'' if isinstance(encoder, ViT) else 1}.proj.weight"
-  channels = shape_of(shapes, patch_embed, 4, source)[1]
+  channels = shape_of(shapes, _patch_embed(encoder), 4, source)[1]
   mean, std = input_statistics(hints, description, channels, source)
   head_shapes = {name: tensor.shape for name, tensor in network.heads.items()}
   noted = description.segmenter
@@ -400,13 +407,12 @@ def _read_detector(path: Path, network: networks.Network, hints: Hints, dtype) -
   description = read_notes(path, detectron2.NAMING)
   if description is None:
     noted, grid = detectron2.encoder_fields(of_encoder, source)
-    description = Description(detectron2.NAMING, lambda entry: entry, noted, {}, grid)
+    description = Description(detectron2.NAMING, same_names, noted, {}, grid)
   check_description(description, len(tensors), source)
   encoder, grid = file_encoder(description, hints, dtype, source), tuple(description.grid)
   more, rules = detectron2.read_notes(description.detector)
   detector = MaskRCNN(encoder, **fields, **more, dtype=dtype)
-  patch_embed = f"patch_embed{'' if isinstance(encoder, ViT) else 1}.proj.weight"
-  channels = shape_of(of_encoder, patch_embed, 4, source)[1]
+  channels = shape_of(of_encoder, _patch_embed(encoder), 4, source)[1]
   mean, std = input_statistics(hints, description, channels, source)
   size = tuple(side * encoder.patch_size for side in grid)
   params = convert(

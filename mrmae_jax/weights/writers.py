@@ -22,7 +22,7 @@ from mrmae_jax.weights.loaded_model import (
   module_fields,
   name_table,
 )
-from mrmae_jax.weights.model_sources import METADATA_KEY
+from mrmae_jax.weights.model_sources import METADATA_KEY, same_names
 from mrmae_jax.weights.table import Entry, export, same
 
 FORMATS = ("convmae", "timm", "hf", "mmseg", "detectron2")
@@ -57,7 +57,7 @@ def write_model(model: LoadedModel, out: str | Path, form: str) -> None:
     model = _with_stored_positions(model)
   classifier, params = tuple(model.params.get("classifier", ())), model.params
   prefix = "" if model.decoder is None else "vit."
-  rename = (lambda entry: mae.to_hf(entry, prefix)) if form == "hf" else lambda entry: entry
+  rename = (lambda entry: mae.to_hf(entry, prefix)) if form == "hf" else same_names
   if not model.has_norm:
     encoder = {name: x for name, x in params["encoder"].items() if name != "norm"}
     params = params | {"encoder": encoder}

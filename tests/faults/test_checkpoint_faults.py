@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -736,3 +737,12 @@ def test_f42_a_long_run_does_not_grow(tmp_path):
   count, early, late = map(float, out.split("MEMORY ")[1].split())
   print(f"{early:.1f} MB after 500 steps, {late:.1f} MB after 2,000")
   assert count == 2000 and late - early < 20
+
+
+def test_of_a_run_of_another_task_nothing_else_is_said(tmp_path):
+  now = SimpleNamespace(directory=tmp_path / "checkpoints", identity={"task": "probe", "epochs": 3})
+  with pytest.raises(WorkdirError) as caught:
+    Checkpoints._check_identity(now, {"task": "pretrain", "epochs": 5, "dtype": "float32"})
+  assert str(caught.value) == (
+    f"{tmp_path} holds a run of the task 'pretrain', this one is 'probe'; choose another --workdir"
+  )

@@ -258,6 +258,26 @@ def test_f26_quarantine_keeps_the_split_of_the_others(tmp_path):
     assert remaining[3]["name"] == remaining.name(3)
 
 
+def test_f26_a_list_of_both_splits_counts_where_nothing_is_held_out(tmp_path):
+  """Not where a folder has splits of its own, whose files may have the same names."""
+  photographs(tmp_path / "all", count=20)
+  listed = {}
+  for split in ("train", "eval"):
+    source = open_source(f"folder:{tmp_path}/all", split, holdout_every=5)
+    listed[split] = [source.name(0)]
+  options = {"holdout_every": 0, "quarantine": str(tmp_path / "list.json")}
+  (tmp_path / "list.json").write_text(json.dumps(listed))
+  source = open_source(f"folder:{tmp_path}/all", "train", **options)
+  names = {source.name(i) for i in range(len(source))}
+  assert len(names) == 18 and names.isdisjoint(listed["train"] + listed["eval"])
+
+  for split in ("train", "val"):
+    photographs(tmp_path / "splits" / split, count=4)
+  (tmp_path / "list.json").write_text(json.dumps({"eval": ["a/000.png"]}))
+  lengths = [len(open_source(f"folder:{tmp_path}/splits", x, **options)) for x in ("train", "eval")]
+  assert lengths == [4, 3]
+
+
 @pytest.mark.parametrize(
   "content, message",
   [
@@ -289,7 +309,7 @@ def test_f26_quarantine_of_everything(tmp_path):
   source = Numbered(2)
   source.name = str
   with pytest.raises(DataError, match="leaves nothing"):
-    FilteredSource(source, "train", str(tmp_path / "list.json"))
+    FilteredSource(source, ("train",), str(tmp_path / "list.json"))
 
 
 def test_f26_the_policy_may_change_when_a_run_continues():
@@ -1126,4 +1146,8 @@ def test_a_run_whose_images_were_replaced_does_not_resume(tmp_path, capsys):
   )
   photographs(tmp_path / "photos", seed=1, count=64)
   with pytest.raises(WorkdirError, match="holds a different run .64 of 64 training images that"):
+    fit()
+  photographs(tmp_path / "more", seed=1, count=66)  # of which others are compared
+  config.data.source = f"folder:{tmp_path}/more"
+  with pytest.raises(WorkdirError, match="holds a different run .train images: [^;]*. Choose"):
     fit()

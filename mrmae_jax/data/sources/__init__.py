@@ -6,8 +6,15 @@ is listed in KINDS; pictures that are drawn have modules of their own, those in 
 """
 
 import importlib
+import os
 
-from mrmae_jax.data.sources.base import Source, SplitRules, check_same_classes, sample_contents
+from mrmae_jax.data.sources.base import (
+  NothingHeldOut,
+  Source,
+  SplitRules,
+  check_same_classes,
+  sample_contents,
+)
 from mrmae_jax.data.sources.quarantine import FilteredSource
 from mrmae_jax.errors import DataError, printable
 
@@ -128,7 +135,8 @@ def open_source(
     )
   kind, _, address = spec.partition(":")
   if kind not in KINDS or bool(address) != (":" in KINDS[kind]):
-    raise DataError(f"dataset {spec!r} given; expected {describe_kinds({})}")
+    hint = f" (folder:{spec}?)" if os.path.isdir(os.path.expanduser(spec)) else ""
+    raise DataError(f"dataset {spec!r} given; expected {describe_kinds({})}{hint}")
   if labels and kind != "folder":
     raise DataError(
       f"labels={labels!r} given; a table of labels is for folders and archives (folder:/path),"
@@ -149,4 +157,12 @@ def open_source(
   for text in ("description", "left_out"):  # with names of files and folders
     if hasattr(source, text):
       setattr(source, text, printable(getattr(source, text)))
-  return FilteredSource(source, split, quarantine) if quarantine else source
+  if not quarantine:
+    return source
+  splits = (split,)
+  if split == "train" and not holdout_every:
+    try:
+      module.make_source(address, "eval", rules)
+    except NothingHeldOut:  # so that these are the images of both
+      splits = ("train", "eval")
+  return FilteredSource(source, splits, quarantine)

@@ -20,22 +20,23 @@ class FilteredSource:
   of `Source.name`.
   """
 
-  def __init__(self, source: Source, split: str, path: str):
+  def __init__(self, source: Source, splits: tuple[str, ...], path: str):
     """Finds the listed images in the source.
 
     Args:
-      source: the split.
-      split: "train" or "eval".
+      source: of images.
+      splits: whose images it holds: "train" or "eval", both where nothing is held out.
       path: file of the list.
 
     Raises:
       DataError: the list cannot be read, a name belongs to no image, or nothing remains.
     """
-    names = _read_list(path, split)
+    names = _read_list(path, splits)
     excluded = {name: i for i in range(len(source)) if (name := source.name(i)) in names}
     if unknown := sorted(names - excluded.keys()):
       raise DataError(
-        f"quarantine {path}: {len(unknown)} of its {len(names)} {split!r} images are not in"
+        f"quarantine {path}: {len(unknown)} of its {len(names)} {' and '.join(map(repr, splits))}"
+        " images are not in"
         f" {source.description}: {', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''};"
         " write it again with mrmae verify and the options of this run"
       )
@@ -72,12 +73,12 @@ class FilteredSource:
     return self._source.name(int(self._indices[index]))
 
 
-def _read_list(path: str, split: str) -> set[str]:
+def _read_list(path: str, splits: tuple[str, ...]) -> set[str]:
   try:
-    splits = json.loads(read_regular(Path(path).expanduser()))
-    if not isinstance(splits, dict) or not splits.keys() <= {"train", "eval"}:
+    listed = json.loads(read_regular(Path(path).expanduser()))
+    if not isinstance(listed, dict) or not listed.keys() <= {"train", "eval"}:
       raise ValueError("expected an object with 'train' and 'eval'")
-    return set(splits.get(split, ()))
+    return {name for split in splits for name in listed.get(split, ())}
   except (OSError, ValueError, TypeError, RuntimeError) as error:  # of JSON that is nested, no home
     raise DataError(
       f"quarantine {path}: cannot be read ({error}); write it with mrmae verify --quarantine=FILE"
