@@ -25,7 +25,7 @@ COMPONENTS = {  # by the names of modules; the first that fits
   "stage 1": r"/(patch_embed1|blocks1_)",
   "stage 2": r"/(patch_embed2|blocks2_)",
   "embed 3 and 4, stage fusion": r"/(patch_embed[34]|stage\d_output_decode)",
-  "transformer": r"ConvViT|ViT|(Classifier|Segmenter|MaskRCNN.features)\)*/encoder",
+  "transformer": r"ConvViT|ViT|(Classifier|Segmenter|MaskRCNN\.features)\)*/encoder",
   "classifier": r"Classifier",
   "neck, pyramid": r"/(neck|pyramid)/",
   "decode head": r"/decode_head/",

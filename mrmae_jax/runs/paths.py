@@ -141,10 +141,12 @@ def require_writable(path: str | Path) -> None:
   Args:
     path: on a disk; it and the folders above it need not exist.
   """
-  place = Path(path).expanduser().absolute()
+  place = Path(os.path.expanduser(path)).absolute()
+  if os.path.isfile(place):  # another file takes its place
+    place = place.parent
   while not os.path.lexists(place):
     place = place.parent
-  if place != Path(path).expanduser().absolute() and not place.is_dir():
+  if not place.is_dir():
     raise UsageError(f"{path} cannot be written: {place} is not a folder")
   if not os.access(place, os.W_OK):
     raise UsageError(f"{path} cannot be written: no permission to write to {place}")

@@ -16,7 +16,7 @@ import pytest
 from mrmae_jax import __main__ as entry
 from mrmae_jax import train
 from mrmae_jax.cli.console import SteadyStream
-from mrmae_jax.errors import WorkdirError
+from mrmae_jax.errors import UsageError, WorkdirError
 from mrmae_jax.runs import log, metrics, paths, workdir
 from mrmae_jax.runs.checkpoint import Checkpoints
 from tests.faults import small
@@ -57,6 +57,19 @@ def test_a_full_disk_under_tensorboard_stops_nothing(tmp_path, monkeypatch, caps
   files = [p for p in (tmp_path / "tensorboard").glob("events*") if p.stat().st_size > 20_000]
   assert len(files) == 1  # the last picture
   assert any((tmp_path / "tensorboard" / "hparams").iterdir())
+
+
+def test_outputs_that_cannot_be_written_are_found_before_the_work(tmp_path, monkeypatch):
+  (tmp_path / "file").write_text("")
+  for name in ("new", "some/new/folder/x.npz", "file", ".", "~/x.npz"):
+    paths.require_writable(tmp_path / name if name[0] != "~" else name)
+  for path in (tmp_path / "file" / "x", f"{tmp_path}/file/more/x.npz"):
+    with pytest.raises(UsageError, match="file is not a folder"):
+      paths.require_writable(path)
+  monkeypatch.setattr(paths.os, "access", lambda place, mode: place != tmp_path)
+  for name in ("new", "file", "a/b"):
+    with pytest.raises(UsageError, match=f"{name} cannot be written: no permission"):
+      paths.require_writable(tmp_path / name)
 
 
 WRITE = """
