@@ -13,7 +13,7 @@ from pathlib import Path
 
 import mrmae_jax
 from mrmae_jax.cli import parser
-from mrmae_jax.cli.console import open_missing_streams, steady_console
+from mrmae_jax.cli.console import open_missing_streams, show_warnings, steady_console
 from mrmae_jax.cli.program_cache import keep_programs
 from mrmae_jax.errors import (
   DataError,
@@ -132,6 +132,7 @@ def _add_cwd_to_path() -> None:
 def run_process() -> None:
   """The whole process: `main`, and its end."""
   open_missing_streams()
+  show_warnings()
   sys.stdout.reconfigure(errors="backslashreplace")  # file names may be of any bytes
   # Before a configuration imports jax. A host that finds its program would leave alone those that
   # compile theirs together.

@@ -16,14 +16,15 @@ import pytest
 from configs import cifar10, convmae, demo, finetune, mae, mrmae, probe
 from configs.sweeps import ablation
 from mrmae_jax import __main__ as entry
-from mrmae_jax import __version__, preflight
+from mrmae_jax import __version__, data, preflight
 from mrmae_jax import config as config_lib
 from mrmae_jax.cli.configs import load_config
+from mrmae_jax.cli.train import load_training_config
 from mrmae_jax.errors import ConfigError, UsageError
 from mrmae_jax.tasks import pretrain
 from mrmae_jax.weights.hub import PRESETS
 from tests import tiny
-from tests.helpers.cli import run_command
+from tests.helpers.cli import parse_options, run_command
 from tests.helpers.programs import run_program
 
 ROOT = Path(__file__).parent.parent
@@ -456,6 +457,32 @@ def test_of_a_key_that_is_given_twice_the_last_counts():
   twice = ["--config.data.crop_scale=(0.1, 0.5)", "--config.batch_size=8"]
   config = load_config("demo", [*twice, "--config.data.crop_scale=(0.2, 1.0)"])
   assert config.data.crop_scale == (0.2, 1.0) and config.batch_size == 8
+
+
+def test_a_run_knows_its_images_from_any_folder(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  for written, stored in (
+    ("folder:photos", f"folder:{tmp_path}/photos"),
+    ("packed:../x", f"packed:{tmp_path.parent}/x"),
+    ("coco:/data/coco", "coco:/data/coco"),
+    ("coco:digits", "coco:digits"),
+    ("scenes:digits", "scenes:digits"),
+    ("packed:gs://bucket/x", "packed:gs://bucket/x"),
+    ("tfds:imagenet2012", "tfds:imagenet2012"),
+    ("digits", "digits"),
+    ("folder:", "folder:"),
+  ):
+    assert data.with_absolute_path(written) == stored
+  options = parse_options("pretrain", "--config=photos", "--workdir=run")
+  options.config = load_config("photos", ["--config.data.source=folder:photos"])
+  assert load_training_config(options, "pretrain").data.source == f"folder:{tmp_path}/photos"
+
+
+def test_warnings_of_a_process_begin_as_its_other_lines():
+  code = "from mrmae_jax.cli import console; console.show_warnings(); from absl import logging; "
+  command = [sys.executable, "-c", f"{code}logging.warning('%s is old', 'x'); logging.info('no')"]
+  done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+  assert done.stderr == "warning: x is old\n"
 
 
 def test_none_that_is_a_choice_stays():

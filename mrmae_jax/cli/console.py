@@ -1,6 +1,7 @@
 """Keeps a command alive whose console cannot be written: a full disk, a reader that went away."""
 
 import contextlib
+import logging
 import os
 import sys
 
@@ -15,6 +16,12 @@ def open_missing_streams() -> None:
   os.close(descriptor)
   sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
   sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
+
+
+def show_warnings() -> None:
+  """Prints what is logged as a warning, here or in a library, as a line that begins so."""
+  logging.addLevelName(logging.WARNING, "warning")
+  logging.basicConfig(format="%(levelname)s: %(message)s")
 
 
 class SteadyStream:

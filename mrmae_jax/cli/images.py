@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from mrmae_jax import config as config_lib
 from mrmae_jax import data
+from mrmae_jax.data.sources import PLACES
 from mrmae_jax.data.sources.base import NothingHeldOut
 from mrmae_jax.errors import DataError, UsageError, WorkdirError
 from mrmae_jax.runs import checkpoint
@@ -133,7 +134,7 @@ def _has_images(model: str, run: ConfigDict, source: str) -> bool:
 def _place(source: str) -> str:
   """Returns a source with the real path of its folder."""
   kind, _, address = source.partition(":")
-  if kind not in ("folder", "packed", "scenes", "coco"):
+  if kind not in PLACES:
     return source
   return f"{kind}:{os.path.realpath(os.path.expanduser(address))}"
 

@@ -9,7 +9,7 @@ import traceback
 import jax
 
 from mrmae_jax import config as config_lib
-from mrmae_jax import preflight, train
+from mrmae_jax import data, preflight, train
 from mrmae_jax.cli import parser
 from mrmae_jax.cli.teacher import run_teacher
 from mrmae_jax.errors import (
@@ -89,6 +89,8 @@ def load_training_config(options, task: str | None):
       f"config.init_from={start} is the folder of --workdir: give another --workdir; to resume the "
       "run that is there, repeat its settings"
     )
+  if config.data.get("source"):  # the run is used from other folders, too
+    config.data.source = data.with_absolute_path(config.data.source)
   kind, _, images = config.data.get("source", "").partition(":")
   if kind == "folder" and options.workdir and not is_bucket(options.workdir):
     if f"{place(options.workdir)}/".startswith(f"{place(images)}/"):

@@ -28,6 +28,7 @@ from mrmae_jax.data.sources import (
   open_source,
   open_split,
   sample_contents,
+  with_absolute_path,
 )
 from mrmae_jax.data.views import (
   ImageView,
@@ -68,4 +69,5 @@ __all__ = [
   "sample_contents",
   "scene_views",
   "train_batches",
+  "with_absolute_path",
 ]

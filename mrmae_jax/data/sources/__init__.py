@@ -17,6 +17,7 @@ from mrmae_jax.data.sources.base import (
 )
 from mrmae_jax.data.sources.quarantine import FilteredSource
 from mrmae_jax.errors import DataError, printable
+from mrmae_jax.runs.paths import is_bucket
 
 __all__ = [
   "Source",
@@ -37,6 +38,7 @@ KINDS = {  # kind -> how it is written
   "scenes": "scenes:/path or scenes:digits",
   "coco": "coco:/path or coco:digits",
 }
+PLACES = ("folder", "packed", "scenes", "coco")  # kinds whose address is a path
 DRAWN = {"scenes:digits": "digit_scenes", "coco:digits": "digit_objects"}  # dataset -> module
 PACKAGES = {  # module -> the packages that it needs beside numpy and Pillow
   "digits": "scikit-learn",
@@ -88,6 +90,14 @@ def open_split(config, split: str) -> Source:
     zero_is_unlabelled=config.get("zero_is_unlabelled"),
     max_dropped=config.max_skipped if has_objects else None,
   )
+
+
+def with_absolute_path(spec: str) -> str:
+  """Returns a dataset with a path that means the same in any working directory."""
+  kind, _, address = spec.partition(":")
+  if kind not in PLACES or spec in DRAWN or not address or is_bucket(address):
+    return spec
+  return f"{kind}:{os.path.abspath(os.path.expanduser(address))}"
 
 
 def open_source(
