@@ -69,6 +69,6 @@ def test_an_installed_wheel_works_outside_a_checkout(wheel, tmp_path):
   assert (folder / "run" / "checkpoints").is_dir()
   sweep = mrmae("sweep", "--config=sweeps/mimic_weight:demo", "--workdir=sweep", "--do=print")
   assert sweep.count("mrmae pretrain --config=sweeps/mimic_weight:demo") == 6
-  step = ("bench", "step", "--config=demo", "--steps=1", "--batch_sizes=8")
+  step = ("bench", "step", "--config=demo", "--rounds=1", "--batch_sizes=8")
   assert "images/s" in mrmae(*step)
   assert "memory a device" in mrmae("compile", "--config=demo")
