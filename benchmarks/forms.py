@@ -109,11 +109,8 @@ def _biased_forms(dtype, device):
     is_fused = attention.has_fused_attention(dtype, BIASED[-1])
 
   def of_jax(q, k, v, bias):
-    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     bias = bias.reshape((1, *bias.shape)[-4:]).astype(q.dtype)
-    implementation = "cudnn" if is_fused else "xla"
-    y = jax.nn.dot_product_attention(q, k, v, bias=bias, implementation=implementation)
-    return y.swapaxes(1, 2)
+    return attention._fused_attention(q, k, v, "cudnn" if is_fused else "xla", bias=bias)
 
   return {"explicit": attention.explicit_attention, "cuDNN" if is_fused else "JAX": of_jax}
 

@@ -403,7 +403,7 @@ def test_the_kernels_of_a_program_for_a_gpu():
 
 
 def test_convolutions_of_cudnn_and_their_gradients():
-  """Of 7 x 10 positions with a kernel of 3 x 2, strides and padding."""
+  """They read 7 x 10 positions by a kernel of 3 x 2, with strides and padding."""
   text = """
 ENTRY %main (x.1: bf16[2,7,10,4], w.1: bf16[6,3,2,4], ...) -> bf16[2,7,10,6] {
   %x.1 = bf16[2,7,10,4]{3,2,1,0} parameter(0)

@@ -19,12 +19,12 @@ from mrmae_jax import __main__ as entry
 from mrmae_jax import __version__, data, preflight
 from mrmae_jax import config as config_lib
 from mrmae_jax.cli.configs import load_config
-from mrmae_jax.cli.train import load_training_config
+from mrmae_jax.cli.train import settle_source
 from mrmae_jax.errors import ConfigError, UsageError
 from mrmae_jax.tasks import pretrain
 from mrmae_jax.weights.hub import PRESETS
 from tests import tiny
-from tests.helpers.cli import parse_options, run_command
+from tests.helpers.cli import run_command
 from tests.helpers.programs import run_program
 
 ROOT = Path(__file__).parent.parent
@@ -473,9 +473,18 @@ def test_a_run_knows_its_images_from_any_folder(tmp_path, monkeypatch):
     ("folder:", "folder:"),
   ):
     assert data.with_absolute_path(written) == stored
-  options = parse_options("pretrain", "--config=photos", "--workdir=run")
-  options.config = load_config("photos", ["--config.data.source=folder:photos"])
-  assert load_training_config(options, "pretrain").data.source == f"folder:{tmp_path}/photos"
+  config = load_config("photos", ["--config.data.source=folder:photos"])
+  settle_source(config, "run")
+  assert config.data.source == f"folder:{tmp_path}/photos"
+  with pytest.raises(UsageError, match="--workdir=photos/run lies in the folder of the images"):
+    settle_source(config, "photos/run")
+
+
+def test_a_recipe_that_needs_images_says_so(tmp_path, capsys):
+  for words in (["pretrain"], ["doctor"]):
+    words += ["--config=photos", f"--workdir={tmp_path}/run", "--config.teacher.path="]
+    assert run_command(words) == 2
+    assert "config.data.source is not set; use digits, folder:" in "".join(capsys.readouterr())
 
 
 def test_warnings_of_a_process_begin_as_its_other_lines():

@@ -2,7 +2,6 @@
 
 import fcntl
 import importlib.metadata
-import os
 import platform
 import shutil
 import statistics
@@ -11,13 +10,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from PIL import Image
 
 from mrmae_jax import config as config_lib
 from mrmae_jax import data, hardware, optim, preflight, program, sharding, teachers, train
 from mrmae_jax.boxes import paste_mask
 from mrmae_jax.cli import bench, show_teacher
-from mrmae_jax.cli.train import load_training_config, out_of_memory
+from mrmae_jax.cli.train import load_training_config, out_of_memory, settle_source
 from mrmae_jax.constants import IGNORED
 from mrmae_jax.data import augment
 from mrmae_jax.errors import (
@@ -29,10 +27,10 @@ from mrmae_jax.errors import (
   UserError,
   WorkdirError,
 )
-from mrmae_jax.runs.paths import atomic_write, open_folder
+from mrmae_jax.runs.paths import describe_unwritable, find_folder, open_folder
 from mrmae_jax.runs.run import make_evaluators
 from mrmae_jax.runs.workdir import describe_special, read_holder
-from mrmae_jax.viz.grid import bands_shown, draw_grid, draw_objects, paint_classes
+from mrmae_jax.viz.grid import bands_shown, draw_grid, draw_objects, paint_classes, write_picture
 
 COUNT = 16  # images that doctor decodes
 
@@ -89,6 +87,7 @@ def examine(config, workdir: str | None, report: Report, out: str, should_compil
     if workdir:
       check_workdir(workdir, report)
     preflight.check(config, len(devices))
+    settle_source(config, workdir)
     source = data.open_split(config.data, "train")
     images = decode_images(config, source, report)
     check_images(config, images, report)
@@ -136,11 +135,9 @@ def check_workdir(workdir: str, report: Report) -> None:
       f"{workdir} can be reached; the run finds out at its start whether it can write there"
     )
     return
-  parent = find_folder(Path(path))
   lock = path / "lock"
-  if not parent.is_dir() or not os.access(parent, os.W_OK):
-    reason = "is not writable" if parent.is_dir() else "is not a folder"
-    report.stop(f"cannot write to {workdir}: {parent} {reason}", WorkdirError.exit_code)
+  if problem := describe_unwritable(Path(path)):
+    report.stop(f"cannot write to {workdir}: {problem}", WorkdirError.exit_code)
   elif problem := describe_special(path):
     report.stop(problem, WorkdirError.exit_code)
   elif lock.is_file():
@@ -158,13 +155,6 @@ def check_workdir(workdir: str, report: Report) -> None:
       f"{workdir} holds a run with a checkpoint of step {steps[-1]}: the same settings resume it, "
       "others are refused"
     )
-
-
-def find_folder(path: Path) -> Path:
-  """Returns the nearest of a path and its parents that exists."""
-  while not path.exists():
-    path = path.parent
-  return path
 
 
 def decode_images(config, source, report: Report) -> list[np.ndarray]:
@@ -264,8 +254,7 @@ def draw_batch(config, source, batch: dict[str, np.ndarray], path: str, report: 
   columns = [pixels[i::4] for i in range(min(4, len(pixels)))]
   columns = [column[: len(columns[-1])] for column in columns]
   titles = ["as training", "sees them"] + [""] * (len(columns) - 2)
-  with atomic_write(Path(path).expanduser()) as temporary:
-    Image.fromarray(draw_grid(columns, titles, caption)).save(temporary, format="png")
+  write_picture(path, draw_grid(columns, titles, caption))
   count = sum(map(len, columns)) * len(batch["image"]) // len(pixels)
   report.ok(f"{path} shows {count} of the first images as training sees them")
 

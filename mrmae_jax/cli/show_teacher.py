@@ -1,17 +1,20 @@
 """Draws what a teacher sees, and measures how much its features have to teach."""
 
-from pathlib import Path
-
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image
 
 from mrmae_jax import data, mrmae, teachers
 from mrmae_jax.config import token_size
 from mrmae_jax.errors import UsageError
-from mrmae_jax.runs.paths import atomic_write
-from mrmae_jax.viz.grid import bands_shown, enlarge, overlay, perplexity, principal_colors
+from mrmae_jax.viz.grid import (
+  bands_shown,
+  enlarge,
+  overlay,
+  perplexity,
+  principal_colors,
+  write_picture,
+)
 from mrmae_jax.viz.panels import draw_columns
 
 BATCH_SIZE = 32
@@ -125,6 +128,5 @@ def run(options) -> str:
     print(f"CLS attention spreads over {spread:.0f} of {num_tokens} tokens (perplexity)")
   first_rows = jax.tree.map(lambda x: x[: options.count], teacher_out)
   picture = draw_teacher(images[: options.count], first_rows, config)
-  with atomic_write(Path(options.out).expanduser()) as temporary:
-    Image.fromarray(picture).save(temporary, format="png")
+  write_picture(options.out, picture)
   return f"wrote {options.out}"

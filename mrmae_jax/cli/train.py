@@ -83,21 +83,11 @@ def load_training_config(options, task: str | None):
       f"mrmae {options.command} --config=demo --workdir=/tmp/run"
     )
   start = config.get("init_from")
-  place = lambda path: os.path.realpath(os.path.expanduser(path))
-  if start and options.workdir and place(start) == place(options.workdir):
+  if start and options.workdir and _real(start) == _real(options.workdir):
     raise UsageError(
       f"config.init_from={start} is the folder of --workdir: give another --workdir; to resume the "
       "run that is there, repeat its settings"
     )
-  if config.data.get("source"):  # the run is used from other folders, too
-    config.data.source = data.with_absolute_path(config.data.source)
-  kind, _, images = config.data.get("source", "").partition(":")
-  if kind == "folder" and options.workdir and not is_bucket(options.workdir):
-    if f"{place(options.workdir)}/".startswith(f"{place(images)}/"):
-      raise UsageError(
-        f"--workdir={options.workdir} lies in the folder of the images, {images}: the run's own "
-        "pictures would become training images; give a folder elsewhere"
-      )
   places = ("coordinator_address", "num_processes", "process_id")
   given = [name for name in places if getattr(options, name) is not None]
   if given and not options.multihost:
@@ -105,6 +95,26 @@ def load_training_config(options, task: str | None):
       f"--{given[0]} says where other processes are: add --multihost, or leave it out"
     )
   return config
+
+
+def settle_source(config, workdir: str | None) -> None:
+  """Gives the images of a configuration that passed preflight a path that holds in any folder.
+
+  Raises:
+    UsageError: the workdir lies among them.
+  """
+  config.data.source = data.with_absolute_path(config.data.source)
+  kind, _, images = config.data.source.partition(":")
+  if kind == "folder" and workdir and not is_bucket(workdir):
+    if f"{_real(workdir)}/".startswith(f"{_real(images)}/"):
+      raise UsageError(
+        f"--workdir={workdir} lies in the folder of the images, {images}: the run's own pictures "
+        "would become training images; give a folder elsewhere"
+      )
+
+
+def _real(path: str) -> str:
+  return os.path.realpath(os.path.expanduser(path))
 
 
 def _train(options, config) -> int:
@@ -116,6 +126,7 @@ def _train(options, config) -> int:
     with contextlib.ExitStack() as closing:
       try:
         preflight.check(config, jax.device_count())
+        settle_source(config, options.workdir)
         closing.enter_context(supervision.supervised(config.hang_s))
         with supervision.phase("start", interruptible=True):
           task = preflight.open_task(config)

@@ -301,9 +301,9 @@ def fused_attention(
   return _fused_attention(q, k, v, implementation)
 
 
-def _fused_attention(q, k, v, implementation, **lengths):
+def _fused_attention(q, k, v, implementation, **options):
   q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-  x = jax.nn.dot_product_attention(q, k, v, **lengths, implementation=implementation)
+  x = jax.nn.dot_product_attention(q, k, v, **options, implementation=implementation)
   return x.swapaxes(1, 2)
 
 

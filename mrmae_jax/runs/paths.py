@@ -135,6 +135,23 @@ def _bucket_problem(path: epath.Path) -> str:
     return f"no answer within {ANSWER_S} s"
 
 
+def find_folder(path: Path) -> Path:
+  """Returns the nearest of a path and its parents that exists."""
+  while not path.exists():
+    path = path.parent
+  return path
+
+
+def describe_unwritable(folder: Path) -> str:
+  """Returns why a folder, which need not exist, cannot be written to, e.g. "/x is not a folder";
+  "" if it can.
+  """
+  parent = find_folder(folder)
+  if not parent.is_dir():
+    return f"{parent} is not a folder"
+  return "" if os.access(parent, os.W_OK) else f"{parent} is not writable"
+
+
 def require_writable(path: str | Path) -> None:
   """Raises UsageError if a file or folder could not be made: before hours of work, not after.
 
@@ -142,14 +159,9 @@ def require_writable(path: str | Path) -> None:
     path: on a disk; it and the folders above it need not exist.
   """
   place = Path(os.path.expanduser(path)).absolute()
-  if os.path.isfile(place):  # another file takes its place
-    place = place.parent
-  while not os.path.lexists(place):
-    place = place.parent
-  if not place.is_dir():
-    raise UsageError(f"{path} cannot be written: {place} is not a folder")
-  if not os.access(place, os.W_OK):
-    raise UsageError(f"{path} cannot be written: no permission to write to {place}")
+  # Another file takes the place of a file.
+  if problem := describe_unwritable(place.parent if place.is_file() else place):
+    raise UsageError(f"{path} cannot be written: {problem}")
 
 
 @contextlib.contextmanager

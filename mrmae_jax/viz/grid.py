@@ -1,7 +1,11 @@
 """Draws arrays: tables of images, maps of tokens, features as colors. Knows no model."""
 
+from pathlib import Path
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from mrmae_jax.runs.paths import atomic_write
 
 MIN_WIDTH = 128  # of one image in pixels, so that digits are legible
 MAX_WIDTH = 1200  # of a table; images wider than MIN_WIDTH are shrunk to fit
@@ -143,6 +147,12 @@ def frame_patch(pixels: np.ndarray, top: int, left: int, size: int) -> np.ndarra
   is_edge[thickness:-thickness, thickness:-thickness] = False
   framed[:, top : top + size, left : left + size][:, is_edge] = (1, 0, 0)
   return framed
+
+
+def write_picture(path: str, picture: np.ndarray) -> None:
+  """Writes a picture, uint8 [height, width, 3], as PNG; it appears complete or not at all."""
+  with atomic_write(Path(path).expanduser()) as temporary:
+    Image.fromarray(picture).save(temporary, format="png")
 
 
 def color_scale(x: np.ndarray) -> np.ndarray:

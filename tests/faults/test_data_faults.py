@@ -277,6 +277,13 @@ def test_f26_a_list_of_both_splits_counts_where_nothing_is_held_out(tmp_path):
   lengths = [len(open_source(f"folder:{tmp_path}/splits", x, **options)) for x in ("train", "eval")]
   assert lengths == [4, 3]
 
+  photographs(tmp_path / "broken" / "train", count=4)
+  (tmp_path / "broken" / "val" / "a").mkdir(parents=True)
+  with pytest.raises(DataError, match="val: no images"):  # which is no matter to the other split
+    open_source(f"folder:{tmp_path}/broken", "eval", holdout_every=0)
+  (tmp_path / "list.json").write_text('{"train": ["a/000.png"]}')
+  assert len(open_source(f"folder:{tmp_path}/broken", "train", **options)) == 3
+
 
 @pytest.mark.parametrize(
   "content, message",

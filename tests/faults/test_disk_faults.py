@@ -68,7 +68,7 @@ def test_outputs_that_cannot_be_written_are_found_before_the_work(tmp_path, monk
       paths.require_writable(path)
   monkeypatch.setattr(paths.os, "access", lambda place, mode: place != tmp_path)
   for name in ("new", "file", "a/b"):
-    with pytest.raises(UsageError, match=f"{name} cannot be written: no permission"):
+    with pytest.raises(UsageError, match=f"{name} cannot be written: {tmp_path} is not writable"):
       paths.require_writable(tmp_path / name)
 
 

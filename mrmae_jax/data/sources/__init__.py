@@ -169,10 +169,16 @@ def open_source(
       setattr(source, text, printable(getattr(source, text)))
   if not quarantine:
     return source
-  splits = (split,)
-  if split == "train" and not holdout_every:
+  return FilteredSource(source, _splits_in(module, address, split, rules), quarantine)
+
+
+def _splits_in(module, address: str, split: str, rules: SplitRules) -> tuple[str, ...]:
+  """Returns the splits whose images a split holds: both where nothing is held out."""
+  if split == "train" and not rules.holdout_every:
     try:
       module.make_source(address, "eval", rules)
-    except NothingHeldOut:  # so that these are the images of both
-      splits = ("train", "eval")
-  return FilteredSource(source, splits, quarantine)
+    except NothingHeldOut:
+      return "train", "eval"
+    except DataError:  # what is wrong with the other split is no matter here
+      pass
+  return (split,)
